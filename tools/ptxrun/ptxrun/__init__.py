@@ -1,0 +1,1 @@
+from .machine import Module, PtxError, RaceError, Stats, Unsupported  # noqa: F401
