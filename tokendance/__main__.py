@@ -1,0 +1,5 @@
+import sys
+
+from tokendance.cli import main
+
+sys.exit(main())

@@ -1,0 +1,29 @@
+"""The command line: ``python -m tokendance <command>``.
+
+A command is a module of this package with ``SUMMARY`` (one line), ``add_arguments(parser)`` and
+``run(arguments) -> int``. Only the module of the command that is called gets imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status. ``argv`` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    parser = argparse.ArgumentParser(
+        prog="tokendance", usage="tokendance {" + ",".join(commands) + "} ..."
+    )
+    parser.add_argument("command", choices=commands)
+    name = parser.parse_args(arguments[:1]).command
+    command = importlib.import_module(f"{__name__}.{name}")
+    command_parser = argparse.ArgumentParser(prog=f"tokendance {name}", description=command.SUMMARY)
+    command.add_arguments(command_parser)
+    status: int = command.run(command_parser.parse_args(arguments[1:]))
+    return status
