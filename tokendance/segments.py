@@ -93,8 +93,7 @@ def chain(context: bytes, segment_digest: bytes) -> bytes:
 
     ``chain(chain(b"", a.digest), b.digest)`` stands for everything to the left of a segment that
     follows ``a`` and ``b``. It depends on tokens and namespace, not on the kinds of the segments.
-    It
-    also depends on how the tokens are cut into segments: it costs a microsecond whatever their
+    It does depend on how the tokens are cut into segments: it costs a microsecond whatever their
     length, and contexts that are equal but cut differently are merely not recognised as equal.
     Leave empty segments out, or they count as a cut too.
 
