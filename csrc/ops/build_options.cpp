@@ -5,8 +5,10 @@
 
 #include "tokendance/launch.h"
 
+#define TOKENDANCE_EXPORT extern "C" __attribute__((visibility("default")))
+
 // "name: value" lines. CMakeLists.txt defines the values.
-extern "C" const char* tokendance_build_options() {
+TOKENDANCE_EXPORT const char* tokendance_build_options() {
   return "version: " TOKENDANCE_VERSION
          "\n"
          "build type: " TOKENDANCE_BUILD_TYPE
@@ -23,7 +25,7 @@ extern "C" const char* tokendance_build_options() {
 }
 
 // The instruction set in use, or the error text that every CPU operator would raise.
-extern "C" const char* tokendance_cpu_isa() {
+TOKENDANCE_EXPORT const char* tokendance_cpu_isa() {
   try {
     return tokendance::cpu_isa();
   } catch (const std::exception& error) {
