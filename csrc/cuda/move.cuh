@@ -1,0 +1,138 @@
+// A thread's share of moving a row: two vectors of one head, so that both elements of every pair
+// are in its registers.
+#pragma once
+
+#include "cuda/moving_kernels.h"
+#include "cuda/vector_io.cuh"
+#include "tokendance/params.h"
+#include "tokendance/rope.h"
+
+namespace tokendance::cuda {
+
+template <int N>
+struct Angles {
+  float cos[N];
+  float sin[N];
+};
+
+// Which dims of a head a thread holds: vectors of V elements at `first` and, if there is one, at
+// `second`. Half-split pairs have one element in each vector. Interleaved ones lie within a vector
+// (V > 1) or are the two vectors (V == 1). Neighbouring threads hold neighbouring vectors, so that
+// a warp's accesses are contiguous but for the halves of a head.
+template <int V, bool kInterleaved>
+struct MoveTask {
+  int32_t first, second;
+  bool has_second;
+  bool rotates_first, rotates_second;
+
+  static __device__ __forceinline__ MoveTask make(int32_t index, int32_t head_dim,
+                                                  int32_t rotary_dim) {
+    MoveTask task;
+    task.has_second = true;
+    if constexpr (kInterleaved) {
+      task.first = V > 1 ? index * V : 2 * index;
+      task.second = V > 1 ? task.first + head_dim / 2 : task.first + 1;
+      task.rotates_first = task.first < rotary_dim;
+      task.rotates_second = task.second < rotary_dim;
+    } else {
+      const int32_t rotations = rotary_dim / (2 * V);
+      task.rotates_first = task.rotates_second = index < rotations;
+      if (index < rotations) {
+        task.first = index * V;
+        task.second = task.first + rotary_dim / 2;
+      } else {
+        task.first = rotary_dim + (index - rotations) * V;
+        task.second = task.first + copy_tasks_of_head(head_dim, rotary_dim, V) * V;
+        task.has_second = task.second < head_dim;
+      }
+    }
+    return task;
+  }
+
+  // The angles of row `row` of the tables, with sin negated for a negative shift.
+  __device__ __forceinline__ Angles<V> load_angles(const RopeTables& rope, int64_t row,
+                                                   bool negative) const {
+    Angles<V> angles = {};
+    const int64_t start = row * (rope.rotary_dim / 2);
+    if constexpr (kInterleaved && V > 1) {
+      float cos[V / 2], sin[V / 2];
+      if (rotates_first) {
+        load_floats(rope.cos + start + first / 2, cos);
+        load_floats(rope.sin + start + first / 2, sin);
+#pragma unroll
+        for (int i = 0; i < V / 2; ++i) {
+          angles.cos[i] = cos[i];
+          angles.sin[i] = sin[i];
+        }
+      }
+      if (rotates_second) {
+        load_floats(rope.cos + start + second / 2, cos);
+        load_floats(rope.sin + start + second / 2, sin);
+#pragma unroll
+        for (int i = 0; i < V / 2; ++i) {
+          angles.cos[V / 2 + i] = cos[i];
+          angles.sin[V / 2 + i] = sin[i];
+        }
+      }
+    } else if (rotates_first) {
+      const int32_t pair = kInterleaved ? first / 2 : first;
+      load_floats(rope.cos + start + pair, angles.cos);
+      load_floats(rope.sin + start + pair, angles.sin);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const Angle angle = angle_of_shift(angles.cos[i], angles.sin[i], negative ? -1 : 1);
+      angles.sin[i] = angle.sin;
+    }
+    return angles;
+  }
+
+  // Rotates the rotary dims of x (at `first`) and y (at `second`).
+  __device__ __forceinline__ void rotate(const Angles<V>& angles, float (&x)[V],
+                                         float (&y)[V]) const {
+    if constexpr (kInterleaved && V > 1) {
+#pragma unroll
+      for (int i = 0; i < V / 2; ++i) {
+        if (rotates_first) {
+          rotate_pair({angles.cos[i], angles.sin[i]}, x[2 * i], x[2 * i + 1], &x[2 * i],
+                      &x[2 * i + 1]);
+        }
+        if (rotates_second) {
+          rotate_pair({angles.cos[V / 2 + i], angles.sin[V / 2 + i]}, y[2 * i], y[2 * i + 1],
+                      &y[2 * i], &y[2 * i + 1]);
+        }
+      }
+    } else if (rotates_first) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        rotate_pair({angles.cos[i], angles.sin[i]}, x[i], y[i], &x[i], &y[i]);
+      }
+    }
+  }
+
+  // Multiplies the rotary dims, each product rounded to fp32.
+  __device__ __forceinline__ void multiply(float scale, float (&x)[V], float (&y)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (rotates_first) x[i] = rounded_product(x[i], scale);
+      if (rotates_second) y[i] = rounded_product(y[i], scale);
+    }
+  }
+
+  // Moves both vectors: one rotation in fp32, one rounding. Dims that are not rotated, and all of
+  // them when nothing moves, keep their bits.
+  template <typename T>
+  __device__ __forceinline__ void move(const Angles<V>& angles, bool rotated, float scale,
+                                       Vector<T, V>* x, Vector<T, V>* y) const {
+    if (!rotated && scale == 1.0f) return;
+    float first_values[V], second_values[V];
+    unpack(*x, first_values);
+    unpack(*y, second_values);
+    if (rotated) rotate(angles, first_values, second_values);
+    if (scale != 1.0f) multiply(scale, first_values, second_values);
+    if (rotates_first) pack(first_values, x);
+    if (rotates_second) pack(second_values, y);
+  }
+};
+
+}  // namespace tokendance::cuda

@@ -1,0 +1,24 @@
+#include "cuda/launch.cuh"
+#include "cuda/rope_rotate.cuh"
+#include "cuda/rope_rotate_plan.h"
+#include "tokendance/launch.h"
+
+namespace tokendance {
+
+#define TOKENDANCE_DEFINE(op, variant, T, V, interleaved)                          \
+  extern "C" __global__ void __launch_bounds__(kRopeRotateThreads)                 \
+      tokendance_rope_rotate_##variant(const __grid_constant__ RopeRotateParams p, \
+                                       const __grid_constant__ Tile) {             \
+    cuda::rope_rotate<T, V, interleaved>(p);                                       \
+  }
+TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE, rope_rotate)
+
+#define TOKENDANCE_KERNEL(op, variant, ...) tokendance_rope_rotate_##variant,
+
+int cuda_rope_rotate(const RopeRotateParams& params, void* stream) {
+  constexpr void (*kKernels[])(RopeRotateParams,
+                               Tile) = {TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL, rope_rotate)};
+  return cuda::launch(plan_rope_rotate(params), kKernels, params, stream);
+}
+
+}  // namespace tokendance

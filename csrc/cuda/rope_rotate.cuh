@@ -1,0 +1,69 @@
+// rope_rotate: moves rows of a cache to other positions, gathered and scattered by row.
+//
+// Bytes: a row is read once and written once per destination; 2 * H * D * (1 + destinations) bytes
+// a row at 16 bits, and its row of the tables, 4 * rotary_dim bytes, which all heads share through
+// L1. FLOPs: 3 per element and destination. That is 0.75 FLOP/byte, against 9.6 (A100: 19.5 TFLOPS
+// fp32, 2039 GB/s) and 20 (H100: 67 TFLOPS, 3350 GB/s; datasheets): memory bound by a factor of
+// more than ten on both.
+//
+// A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
+// shared memory. 75 registers at most on sm_80 and 72 on sm_90 (16-bit types, wide): three blocks
+// of 256 threads on a multiprocessor, 24 of 64 warps, that is 24 KB of loads under way. With a
+// latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
+//
+// Half-split heads of 160 bytes (D = 80 at 16 bits) have halves of 2.5 sectors: a warp's request
+// touches 3 there, the neighbouring request the other half of the same sector.
+#pragma once
+
+#include "cuda/launch_plan.h"
+#include "cuda/move.cuh"
+#include "cuda/vector_io.cuh"
+#include "tokendance/params.h"
+
+namespace tokendance::cuda {
+
+// One thread moves one task (move.cuh) of one row to all destinations of the row. It reads its
+// share of the row before it writes any, and no other thread reads or writes that share: so rows
+// may be moved in place.
+template <typename T, int V, bool kInterleaved>
+__device__ __forceinline__ void rope_rotate(const RopeRotateParams& p) {
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
+  const uint32_t tasks_of_row = static_cast<uint32_t>(p.num_heads * tasks_of_head);
+  const uint64_t index = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t row = static_cast<int64_t>(index / tasks_of_row);
+  if (row >= p.num_rows) return;
+  const int64_t row_in = p.row_in ? __ldg(p.row_in + row) : row;
+  if (row_in < 0 || row_in >= p.x_layout.num_rows) return;
+  const int32_t task_of_row = static_cast<int32_t>(index % tasks_of_row);
+  const int32_t head = task_of_row / tasks_of_head;
+  const auto task =
+      MoveTask<V, kInterleaved>::make(task_of_row % tasks_of_head, p.head_dim, p.rope.rotary_dim);
+
+  const T* source =
+      static_cast<const T*>(p.x) + row_offset(p.x_layout, row_in) + head * p.x_layout.head_stride;
+  const Vector<T, V> first = load_vector<T, V>(source + task.first);
+  Vector<T, V> second = {};
+  if (task.has_second) second = load_vector<T, V>(source + task.second);
+
+  const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
+  for (int32_t j = 0; j < p.destinations; ++j) {
+    const int64_t destination = row * p.destinations + j;
+    const int64_t row_out = p.row_out ? __ldg(p.row_out + destination) : row;
+    if (row_out < 0 || row_out >= p.out_layout.num_rows) continue;
+    Vector<T, V> x = first, y = second;
+    if (p.position_to) {
+      const int64_t shift = __ldg(p.position_to + destination) - from;
+      const int64_t table_row = shift < 0 ? -shift : shift;
+      if (table_row >= p.rope.max_position) continue;
+      Angles<V> angles = {};
+      if (shift != 0) angles = task.load_angles(p.rope, table_row, shift < 0);
+      task.move(angles, shift != 0, p.scale, &x, &y);
+    }
+    T* target = static_cast<T*>(p.out) + row_offset(p.out_layout, row_out) +
+                head * p.out_layout.head_stride;
+    store_vector<T, V>(target + task.first, x);
+    if (task.has_second) store_vector<T, V>(target + task.second, y);
+  }
+}
+
+}  // namespace tokendance::cuda

@@ -1,0 +1,27 @@
+// How rope_rotate is launched.
+#pragma once
+
+#include "cuda/launch_plan.h"
+#include "cuda/moving_kernels.h"
+
+namespace tokendance {
+
+constexpr const char* kRopeRotateKernels[] = {
+    TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, rope_rotate)};
+constexpr int kRopeRotateThreads = 256;
+
+inline LaunchPlan plan_rope_rotate(const RopeRotateParams& p) {
+  LaunchPlan plan = {};
+  if (p.num_rows == 0 || p.destinations == 0 || p.num_heads == 0) return plan;
+  const bool wide = is_aligned(p.x) && is_aligned(p.out) && is_aligned(p.x_layout, p.dtype) &&
+                    is_aligned(p.out_layout, p.dtype) && is_aligned(p.rope, p.dtype);
+  const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+  const int64_t tasks = p.num_rows * p.num_heads *
+                        move_tasks_of_head(p.head_dim, p.rope.rotary_dim,
+                                           vector_elements(p.dtype, wide), p.rope.interleaved);
+  add_launch(&plan, kRopeRotateKernels[kernel], kernel, ceil_div(tasks, kRopeRotateThreads), 1, 1,
+             kRopeRotateThreads, 0, {});
+  return plan;
+}
+
+}  // namespace tokendance

@@ -1,0 +1,633 @@
+"""The CUDA operators without a GPU: nvcc's PTX of csrc/cuda, executed on the CPU by tools/ptxrun.
+
+:class:`PtxBackend` has the operators' own signatures. For each call it fills the params struct of
+``csrc/include/tokendance/params.h``, asks the operator's plan (``csrc/cuda/<op>_plan.h``) what the
+launcher would launch, and executes just that, with every access checked against its buffer and with
+race checks on. Struct layouts are checked by the C++ compiler against the mirrors below.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendance.rounds import RoundExtents
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools" / "ptxrun"))
+
+import ptxrun  # noqa: E402
+from ptxrun.nvcc import compile_ptx, find_nvcc  # noqa: E402
+
+CACHE = ROOT / "build" / "ptx"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+INCLUDES = (f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", "-std=c++17")
+
+# Mirrors of params.h ------------------------------------------------------------------------------
+
+_POINTER = ctypes.c_uint64
+_INT, _LONG, _FLOAT, _BOOL = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+
+
+def _struct(name: str, /, **members: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(members.items())})
+
+
+MAX_LAYERS = 128
+RowLayout = _struct(
+    "RowLayout",
+    num_rows=_LONG,
+    page_stride=_LONG,
+    row_stride=_LONG,
+    head_stride=_LONG,
+    block_size=_INT,
+)
+RopeTables = _struct(
+    "RopeTables", cos=_POINTER, sin=_POINTER, max_position=_INT, rotary_dim=_INT, interleaved=_BOOL
+)
+Extents = _struct("RoundExtents", **dict.fromkeys(RoundExtents.__dataclass_fields__, _LONG))
+RoundView = _struct(
+    "RoundView", extents=Extents, **dict.fromkeys(RoundExtents().shapes(), _POINTER)
+)
+LayerPointers = _struct("LayerPointers", k=_POINTER * MAX_LAYERS, v=_POINTER * MAX_LAYERS)
+RopeRotateParams = _struct(
+    "RopeRotateParams",
+    x=_POINTER,
+    out=_POINTER,
+    x_layout=RowLayout,
+    out_layout=RowLayout,
+    row_in=_POINTER,
+    row_out=_POINTER,
+    position_from=_POINTER,
+    position_to=_POINTER,
+    num_rows=_LONG,
+    destinations=_INT,
+    num_heads=_INT,
+    head_dim=_INT,
+    scale=_FLOAT,
+    rope=RopeTables,
+    dtype=_INT,
+)
+KeyDeviationParams = _struct(
+    "KeyDeviationParams",
+    fresh=_POINTER,
+    cached=_POINTER,
+    fresh_layout=RowLayout,
+    cached_layout=RowLayout,
+    fresh_row=_POINTER,
+    fresh_position=_POINTER,
+    cached_row=_POINTER,
+    cached_position=_POINTER,
+    deviation=_POINTER,
+    num_tokens=_LONG,
+    num_agents=_INT,
+    num_heads=_INT,
+    head_dim=_INT,
+    scale=_FLOAT,
+    rope=RopeTables,
+    dtype=_INT,
+)
+DiffEncodeParams = _struct(
+    "DiffEncodeParams",
+    **{"in": LayerPointers},
+    pool=LayerPointers,
+    in_k_layout=RowLayout,
+    in_v_layout=RowLayout,
+    pool_k_layout=RowLayout,
+    pool_v_layout=RowLayout,
+    slot_mapping=_POINTER,
+    slot_stride=_LONG,
+    length=_POINTER,
+    round=RoundView,
+    atol=_FLOAT,
+    rtol=_FLOAT,
+    num_layers=_INT,
+    num_heads=_INT,
+    head_dim=_INT,
+    max_length=_INT,
+    rope=RopeTables,
+    dtype=_INT,
+)
+DiffRestoreParams = _struct(
+    "DiffRestoreParams",
+    pool=LayerPointers,
+    out=LayerPointers,
+    pool_k_layout=RowLayout,
+    pool_v_layout=RowLayout,
+    out_k_layout=RowLayout,
+    out_v_layout=RowLayout,
+    slot_mapping=_POINTER,
+    slot_stride=_LONG,
+    round=RoundView,
+    num_layers=_INT,
+    num_heads=_INT,
+    head_dim=_INT,
+    max_length=_INT,
+    rope=RopeTables,
+    dtype=_INT,
+)
+CollectiveAttentionParams = _struct(
+    "CollectiveAttentionParams",
+    q=_POINTER,
+    out=_POINTER,
+    lse=_POINTER,
+    k_pool=_POINTER,
+    v_pool=_POINTER,
+    sinks=_POINTER,
+    workspace=_POINTER,
+    q_row_stride=_LONG,
+    q_head_stride=_LONG,
+    out_row_stride=_LONG,
+    out_head_stride=_LONG,
+    k_layout=RowLayout,
+    v_layout=RowLayout,
+    round=RoundView,
+    num_q_heads=_INT,
+    num_kv_heads=_INT,
+    head_dim=_INT,
+    window=_INT,
+    scale=_FLOAT,
+    soft_cap=_FLOAT,
+    rotary_scale=_FLOAT,
+    rope=RopeTables,
+    dtype=_INT,
+)
+MergeStatesParams = _struct(
+    "MergeStatesParams",
+    partial_out=_POINTER,
+    partial_lse=_POINTER,
+    sinks=_POINTER,
+    out=_POINTER,
+    lse=_POINTER,
+    num_partials=_LONG,
+    num_rows=_LONG,
+    num_heads=_INT,
+    head_dim=_INT,
+    dtype=_INT,
+)
+Tile = _struct("Tile", rows=_INT, heads=_INT, agents=_INT, layers=_INT)
+KernelLaunch = _struct(
+    "KernelLaunch",
+    name=ctypes.c_char_p,
+    kernel=_INT,
+    grid=ctypes.c_uint32 * 3,
+    block=ctypes.c_uint32 * 3,
+    shared_bytes=_INT,
+    tile=Tile,
+)
+MAX_LAUNCHES = 2
+LaunchPlan = _struct("LaunchPlan", num_launches=_INT, launches=KernelLaunch * MAX_LAUNCHES)
+
+# Operators with a plan, and the params that it takes.
+OPERATORS = {
+    "rope_rotate": RopeRotateParams,
+    "key_deviation": KeyDeviationParams,
+    "diff_encode": DiffEncodeParams,
+    "diff_restore": DiffRestoreParams,
+    "collective_attention": CollectiveAttentionParams,
+    "merge_states": MergeStatesParams,
+}
+_PARTS = (RowLayout, RopeTables, Extents, RoundView, LayerPointers)
+_PLAN = (Tile, KernelLaunch, LaunchPlan)
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Compiling ----------------------------------------------------------------------------------------
+
+
+def _digest(*parts: str) -> str:
+    """Of ``parts`` and of everything that a source of csrc/cuda may include."""
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    for directory in (CUDA_SOURCES, ROOT / "csrc" / "include" / "tokendance"):
+        for path in sorted([*directory.glob("*.h"), *directory.glob("*.cuh")]):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    """Several test processes may compile the same; the last one wins, with the same content."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+@functools.cache
+def ptx_of(operator: str, arch: str = "80") -> str:
+    """nvcc's PTX of ``csrc/cuda/<operator>.cu``, kept in ``build/ptx`` until a source changes."""
+    source = CUDA_SOURCES / f"{operator}.cu"
+    kept = CACHE / f"{operator}-sm{arch}-{_digest(source.read_text(), arch)}.ptx"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        _write_once(kept, compile_ptx(source, arch, INCLUDES).encode())
+    return kept.read_text()
+
+
+def _static_asserts(mirror: type[ctypes.Structure]) -> Iterable[str]:
+    name = f"tokendance::{mirror.__name__}"
+    yield f'static_assert(sizeof({name}) == {ctypes.sizeof(mirror)}, "sizeof {name}");'
+    for member, *_ in mirror._fields_:
+        offset = getattr(mirror, member).offset
+        yield f'static_assert(offsetof({name}, {member}) == {offset}, "{name}::{member}");'
+
+
+@functools.cache
+def plans() -> ctypes.CDLL:
+    """The plan functions, compiled for the host: ``plan_<op>(const Params*, LaunchPlan*)``.
+
+    Compiling fails where a mirror's layout differs from the C++ struct's.
+    """
+    planned = [op for op in OPERATORS if (CUDA_SOURCES / f"{op}_plan.h").exists()]
+    lines = [
+        "#include <stddef.h>",
+        '#include "cuda/launch_plan.h"',
+        '#include "tokendance/params.h"',
+    ]
+    lines += [f'#include "cuda/{op}_plan.h"' for op in planned]
+    for mirror in (*_PARTS, *_PLAN, *OPERATORS.values()):
+        lines += _static_asserts(mirror)
+    lines.append(f"static_assert(tokendance::kMaxLayers == {MAX_LAYERS});")
+    lines.append(f"static_assert(tokendance::kMaxLaunches == {MAX_LAUNCHES});")
+    for op in planned:
+        lines.append(
+            f'extern "C" void plan_{op}(const tokendance::{OPERATORS[op].__name__}* params, '
+            f"tokendance::LaunchPlan* plan) {{ *plan = tokendance::plan_{op}(*params); }}"
+        )
+    source = "\n".join(lines)
+    library = CACHE / f"plans-{_digest(source)}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        text, built = library.with_suffix(f".{os.getpid()}.cpp"), f"{library}.{os.getpid()}"
+        text.write_text(source)
+        compiler = os.environ.get("CXX", "g++")
+        command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", *INCLUDES]
+        try:
+            subprocess.run([*command, str(text), "-o", built], check=True)
+        finally:
+            text.unlink()
+        Path(built).replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def plan(operator: str, params: ctypes.Structure) -> LaunchPlan:
+    """What the launcher of an operator would launch for these params."""
+    result = LaunchPlan()
+    getattr(plans(), f"plan_{operator}")(ctypes.byref(params), ctypes.byref(result))
+    return result
+
+
+# Executing ----------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """Device addresses of tensors: each storage is a buffer whose bounds the interpreter checks."""
+
+    def __init__(self, module: ptxrun.Module) -> None:
+        self._module = module
+
+    def __call__(self, tensor: Tensor | None) -> int:
+        if tensor is None or tensor.numel() == 0:
+            return 0
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+        return self._module.ptr(storage) + tensor.storage_offset() * tensor.element_size()
+
+
+def _row_layout(x: Tensor) -> RowLayout:
+    """Of ``[rows, heads, D]`` or ``[pages, block_size, heads, D]``."""
+    if x.dim() == 4:
+        pages, block_size = x.shape[:2]
+        return RowLayout(pages * block_size, x.stride(0), x.stride(1), x.stride(2), block_size)
+    return RowLayout(x.shape[0], x.stride(0), 0, x.stride(1), 1)
+
+
+class PtxBackend:
+    """The operators by executing their PTX; tensors are on the CPU and mutated in place.
+
+    ``arch`` is the architecture that nvcc compiles for. ``ptx`` replaces the PTX of an operator
+    (mutated kernels). After a call, ``stats`` holds the interpreter's counters of each launch and
+    ``launched`` the plan.
+    """
+
+    name = "ptx"
+    device = torch.device("cpu")
+
+    def __init__(self, arch: str = "80", ptx: dict[str, str] | None = None, **options: Any) -> None:
+        self.arch = arch
+        self.stats: list[ptxrun.Stats] = []
+        self.launched: LaunchPlan | None = None
+        self._replaced = ptx or {}
+        self._options = {"race": True, **options}
+        self._modules: dict[str, ptxrun.Module] = {}
+
+    @staticmethod
+    def missing() -> str | None:
+        """Why this backend cannot run here, or None."""
+        return (
+            None if find_nvcc() else "nvcc is not on PATH, and neither NVCC nor CUDA_HOME names one"
+        )
+
+    def module(self, operator: str) -> ptxrun.Module:
+        """The operator's PTX, loaded."""
+        if operator not in self._modules:
+            text = self._replaced.get(operator) or ptx_of(operator, self.arch)
+            self._modules[operator] = ptxrun.Module(text)
+        return self._modules[operator]
+
+    def _run(self, operator: str, params: ctypes.Structure) -> None:
+        module = self.module(operator)
+        self.launched = plan(operator, params)
+        self.stats = []
+        try:
+            for launch in self.launched.launches[: self.launched.num_launches]:
+                self.stats.append(
+                    module.launch(
+                        launch.name.decode(),
+                        tuple(launch.grid),
+                        tuple(launch.block),
+                        [bytes(params), bytes(launch.tile)],
+                        shared_bytes=launch.shared_bytes,
+                        smem_limit=99 * 1024,
+                        **self._options,
+                    )
+                )
+        finally:
+            module.reset()
+
+    # rope_rotate --------------------------------------------------------------
+
+    def rope_rotate_out(
+        self,
+        x: Tensor,
+        row_in: Tensor | None,
+        row_out: Tensor | None,
+        position_from: Tensor | None,
+        position_to: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        address = Buffers(self.module("rope_rotate"))
+        x_layout = _row_layout(x)
+        rows = x_layout.num_rows if row_in is None else row_in.numel()
+        self._run(
+            "rope_rotate",
+            RopeRotateParams(
+                x=address(x),
+                out=address(out),
+                x_layout=x_layout,
+                out_layout=_row_layout(out),
+                row_in=address(row_in),
+                row_out=address(row_out),
+                position_from=address(position_from),
+                position_to=address(position_to),
+                num_rows=rows,
+                destinations=1 if row_out is None or row_out.dim() == 1 else row_out.shape[1],
+                num_heads=x.shape[-2],
+                head_dim=x.shape[-1],
+                scale=scale,
+                rope=_tables(address, cos, sin, interleaved),
+                dtype=_DTYPES[x.dtype],
+            ),
+        )
+
+    def rope_rotate_(
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        position_from: Tensor | None,
+        position_to: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        self.rope_rotate_out(
+            x, rows, rows, position_from, position_to, cos, sin, interleaved, scale, x
+        )
+
+    # key_deviation ------------------------------------------------------------
+
+    def key_deviation_out(
+        self,
+        fresh: Tensor,
+        fresh_row: Tensor,
+        fresh_position: Tensor | None,
+        cached: Tensor,
+        cached_row: Tensor,
+        cached_position: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        address = Buffers(self.module("key_deviation"))
+        self._run(
+            "key_deviation",
+            KeyDeviationParams(
+                fresh=address(fresh),
+                cached=address(cached),
+                fresh_layout=_row_layout(fresh),
+                cached_layout=_row_layout(cached),
+                fresh_row=address(fresh_row),
+                fresh_position=address(fresh_position),
+                cached_row=address(cached_row),
+                cached_position=address(cached_position),
+                deviation=address(out),
+                num_tokens=cached_row.numel(),
+                num_agents=fresh_row.shape[0],
+                num_heads=fresh.shape[-2],
+                head_dim=fresh.shape[-1],
+                scale=scale,
+                rope=_tables(address, cos, sin, interleaved),
+                dtype=_DTYPES[fresh.dtype],
+            ),
+        )
+
+    # Mirrors ------------------------------------------------------------------
+
+    def diff_encode(
+        self,
+        k_in: Sequence[Tensor],
+        v_in: Sequence[Tensor],
+        slot_mapping: Tensor,
+        length: Tensor,
+        k_pool: Sequence[Tensor],
+        v_pool: Sequence[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        round: Tensor,
+        extents: Sequence[int],
+        atol: float = 0.0,
+        rtol: float = 0.0,
+    ) -> None:
+        address = Buffers(self.module("diff_encode"))
+        params = DiffEncodeParams(
+            pool=_layers(address, k_pool, v_pool),
+            in_k_layout=_row_layout(k_in[0]),
+            in_v_layout=_row_layout(v_in[0]),
+            pool_k_layout=_row_layout(k_pool[0]),
+            pool_v_layout=_row_layout(v_pool[0]),
+            slot_mapping=address(slot_mapping),
+            slot_stride=slot_mapping.stride(0),
+            length=address(length),
+            round=_round_view(address, round, extents),
+            atol=atol,
+            rtol=rtol,
+            num_layers=len(k_in),
+            num_heads=k_in[0].shape[-2],
+            head_dim=k_in[0].shape[-1],
+            max_length=slot_mapping.shape[1],
+            rope=_tables(address, cos, sin, interleaved),
+            dtype=_DTYPES[k_in[0].dtype],
+        )
+        setattr(params, "in", _layers(address, k_in, v_in))
+        self._run("diff_encode", params)
+
+    def diff_restore(
+        self,
+        k_pool: Sequence[Tensor],
+        v_pool: Sequence[Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        round: Tensor,
+        extents: Sequence[int],
+        slot_mapping: Tensor,
+        k_out: Sequence[Tensor],
+        v_out: Sequence[Tensor],
+    ) -> None:
+        address = Buffers(self.module("diff_restore"))
+        self._run(
+            "diff_restore",
+            DiffRestoreParams(
+                pool=_layers(address, k_pool, v_pool),
+                out=_layers(address, k_out, v_out),
+                pool_k_layout=_row_layout(k_pool[0]),
+                pool_v_layout=_row_layout(v_pool[0]),
+                out_k_layout=_row_layout(k_out[0]),
+                out_v_layout=_row_layout(v_out[0]),
+                slot_mapping=address(slot_mapping),
+                slot_stride=slot_mapping.stride(0),
+                round=_round_view(address, round, extents),
+                num_layers=len(k_pool),
+                num_heads=k_pool[0].shape[-2],
+                head_dim=k_pool[0].shape[-1],
+                max_length=slot_mapping.shape[1],
+                rope=_tables(address, cos, sin, interleaved),
+                dtype=_DTYPES[k_pool[0].dtype],
+            ),
+        )
+
+    # Attention ----------------------------------------------------------------
+
+    def collective_attention_out(
+        self,
+        q: Tensor,
+        k_pool: Tensor,
+        v_pool: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool,
+        round: Tensor,
+        extents: Sequence[int],
+        scale: float,
+        window: int,
+        soft_cap: float,
+        sinks: Tensor | None,
+        rotary_scale: float,
+        workspace: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        address = Buffers(self.module("collective_attention"))
+        self._run(
+            "collective_attention",
+            CollectiveAttentionParams(
+                q=address(q),
+                out=address(out),
+                lse=address(lse),
+                k_pool=address(k_pool),
+                v_pool=address(v_pool),
+                sinks=address(sinks),
+                workspace=address(workspace),
+                q_row_stride=q.stride(0),
+                q_head_stride=q.stride(1),
+                out_row_stride=out.stride(0),
+                out_head_stride=out.stride(1),
+                k_layout=_row_layout(k_pool),
+                v_layout=_row_layout(v_pool),
+                round=_round_view(address, round, extents),
+                num_q_heads=q.shape[1],
+                num_kv_heads=k_pool.shape[-2],
+                head_dim=q.shape[-1],
+                window=window,
+                scale=scale,
+                soft_cap=soft_cap,
+                rotary_scale=rotary_scale,
+                rope=_tables(address, cos, sin, interleaved),
+                dtype=_DTYPES[q.dtype],
+            ),
+        )
+
+    def merge_states_out(
+        self,
+        partial_out: Tensor,
+        partial_lse: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        address = Buffers(self.module("merge_states"))
+        partials, rows, heads, head_dim = partial_out.shape
+        self._run(
+            "merge_states",
+            MergeStatesParams(
+                partial_out=address(partial_out),
+                partial_lse=address(partial_lse),
+                sinks=address(sinks),
+                out=address(out),
+                lse=address(lse),
+                num_partials=partials,
+                num_rows=rows,
+                num_heads=heads,
+                head_dim=head_dim,
+                dtype=_DTYPES[partial_out.dtype],
+            ),
+        )
+
+
+def _tables(address: Buffers, cos: Tensor, sin: Tensor, interleaved: bool) -> RopeTables:
+    return RopeTables(address(cos), address(sin), cos.shape[0], 2 * cos.shape[1], interleaved)
+
+
+def _layers(address: Buffers, k: Sequence[Tensor], v: Sequence[Tensor]) -> LayerPointers:
+    pointers = LayerPointers()
+    for layer in range(len(k)):
+        pointers.k[layer] = address(k[layer])
+        pointers.v[layer] = address(v[layer])
+    return pointers
+
+
+def _round_view(address: Buffers, buffer: Tensor, extents: Sequence[int]) -> RoundView:
+    """Pointers into the packed round: what make_round_view of round.h computes."""
+    capacity = RoundExtents(*extents)
+    view = RoundView(extents=Extents(*extents))
+    base = address(buffer)
+    for name, (offset, _) in capacity.offsets()[0].items():
+        setattr(view, name, base + 4 * offset)
+    return view
