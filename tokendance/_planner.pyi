@@ -1,0 +1,85 @@
+"""Planner of work lists: csrc/planner, C++ through pybind11, numpy in and out."""
+
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Ints = NDArray[np.int32]
+
+class WorkList(TypedDict):
+    """Fields of the round (round.h) that collective attention works from, of their exact sizes."""
+
+    work: _Ints  # [work, 8]
+    work_rows: _Ints  # [work_rows]
+    work_chunks: _Ints  # [work_chunks, 4]
+    row_partial_indptr: _Ints  # [rows + 1]
+    row_partials: _Ints  # [partials]
+
+class WorkCapacity(TypedDict):
+    work: int
+    work_rows: int
+    work_chunks: int
+    partials: int
+
+def plan_work(
+    row_agent: _Ints,
+    row_position: _Ints,
+    use_agent: _Ints,
+    use_master: _Ints,
+    use_delta: _Ints,
+    use_length: _Ints,
+    master_page_indptr: _Ints,
+    own_length: _Ints,
+    own_page_indptr: _Ints,
+    own_position: _Ints,
+    *,
+    block_size: int,
+    max_tile_rows: int,
+    target_items: int,
+    max_splits: int,
+    window: int = 0,
+    row_position_bound: _Ints | None = None,
+    own_position_bound: _Ints | None = None,
+) -> WorkList:
+    """Which query rows meet which pages in one work item; csrc/planner/work_list.h says how.
+
+    Args:
+        row_agent, row_position: ``[R]`` rows of the step; the rows of an agent are adjacent and
+            ascend; agent -1 is padding.
+        use_agent, use_master, use_delta, use_length: ``[U]``; agent -1 is padding.
+        master_page_indptr: ``[M + 1]``.
+        own_length, own_page_indptr: ``[N]``, ``[N + 1]``. ``own_length`` counts the rows that the
+            step itself adds.
+        own_position: ``[own_page_indptr[N] * block_size]``.
+        block_size: rows of a page.
+        max_tile_rows: query rows of an item at most: the kernel's tile height divided by the query
+            heads of a KV head.
+        target_items: items that keep the device busy, for one KV head. Items that cost more than
+            the step divided by this are split.
+        max_splits: parts, at most, that the shared part of a tile and the own part of an agent are
+            split into.
+        window: sliding window, 0 = none.
+        row_position_bound, own_position_bound: upper bounds, of the same shapes, where a device
+            chooses positions later; ``row_position`` and ``own_position`` are lower bounds then.
+
+    All arrays are int32 and contiguous. The result does not depend on anything but the arguments.
+
+    Raises:
+        ValueError: a wrong shape, an index out of range, rows that do not ascend.
+    """
+
+def work_capacity(
+    *,
+    agents: int,
+    rows: int,
+    uses: int,
+    masters: int,
+    max_tile_rows: int,
+    target_items: int,
+    max_splits: int,
+) -> WorkCapacity:
+    """Sizes that no work list of so many agents, rows, uses and Masters exceeds.
+
+    They do not depend on how long the Masters are, so a launch may be captured in a CUDA graph.
+    """
