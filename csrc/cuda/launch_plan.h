@@ -73,6 +73,15 @@ inline bool is_aligned(const RowLayout& layout, DType dtype) {
          layout.head_stride % vector == 0;
 }
 
+// `Pointers`: LayerPointers or MutableLayerPointers.
+template <typename Pointers>
+bool is_aligned(const Pointers& pointers, int32_t num_layers) {
+  for (int32_t layer = 0; layer < num_layers; ++layer) {
+    if (!is_aligned(pointers.k[layer]) || !is_aligned(pointers.v[layer])) return false;
+  }
+  return true;
+}
+
 // Whether 16-byte vectors of a head are rotated as wholes: with half-split pairs both halves of the
 // rotary dims consist of such vectors, with interleaved pairs the rotary dims do. Their angles are
 // then aligned in the tables, too.

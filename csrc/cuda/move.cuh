@@ -135,4 +135,60 @@ struct MoveTask {
   }
 };
 
+// Angles of one shift in shared memory: `half` floats of cos, and as many of sin, laid out so that
+// neighbouring threads that load theirs touch distinct banks.
+template <int V, bool kInterleaved>
+struct SharedAngles {
+  // Angles that a vector needs. 32 bytes of them, loaded 16 at a time at a stride of 32, would meet
+  // in the same banks: then the first four of all vectors come first.
+  static constexpr int kOfVector = kInterleaved && V > 1 ? V / 2 : V;
+  static constexpr bool kSplit = kOfVector == 8;
+
+  // Where the angle of a pair stands.
+  static __device__ __forceinline__ int32_t slot(int32_t pair, int32_t half) {
+    return kSplit ? pair % 8 / 4 * (half / 2) + pair / 8 * 4 + pair % 4 : pair;
+  }
+
+  static __device__ __forceinline__ Angles<V> load(const MoveTask<V, kInterleaved>& task,
+                                                   const float* cos, const float* sin,
+                                                   int32_t half) {
+    Angles<V> angles = {};
+    if (task.rotates_first) {
+      const int32_t pair = kInterleaved ? task.first / 2 : task.first;
+      load_vector(cos, pair, half, angles.cos);
+      load_vector(sin, pair, half, angles.sin);
+    }
+    if constexpr (kInterleaved && V > 1) {
+      if (task.rotates_second) {
+        load_vector(cos, task.second / 2, half, angles.cos + V / 2);
+        load_vector(sin, task.second / 2, half, angles.sin + V / 2);
+      }
+    }
+    return angles;
+  }
+
+ private:
+  static __device__ __forceinline__ void load_vector(const float* base, int32_t pair, int32_t half,
+                                                     float* value) {
+    constexpr int kStep = kOfVector < 4 ? kOfVector : 4;
+#pragma unroll
+    for (int i = 0; i < kOfVector; i += kStep) {
+      const float* const from = base + slot(pair + i, half);
+      if constexpr (kStep == 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        value[i] = four.x;
+        value[i + 1] = four.y;
+        value[i + 2] = four.z;
+        value[i + 3] = four.w;
+      } else if constexpr (kStep == 2) {
+        const float2 two = *reinterpret_cast<const float2*>(from);
+        value[i] = two.x;
+        value[i + 1] = two.y;
+      } else {
+        value[i] = *from;
+      }
+    }
+  }
+};
+
 }  // namespace tokendance::cuda
