@@ -1,8 +1,77 @@
-"""Fixtures that several test modules share."""
+"""Fixtures and options that several test modules share."""
 
 from __future__ import annotations
 
+import backends
 import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=backends.NAMES,
+        help="run operator tests on this backend only; may be given several times",
+    )
+
+
+def pytest_report_header(config):
+    lines = []
+    for name in backends.NAMES:
+        reason = backends.missing(name)
+        lines.append(f"backend {name}: {'available' if reason is None else f'none, {reason}'}")
+    return lines
+
+
+def pytest_generate_tests(metafunc):
+    """One run per backend that exists here; which do not, and why, stands in the report's head."""
+    for fixture, names in (("backend", backends.NAMES), ("fast_backend", backends.FAST)):
+        if fixture not in metafunc.fixturenames:
+            continue
+        wanted = metafunc.config.getoption("--backend") or backends.NAMES
+        chosen = [
+            name
+            for name in names
+            if name in wanted
+            and backends.missing(name) is None
+            and backends.has_operator(name, metafunc.module.OPERATOR)
+        ]
+        metafunc.parametrize(fixture, chosen, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that no chosen backend runs are left out, not skipped."""
+    without = {item for item in items if getattr(item, "callspec", None) and _lacks_backend(item)}
+    if without:
+        config.hook.pytest_deselected(items=list(without))
+        items[:] = [item for item in items if item not in without]
+
+
+def _lacks_backend(item):
+    chosen = [item.callspec.params.get(name, "") for name in ("backend", "fast_backend")]
+    return not all(isinstance(name, str) for name in chosen)  # a placeholder for an empty list
+
+
+@pytest.fixture(scope="session")
+def backend(request):
+    """A backend, large or small; see backends.py."""
+    return backends.backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def fast_backend(request):
+    """A backend where a large case costs little."""
+    return backends.backend(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The reference makes many small calls of torch, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

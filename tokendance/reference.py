@@ -207,7 +207,7 @@ def rope_rotate_out(
         row_in = _all_rows(x)
     if row_out is None:
         row_out = torch.arange(row_in.numel(), device=x.device)
-    destinations = row_out.reshape(row_in.numel(), -1)
+    destinations = row_out if row_out.dim() == 2 else row_out[:, None]
     to = None if position_to is None else position_to.reshape(destinations.shape)
     for column in range(destinations.shape[1]):
         written = destinations[:, column] >= 0

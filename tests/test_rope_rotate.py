@@ -1,0 +1,309 @@
+"""`rope_rotate` against the reference, bit for bit, untouched memory included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance import reference, testing
+from tokendance.rope import Rope
+
+OPERATOR = "rope_rotate"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass
+class Moves:
+    """Rows to move, and where to; `arguments` are those of the operator."""
+
+    x: torch.Tensor
+    row_in: torch.Tensor | None
+    row_out: torch.Tensor | None
+    position_from: torch.Tensor | None
+    position_to: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+    scale: float
+    out: torch.Tensor
+
+    def copy(self, device="cpu") -> Moves:
+        to = testing.StorageCopies(device)
+        return Moves(
+            *(
+                to(item) if isinstance(item, torch.Tensor) else item
+                for item in self.__dict__.values()
+            )
+        )
+
+    def arguments(self) -> list:
+        return list(self.__dict__.values())
+
+
+def row_tensor(rows, heads, head_dim, dtype, layout, block_size):
+    """A row tensor of at least so many rows, NaN throughout."""
+    pages = -(-rows // block_size)
+    return testing.pools(pages, block_size, heads, head_dim, dtype, layout)[rows % 2]
+
+
+def random_moves(
+    seed,
+    *,
+    rows=7,
+    heads=2,
+    head_dim=64,
+    dtype=torch.float32,
+    interleaved=False,
+    rotary_dim=None,
+    layout="separate",
+    out_layout="separate",
+    block_size=8,
+    destinations=None,
+    skip=0.0,
+    scale=1.0,
+    max_position=100,
+):
+    """Gathers rows (some twice) of one row tensor and scatters them over another."""
+    generator = torch.Generator().manual_seed(seed)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+
+    def integers(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    x = row_tensor(2 * rows + 3, heads, head_dim, dtype, layout, block_size)
+    out = row_tensor(rows * (destinations or 1) + 5, heads, head_dim, dtype, out_layout, block_size)
+    row_in = integers(2 * rows + 3, rows)
+    reference.scatter_rows(
+        x, row_in, torch.randn(rows, heads, head_dim, generator=generator).to(dtype)
+    )
+    shape = (rows,) if destinations is None else (rows, destinations)
+    count = rows * (destinations or 1)
+    row_out = torch.randperm(out.shape[0] * out.shape[1], generator=generator)[:count]
+    row_out[torch.rand(count, generator=generator) < skip] = -1
+    position_from = integers(max_position, rows)
+    position_to = integers(max_position, *shape)
+    if rows > 2:  # no move, and from end to end of the table
+        position_to.view(rows, -1)[0] = position_from[0]
+        position_from[1], position_from[2] = 0, max_position - 1
+        position_to.view(rows, -1)[1] = max_position - 1
+        position_to.view(rows, -1)[2] = 0
+    if rotary_dim == 0:
+        cos = sin = torch.empty(max_position, 0)
+    else:
+        rope = Rope.default(head_dim, 10000.0, max_position, rotary_dim, interleaved)
+        cos, sin = rope.cos, rope.sin
+    return Moves(
+        x,
+        row_in,
+        row_out.view(shape),
+        position_from.int(),
+        position_to.int(),
+        cos,
+        sin,
+        interleaved,
+        scale,
+        out,
+    )
+
+
+def check(backend, moves):
+    """Runs the operator and the reference on copies and compares all of both storages."""
+    expected, actual = moves.copy(), moves.copy(backend.device)
+    reference.rope_rotate_out(*expected.arguments())
+    backend.rope_rotate_out(*actual.arguments())
+    testing.assert_same_storage(actual.out, expected.out, "out")
+    testing.assert_same_storage(actual.x, moves.x, "x")
+    return actual
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_move_bit_for_bit(backend, dtype, head_dim, interleaved):
+    moves = random_moves(head_dim, head_dim=head_dim, dtype=dtype, interleaved=interleaved)
+    actual = check(backend, moves)
+    moved = reference.gather_rows(actual.out.cpu(), moves.row_out)
+    exact = reference.exact_rotation(
+        reference.gather_rows(moves.x, moves.row_in),
+        moves.position_to - moves.position_from,
+        moves.cos,
+        moves.sin,
+        interleaved,
+    )
+    rounding = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert (moved.double() - exact).abs().max() <= rounding * exact.abs().max()
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 0), (64, 2), (64, 34), (80, 32), (96, 94), (128, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_rotary_dims_are_rotated(backend, dtype, head_dim, rotary_dim, interleaved):
+    moves = random_moves(
+        rotary_dim, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved
+    )
+    actual = check(backend, moves)
+    before = reference.gather_rows(moves.x, moves.row_in)[..., rotary_dim:]
+    after = reference.gather_rows(actual.out.cpu(), moves.row_out)[..., rotary_dim:]
+    testing.assert_same_bits(after, before)
+
+
+@pytest.mark.parametrize("out_layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_strides(backend, layout, out_layout):
+    check(
+        backend,
+        random_moves(3, layout=layout, out_layout=out_layout, dtype=torch.float16, heads=3),
+    )
+
+
+@pytest.mark.parametrize("destinations", [1, 3])
+@pytest.mark.parametrize("skip", [0.0, 0.4, 1.0])
+def test_one_row_goes_to_several_positions(backend, destinations, skip):
+    check(
+        backend,
+        random_moves(5, destinations=destinations, skip=skip, dtype=torch.bfloat16, rows=11),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.25, 0.7])
+def test_scale_multiplies_rotary_dims_only(backend, scale, dtype):
+    moves = random_moves(11, scale=scale, rotary_dim=32, dtype=dtype)
+    actual = check(backend, moves)
+    row, into = int(moves.row_in[0]), int(moves.row_out[0])  # the row that does not move
+    before = reference.gather_rows(moves.x, torch.tensor([row]))
+    after = reference.gather_rows(actual.out.cpu(), torch.tensor([into]))
+    testing.assert_same_bits(after[..., 32:], before[..., 32:])
+    scaled = (before[..., :32].float() * torch.tensor(scale)).to(dtype)
+    testing.assert_same_bits(after[..., :32], scaled)
+
+
+def test_left_out_arguments(backend):
+    moves = random_moves(13, rows=6)
+    moves.x = torch.randn(6, 2, 64)
+    moves.out = torch.full((6, 2, 64), torch.nan)
+    for row_in in (None, torch.arange(6).flip(0)):
+        for position_from in (None, moves.position_from):
+            moves.row_in, moves.row_out, moves.position_from = row_in, None, position_from
+            check(backend, moves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_positions_rows_are_copied(backend, dtype):
+    moves = random_moves(17, dtype=dtype, destinations=2, skip=0.3, layout="padded")
+    moves.position_from = moves.position_to = None
+    check(backend, moves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("some", [True, False], ids=["some_rows", "all_rows"])
+def test_in_place(backend, dtype, layout, some):
+    moves = random_moves(19, dtype=dtype, layout=layout)
+    total = moves.x.shape[0] * moves.x.shape[1]
+    rows = moves.row_in.unique() if some else None
+    count = rows.numel() if some else total
+    if not some:
+        reference.scatter_rows(
+            moves.x, torch.arange(total), torch.randn(total, *moves.x.shape[2:]).to(dtype)
+        )
+    generator = torch.Generator().manual_seed(1)
+    source, target = (torch.randint(100, (count,), generator=generator).int() for _ in range(2))
+    results = []
+    for module, device in ((reference, "cpu"), (backend, backend.device)):
+        copies = testing.StorageCopies(device)
+        x = copies(moves.x)
+        arguments = (None if rows is None else copies(rows), copies(source), copies(target))
+        module.rope_rotate_(x, *arguments, copies(moves.cos), copies(moves.sin), False, 1.0)
+        results.append(x)
+    testing.assert_same_storage(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(backend, dtype):
+    """Zeros of both signs, subnormals, the largest values (which overflow), infinities."""
+    info = torch.finfo(dtype)
+    values = torch.tensor(
+        [0.0, -0.0, info.smallest_normal / 4, -info.smallest_normal / 2, info.max, info.min],
+        dtype=torch.float64,
+    )
+    moves = random_moves(23, dtype=dtype, rows=8)
+    index = torch.randint(6, (8, 2, 64), generator=torch.Generator().manual_seed(2))
+    moves.row_in = torch.arange(8)
+    reference.scatter_rows(moves.x, moves.row_in, values[index].to(dtype))
+    check(backend, moves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_that_stays_keeps_every_bit(backend, dtype):
+    bits = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    info = torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(3)
+    moves = random_moves(29, dtype=dtype, rows=5)
+    pattern = torch.randint(info.min, info.max, (5, 2, 64), generator=generator).to(bits)
+    moves.row_in, moves.position_to = torch.arange(5), moves.position_from
+    pattern = pattern.view(dtype)
+    pattern[0, 0, :2] = torch.tensor([torch.inf, torch.nan])
+    reference.scatter_rows(moves.x, moves.row_in, pattern)
+    actual = check(backend, moves)
+    testing.assert_same_bits(reference.gather_rows(actual.out.cpu(), moves.row_out), pattern)
+
+
+def test_no_rows(backend):
+    moves = random_moves(31, rows=0)
+    actual = check(backend, moves)
+    assert actual.out.isnan().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(0, 150),
+    heads=st.sampled_from([1, 2, 3, 8]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    out_layout=st.sampled_from(testing.LAYOUTS),
+    block_size=st.sampled_from([1, 8, 16, 32]),
+    destinations=st.sampled_from([None, 1, 2, 5]),
+    scale=st.sampled_from([1.0, 1.1]),
+)
+def test_random_moves(fast_backend, head_dim, part, **options):
+    rotary_dim = int(head_dim * part) // 2 * 2
+    check(
+        fast_backend,
+        random_moves(
+            **options, head_dim=head_dim, rotary_dim=rotary_dim, skip=0.1, max_position=3000
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_and_tails_do_not_change_bits(fast_backend, dtype):
+    """Enough rows for several threads, on tables of 32K positions."""
+    moves = random_moves(
+        37, rows=2001, heads=4, head_dim=96, rotary_dim=72, dtype=dtype, max_position=1 << 15
+    )
+    check(fast_backend, moves)
+
+
+def test_functional_variant_gives_the_same(fast_backend):
+    moves = random_moves(41, dtype=torch.bfloat16, layout="heads_first").copy(fast_backend.device)
+    x, row_in, _, *rest, _ = moves.arguments()
+    out = torch.ops.tokendance.rope_rotate(x, row_in, *rest)
+    expected = reference.rope_rotate(
+        x.cpu(),
+        *(item.cpu() if isinstance(item, torch.Tensor) else item for item in (row_in, *rest)),
+    )
+    assert out.is_contiguous()
+    testing.assert_same_bits(out, expected)
