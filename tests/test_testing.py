@@ -13,6 +13,7 @@ from tokendance.reference import gather_rows, mirror_rows
 from tokendance.rounds import RoundTensors
 
 SEEDS = range(6)
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {
     "plain": {},
     "many": {"agents": 7, "masters": 5, "rows": 9, "repeat": True},
