@@ -1,0 +1,55 @@
+// merge_states: partial attention outputs become one, weighted by their log-sum-exp.
+//
+// Bytes of R rows, H heads, K partials at 16 bits: R * H * (K + 1) * (2 * D + 4). FLOPs: 2 per
+// element read: 1 FLOP/byte, bound by memory (A100: 19.5 TFLOPS fp32, 2039 GB/s; H100: 67 TFLOPS,
+// 3350 GB/s; datasheets). 40 registers at most, no spills, no shared memory: six blocks of 256
+// threads and more, at least 48 of 64 warps.
+#pragma once
+
+#include "cuda/merge_states_plan.h"
+#include "cuda/vector_io.cuh"
+#include "tokendance/params.h"
+
+namespace tokendance::cuda {
+
+// A thread has one vector of one row and head. All threads of a head compute the same weights:
+// their loads of the LSEs are broadcasts.
+template <typename T, int V>
+__device__ __forceinline__ void merge_states(const MergeStatesParams& p) {
+  const int32_t vectors = p.head_dim / V;
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t heads = p.num_rows * p.num_heads;  // of all rows
+  const int64_t head = static_cast<int64_t>(static_cast<uint64_t>(index) / vectors);
+  if (head >= heads) return;
+  const int32_t vector = static_cast<int32_t>(static_cast<uint64_t>(index) % vectors);
+
+  float highest = -INFINITY;
+  for (int64_t k = 0; k < p.num_partials; ++k) {
+    highest = fmaxf(highest, __ldg(p.partial_lse + k * heads + head));
+  }
+  float sum = 0.0f;
+  float merged[V] = {};
+  const T* partial = static_cast<const T*>(p.partial_out) + head * p.head_dim + vector * V;
+#pragma unroll 4
+  for (int64_t k = 0; k < p.num_partials; ++k) {
+    const float lse = __ldg(p.partial_lse + k * heads + head);
+    if (lse == -INFINITY) continue;  // it saw nothing, whatever its output holds
+    const float weight = expf(lse - highest);
+    float value[V];
+    unpack(load_vector<T, V>(partial + k * heads * p.head_dim), value);
+#pragma unroll
+    for (int i = 0; i < V; ++i) merged[i] = fmaf(weight, value[i], merged[i]);
+    sum += weight;
+  }
+  // Where nothing was seen, sum and output are 0.
+  float total = sum;
+  if (p.sinks && sum > 0.0f) total += expf(__ldg(p.sinks + head % p.num_heads) - highest);
+#pragma unroll
+  for (int i = 0; i < V; ++i) merged[i] = sum > 0.0f ? merged[i] / total : 0.0f;
+  Vector<T, V> out;
+  pack(merged, &out);
+  store_vector<T, V>(static_cast<T*>(p.out) + head * p.head_dim + vector * V, out);
+  if (vector == 0) p.lse[head] = sum > 0.0f ? highest + logf(sum) : -INFINITY;
+}
+
+}  // namespace tokendance::cuda
