@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tokendance.rounds import CHUNK_FIELDS, WORK_FIELDS, IntArray, RoundExtents,
 
 __all__ = [
     "ABSURD",
+    "EDGE_CASES",
     "LAYOUTS",
     "DenseCache",
     "Layout",
@@ -46,15 +47,8 @@ ABSURD = 1_900_000_001
 
 # Pools ------------------------------------------------------------------------------------------
 
-Layout = Literal["separate", "interleaved", "heads_first", "packed", "padded", "mixed"]
-LAYOUTS: tuple[Layout, ...] = (
-    "separate",
-    "interleaved",
-    "heads_first",
-    "packed",
-    "padded",
-    "mixed",
-)
+Layout = Literal["separate", "interleaved", "heads_first", "packed", "padded", "unaligned", "mixed"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def pools(
@@ -66,14 +60,15 @@ def pools(
         layout: how they lie in memory. ``separate``: each contiguous. ``interleaved``: K and V
             pages alternate in one allocation. ``heads_first``: so, too, and the heads of a page lie
             apart (HND). ``packed``: K and V of a head lie side by side. ``padded``: gaps between
-            heads, rows and pages, all multiples of 16 bytes. ``mixed``: K heads first, V padded.
+            heads, rows and pages, all multiples of 16 bytes. ``unaligned``: gaps of one element.
+            ``mixed``: K heads first, V padded.
     """
 
     def allocate(*shape: int) -> Tensor:
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    def padded() -> Tensor:
-        pages = allocate(num_pages, block_size + 1, heads + 1, head_dim + 16)
+    def padded(gap: int = 16) -> Tensor:
+        pages = allocate(num_pages, block_size + 1, heads + 1, head_dim + gap)
         return pages[:, :block_size, :heads, :head_dim]
 
     if layout == "separate":
@@ -90,6 +85,8 @@ def pools(
         return both[:, :, :, 0], both[:, :, :, 1]
     if layout == "padded":
         return padded(), padded()
+    if layout == "unaligned":
+        return padded(1), padded(1)
     return allocate(num_pages, heads, block_size, head_dim).transpose(1, 2), padded()
 
 
@@ -177,6 +174,33 @@ class RandomRound:
             sin=to(self.sin),
             length=to(self.length),
         )
+
+
+EDGE_CASES: dict[str, dict[str, Any]] = {
+    "no_agents": {"agents": 0},
+    "one_agent": {"agents": 1, "masters": 3},
+    "no_masters": {"masters": 0},
+    "empty_masters": {"masters": (0, 5, 0), "whole_uses": True},
+    "one_row_tails": {"masters": (1, 17, 33), "whole_uses": True},
+    "full_pages": {"masters": (32, 16), "whole_uses": True, "private_length": 32},
+    "all_overridden": {"masks": "all"},
+    "none_overridden": {"masks": "none", "whole_uses": True},
+    "only_shared": {"masks": "none", "private_length": 0},
+    "leading": {"masks": "leading", "masters": 4, "master_length": 12},
+    "repeat": {"repeat": True, "masters": 3},
+    "late_start": {"start": 70},
+    "no_slack": {"slack": False},
+    "table_slack": {"table_slack": 40},
+    "many_agents": {
+        "agents": 19,
+        "masters": 2,
+        "master_length": 21,
+        "private_length": 3,
+        "rows": 2,
+    },
+    "many_masters": {"agents": 4, "masters": 11, "master_length": 9},
+}
+"""Arguments of :func:`random_round` for rounds that an operator may get wrong."""
 
 
 @dataclass

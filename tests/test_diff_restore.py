@@ -1,0 +1,169 @@
+"""`diff_restore` against the reference, bit for bit, untouched memory included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance import reference, testing
+
+OPERATOR = "diff_restore"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def restored(module, case, dense):
+    """Runs the operator (or the reference) on these very tensors."""
+    tables = (case.cos, case.sin, case.interleaved)
+    round = (case.round,) if module is reference else (case.round.buffer, case.extents)
+    module.diff_restore(
+        case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v
+    )
+
+
+def check(backend, case, dense):
+    """Compares all of every storage with the reference's; returns the reference's dense rows."""
+    expected = dense.copy()
+    restored(reference, case, expected)
+    mine, actual = case.copy(backend.device), dense.copy(backend.device)
+    restored(backend, mine, actual)
+    for name, got, want in (
+        *(("k_out", *pair) for pair in zip(actual.k, expected.k, strict=True)),
+        *(("v_out", *pair) for pair in zip(actual.v, expected.v, strict=True)),
+        *(("k_pool", *pair) for pair in zip(mine.k_pool, case.k_pool, strict=True)),
+        *(("v_pool", *pair) for pair in zip(mine.v_pool, case.v_pool, strict=True)),
+        ("round", mine.round.buffer, case.round.buffer),
+    ):
+        testing.assert_same_storage(got, want, name)
+    return expected
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_row_comes_back(backend, dtype, head_dim, interleaved):
+    case = testing.random_round(
+        head_dim, head_dim=head_dim, dtype=dtype, interleaved=interleaved, whole_uses=True
+    )
+    expected = check(backend, case, testing.dense_cache(case, 1))
+    for agent, length in enumerate(case.length.tolist()):
+        slots = testing.dense_cache(case, 1).slot_mapping[agent, :length]
+        for rows in expected.k + expected.v:
+            assert reference.gather_rows(rows, slots).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", testing.EDGE_CASES)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_edge_cases(backend, kind, block_size):
+    case = testing.random_round(
+        block_size, block_size=block_size, dtype=torch.bfloat16, **testing.EDGE_CASES[kind]
+    )
+    check(backend, case, testing.dense_cache(case, 2, page_size=8))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_before_position_0_and_rows_that_are_nobodys(backend, seed):
+    case = testing.random_round(seed, cut=True, holes=True, private_length=4, block_size=8)
+    check(backend, case, testing.dense_cache(case, seed))
+
+
+@pytest.mark.parametrize("page_size", [None, 16], ids=["rows", "pages"])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_strides(backend, layout, page_size):
+    case = testing.random_round(4, layout=layout, dtype=torch.float16, num_layers=2)
+    for out_layout in testing.LAYOUTS[:: 1 if backend.name == "cpu" else 3]:
+        dense = testing.dense_cache(case, 5, page_size=page_size, layout=out_layout)
+        check(backend, case, dense)
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 2, 34, 64])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+def test_partial_rotation(backend, rotary_dim, interleaved):
+    case = testing.random_round(
+        6, head_dim=96, rotary_dim=rotary_dim, interleaved=interleaved, dtype=torch.bfloat16
+    )
+    check(backend, case, testing.dense_cache(case, 6))
+
+
+@pytest.mark.parametrize("skip", [0.3, 1.0])
+def test_negative_slots_are_skipped(backend, skip):
+    case = testing.random_round(7, agents=4)
+    expected = check(backend, case, testing.dense_cache(case, 7, skip=skip))
+    assert (skip == 1.0) == bool(expected.k[0].isnan().all())
+
+
+@pytest.mark.parametrize("fewer", [1, 20, 1000])
+def test_positions_beyond_the_slot_mapping_are_skipped(backend, fewer):
+    case = testing.random_round(8, agents=3, masters=(30, 20), whole_uses=True)
+    dense = testing.dense_cache(case, 8, spare_columns=0)
+    columns = max(0, dense.slot_mapping.shape[1] - fewer)
+    cut = testing.DenseCache(dense.k, dense.v, dense.slot_mapping[:, :columns])
+    check(backend, case, cut)
+
+
+def test_many_layers_share_one_launch(backend):
+    case = testing.random_round(9, agents=2, masters=(19,), num_layers=11, num_kv_heads=1)
+    check(backend, case, testing.dense_cache(case, 9))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_numbers_of_heads(backend, heads):
+    case = testing.random_round(
+        10, agents=2, masters=(19,), num_q_heads=heads, num_kv_heads=heads, dtype=torch.float16
+    )
+    check(backend, case, testing.dense_cache(case, 10))
+
+
+def test_the_agent_that_made_a_master_gets_its_bits_back(backend):
+    """Shift 0 and no override: every bit pattern of the Master arrives, NaN included."""
+    case = testing.random_round(
+        11, agents=1, masters=(40,), masks="none", whole_uses=True, private_length=0
+    )
+    case.round.use_shift[0] = 0
+    pattern = torch.randint(-(2**31), 2**31 - 1, case.k_pool[0].shape).int().view(torch.float32)
+    case.k_pool[0].copy_(pattern)
+    dense = testing.dense_cache(case, 11)
+    expected = check(backend, case, dense)
+    pages = case.round.master_pages[:3].long()
+    rows = case.k_pool[0][pages].flatten(0, 1)[:40]
+    testing.assert_same_bits(reference.gather_rows(expected.k[0], dense.slot_mapping[0, :40]), rows)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    master_length=st.sampled_from([3, 40, 100]),
+    private_length=st.sampled_from([0, 9, 50]),
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([1, 2, 5]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    out_layout=st.sampled_from(testing.LAYOUTS),
+    page_size=st.sampled_from([None, 1, 16, 256]),
+    block_size=st.sampled_from([8, 16, 32]),
+    start=st.sampled_from([0, 0, 2000]),
+    repeat=st.booleans(),
+    cut=st.booleans(),
+    holes=st.booleans(),
+)
+def test_random_rounds(
+    fast_backend, seed, num_kv_heads, head_dim, part, out_layout, page_size, **options
+):
+    case = testing.random_round(
+        seed,
+        num_q_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * part) // 2 * 2,
+        **options,
+    )
+    dense = testing.dense_cache(case, seed, page_size=page_size, layout=out_layout, skip=0.05)
+    check(fast_backend, case, dense)
