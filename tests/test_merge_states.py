@@ -1,0 +1,110 @@
+"""`merge_states` against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance import reference, testing
+
+OPERATOR = "merge_states"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+# Outputs are weighted means of values that the dtype holds exactly; only the last rounding counts.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def partials(seed, count, rows, heads, head_dim, dtype, blind=0.0, spread=3.0):
+    """Partial outputs and LSEs; a share `blind` of them saw nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.randn(count, rows, heads, head_dim, generator=generator)
+    lse = torch.randn(count, rows, heads, generator=generator) * spread
+    nothing = torch.rand(count, rows, heads, generator=generator) < blind
+    lse[nothing] = -torch.inf
+    out[nothing] = 0
+    return out.to(dtype), lse
+
+
+def check(backend, partial_out, partial_lse, sinks=None):
+    expected_out, expected_lse = reference.merge_states(partial_out, partial_lse, sinks)
+    to = testing.StorageCopies(backend.device)
+    out = torch.full(partial_out.shape[1:], torch.nan, dtype=partial_out.dtype)
+    lse = torch.full(partial_lse.shape[1:], torch.nan)
+    out, lse = to(out), to(lse)
+    sinks = None if sinks is None else to(sinks)
+    backend.merge_states_out(to(partial_out), to(partial_lse), sinks, out, lse)
+    scale = max(1.0, float(partial_out.float().abs().max())) if partial_out.numel() else 1.0
+    error = (out.cpu().double() - expected_out).abs()
+    assert not error.isnan().any()
+    assert not error.numel() or error.max() <= ROUNDING[partial_out.dtype] * scale
+    testing.assert_close(lse[..., None], expected_lse[..., None], torch.float32, "lse")
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["no_sinks", "sinks"])
+def test_merging(backend, dtype, head_dim, with_sinks):
+    out, lse = partials(head_dim, 5, 7, 3, head_dim, dtype, blind=0.3)
+    check(backend, out, lse, torch.tensor([0.5, -2.0, 4.0]) if with_sinks else None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 33])
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_sizes(backend, count, rows):
+    check(backend, *partials(1, count, rows, 2, 64, torch.float32, blind=0.2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, torch.inf * -1])])
+def test_rows_that_nothing_was_seen_for(backend, sinks):
+    out, lse = check(backend, *partials(2, 3, 9, 2, 64, torch.float16, blind=1.0), sinks)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_one_partial_passes_through(backend):
+    out, lse = partials(3, 1, 6, 2, 128, torch.bfloat16)
+    merged, merged_lse = check(backend, out, lse)
+    testing.assert_same_bits(merged, out[0])
+    torch.testing.assert_close(merged_lse, lse[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("middle", [-500.0, 0.0, 500.0])
+def test_large_lse_do_not_overflow(backend, middle):
+    out, lse = partials(4, 4, 6, 2, 64, torch.float32, spread=40.0)
+    check(backend, out, lse + middle, torch.tensor([middle, -middle]))
+
+
+def test_a_sink_far_above_leaves_nothing(backend):
+    out, lse = partials(5, 3, 5, 2, 64, torch.float32)
+    merged, merged_lse = check(backend, out, lse, torch.tensor([200.0, -200.0]))
+    assert (merged[:, 0] == 0).all()
+    assert merged_lse.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(0, 20),
+    rows=st.integers(0, 60),
+    heads=st.integers(1, 9),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    dtype=st.sampled_from(DTYPES),
+    blind=st.sampled_from([0.0, 0.1, 0.9]),
+    with_sinks=st.booleans(),
+)
+def test_random_partials(fast_backend, seed, heads, with_sinks, **options):
+    out, lse = partials(seed, heads=heads, **options)
+    check(fast_backend, out, lse, torch.linspace(-2, 3, heads) if with_sinks else None)
+
+
+def test_functional_variant_gives_the_same(fast_backend):
+    out, lse = partials(6, 3, 8, 4, 64, torch.bfloat16, blind=0.2)
+    sinks = torch.zeros(4)
+    expected = check(fast_backend, out, lse, sinks)
+    arguments = (item.to(fast_backend.device) for item in (out, lse, sinks))
+    for got, want in zip(torch.ops.tokendance.merge_states(*arguments), expected, strict=True):
+        testing.assert_same_bits(got, want)
