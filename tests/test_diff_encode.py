@@ -1,0 +1,361 @@
+"""`diff_encode` against the reference, bit for bit, and what a diff promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance import reference, testing
+from tokendance.rounds import RoundTensors
+
+OPERATOR = "diff_encode"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+ABSURD_SLOT = 1 << 40  # stands in the slot mapping where no token does
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def encoded(module, case, dense, atol=0.0, rtol=0.0):
+    """Runs the operator (or the reference) on these very tensors."""
+    tables = (case.cos, case.sin, case.interleaved)
+    round = (case.round,) if module is reference else (case.round.buffer, case.extents)
+    inputs = (dense.k, dense.v, dense.slot_mapping, case.length)
+    module.diff_encode(*inputs, case.k_pool, case.v_pool, *tables, *round, atol, rtol)
+
+
+def restored(case, seed=0, **options):
+    """Dense KV of the round's Mirrors, by the reference; NaN and absurd slots beyond prompts."""
+    dense = testing.dense_cache(case, seed, **options)
+    tables = (case.cos, case.sin, case.interleaved)
+    reference.diff_restore(
+        case.k_pool, case.v_pool, *tables, case.round, dense.slot_mapping, dense.k, dense.v
+    )
+    for agent, length in enumerate(case.length.tolist()):
+        dense.slot_mapping[agent, length:] = ABSURD_SLOT
+    return dense
+
+
+def forget_mirrors(case):
+    """The round as it is before encoding: rubbish in the masks, own rows and own pages."""
+    blank = case.copy()
+    blank.round.use_masks.fill_(0x5A5A5A5A)
+    blank.round.own_length.fill_(-7)
+    blank.round.own_position.fill_(testing.ABSURD)
+    own = blank.round.own_pages[: int(blank.round.own_page_indptr[-1])].long()
+    for pool in blank.k_pool + blank.v_pool:
+        pool[own] = torch.nan
+    return blank
+
+
+def check(backend, blank, dense, atol=0.0, rtol=0.0):
+    """Compares all of every storage with the reference's; returns the encoded round."""
+    expected = blank.copy()
+    encoded(reference, expected, dense, atol, rtol)
+    mine, given_dense = blank.copy(backend.device), dense.copy(backend.device)
+    encoded(backend, mine, given_dense, atol, rtol)
+    for name in blank.round.extents.shapes():
+        testing.assert_same_bits(getattr(mine.round, name), getattr(expected.round, name), name)
+    for name, got, want in (
+        ("round", mine.round.buffer, expected.round.buffer),
+        *(("k_pool", *pair) for pair in zip(mine.k_pool, expected.k_pool, strict=True)),
+        *(("v_pool", *pair) for pair in zip(mine.v_pool, expected.v_pool, strict=True)),
+        *(("k_in", *pair) for pair in zip(given_dense.k, dense.k, strict=True)),
+        *(("v_in", *pair) for pair in zip(given_dense.v, dense.v, strict=True)),
+    ):
+        testing.assert_same_storage(got, want, name)
+    return expected
+
+
+def alter(dense, agent, positions, layer=0):
+    """Changes one element of K or V of the rows at these positions, in one layer."""
+    for index, position in enumerate(positions):
+        rows = (dense.k, dense.v)[index % 2][layer]
+        slot = dense.slot_mapping[agent, position : position + 1]
+        row = reference.gather_rows(rows, slot).clone()
+        element = (0, index % row.shape[1], (index * 31) % row.shape[2])
+        row[element] += 1
+        reference.scatter_rows(rows, slot, row)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mirrors_come_back(backend, dtype, head_dim, interleaved):
+    """Encoding what was restored gives the masks and own rows that it was restored from."""
+    case = testing.random_round(
+        head_dim,
+        head_dim=head_dim,
+        dtype=dtype,
+        interleaved=interleaved,
+        masters=(21, 30),
+        num_layers=2,
+        room_for_all=True,
+    )
+    got = check(backend, forget_mirrors(case), restored(case))
+    for name in ("use_masks", "own_length", "own_position"):
+        filled = case.filled.shapes()[name][0]
+        wanted = getattr(case.round, name)[:filled]
+        testing.assert_same_bits(getattr(got.round, name)[:filled], wanted, name)
+    assert int(case.round.own_length.sum()) > 0
+
+
+@pytest.mark.parametrize("kind", testing.EDGE_CASES)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_edge_cases(backend, kind, block_size):
+    arguments = {"room_for_all": True, "dtype": torch.float16, **testing.EDGE_CASES[kind]}
+    arguments["start"] = 0  # every position has a row
+    case = testing.random_round(block_size + 1, block_size=block_size, **arguments)
+    check(backend, forget_mirrors(case), restored(case, page_size=8))
+
+
+@pytest.mark.parametrize("page_size", [None, 16], ids=["rows", "pages"])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_strides(backend, layout, page_size):
+    case = testing.random_round(
+        2, layout=layout, dtype=torch.bfloat16, masters=(20, 9), room_for_all=True
+    )
+    blank = forget_mirrors(case)
+    for in_layout in testing.LAYOUTS[:: 1 if backend.name == "cpu" else 3]:
+        check(backend, blank, restored(case, page_size=page_size, layout=in_layout))
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 2, 34])
+def test_partial_rotation(backend, rotary_dim):
+    case = testing.random_round(
+        3, head_dim=96, rotary_dim=rotary_dim, dtype=torch.float16, room_for_all=True
+    )
+    check(backend, forget_mirrors(case), restored(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("altered", [(0,), (3, 4, 5, 17), tuple(range(40))])
+def test_a_sibling_altered_in_r_rows_gets_r_own_rows(backend, altered, dtype):
+    """Whichever layer, head, dimension of K or V they differ in."""
+    case = testing.random_round(
+        4,
+        agents=1,
+        masters=(40,),
+        whole_uses=True,
+        private_length=0,
+        masks="none",
+        num_layers=3,
+        dtype=dtype,
+        room_for_all=True,
+    )
+    blank = forget_mirrors(case)
+    clean = check(backend, blank, restored(case))
+    assert clean.round.own_length.tolist()[:1] == [0]
+    assert (clean.round.use_masks[: case.filled.use_pages] == 0).all()
+    for layer in range(3):
+        dense = restored(case)
+        alter(dense, 0, altered, layer)
+        got = check(backend, blank, dense)
+        assert int(got.round.own_length[0]) == len(altered)
+        first = int(got.round.own_page_indptr[0]) * 16
+        assert got.round.own_position[first : first + len(altered)].tolist() == list(altered)
+
+
+def test_the_master_agent_has_no_override(backend):
+    """A Master cut out of a prompt's own dense rows: no shift, and no row that differs."""
+    case = testing.random_round(
+        5, agents=2, masters=(33,), whole_uses=True, masks="none", room_for_all=True, slack=False
+    )
+    use = int(case.round.agent_use[0, 0])
+    moved = case.round.use_delta - case.round.use_delta[use]
+    case.round.use_shift.copy_(moved)
+    got = check(backend, forget_mirrors(case), restored(case))
+    assert (got.round.use_masks == 0).all()
+    private = case.length - 33
+    assert got.round.own_length.tolist() == private.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
+    case = testing.random_round(
+        6,
+        agents=1,
+        masters=(20,),
+        whole_uses=True,
+        masks="none",
+        private_length=0,
+        dtype=dtype,
+        room_for_all=True,
+    )
+    case.round.use_shift[0] = 0
+    rows = case.round.master_pages[:2].long()
+    case.k_pool[0][rows[0], 3, 0, 5] = torch.nan
+    case.v_pool[0][rows[0], 4, 1, 6] = 0.0
+    case.v_pool[0][rows[0], 5, 1, 6] = -0.0
+    case.k_pool[0][rows[1], 1, 0, 0] = torch.inf
+    blank = forget_mirrors(case)
+    dense = restored(case)
+    assert check(backend, blank, dense).round.own_length[0] == 0
+    slots = dense.slot_mapping[0, 4:5]
+    row = reference.gather_rows(dense.v[0], slots).clone()
+    row[0, 1, 6] = -0.0
+    reference.scatter_rows(dense.v[0], slots, row)
+    got = check(backend, blank, dense)
+    first = int(got.round.own_page_indptr[0]) * 16
+    assert got.round.own_length[0] == 1
+    assert got.round.own_position[first] == 4
+    # With a tolerance the zeros are the same and the NaN is not.
+    got = check(backend, blank, dense, atol=1e-3)
+    assert got.round.own_position[first] == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_was_encoded_is_restored_bit_for_bit(fast_backend, dtype):
+    """Even where the dense rows have nothing to do with the Masters."""
+    case = testing.random_round(
+        7, agents=5, masters=4, rows=0, num_layers=2, dtype=dtype, room_for_all=True
+    )
+    dense = restored(case)
+    generator = torch.Generator().manual_seed(7)
+    for agent, length in enumerate(case.length.tolist()):
+        chosen = torch.rand(length, generator=generator) < 0.5
+        alter(dense, agent, chosen.nonzero().flatten().tolist(), layer=agent % 2)
+    mine = forget_mirrors(case).copy(fast_backend.device)
+    encoded(fast_backend, mine, dense.copy(fast_backend.device))
+    back = testing.dense_cache(case, 0)
+    there = back.copy(fast_backend.device)
+    fast_backend.diff_restore(
+        mine.k_pool,
+        mine.v_pool,
+        mine.cos,
+        mine.sin,
+        mine.interleaved,
+        mine.round.buffer,
+        mine.extents,
+        there.slot_mapping,
+        there.k,
+        there.v,
+    )
+    for got, want in zip(there.k + there.v, dense.k + dense.v, strict=True):
+        testing.assert_same_storage(got, want)
+
+
+@pytest.mark.parametrize(("atol", "rtol"), [(0.05, 0.0), (0.0, 0.05), (0.02, 0.02)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tolerances(backend, dtype, atol, rtol):
+    """Rows changed by a third of the tolerance stay with the Master, by three times it do not."""
+    case = testing.random_round(
+        8,
+        agents=1,
+        masters=(40,),
+        whole_uses=True,
+        masks="none",
+        private_length=0,
+        dtype=dtype,
+        room_for_all=True,
+    )
+    dense = restored(case)
+    slots = dense.slot_mapping[0, :40]
+    for rows in dense.k + dense.v:
+        content = reference.gather_rows(rows, slots).float()
+        bound = atol + rtol * content.abs()
+        part = torch.full((40, 1, 1), 0.33)
+        part[::4] = 3.0
+        sign = torch.where(torch.rand(content.shape) < 0.5, -1, 1)
+        reference.scatter_rows(rows, slots, (content + part * bound * sign).to(dtype))
+    blank = forget_mirrors(case)
+    assert check(backend, blank, dense, atol, rtol).round.own_length[0] == 10
+    assert check(backend, blank, dense).round.own_length[0] == 40
+
+
+def with_room(case, pages_of_agent):
+    """The round with so many own pages per agent, the first of those it has."""
+    arrays = {name: array.copy() for name, array in case.arrays.items()}
+    before = case.arrays["own_page_indptr"]
+    kept = [
+        page
+        for agent, pages in enumerate(pages_of_agent)
+        for page in case.arrays["own_pages"][before[agent] : before[agent] + pages].tolist()
+    ]
+    arrays["own_pages"] = np.array(kept, dtype=np.int32)
+    arrays["own_page_indptr"] = np.cumsum([0, *pages_of_agent]).astype(np.int32)
+    size = case.filled.block_size
+    arrays["own_position"] = np.full(len(kept) * size, testing.ABSURD, dtype=np.int32)
+    filled = replace(case.filled, own_pages=len(kept))
+    return replace(case, round=RoundTensors.from_arrays(arrays, filled), filled=filled)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_rows_that_do_not_fit_are_counted_and_not_written(backend, room):
+    case = testing.random_round(
+        9,
+        agents=3,
+        masters=(40, 30),
+        whole_uses=True,
+        masks="all",
+        room_for_all=True,
+        slack=False,
+        dtype=torch.float16,
+    )
+    dense = restored(case)
+    has = np.diff(case.arrays["own_page_indptr"]).tolist()
+    tight = with_room(case, [min(pages, room + agent) for agent, pages in enumerate(has)])
+    got = check(backend, forget_mirrors(tight), dense)
+    assert got.round.own_length.tolist() == case.length.tolist()
+
+
+def test_tokens_before_the_end_of_a_use_are_not_needed(backend):
+    """A prompt that ends within its last use: the rows beyond count as the Master's."""
+    case = testing.random_round(
+        10,
+        agents=3,
+        masters=(40, 40),
+        whole_uses=True,
+        masks="all",
+        private_length=3,
+        room_for_all=True,
+        slack=False,
+    )
+    dense = restored(case)
+    shorter = torch.tensor([1, 13, 30], dtype=torch.int32)
+    blank = replace(forget_mirrors(case), length=case.length - shorter)
+    for agent, length in enumerate(blank.length.tolist()):
+        dense.slot_mapping[agent, length:] = ABSURD_SLOT
+    got = check(backend, blank, dense)
+    assert got.round.own_length.tolist() == blank.length.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    master_length=st.sampled_from([3, 40, 100]),
+    private_length=st.sampled_from([0, 9, 50]),
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([1, 2, 5]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    in_layout=st.sampled_from(testing.LAYOUTS),
+    page_size=st.sampled_from([None, 1, 16, 256]),
+    block_size=st.sampled_from([8, 16, 32]),
+    repeat=st.booleans(),
+    table_slack=st.sampled_from([0, 3000]),
+)
+def test_random_rounds(
+    fast_backend, seed, num_kv_heads, head_dim, part, in_layout, page_size, **options
+):
+    case = testing.random_round(
+        seed,
+        num_q_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * part) // 2 * 2,
+        room_for_all=True,
+        rows=0,
+        **options,
+    )
+    dense = restored(case, seed, page_size=page_size, layout=in_layout)
+    check(fast_backend, forget_mirrors(case), dense)
