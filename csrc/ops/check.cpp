@@ -109,7 +109,7 @@ const Argument& Argument::shape(Dimensions& dims, std::initializer_list<Dimensio
 
 const Argument& Argument::contiguous() const {
   if (!tensor_.is_contiguous()) {
-    fail(name_, ": expected a contiguous tensor, got strides ", list_text(tensor_.strides()));
+    fail(name_, ": expected a contiguous tensor, got strides ", strides_text(tensor_));
   }
   return *this;
 }
@@ -117,7 +117,7 @@ const Argument& Argument::contiguous() const {
 const Argument& Argument::innermost_stride_1() const {
   const int64_t last = tensor_.dim() - 1;
   if (last >= 0 && tensor_.size(last) > 1 && tensor_.stride(last) != 1) {
-    fail(name_, ": expected innermost stride 1, got strides ", list_text(tensor_.strides()));
+    fail(name_, ": expected innermost stride 1, got strides ", strides_text(tensor_));
   }
   return *this;
 }
@@ -128,7 +128,7 @@ const Argument& Argument::not_expanded() const {
   for (size_t axis = 0; axis < sizes.size(); ++axis) {
     if (sizes[axis] > 1 && strides[axis] == 0) {
       fail(name_, ": expected memory of its own for every element, got strides ",
-           list_text(strides));
+           strides_text(tensor_));
     }
   }
   return *this;
@@ -175,6 +175,11 @@ int32_t checked_head_dim(std::string_view name, int64_t head_dim) {
   return static_cast<int32_t>(head_dim);
 }
 
+int32_t checked_int32(std::string_view name, int64_t size) {
+  expect(size <= INT32_MAX, name, "a size below 2^31", size);
+  return static_cast<int32_t>(size);
+}
+
 RopeTables rope_tables(const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& other,
                        int32_t head_dim) {
   Dimensions dims;
@@ -189,10 +194,8 @@ RopeTables rope_tables(const Tensor& cos, const Tensor& sin, bool interleaved, c
         .shape(dims, {"max_position", "rotary_dim / 2"})
         .contiguous();
   }
-  const int64_t max_position = cos.size(0);
-  expect(max_position <= INT32_MAX, "cos", "fewer than 2^31 positions", max_position);
   return {static_cast<const float*>(cos.const_data_ptr()),
-          static_cast<const float*>(sin.const_data_ptr()), static_cast<int32_t>(max_position),
+          static_cast<const float*>(sin.const_data_ptr()), checked_int32("cos", cos.size(0)),
           static_cast<int32_t>(2 * cos.size(1)), interleaved};
 }
 
@@ -201,6 +204,8 @@ std::string layer_name(std::string_view name, size_t layer) {
 }
 
 std::string shape_text(const Tensor& tensor) { return list_text(tensor.sizes()); }
+
+std::string strides_text(const Tensor& tensor) { return list_text(tensor.strides()); }
 
 std::string device_text(const Tensor& tensor) {
   const auto device = tensor.device();

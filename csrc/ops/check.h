@@ -65,6 +65,7 @@ class Dimensions {
  public:
   // The size of a dimension that an earlier shape bound.
   int64_t operator[](std::string_view name) const;
+  bool has(std::string_view name) const { return find(name) != nullptr; }
   void bind(const char* name, int64_t size) { bound_.emplace_back(name, size); }
 
   // Whether `tensor` has this shape; binds its names if so.
@@ -109,6 +110,9 @@ DType storage_dtype(std::string_view name, const Tensor& tensor);
 // head_dim must be one that the kernels are made for.
 int32_t checked_head_dim(std::string_view name, int64_t head_dim);
 
+// A size that the kernels hold in 32 bits.
+int32_t checked_int32(std::string_view name, int64_t size);
+
 // cos and sin: fp32 contiguous [max_position, rotary_dim / 2] on the device of `other`.
 RopeTables rope_tables(const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& other,
                        int32_t head_dim);
@@ -118,6 +122,7 @@ std::string layer_name(std::string_view name, size_t layer);
 
 // Shape, dtype name and strides as errors show them.
 std::string shape_text(const Tensor& tensor);
+std::string strides_text(const Tensor& tensor);
 std::string device_text(const Tensor& tensor);
 const char* dtype_text(ScalarType dtype);
 

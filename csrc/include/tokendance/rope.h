@@ -11,7 +11,9 @@
 #if defined(__CUDACC__)
 #define TOKENDANCE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define TOKENDANCE_HOST_DEVICE inline
+// Always inlined: the same header is compiled for several instruction sets, and a shared copy would
+// be one that not every machine can run.
+#define TOKENDANCE_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace tokendance {

@@ -1,0 +1,223 @@
+// Dense rows stored as what differs from the Masters.
+//
+// First the masks: a work item is one page of a Master, through all layers, so that it alone writes
+// the mask words of that page's uses and reads a Master page once for all agents. A row that has
+// differed once is not read again in the layers above. Then each agent's own rows are listed in the
+// order of positions, and last they are copied, page by page: each row is read once more, the
+// others never.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/rotation.h"
+#include "cpu/round_pages.h"
+
+namespace tokendance::TOKENDANCE_ISA {
+namespace {
+
+// Decides whether dense rows are what restore would give.
+template <bool kInterleaved, bool kExact, typename T>
+class RowComparison {
+ public:
+  RowComparison(const DiffEncodeParams& params, MoveAngles& angles)
+      : params_(params),
+        angles_(angles),
+        atol_(broadcast(params.atol)),
+        rtol_(broadcast(params.rtol)) {}
+
+  bool same_key(const T* dense, const T* master, int64_t shift) const {
+    const int rotary_dim = shift != 0 ? params_.rope.rotary_dim : 0;
+    if (rotary_dim > 0) angles_.set(params_.rope, shift);
+    for (int32_t head = 0; head < params_.num_heads; ++head) {
+      const T* in = dense + head * params_.in_k_layout.head_stride;
+      const T* held = master + head * params_.pool_k_layout.head_stride;
+      Difference differs;
+      rotate_head<kInterleaved>(held, angles_, rotary_dim, [&](int dim, F32 value, int n) {
+        differs.add(load_lanes(in + dim, n), narrow<T>(value), n, *this);
+      });
+      compare_unmoved(differs, in, held, rotary_dim);
+      if (differs.found()) return false;
+    }
+    return true;
+  }
+
+  bool same_value(const T* dense, const T* master) const {
+    for (int32_t head = 0; head < params_.num_heads; ++head) {
+      Difference differs;
+      compare_unmoved(differs, dense + head * params_.in_v_layout.head_stride,
+                      master + head * params_.pool_v_layout.head_stride, 0);
+      if (differs.found()) return false;
+    }
+    return true;
+  }
+
+ private:
+  static TOKENDANCE_INLINE Packed<T> load_lanes(const T* p, int n) {
+    return n == kLanes ? load_packed(p) : load_packed(p, n);
+  }
+
+  struct Difference {
+    Packed<T> bits = {};
+    bool beyond = false;
+
+    TOKENDANCE_INLINE void add(Packed<T> in, Packed<T> moved, int n, const RowComparison& by) {
+      if constexpr (kExact) {
+        bits = either(bits, difference(in, first_lanes(moved, n)));
+      } else {
+        const F32 wanted = widen(moved);
+        const F32 bound = tokendance::TOKENDANCE_ISA::add(by.atol_, mul(by.rtol_, abs(wanted)));
+        beyond |= !all_less_equal(abs(sub(widen(in), wanted)), bound);
+      }
+    }
+    TOKENDANCE_INLINE bool found() const {
+      if constexpr (kExact) return any(bits);
+      return beyond;
+    }
+    // Lanes beyond n of `in` are 0; of a rotation of zeros they may be -0.
+    static TOKENDANCE_INLINE Packed<T> first_lanes(Packed<T> a, int n) {
+      if (n == kLanes) return a;
+      alignas(kCacheLine) T lanes[kLanes];
+      store(static_cast<T*>(lanes), a);
+      return load_packed(static_cast<const T*>(lanes), n);
+    }
+  };
+
+  TOKENDANCE_INLINE void compare_unmoved(Difference& differs, const T* in, const T* held,
+                                         int begin) const {
+    int i = begin;
+    for (; i + kLanes <= params_.head_dim; i += kLanes) {
+      differs.add(load_packed(in + i), load_packed(held + i), kLanes, *this);
+    }
+    if (i < params_.head_dim) {
+      const int n = params_.head_dim - i;
+      differs.add(load_packed(in + i, n), load_packed(held + i, n), n, *this);
+    }
+  }
+
+  const DiffEncodeParams& params_;
+  MoveAngles& angles_;
+  F32 atol_, rtol_;
+};
+
+template <bool kInterleaved, bool kExact, typename T>
+void encode_page(const DiffEncodeParams& params, int64_t index, MoveAngles& angles) {
+  const MutableRoundView& round = params.round;
+  const int64_t master = list_of(round.master_page_indptr, round.extents.masters, index);
+  const int64_t page = index - round.master_page_indptr[master];
+  const int64_t pool_page = round.master_pages[index];
+  const RowComparison<kInterleaved, kExact, T> comparison(params, angles);
+  for_each_use_of_page(round, master, page,
+                       [&](const UsePage& use) { round.use_masks[use.mask_index] = 0; });
+  for (int32_t layer = 0; layer < params.num_layers; ++layer) {
+    const T* k_in = static_cast<const T*>(params.in.k[layer]);
+    const T* v_in = static_cast<const T*>(params.in.v[layer]);
+    const T* k_page =
+        static_cast<const T*>(params.pool.k[layer]) + pool_page * params.pool_k_layout.page_stride;
+    const T* v_page =
+        static_cast<const T*>(params.pool.v[layer]) + pool_page * params.pool_v_layout.page_stride;
+    for_each_use_of_page(round, master, page, [&](const UsePage& use) {
+      const int64_t rows = std::min<int64_t>(use.rows, params.length[use.agent] - use.position);
+      const int64_t* slots = params.slot_mapping + use.agent * params.slot_stride + use.position;
+      uint32_t mask = static_cast<uint32_t>(round.use_masks[use.mask_index]);
+      uint32_t open = row_bits(0, rows) & ~mask;
+      while (open != 0) {
+        const int row = __builtin_ctz(open);
+        open &= open - 1;
+        const int64_t slot = slots[row];
+        const bool same =
+            comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
+                                k_page + row * params.pool_k_layout.row_stride, use.shift) &&
+            comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
+                                  v_page + row * params.pool_v_layout.row_stride);
+        if (!same) mask |= uint32_t{1} << row;
+      }
+      round.use_masks[use.mask_index] = static_cast<int32_t>(mask);
+    });
+  }
+}
+
+// Lists the positions at which the agent needs rows of its own.
+void list_own_rows(const DiffEncodeParams& params, int64_t agent) {
+  const MutableRoundView& round = params.round;
+  const int64_t block_size = round.extents.block_size;
+  const int64_t first_page = round.own_page_indptr[agent];
+  const int64_t capacity = (round.own_page_indptr[agent + 1] - first_page) * block_size;
+  int32_t* positions = round.own_position + first_page * block_size;
+  const int64_t length = params.length[agent];
+  int64_t count = 0;
+  const auto add = [&](int64_t position) {
+    if (count < capacity) positions[count] = static_cast<int32_t>(position);
+    ++count;
+  };
+  int64_t position = 0;
+  for (int64_t use = round.agent_use_indptr[agent]; use < round.agent_use_indptr[agent + 1];
+       ++use) {
+    const int64_t delta = round.use_delta[use];
+    for (; position < std::min(delta, length); ++position) add(position);
+    const int64_t rows = std::min<int64_t>(round.use_length[use], length - delta);
+    for (int64_t row = 0; row < rows; row += block_size) {
+      uint32_t mask =
+          static_cast<uint32_t>(round.use_masks[round.use_page_indptr[use] + row / block_size]) &
+          row_bits(0, std::min(block_size, rows - row));
+      for (; mask != 0; mask &= mask - 1) add(delta + row + __builtin_ctz(mask));
+    }
+    position = std::max(position, delta + rows);
+  }
+  for (; position < length; ++position) add(position);
+  round.own_length[agent] = static_cast<int32_t>(count);
+}
+
+template <typename T>
+void copy_own_page(const DiffEncodeParams& params, int64_t layer, bool is_key, int64_t index) {
+  const MutableRoundView& round = params.round;
+  const int64_t block_size = round.extents.block_size;
+  const RowLayout& in_layout = is_key ? params.in_k_layout : params.in_v_layout;
+  const RowLayout& pool_layout = is_key ? params.pool_k_layout : params.pool_v_layout;
+  const RowShape shape = {params.num_heads, params.head_dim, in_layout.head_stride,
+                          pool_layout.head_stride};
+  const T* in = static_cast<const T*>(is_key ? params.in.k[layer] : params.in.v[layer]);
+  T* page = static_cast<T*>(is_key ? params.pool.k[layer] : params.pool.v[layer]) +
+            round.own_pages[index] * pool_layout.page_stride;
+  const int64_t agent = list_of(round.own_page_indptr, round.extents.agents, index);
+  const int64_t first = (index - round.own_page_indptr[agent]) * block_size;
+  const int64_t rows = std::min<int64_t>(block_size, round.own_length[agent] - first);
+  const int64_t* slots = params.slot_mapping + agent * params.slot_stride;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t slot = slots[round.own_position[index * block_size + row]];
+    copy_row<Writing::kStore>(page + row * pool_layout.row_stride, in + row_offset(in_layout, slot),
+                              shape);
+  }
+}
+
+}  // namespace
+
+void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
+  const RoundExtents& extents = params.round.extents;
+  const int64_t master_pages = params.round.master_page_indptr[extents.masters];
+  const int64_t own_pages = params.round.own_page_indptr[extents.agents];
+  const bool exact = params.atol == 0.0f && params.rtol == 0.0f;
+  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+    using T = decltype(element);
+    constexpr bool kInterleaved = decltype(interleaved)::value;
+    parallel_items(parallel_for, master_pages, [&](const auto& next) {
+      MoveAngles angles;
+      for (int64_t item = next(); item >= 0; item = next()) {
+        if (exact) {
+          encode_page<kInterleaved, true, T>(params, item, angles);
+        } else {
+          encode_page<kInterleaved, false, T>(params, item, angles);
+        }
+      }
+    });
+    parallel_items(parallel_for, extents.agents, [&](const auto& next) {
+      for (int64_t agent = next(); agent >= 0; agent = next()) list_own_rows(params, agent);
+    });
+    parallel_items(parallel_for, 2 * params.num_layers * own_pages, [&](const auto& next) {
+      for (int64_t item = next(); item >= 0; item = next()) {
+        const int64_t part = item / own_pages;
+        copy_own_page<T>(params, part / 2, part % 2 == 0, item % own_pages);
+      }
+    });
+  });
+}
+
+}  // namespace tokendance::TOKENDANCE_ISA

@@ -1,0 +1,163 @@
+// Mirrors written out as dense rows.
+//
+// A work item is one page of one layer's keys or values. A Master page is read once and written for
+// every agent that uses it while it is in cache, so that N agents cost N writes and one read: a
+// restore that copies the Master per agent first would read N times and write twice. Nothing dense
+// is kept in between: a row goes from its page through registers to its slot.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/rotation.h"
+#include "cpu/round_pages.h"
+
+namespace tokendance::TOKENDANCE_ISA {
+namespace {
+
+struct Restore {
+  const DiffRestoreParams& params;
+  MoveContext keys;
+  RowShape values;
+  Writing key_writing, value_writing;
+  int64_t master_pages;  // pages of all Masters
+  int64_t pages;         // and of all own rows
+};
+
+// The slots of an agent's rows from `position` on.
+const int64_t* slots_of(const DiffRestoreParams& params, int64_t agent, int64_t position) {
+  return params.slot_mapping + agent * params.slot_stride + position;
+}
+
+// Calls write(row of the page, out row) for the rows `wanted` that have a slot.
+template <typename Write>
+TOKENDANCE_INLINE void for_each_slot(const DiffRestoreParams& params, int64_t agent,
+                                     int64_t position, uint32_t wanted, const Write& write) {
+  while (wanted != 0) {
+    const int row = __builtin_ctz(wanted);
+    wanted &= wanted - 1;
+    const int64_t slot = *slots_of(params, agent, position + row);
+    if (slot >= 0) write(row, slot);
+  }
+}
+
+// Calls restore(row of the page, slot, shift) for every row of a Master page, agent by agent.
+template <typename Write>
+void restore_master_page(const Restore& restore, int64_t index, const Write& write) {
+  const DiffRestoreParams& params = restore.params;
+  const RoundView& round = params.round;
+  const int64_t master = list_of(round.master_page_indptr, round.extents.masters, index);
+  const int64_t page = index - round.master_page_indptr[master];
+  for_each_use_of_page(round, master, page, [&](const UsePage& use) {
+    const int64_t inside = std::min<int64_t>(use.rows, params.max_length - use.position);
+    const uint32_t wanted = row_bits(use.position < 0 ? -use.position : 0, inside) &
+                            ~static_cast<uint32_t>(round.use_masks[use.mask_index]);
+    for_each_slot(params, use.agent, use.position, wanted,
+                  [&](int row, int64_t slot) { write(row, slot, use.shift); });
+  });
+}
+
+template <typename Write>
+void restore_own_page(const Restore& restore, int64_t index, const Write& write) {
+  const DiffRestoreParams& params = restore.params;
+  const RoundView& round = params.round;
+  const int64_t block_size = round.extents.block_size;
+  const int64_t agent = list_of(round.own_page_indptr, round.extents.agents, index);
+  const int64_t first = (index - round.own_page_indptr[agent]) * block_size;
+  const int64_t rows = std::min<int64_t>(block_size, round.own_length[agent] - first);
+  const int32_t* positions = round.own_position + index * block_size;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (positions[row] < 0 || positions[row] >= params.max_length) continue;
+    const int64_t slot = *slots_of(params, agent, positions[row]);
+    if (slot >= 0) write(row, slot, 0);
+  }
+}
+
+template <bool kInterleaved, typename T>
+void restore_page(const Restore& restore, int64_t layer, bool is_key, int64_t index,
+                  MoveAngles& angles) {
+  const DiffRestoreParams& params = restore.params;
+  const RowLayout& pool_layout = is_key ? params.pool_k_layout : params.pool_v_layout;
+  const RowLayout& out_layout = is_key ? params.out_k_layout : params.out_v_layout;
+  const bool is_own = index >= restore.master_pages;
+  const int64_t list_index = is_own ? index - restore.master_pages : index;
+  const int64_t page =
+      is_own ? params.round.own_pages[list_index] : params.round.master_pages[list_index];
+  const T* rows = static_cast<const T*>(is_key ? params.pool.k[layer] : params.pool.v[layer]) +
+                  page * pool_layout.page_stride;
+  T* out = static_cast<T*>(is_key ? params.out.k[layer] : params.out.v[layer]);
+  const auto restore_rows = [&](const auto& write) {
+    if (is_own) {
+      restore_own_page(restore, list_index, write);
+    } else {
+      restore_master_page(restore, list_index, write);
+    }
+  };
+  with_writing(is_key ? restore.key_writing : restore.value_writing, [&](auto how) {
+    constexpr Writing kWriting = decltype(how)::value;
+    if (is_key) {
+      restore_rows([&](int64_t row, int64_t slot, int64_t shift) {
+        move_row<kInterleaved, kWriting>(out + row_offset(out_layout, slot),
+                                         rows + row * pool_layout.row_stride, shift, restore.keys,
+                                         angles);
+      });
+    } else {
+      restore_rows([&](int64_t row, int64_t slot, int64_t) {
+        copy_row<kWriting>(out + row_offset(out_layout, slot), rows + row * pool_layout.row_stride,
+                           restore.values);
+      });
+    }
+    if constexpr (kWriting != Writing::kStore) finish_streaming();
+  });
+}
+
+// An upper bound: what is hidden or has no slot is not written.
+int64_t restored_rows(const RoundView& round) {
+  int64_t rows = 0;
+  for (int64_t use = 0; use < round.agent_use_indptr[round.extents.agents]; ++use) {
+    rows += round.use_length[use];
+  }
+  for (int64_t agent = 0; agent < round.extents.agents; ++agent) rows += round.own_length[agent];
+  return rows;
+}
+
+}  // namespace
+
+void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
+  const RoundExtents& extents = params.round.extents;
+  const int64_t master_pages = params.round.master_page_indptr[extents.masters];
+  Restore restore{.params = params,
+                  .keys = {params.rope,
+                           {params.num_heads, params.head_dim, params.pool_k_layout.head_stride,
+                            params.out_k_layout.head_stride},
+                           1.0f},
+                  .values = {params.num_heads, params.head_dim, params.pool_v_layout.head_stride,
+                             params.out_v_layout.head_stride},
+                  .key_writing = Writing::kStream,
+                  .value_writing = Writing::kStream,
+                  .master_pages = master_pages,
+                  .pages = master_pages + params.round.own_page_indptr[extents.agents]};
+  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+    using T = decltype(element);
+    const int64_t row_bytes =
+        int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = restored_rows(params.round) * row_bytes * 2 * params.num_layers;
+    for (int32_t layer = 0; layer < params.num_layers; ++layer) {
+      restore.key_writing =
+          std::max(restore.key_writing,
+                   choose_writing<T>(params.out.k[layer], params.out_k_layout, restore.keys.shape,
+                                     written_part(params.rope), bytes));
+      restore.value_writing = std::max(restore.value_writing,
+                                       choose_writing<T>(params.out.v[layer], params.out_v_layout,
+                                                         restore.values, params.head_dim, bytes));
+    }
+    parallel_items(parallel_for, 2 * params.num_layers * restore.pages, [&](const auto& next) {
+      MoveAngles angles;
+      for (int64_t item = next(); item >= 0; item = next()) {
+        const int64_t part = item / restore.pages;
+        restore_page<decltype(interleaved)::value, T>(restore, part / 2, part % 2 == 0,
+                                                      item % restore.pages, angles);
+      }
+    });
+  });
+}
+
+}  // namespace tokendance::TOKENDANCE_ISA

@@ -1,0 +1,80 @@
+// Rows moved to other positions, gathered and scattered.
+//
+// Each row is read once and written once per destination: bound by memory as soon as rows come from
+// it. cos and sin are fetched when the shift changes, which for whole segments is once.
+#include <type_traits>
+
+#include "cpu/parallel.h"
+#include "cpu/rotation.h"
+
+namespace tokendance::TOKENDANCE_ISA {
+namespace {
+
+constexpr int64_t kRowsAhead =
+    2;  // rows are prefetched this far ahead: gathers defeat the hardware
+constexpr int64_t kGrainBytes = 32768;
+
+template <typename T>
+void prefetch_row(const T* row, const RowShape& shape) {
+  for (int32_t head = 0; head < shape.num_heads; ++head) {
+    const char* at = reinterpret_cast<const char*>(row + head * shape.in_head_stride);
+    for (int64_t i = 0; i < shape.head_dim * static_cast<int64_t>(sizeof(T)); i += kCacheLine) {
+      prefetch(at + i);
+    }
+  }
+}
+
+template <bool kInterleaved, Writing kWriting, typename T>
+void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int64_t begin,
+                 int64_t end) {
+  const T* x = static_cast<const T*>(params.x);
+  T* out = static_cast<T*>(params.out);
+  const auto row_in = [&](int64_t i) {
+    return x + row_offset(params.x_layout, params.row_in ? params.row_in[i] : i);
+  };
+  MoveAngles angles;
+  for (int64_t i = begin; i < end; ++i) {
+    if (params.row_in && i + kRowsAhead < end) prefetch_row(row_in(i + kRowsAhead), context.shape);
+    const T* in = row_in(i);
+    for (int32_t j = 0; j < params.destinations; ++j) {
+      const int64_t entry = i * params.destinations + j;
+      const int64_t row = params.row_out ? params.row_out[entry] : i;
+      if (row < 0) continue;
+      T* to = out + row_offset(params.out_layout, row);
+      if (!params.position_to) {
+        if (to != in) copy_row<kWriting>(to, in, context.shape);
+        continue;
+      }
+      const int64_t shift =
+          int64_t{params.position_to[entry]} - (params.position_from ? params.position_from[i] : 0);
+      move_row<kInterleaved, kWriting>(to, in, shift, context, angles);
+    }
+  }
+  if constexpr (kWriting != Writing::kStore) finish_streaming();
+}
+
+}  // namespace
+
+void rope_rotate(const RopeRotateParams& params, ParallelFor parallel_for) {
+  const MoveContext context = {params.rope,
+                               {params.num_heads, params.head_dim, params.x_layout.head_stride,
+                                params.out_layout.head_stride},
+                               params.scale};
+  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+    using T = decltype(element);
+    const int64_t row_bytes =
+        int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
+    const Writing writing =
+        choose_writing<T>(params.out, params.out_layout, context.shape, written_part(params.rope),
+                          row_bytes * params.num_rows * (1 + params.destinations));
+    with_writing(writing, [&](auto how) {
+      parallel_ranges(parallel_for, params.num_rows, kGrainBytes / row_bytes,
+                      [&](int64_t begin, int64_t end) {
+                        rotate_rows<decltype(interleaved)::value, decltype(how)::value, T>(
+                            params, context, begin, end);
+                      });
+    });
+  });
+}
+
+}  // namespace tokendance::TOKENDANCE_ISA
