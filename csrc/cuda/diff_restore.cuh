@@ -131,7 +131,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   int64_t* const k_target = reinterpret_cast<int64_t*>(
       shared + kStages * shape.stage_bytes(V * static_cast<int32_t>(sizeof(T))));
   int64_t* const v_target = k_target + tile.agents * block_size;
-  const int32_t angle_stride = restore_angles(p.rope.rotary_dim);
+  const int32_t angle_stride = shared_angles_size(p.rope.rotary_dim);
   float* const angles = reinterpret_cast<float*>(v_target + tile.agents * block_size);
   int32_t* const shifts = reinterpret_cast<int32_t*>(angles + tile.agents * angle_stride);
   uint32_t* const rows = reinterpret_cast<uint32_t*>(shifts + tile.agents);
@@ -163,13 +163,8 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     for (int32_t i = thread; i < source.num_agents * half; i += threads) {
       const int32_t agent = i / half, pair = i % half;
       if (rows[agent] == 0 || shifts[agent] == 0) continue;
-      const int64_t entry = int64_t{abs(shifts[agent])} * half + pair;
-      const Angle angle =
-          angle_of_shift(__ldg(p.rope.cos + entry), __ldg(p.rope.sin + entry), shifts[agent]);
-      float* const cos =
-          angles + agent * angle_stride + SharedAngles<V, kInterleaved>::slot(pair, half);
-      cos[0] = angle.cos;
-      cos[angle_stride / 2] = angle.sin;
+      SharedAngles<V, kInterleaved>::store(angles + agent * angle_stride, p.rope, shifts[agent],
+                                           pair);
     }
     __syncthreads();
   }
@@ -264,8 +259,8 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
       const bool rotated = moves && shifts[agent] != 0;
       Angles<V> angle = {};
       if (rotated) {
-        const float* const cos = angles + agent * angle_stride;
-        angle = SharedAngles<V, kInterleaved>::load(task, cos, cos + angle_stride / 2, half);
+        angle = SharedAngles<V, kInterleaved>::load(angles + agent * angle_stride,
+                                                    p.rope.rotary_dim, task);
       }
       for (int32_t pass = 0; pass < shape.passes; ++pass) {
         const int32_t row = first_row + pass * shape.rows_of_pass;

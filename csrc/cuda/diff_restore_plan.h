@@ -36,11 +36,6 @@ struct RestoreShape {
   }
 };
 
-// Floats that an agent's angles take in shared memory: cos, then sin, each aligned to 16 bytes.
-TOKENDANCE_HOST_DEVICE int32_t restore_angles(int32_t rotary_dim) {
-  return (rotary_dim / 2 + 3) / 4 * 4 * 2;
-}
-
 inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
   LaunchPlan plan = {};
   const RoundExtents& e = p.round.extents;
@@ -78,7 +73,7 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
   const int64_t shared =
       kRestoreStages * shape.stage_bytes(vector_bytes) +
       agents * (2 * block_size * int64_t{sizeof(int64_t)} + 2 * int64_t{sizeof(int32_t)} +
-                restore_angles(p.rope.rotary_dim) * int64_t{sizeof(float)});
+                shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)});
   const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
   Tile tile = {};
   tile.heads = heads;

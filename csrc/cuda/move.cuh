@@ -135,8 +135,8 @@ struct MoveTask {
   }
 };
 
-// Angles of one shift in shared memory: `half` floats of cos, and as many of sin, laid out so that
-// neighbouring threads that load theirs touch distinct banks.
+// Angles of one shift in shared memory: all cos, then all sin, laid out so that neighbouring
+// threads that load theirs touch distinct banks.
 template <int V, bool kInterleaved>
 struct SharedAngles {
   // Angles that a vector needs. 32 bytes of them, loaded 16 at a time at a stride of 32, would meet
@@ -144,14 +144,22 @@ struct SharedAngles {
   static constexpr int kOfVector = kInterleaved && V > 1 ? V / 2 : V;
   static constexpr bool kSplit = kOfVector == 8;
 
-  // Where the angle of a pair stands.
-  static __device__ __forceinline__ int32_t slot(int32_t pair, int32_t half) {
-    return kSplit ? pair % 8 / 4 * (half / 2) + pair / 8 * 4 + pair % 4 : pair;
+  // Writes the angle of one pair.
+  static __device__ __forceinline__ void store(float* angles, const RopeTables& rope, int32_t shift,
+                                               int32_t pair) {
+    const int32_t half = rope.rotary_dim / 2;
+    const int64_t entry = int64_t{abs(shift)} * half + pair;
+    const Angle angle = angle_of_shift(__ldg(rope.cos + entry), __ldg(rope.sin + entry), shift);
+    angles[slot(pair, half)] = angle.cos;
+    angles[shared_angles_size(rope.rotary_dim) / 2 + slot(pair, half)] = angle.sin;
   }
 
-  static __device__ __forceinline__ Angles<V> load(const MoveTask<V, kInterleaved>& task,
-                                                   const float* cos, const float* sin,
-                                                   int32_t half) {
+  // The angles that a task needs.
+  static __device__ __forceinline__ Angles<V> load(const float* stored, int32_t rotary_dim,
+                                                   const MoveTask<V, kInterleaved>& task) {
+    const int32_t half = rotary_dim / 2;
+    const float* const cos = stored;
+    const float* const sin = stored + shared_angles_size(rotary_dim) / 2;
     Angles<V> angles = {};
     if (task.rotates_first) {
       const int32_t pair = kInterleaved ? task.first / 2 : task.first;
@@ -168,6 +176,11 @@ struct SharedAngles {
   }
 
  private:
+  // Where the angle of a pair stands.
+  static __device__ __forceinline__ int32_t slot(int32_t pair, int32_t half) {
+    return kSplit ? pair % 8 / 4 * (half / 2) + pair / 8 * 4 + pair % 4 : pair;
+  }
+
   static __device__ __forceinline__ void load_vector(const float* base, int32_t pair, int32_t half,
                                                      float* value) {
     constexpr int kStep = kOfVector < 4 ? kOfVector : 4;

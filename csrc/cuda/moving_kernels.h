@@ -28,6 +28,8 @@
 
 namespace tokendance {
 
+constexpr int kNumMovingKernels = 12;
+
 inline int moving_kernel(DType dtype, bool interleaved, bool wide) {
   return static_cast<int>(dtype) * 4 + interleaved * 2 + !wide;
 }
@@ -47,6 +49,12 @@ TOKENDANCE_HOST_DEVICE int32_t move_tasks_of_head(int32_t head_dim, int32_t rota
                                                   int32_t vector, bool interleaved) {
   if (interleaved) return head_dim / (2 * vector);
   return rotary_dim / (2 * vector) + copy_tasks_of_head(head_dim, rotary_dim, vector);
+}
+
+// Floats that the angles of one shift take in shared memory (move.cuh): cos, then sin, each aligned
+// to 16 bytes.
+TOKENDANCE_HOST_DEVICE int32_t shared_angles_size(int32_t rotary_dim) {
+  return (rotary_dim / 2 + 3) / 4 * 4 * 2;
 }
 
 }  // namespace tokendance

@@ -1,0 +1,66 @@
+// How diff_encode is launched: a comparison that makes the masks, then a compaction that reads
+// them.
+#pragma once
+
+#include "cuda/launch_plan.h"
+#include "cuda/moving_kernels.h"
+
+// Kernels of the compaction, which only copies: X(variant, element type of the size, elements of a
+// vector), in the order in which the plan counts them.
+#define TOKENDANCE_COMPACT_KERNELS(X) \
+  X(b32_wide, float, 4)               \
+  X(b32_narrow, float, 1)             \
+  X(b16_wide, __half, 8)              \
+  X(b16_narrow, __half, 1)
+
+namespace tokendance {
+
+#define TOKENDANCE_COMPACT_NAME(variant, T, V) "tokendance_diff_encode_compact_" #variant,
+constexpr const char* kDiffEncodeKernels[] = {
+    TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_encode_compare)
+        TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_COMPACT_NAME)};
+constexpr int kEncodeThreads = 256;
+constexpr int64_t kEncodeAgents = 16;  // that share one read of a Master page, at most
+constexpr int64_t kEncodeLayers = 8;   // that a block of the compaction copies, at most
+
+inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
+  LaunchPlan plan = {};
+  const RoundExtents& e = p.round.extents;
+  if (p.num_layers == 0 || p.num_heads == 0 || e.agents == 0) return plan;
+  const bool wide_rows = is_aligned(p.in, p.num_layers) && is_aligned(p.pool, p.num_layers) &&
+                         is_aligned(p.in_k_layout, p.dtype) && is_aligned(p.in_v_layout, p.dtype) &&
+                         is_aligned(p.pool_k_layout, p.dtype) &&
+                         is_aligned(p.pool_v_layout, p.dtype);
+
+  if (e.master_pages > 0) {
+    const bool wide = wide_rows && is_aligned(p.rope, p.dtype);
+    // Small rounds get smaller tiles: their Master pages are read again, out of L2, by more blocks.
+    int64_t agent_tiles = ceil_div(e.agents, kEncodeAgents);
+    const int64_t wanted = ceil_div(kWantedBlocks, e.master_pages);
+    if (agent_tiles < wanted) agent_tiles = wanted < e.agents ? wanted : e.agents;
+    Tile tile = {};
+    tile.agents = static_cast<int32_t>(ceil_div(e.agents, agent_tiles));
+    agent_tiles = ceil_div(e.agents, tile.agents);
+    const int64_t shared =
+        tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + int64_t{sizeof(int32_t)} +
+                       shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)}) +
+        2 * e.block_size * int64_t{sizeof(uint32_t)};
+    const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+    add_launch(&plan, kDiffEncodeKernels[kernel], kernel, e.master_pages * agent_tiles, 1, 1,
+               kEncodeThreads, shared, tile);
+  }
+
+  // One block at least, for agents without tokens have a number of own rows, too.
+  const int64_t chunks = p.max_length > 0 ? ceil_div(p.max_length, kEncodeThreads) : 1;
+  int64_t layers = p.num_layers * chunks * e.agents / kWantedBlocks;
+  if (layers > kEncodeLayers) layers = kEncodeLayers;
+  if (layers < 1) layers = 1;
+  Tile tile = {};
+  tile.layers = static_cast<int32_t>(layers);
+  const int kernel = kNumMovingKernels + (element_bytes(p.dtype) == 4 ? 0 : 2) + !wide_rows;
+  add_launch(&plan, kDiffEncodeKernels[kernel], kernel, chunks, e.agents,
+             ceil_div(p.num_layers, layers), kEncodeThreads, 0, tile);
+  return plan;
+}
+
+}  // namespace tokendance
