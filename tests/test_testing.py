@@ -91,6 +91,17 @@ def test_random_work_lists_cover_what_rows_see(kind, seed):
     testing.assert_work_covers(case.round, max_rows=5, window=4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [0, 7])
+def test_planned_work_lists_cover_what_rows_see(kind, window):
+    for seed in SEEDS:
+        arguments = {"rows": 6, **KINDS[kind]}
+        case = testing.random_round(
+            seed, work="planned", window=window, rows_per_item=8, **arguments
+        )
+        testing.assert_work_covers(case.round, max_rows=8, window=window)
+
+
 def damaged(case, field, index, value):
     arrays = {name: array.copy() for name, array in case.arrays.items()}
     arrays[field].reshape(-1)[index] = value

@@ -90,7 +90,7 @@ _NO_AGENT = ("row_agent", "use_agent", "agent_use")
 def pack(
     arrays: Mapping[str, IntArray], filled: RoundExtents, capacity: RoundExtents | None = None
 ) -> IntArray:
-    """Packs fields of exactly ``filled``'s shapes into a buffer of ``capacity`` (default: the same).
+    """Packs fields of exactly ``filled``'s shapes into a buffer of ``capacity`` (or just that).
 
     A field that is left out is zero (an indptr is all 0). Empty slots are filled as round.h says.
     Raises ``ValueError`` for an unknown field, a wrong shape, or a capacity that is too small.

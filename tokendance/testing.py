@@ -245,7 +245,9 @@ def random_round(
     room_for_all: bool = False,
     slack: bool = True,
     table_slack: int = 0,
+    work: Literal["random", "planned"] = "random",
     rows_per_item: int = 16,
+    window: int = 0,
 ) -> RandomRound:
     """Makes a random round on the CPU; the same arguments give the same round.
 
@@ -271,7 +273,9 @@ def random_round(
         slack: fields have capacity beyond their content, filled with absurd numbers.
         table_slack: rows of the tables beyond the longest prompt, whose last row is the last
             position.
+        work: a work list that covers everything (:func:`random_work`), or the planner's.
         rows_per_item: most query rows of a work item.
+        window: the window that a planned work list may rely on.
     """
     rng = np.random.default_rng(seed)
     torch_rng = torch.Generator().manual_seed(seed)
@@ -296,7 +300,9 @@ def random_round(
         )
         for _ in range(agents)
     ]
-    max_position = max([1, *(prompt.length for prompt in prompts)]) + table_slack
+    needed = [prompt.length for prompt in prompts]
+    needed += [1 - use.delta for prompt in prompts for use in prompt.uses]
+    max_position = max([1, *needed]) + table_slack
     origins = _random_origins(rng, lengths, prompts, max_position)
 
     pages_of_master = [-(-length // block_size) for length in lengths]
@@ -313,9 +319,17 @@ def random_round(
     filled, arrays = _round_arrays(
         rng, prompts, origins, master_pages * copies, own_pages, block_size, room_for_all
     )
-    work, work_extents = random_work(arrays, filled, rng, rows_per_item)
-    arrays |= work
-    filled = replace(filled, **work_extents)
+    if work == "planned":
+        arrays |= _planned_work(arrays, filled, rng, rows_per_item, window)
+    else:
+        arrays |= random_work(arrays, filled, rng, rows_per_item)
+    filled = replace(
+        filled,
+        work=len(arrays["work"]),
+        work_rows=len(arrays["work_rows"]),
+        work_chunks=len(arrays["work_chunks"]),
+        partials=len(arrays["row_partials"]),
+    )
     capacity = _with_slack(filled, rng) if slack else filled
     round = RoundTensors.from_arrays(arrays, filled, capacity)
     _spoil_unfilled(round, filled)
@@ -576,7 +590,7 @@ def _spoil_unfilled(round: RoundTensors, filled: RoundExtents) -> None:
 
 def random_work(
     arrays: dict[str, IntArray], extents: RoundExtents, rng: np.random.Generator, max_rows: int
-) -> tuple[dict[str, IntArray], dict[str, int]]:
+) -> dict[str, IntArray]:
     """A work list for collective attention that no planner would make, and that is right.
 
     Pages of Masters and own pages are cut into random chunks and dealt to random groups; the rows
@@ -589,7 +603,7 @@ def random_work(
 
     Returns:
         The fields ``work``, ``work_rows``, ``work_chunks``, ``row_partial_indptr`` and
-        ``row_partials``, and the extents that they have.
+        ``row_partials``.
     """
     size = extents.block_size
     row_agent = arrays["row_agent"].tolist()
@@ -652,20 +666,48 @@ def random_work(
             + [0] * (WORK_FIELDS - 5)
         )
     merged = [rng.permutation(row).astype(int).tolist() for row in partials_of_row]
-    packed = {
+    return {
         "work": _int32(work).reshape(-1, WORK_FIELDS),
         "work_rows": _int32(work_rows),
         "work_chunks": _int32(chunks).reshape(-1, CHUNK_FIELDS),
         "row_partial_indptr": _indptr([len(row) for row in merged]),
         "row_partials": _int32([partial for row in merged for partial in row]),
     }
-    sizes = {
-        "work": len(work),
-        "work_rows": len(work_rows),
-        "work_chunks": len(chunks),
-        "partials": partials,
-    }
-    return packed, sizes
+
+
+def _planned_work(
+    arrays: dict[str, IntArray],
+    extents: RoundExtents,
+    rng: np.random.Generator,
+    max_rows: int,
+    window: int,
+) -> dict[str, IntArray]:
+    """The planner's work list, for a device of random size."""
+    from tokendance import _planner
+
+    planned = _planner.plan_work(
+        **{name: arrays[name] for name in _PLANNED_FROM},
+        block_size=extents.block_size,
+        max_tile_rows=max_rows,
+        target_items=int(rng.choice([1, 8, 132])),
+        max_splits=int(rng.choice([1, 4, 32])),
+        window=window,
+    )
+    return {name: np.asarray(field) for name, field in planned.items()}
+
+
+_PLANNED_FROM = (
+    "row_agent",
+    "row_position",
+    "use_agent",
+    "use_master",
+    "use_delta",
+    "use_length",
+    "master_page_indptr",
+    "own_length",
+    "own_page_indptr",
+    "own_position",
+)
 
 
 def _tiles(rng: np.random.Generator, rows: list[int], max_rows: int) -> list[list[int]]:

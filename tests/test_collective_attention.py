@@ -1,0 +1,345 @@
+"""`collective_attention` against attention over materialised, moved caches in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokendance import _planner, reference, testing
+
+OPERATOR = "collective_attention"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HEAD_DIMS = [64, 80, 96, 128, 256]
+TILE_KEYS = 64  # the kernels' key tile
+TILE_ROWS = 64  # query rows times G of an item, at most
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def attention_round(seed, *, num_q_heads=4, num_kv_heads=2, **options):
+    """A small round with a Master of more than five key tiles."""
+    options = {
+        "agents": 3,
+        "masters": (331, 45),
+        "whole_uses": True,
+        "rows": 4,
+        "rows_per_item": max(1, TILE_ROWS // (num_q_heads // num_kv_heads)),
+    } | options
+    return testing.random_round(seed, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, **options)
+
+
+def is_demanding(case):
+    """Several blocks of a launch, more tiles than a pipeline has stages, uses, an odd tail."""
+    size = case.filled.block_size
+    chunks = case.arrays["work_chunks"]
+    items = [item for item in case.arrays["work"].tolist() if item[0] < item[1]]
+    keys = [int((chunks[i[2] : i[3], 2] - chunks[i[2] : i[3], 1]).sum()) * size for i in items]
+    tails = case.arrays["use_length"] % size != 0
+    own_tails = case.arrays["own_length"] % size != 0
+    return (
+        len(items) >= 3
+        and max(keys) >= 5 * TILE_KEYS
+        and case.filled.uses >= 2
+        and (tails.any() or own_tails.any())
+    )
+
+
+def demanding_round(seed, **options):
+    """The first of these rounds that is, from a seed on."""
+    return next(
+        case
+        for candidate in range(seed, seed + 50)
+        if is_demanding(case := attention_round(candidate, **options))
+    )
+
+
+def check(
+    backend, case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None, wide=False
+):
+    """Compares with the reference; nothing but rows that are not padding may be written."""
+    dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
+    scale = case.scale if scale is None else scale
+    tables = (case.cos, case.sin, case.interleaved)
+    options = (scale, window, soft_cap, sinks, rotary_scale)
+    expected, expected_lse = reference.collective_attention(
+        case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
+    )
+    mine = case.copy(backend.device)
+    to = testing.StorageCopies(backend.device)
+    out = to(torch.full((rows, num_q_heads + wide, head_dim + 16 * wide), torch.nan, dtype=dtype))
+    lse = to(torch.full((rows, num_q_heads), torch.nan))
+    partials = case.round.extents.partials
+    workspace = to(torch.full((partials * num_q_heads * (head_dim + 1) + 5,), torch.nan))
+    backend.collective_attention_out(
+        mine.q,
+        mine.k_pool[0],
+        mine.v_pool[0],
+        *(mine.cos, mine.sin, mine.interleaved),
+        mine.round.buffer,
+        mine.extents,
+        *(scale, window, soft_cap, None if sinks is None else to(sinks), rotary_scale),
+        workspace,
+        out[:, :num_q_heads, :head_dim],
+        lse,
+    )
+    for name, got, want in (
+        ("q", mine.q, case.q),
+        ("k_pool", mine.k_pool[0], case.k_pool[0]),
+        ("v_pool", mine.v_pool[0], case.v_pool[0]),
+        ("round", mine.round.buffer, case.round.buffer),
+    ):
+        testing.assert_same_storage(got, want, name)
+    assert workspace[partials * num_q_heads * (head_dim + 1) :].isnan().all()
+    out, lse, real = out.cpu(), lse.cpu(), case.real_rows
+    written = torch.zeros(out.shape, dtype=torch.bool)
+    written[real, :num_q_heads, :head_dim] = True
+    assert out[~written].isnan().all(), "something beside the rows was written"
+    padding = case.round.row_agent < 0
+    assert lse[padding].isnan().all(), "the LSE of a padding row was written"
+    rows_of = out[real, :num_q_heads, :head_dim]
+    testing.assert_close(rows_of, expected[real], dtype, "out")
+    tolerance = testing.tolerance(dtype)
+    torch.testing.assert_close(
+        lse[real].double(), expected_lse[real], rtol=tolerance, atol=tolerance
+    )
+    blind = expected_lse[real] == -torch.inf
+    assert (rows_of[blind] == 0).all()
+    return rows_of, lse[real]
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention(backend, dtype, head_dim, interleaved):
+    case = demanding_round(head_dim, head_dim=head_dim, dtype=dtype, interleaved=interleaved)
+    check(backend, case)
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", ["random", "all", "leading"])
+def test_masks_and_block_sizes(backend, masks, dtype, block_size):
+    check(
+        backend,
+        demanding_round(
+            100, dtype=dtype, block_size=block_size, masks=masks, repeat=masks == "leading"
+        ),
+    )
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_windows(backend, window, dtype):
+    check(backend, demanding_round(200 + window, dtype=dtype), window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_cap_sinks_and_scales(backend, dtype):
+    case = demanding_round(300, dtype=dtype, head_dim=96, rotary_dim=64)
+    sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
+    check(backend, case, soft_cap=2.0)
+    check(backend, case, sinks=sinks)
+    check(backend, case, rotary_scale=1.2)
+    check(backend, case, scale=0.25)
+    check(backend, case, soft_cap=4.0, sinks=sinks, rotary_scale=0.9, scale=0.1, window=90)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 0), (64, 2), (80, 32), (96, 34)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_partial_rotation(backend, dtype, head_dim, rotary_dim, interleaved):
+    check(
+        backend,
+        demanding_round(
+            400, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(backend, layout, dtype):
+    check(backend, demanding_round(500, layout=layout, dtype=dtype), wide=True)
+
+
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(1, 1), (3, 3), (8, 1), (6, 2), (14, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_groups_of_heads(backend, num_q_heads, num_kv_heads, dtype):
+    case = demanding_round(600, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, dtype=dtype)
+    check(backend, case, sinks=torch.linspace(-1, 1, num_q_heads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_agents_decode_together(backend, dtype):
+    """Rows of many agents, at different shifts, in one tile."""
+    check(backend, demanding_round(700, agents=21, masters=(333,), rows=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_prefill(backend, dtype):
+    """More rows than a tile has, most of them next to each other."""
+    check(backend, demanding_round(800, agents=2, rows=110, dtype=dtype, num_kv_heads=4))
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_planned_work(backend, rows, window):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = attention_round(900, agents=4, work="planned", window=window, rows=rows, dtype=dtype)
+        check(backend, case, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_before_position_0_holes_and_rows_that_see_nothing(backend, dtype):
+    seen_nothing = 0
+    for seed in range(1000, 1004):
+        case = attention_round(
+            seed,
+            masters=(330, 20, 9),
+            whole_uses=False,
+            agents=5,
+            cut=True,
+            holes=True,
+            private_length=3,
+            dtype=dtype,
+        )
+        for sinks in (None, torch.zeros(4)):
+            _, lse = check(backend, case, sinks=sinks, window=2)
+        seen_nothing += int((lse == -torch.inf).sum())
+    assert seen_nothing > 0
+
+
+@pytest.mark.parametrize("kind", ["no_agents", "no_masters", "empty_masters", "no_rows", "no_page"])
+def test_rounds_with_little_in_them(backend, kind):
+    options = {"no_rows": {"rows": 0}, "no_page": {"masters": 0, "private_length": 0}}
+    for slack in (True, False):
+        arguments = options.get(kind) or testing.EDGE_CASES[kind]
+        case = attention_round(3, dtype=torch.float16, slack=slack, **arguments)
+        check(backend, case, sinks=torch.zeros(4))
+
+
+@pytest.mark.parametrize("kind", testing.EDGE_CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_edge_cases(fast_backend, kind, dtype):
+    for seed in range(4):
+        work = ("random", "planned")[seed % 2]
+        arguments = {"rows": 9, "dtype": dtype, "work": work, **testing.EDGE_CASES[kind]}
+        check(fast_backend, testing.random_round(seed, **arguments))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    master_length=st.sampled_from([3, 40, 200]),
+    private_length=st.sampled_from([0, 9, 50]),
+    rows=st.sampled_from([1, 5, 80]),
+    num_kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 4, 7]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    block_size=st.sampled_from([8, 16, 32]),
+    start=st.sampled_from([0, 0, 8000]),
+    repeat=st.booleans(),
+    cut=st.booleans(),
+    holes=st.booleans(),
+    work=st.sampled_from(["random", "planned"]),
+    window=st.sampled_from([0, 0, 1, 16, 33]),
+    soft_cap=st.sampled_from([0.0, 0.0, 3.0]),
+    with_sinks=st.booleans(),
+)
+def test_random_rounds(
+    fast_backend, num_kv_heads, group, head_dim, part, window, soft_cap, with_sinks, **options
+):
+    num_q_heads = num_kv_heads * group
+    case = testing.random_round(
+        **options,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * part) // 2 * 2,
+        rows_per_item=TILE_ROWS // group,
+        window=window,
+    )
+    sinks = torch.linspace(-2, 2, num_q_heads) if with_sinks else None
+    check(fast_backend, case, window=window, soft_cap=soft_cap, sinks=sinks)
+
+
+def test_how_the_work_is_cut_hardly_matters(fast_backend):
+    """Two work lists of one round differ by roundings only."""
+    first, second = (
+        attention_round(12, agents=5, rows=9, slack=False, work=work)
+        for work in ("random", "planned")
+    )
+    out, lse = check(fast_backend, first)
+    other, other_lse = check(fast_backend, second)
+    torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, other_lse, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_twice_gives_the_same_bits(fast_backend, dtype):
+    case = attention_round(13, agents=6, rows=20, dtype=dtype)
+    for first, second in zip(check(fast_backend, case), check(fast_backend, case), strict=True):
+        testing.assert_same_bits(first, second)
+
+
+def test_functional_variant_gives_the_same(fast_backend):
+    case = attention_round(14, agents=4, dtype=torch.bfloat16, layout="interleaved")
+    sinks = torch.linspace(-1, 1, 4)
+    expected = check(fast_backend, case, sinks=sinks, window=50)
+    here = case.copy(fast_backend.device)
+    got = torch.ops.tokendance.collective_attention(
+        here.q,
+        here.k_pool[0],
+        here.v_pool[0],
+        *(here.cos, here.sin, here.interleaved, here.round.buffer, here.extents),
+        *(here.scale, 50, 0.0, sinks.to(fast_backend.device)),
+    )
+    for mine, want in zip(got, expected, strict=True):
+        testing.assert_same_bits(mine[case.real_rows.to(mine.device)], want)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_workspace_does_not_grow_with_the_shared_part(rows):
+    """8 agents over 64K shared tokens: as many partials as the capacity, which knows no S."""
+    splits = 16
+    capacity = _planner.work_capacity(
+        agents=8,
+        rows=8 * rows,
+        uses=8,
+        masters=1,
+        max_tile_rows=16,
+        target_items=132,
+        max_splits=splits,
+    )["partials"]
+    counts = [len(planned_decode(1 << log2, rows, splits)["row_partials"]) for log2 in (10, 16, 20)]
+    assert all(count <= capacity for count in counts)
+    assert counts[1] == counts[2] == 8 * rows * (splits + 1)
+
+
+def planned_decode(shared, rows, splits, agents=8, block_size=16):
+    def int32(values):
+        return torch.tensor(values, dtype=torch.int32).numpy()
+
+    return _planner.plan_work(
+        row_agent=int32([agent for agent in range(agents) for _ in range(rows)]),
+        row_position=int32([shared + row for _ in range(agents) for row in range(rows)]),
+        use_agent=int32(range(agents)),
+        use_master=int32([0] * agents),
+        use_delta=int32([0] * agents),
+        use_length=int32([shared] * agents),
+        master_page_indptr=int32([0, shared // block_size]),
+        own_length=int32([rows] * agents),
+        own_page_indptr=int32(range(agents + 1)),
+        own_position=int32([shared + i for _ in range(agents) for i in range(block_size)]),
+        block_size=block_size,
+        max_tile_rows=16,
+        target_items=132,
+        max_splits=splits,
+    )
