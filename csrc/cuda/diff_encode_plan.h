@@ -54,6 +54,7 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
   const int64_t chunks = p.max_length > 0 ? ceil_div(p.max_length, kEncodeThreads) : 1;
   int64_t layers = p.num_layers * chunks * e.agents / kWantedBlocks;
   if (layers > kEncodeLayers) layers = kEncodeLayers;
+  if (layers > p.num_layers) layers = p.num_layers;
   if (layers < 1) layers = 1;
   Tile tile = {};
   tile.layers = static_cast<int32_t>(layers);

@@ -68,6 +68,7 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
   const int64_t sources = e.master_pages * agent_tiles + e.own_pages;
   int64_t layers = p.num_layers * sources * head_groups / kWantedBlocks;
   if (layers > kRestoreLayers) layers = kRestoreLayers;
+  if (layers > p.num_layers) layers = p.num_layers;
   if (layers < 1) layers = 1;
 
   const int64_t shared =
