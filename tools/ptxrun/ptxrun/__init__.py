@@ -1,1 +1,7 @@
-from .machine import Module, PtxError, RaceError, Stats, Unsupported  # noqa: F401
+"""Run nvcc's PTX on the CPU, to check CUDA kernels where there is no GPU."""
+
+from .errors import PtxError, RaceError, UnsupportedError
+from .module import Module
+from .stats import Stats
+
+__all__ = ["Module", "PtxError", "RaceError", "Stats", "UnsupportedError"]

@@ -14,7 +14,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .parse import TYPE_SIZE, PtxError, _num, split_commas
+from .errors import PtxError
+from .lexer import parse_literal, split_commas
+from .program import TYPE_BYTES, Integer
 
 
 class Mutation(NamedTuple):
@@ -214,9 +216,9 @@ def _variants(statement: str) -> Iterator[tuple[str, str]]:
                 yield "shift address", rebuilt(position, f"[{address[1]}+{offset}]")
     if name in _IMMEDIATE_OPS:
         for position, operand in enumerate(operands[1:], 1):
-            value = _num(operand)
-            if isinstance(value, int):
-                for new in (value - 1, value + 1):
+            literal = parse_literal(operand)
+            if isinstance(literal, Integer):
+                for new in (literal.value - 1, literal.value + 1):
                     if new >= 0 or name != "shl":
                         yield "change immediate", rebuilt(position, str(new))
     if name == "sub" and operands[1] != operands[2]:
@@ -236,11 +238,11 @@ def _variants(statement: str) -> Iterator[tuple[str, str]]:
 def _access_bytes(name: str, modifiers: list[str], operands: list[str]) -> int:
     """Bytes that one lane's access must be aligned to."""
     if name == "cp":
-        size = _num(operands[2]) if len(operands) > 2 else None
-        return size if isinstance(size, int) else 16
+        size = parse_literal(operands[2]) if len(operands) > 2 else None
+        return size.value if isinstance(size, Integer) else 16
     if name in ("ldmatrix", "stmatrix"):
         return 16
     vector = next(
         (int(modifier[1:]) for modifier in modifiers if modifier in ("v2", "v4", "v8")), 1
     )
-    return vector * TYPE_SIZE.get(modifiers[-1], 4)
+    return vector * TYPE_BYTES.get(modifiers[-1], 4)

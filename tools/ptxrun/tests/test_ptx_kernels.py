@@ -525,7 +525,7 @@ def test_oob(basic):
     with pytest.raises(PtxError, match=r"block \(0,0,0\) thread \(0,0,0\)"):
         basic.launch("3oobPKfPfi", 2, 128, [x, y, -1])
     y.flags.writeable = False
-    m2 = ptxrun.Module(basic.parsed.text)
+    m2 = ptxrun.Module(basic.text)
     with pytest.raises(PtxError, match="read-only"):
         m2.launch("3oobPKfPfi", 2, 128, [x, y, 0])
     with pytest.raises(PtxError, match="out-of-bounds shared store"):
@@ -596,5 +596,5 @@ def test_unsupported_is_named():
  mbarrier.init.shared.b64 [%rd1], 3;
  ret;
 }"""
-    with pytest.raises(ptxrun.Unsupported, match=r"mbarrier.init.shared.b64.*line 6"):
+    with pytest.raises(ptxrun.UnsupportedError, match=r"mbarrier.init.shared.b64.*line 6"):
         ptxrun.Module(t).launch("k", 1, 32, [])
