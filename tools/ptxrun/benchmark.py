@@ -15,8 +15,8 @@ from ptxrun.nvcc import compile_ptx  # noqa: E402
 
 def launches():
     """(title, module, kernel, grid, block, arguments) of every measured launch."""
-    basic, gemm = (
-        Module(compile_ptx(HERE / "tests" / "cu" / f"{n}.cu")) for n in ("basic", "gemm")
+    kernels, gemm = (
+        Module(compile_ptx(HERE / "tests" / "cu" / f"{n}.cu")) for n in ("kernels", "gemm")
     )
     random = np.random.default_rng(0)
 
@@ -34,10 +34,17 @@ def launches():
     return [
         ("gemm 512^3 bf16", gemm, "gemmI13__nv_bfloat16", (8, 8), 128, product),
         ("gemm, one block, K = 512", gemm, "gemmI13__nv_bfloat16", (1, 1), 128, product),
-        ("softmax 256 x 1024", basic, "softmax", 256, 256, [rows, np.zeros_like(rows), 1024, 1.0]),
-        ("rope 512 x 256", basic, "rope", 64, 256, rope),
-        ("float functions, 16384", basic, "floats", 128, 128, floats),
-        ("collatz 8192, divergent", basic, "collatz", 64, 128, [starts, starts * 0, 8192, 1]),
+        (
+            "softmax 256 x 1024",
+            kernels,
+            "softmax",
+            256,
+            256,
+            [rows, np.zeros_like(rows), 1024, 1.0],
+        ),
+        ("rope 512 x 256", kernels, "rope", 64, 256, rope),
+        ("float functions, 16384", kernels, "floats", 128, 128, floats),
+        ("collatz 8192, divergent", kernels, "collatz", 64, 128, [starts, starts * 0, 8192, 1]),
     ]
 
 

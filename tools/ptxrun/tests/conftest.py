@@ -9,7 +9,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import ptxrun  # noqa: E402
+from ptxrun import Module  # noqa: E402
 from ptxrun.nvcc import compile_ptx, find_nvcc  # noqa: E402
 
 
@@ -20,10 +20,14 @@ def _ptx(source, arch, options):
 
 @pytest.fixture
 def load():
-    """Function (source, arch, nvcc options) -> fresh ptxrun.Module."""
+    """Function (source, arch, nvcc options) -> a fresh Module."""
     if find_nvcc() is None:
         pytest.skip("needs nvcc: put it on PATH, or set NVCC or CUDA_HOME")
-    return lambda source, arch, options=(): ptxrun.Module(_ptx(source, arch, options))
+
+    def module(source, arch, options=()):
+        return Module(_ptx(source, arch, options))
+
+    return module
 
 
 @pytest.fixture(params=["80", "90", "100"])
@@ -32,15 +36,20 @@ def arch(request):
 
 
 @pytest.fixture
-def basic(load, arch):
-    return load("basic", arch)
+def kernels(load, arch):
+    return load("kernels", arch)
+
+
+@pytest.fixture
+def instructions(load, arch):
+    return load("instructions", arch)
+
+
+@pytest.fixture
+def faults(load, arch):
+    return load("faults", arch)
 
 
 @pytest.fixture
 def gemm(load, arch):
     return load("gemm", arch)
-
-
-@pytest.fixture
-def more(load, arch):
-    return load("more", arch)

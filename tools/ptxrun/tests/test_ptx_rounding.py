@@ -1,125 +1,115 @@
-"""Exact checks of the rounding helpers against rational arithmetic."""
+"""Rounding of the interpreter's own arithmetic, exactly, against rational numbers."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from ptxrun import rounding, small_floats
+from ptxrun.rounding import add_f32, div_f32, fma_f32, fma_f64, mul_f32
+from ptxrun.small_floats import bf16_to_f32, fma_exact, to_bf16, to_f16
 
-EMIN = {
+# Exponent of the smallest step, bits of the significand, largest exponent.
+FORMATS = {
     "f32": (-149, 24, 127),
     "f64": (-1074, 53, 1023),
     "bf16": (-133, 8, 127),
     "f16": (-24, 11, 15),
 }
+INFINITY = float("inf")
 
 
-def rnd(v, ty, mode="rn"):
-    """Fraction -> nearest value of the format (as Fraction) or +-inf"""
-    emin, p, emax = EMIN[ty]
-    if v == 0:
-        return Fraction(0)
-    sg, a = (-1, -v) if v < 0 else (1, v)
-    e = a.numerator.bit_length() - a.denominator.bit_length()
-    if Fraction(2) ** e > a:
-        e -= 1
-    q = Fraction(2) ** max(e - p + 1, emin)
-    k, rem = divmod(a, q)
+def rational(x):
+    return Fraction(float(x))
+
+
+def rounded(value, name, mode="rn"):
+    """A Fraction rounded to a format: a Fraction, or an infinity beyond its range."""
+    smallest, precision, largest = FORMATS[name]
+    if value == 0:
+        return value
+    sign, size = (-1, -value) if value < 0 else (1, value)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if Fraction(2) ** exponent > size:
+        exponent -= 1
+    step = Fraction(2) ** max(exponent - precision + 1, smallest)
+    steps, rest = divmod(size, step)
     if mode == "rn":
-        k += 1 if rem * 2 > q or (rem * 2 == q and k & 1) else 0
-    elif (mode == "rp" and sg > 0) or (mode == "rm" and sg < 0):
-        k += rem > 0
-    r = k * q
-    if r >= Fraction(2) ** (emax + 1):
-        return sg * float("inf")
-    return sg * r
+        steps += rest * 2 > step or (rest * 2 == step and steps & 1)
+    elif (mode == "rp" and sign > 0) or (mode == "rm" and sign < 0):
+        steps += rest > 0
+    return sign * (steps * step if steps * step < Fraction(2) ** (largest + 1) else INFINITY)
 
 
-def bits(r, n, lo=0, hi=255):
-    e = r.integers(lo, hi, n).astype("u4")
-    return (
-        (r.integers(0, 2, n).astype("u4") << 31)
-        | (e << 23)
-        | r.integers(0, 1 << 23, n).astype("u4")
-    ).view("f4")
+def random_f32(random, n, low=0, high=255):
+    """Random bits with biased exponents in [low, high)."""
+    sign = random.integers(0, 2, n).astype("u4") << 31
+    exponent = random.integers(low, high, n).astype("u4") << 23
+    return (sign | exponent | random.integers(0, 1 << 23, n).astype("u4")).view("f4")
+
+
+def shorten(x, bits):
+    """Significands with `bits` zeros at the end: their products come near ties."""
+    return (x.view("u4") >> bits << bits).view("f4")
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
-@pytest.mark.parametrize(("lo", "hi"), [(0, 255), (110, 140), (55, 70), (127, 128)])
-def test_fma_f32(mode, lo, hi):
-    r = np.random.default_rng(lo + hi)
-    n = 3000
-    a, b, c = bits(r, n, lo, hi), bits(r, n, lo, hi), bits(r, n, lo, hi)
-    # near ties: short mantissas
-    a[: n // 2] = (a[: n // 2].view("u4") & 0xFFFFF000).view("f4")
-    b[: n // 2] = (b[: n // 2].view("u4") & 0xFFFFF000).view("f4")
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (110, 140), (55, 70), (127, 128)])
+def test_fma_f32(mode, low, high):
+    random, n = np.random.default_rng(low + high), 3000
+    a, b, c = (random_f32(random, n, low, high) for _ in range(3))
+    a[: n // 2], b[: n // 2] = shorten(a[: n // 2], 12), shorten(b[: n // 2], 12)
     with np.errstate(all="ignore"):
-        got = rounding.fma_f32(a, b, c, mode)
-    for i in range(n):
-        e = rnd(Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i])), "f32", mode)
-        if abs(e) == float("inf") or abs(e) > Fraction(3.4e38):
-            continue
-        assert np.isfinite(got[i]) and Fraction(float(got[i])) == e, (
-            a[i],
-            b[i],
-            c[i],
-            got[i],
-            float(e),
-        )
+        results = fma_f32(a, b, c, mode)
+    for x, y, z, result in zip(a, b, c, results, strict=True):
+        want = rounded(rational(x) * rational(y) + rational(z), "f32", mode)
+        if abs(want) < Fraction(3.4e38):
+            assert np.isfinite(result), (x, y, z)
+            assert rational(result) == want, (x, y, z)
 
 
 def test_fma_f64():
-    r = np.random.default_rng(1)
-    n = 3000
-    a, b = r.standard_normal(n), r.standard_normal(n)
-    c = np.where(r.random(n) < 0.5, -a * b, r.standard_normal(n) * 10.0 ** r.integers(-20, 3, n))
-    g = rounding.fma_f64(a, b, c)
-    bad = sum(
-        Fraction(g[i]) != rnd(Fraction(a[i]) * Fraction(b[i]) + Fraction(c[i]), "f64")
-        for i in range(n)
-    )
-    assert bad <= 2
+    random, n = np.random.default_rng(1), 3000
+    a, b = random.standard_normal(n), random.standard_normal(n)
+    scaled = random.standard_normal(n) * 10.0 ** random.integers(-20, 3, n)
+    c = np.where(random.random(n) < 0.5, -a * b, scaled)
+    wrong = 0
+    for x, y, z, result in zip(a, b, c, fma_f64(a, b, c), strict=True):
+        want = rounded(rational(x) * rational(y) + rational(z), "f64")
+        wrong += rational(result) != want
+    assert wrong <= 2
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
-def test_bf16_f16_rounding(mode):
-    r = np.random.default_rng(2)
-    x = np.concatenate([bits(r, 3000), bits(r, 3000, 100, 145)])
-    x[:500] = (x[:500].view("u4") & 0xFFFF8000).view("f4")
+def test_bf16_and_f16(mode):
+    random = np.random.default_rng(2)
+    values = np.concatenate([random_f32(random, 3000), random_f32(random, 3000, 100, 145)])
+    values[:500] = shorten(values[:500], 15)
     with np.errstate(all="ignore"):
-        g, h = small_floats.bf16_to_f32(small_floats.to_bf16(x, mode)), small_floats.to_f16(x, mode)
-    for i in range(x.size):
-        e = rnd(Fraction(float(x[i])), "bf16", mode)
-        if abs(e) != float("inf") and np.isfinite(g[i]):
-            assert Fraction(float(g[i])) == e
-        if abs(x[i]) < 65000:
-            assert Fraction(float(h[i])) == rnd(Fraction(float(x[i])), "f16", mode), x[i]
+        as_bf16, as_f16 = bf16_to_f32(to_bf16(values, mode)), to_f16(values, mode)
+    for x, small, half in zip(values, as_bf16, as_f16, strict=True):
+        want = rounded(rational(x), "bf16", mode)
+        if abs(want) != INFINITY and np.isfinite(small):
+            assert rational(small) == want, x
+        if abs(x) < 65000:
+            assert rational(half) == rounded(rational(x), "f16", mode), x
 
 
-def test_bf16_fma_exact():
-    r = np.random.default_rng(3)
-    n = 4000
-    a, b, c = ((bits(r, n, 100, 150).view("u4") & 0xFFFF0000).view("f4") for _ in range(3))
-    g = small_floats.bf16_to_f32(small_floats.to_bf16(small_floats.fma_exact(a, b, c)))
-    for i in range(n):
-        assert Fraction(float(g[i])) == rnd(
-            Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i])), "bf16"
-        )
+def test_bf16_fma():
+    random, n = np.random.default_rng(3), 4000
+    a, b, c = (shorten(random_f32(random, n, 100, 150), 16) for _ in range(3))
+    results = bf16_to_f32(to_bf16(fma_exact(a, b, c)))
+    for x, y, z, result in zip(a, b, c, results, strict=True):
+        want = rounded(rational(x) * rational(y) + rational(z), "bf16")
+        assert rational(result) == want, (x, y, z)
 
 
-def test_add_mul_directed():
-    r = np.random.default_rng(4)
-    n = 2000
-    a, b = bits(r, n, 90, 160), bits(r, n, 90, 160)
-    for mode in ("rz", "rm", "rp"):
-        s, m, d = (
-            rounding.add_f32(a, b, mode),
-            rounding.mul_f32(a, b, mode),
-            rounding.div_f32(a, b, mode),
-        )
-        for i in range(n):
-            A, B = Fraction(float(a[i])), Fraction(float(b[i]))
-            for got, v in ((s, A + B), (m, A * B), (d, A / B)):
-                e = rnd(v, "f32", mode)
-                if np.isfinite(got[i]) and abs(e) < Fraction(3e38):
-                    assert Fraction(float(got[i])) == e
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+def test_directed_rounding(mode):
+    random, n = np.random.default_rng(4), 2000
+    a, b = random_f32(random, n, 90, 160), random_f32(random, n, 90, 160)
+    results = add_f32(a, b, mode), mul_f32(a, b, mode), div_f32(a, b, mode)
+    for x, y, *got in zip(a, b, *results, strict=True):
+        p, q = rational(x), rational(y)
+        for result, value in zip(got, (p + q, p * q, p / q), strict=True):
+            want = rounded(value, "f32", mode)
+            if np.isfinite(result) and abs(want) < Fraction(3e38):
+                assert rational(result) == want, (x, y)
