@@ -1,6 +1,7 @@
 """The text of PTX: comments, statements, literals and variable declarations."""
 
 import bisect
+import functools
 import re
 import struct
 
@@ -8,6 +9,8 @@ from .errors import UnsupportedError
 from .program import TYPE_BYTES, Float, Integer, Variable
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_LITERAL_STARTS = frozenset("+-0123456789")
+_NOT_SPACE = re.compile(r"\S")
 _DEBUG_LINE = re.compile(r"^[ \t]*(?:\.(?:loc|file)\s|@@)[^\n]*", re.M)
 _VARIABLE = re.compile(
     r"^(?P<link>(?:\.(?:visible|extern|weak|common)\s+)*)"
@@ -41,31 +44,40 @@ class Scanner:
 
     def skip_space(self) -> bool:
         """Move to the next character that is not white space; False at the end."""
-        text, end = self.text, len(self.text)
-        while self.position < end and text[self.position].isspace():
-            self.position += 1
-        return self.position < end
+        match = _NOT_SPACE.search(self.text, self.position)
+        self.position = match.start() if match else len(self.text)
+        return match is not None
 
     def until(self, stops: str) -> str:
         """Text up to a stop character outside brackets and strings; the stop is not consumed."""
         text, depth, start = self.text, 0, self.position
-        while self.position < len(text):
-            character = text[self.position]
+        pattern, position = _stops_and_brackets(stops), self.position
+        while match := pattern.search(text, position):
+            position, character = match.start(), match.group()
             if depth == 0 and character in stops:
-                return text[start : self.position]
+                self.position = position
+                return text[start:position]
             if character in "{([":
                 depth += 1
             elif character in "})]":
                 depth -= 1
             elif character == '"':
-                self.position = text.index('"', self.position + 1)
-            self.position += 1
+                position = text.index('"', position + 1)
+            position += 1
+        self.position = len(text)
         return text[start:]
+
+
+@functools.cache
+def _stops_and_brackets(stops: str) -> re.Pattern[str]:
+    return re.compile(f"[{re.escape(stops)}" + r'{}()\[\]"]')
 
 
 def parse_literal(text: str) -> Integer | Float | None:
     """The literal that `text` is, or None when it is something else."""
     text = text.strip()
+    if text[:1] not in _LITERAL_STARTS:
+        return None
     negative = text[:1] == "-" and len(text) > 1
     if text[:1] in "+-" and len(text) > 1:
         text = text[1:].strip()
