@@ -167,14 +167,14 @@ class Module:
         stats: bool = True,
         max_lanes: int = 8192,
         max_steps: int = 20_000_000,
-        shared_limit: int = 227 * 1024,
+        smem_limit: int = 227 * 1024,
     ) -> Stats:
         """Run a kernel to its end.
 
         `grid` and `block` are ints or tuples of up to three. Arguments: a C-contiguous numpy array
         is a pointer (written in place); an int or float is packed as the declared PTX type; bytes
         or a 0-d numpy value is a by-value struct; None is zero. `shared_bytes` is dynamic shared
-        memory.
+        memory; with the static part it must not exceed `smem_limit` bytes.
 
         `race`: True raises RaceError on races of warps in shared memory, "report" lists them in
         the result, "warp" also looks at lanes of one warp that no `__syncwarp` orders. `stats`
@@ -193,7 +193,7 @@ class Module:
         shared = kernel.shared_static
         if shared_bytes:
             shared = kernel.shared_dynamic_offset + shared_bytes
-        _check_launch(kernel, grid, block, shared, shared_limit)
+        _check_launch(kernel, grid, block, shared, smem_limit)
         params = self._pack(kernel, args)
         kernel.param_buffer[: params.size] = params
         result = Stats()
@@ -227,7 +227,7 @@ def _extents(value):
     return tuple(int(extent) for extent in (*values, 1, 1)[:3])
 
 
-def _check_launch(kernel, grid, block, shared, shared_limit):
+def _check_launch(kernel, grid, block, shared, smem_limit):
     name, size = kernel.name, math.prod(block)
     if not 1 <= size <= 1024 or min(grid) < 1:
         raise PtxError(f"{name}: invalid launch configuration grid {grid} block {block}")
@@ -239,8 +239,8 @@ def _check_launch(kernel, grid, block, shared, shared_limit):
         raise PtxError(f"{name}: block {block} differs from .reqntid {required}")
     if kernel.shared_static > MAX_STATIC_SHARED:
         raise PtxError(f"{name}: {kernel.shared_static} bytes of static shared memory")
-    if shared > shared_limit:
-        raise PtxError(f"{name}: {shared} bytes of shared memory exceed {shared_limit}")
+    if shared > smem_limit:
+        raise PtxError(f"{name}: {shared} bytes of shared memory exceed {smem_limit}")
 
 
 def _count_instructions(code, warps, threads, stats):
