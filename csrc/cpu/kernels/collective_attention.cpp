@@ -1,0 +1,766 @@
+// Attention of a round's query rows over Masters and own rows as they are stored.
+//
+// What bounds it. A work item and a KV head read each key and value once, 2 D elements, and spend
+// 4 D flops per query row on them: in fp32 half a flop per byte and query row. A core that reads
+// 10 GB/s and multiplies at 100 GFLOP/s is bound by memory below 20 query rows and by arithmetic
+// above, so that an agent's own rows in decode (G query rows) want bandwidth, and shared tiles and
+// prefill want full vectors.
+//
+// How. Keys are taken in blocks of 64, so that keys, values, scores and the tile's queries of a
+// head of 64 dims (16 KiB each for 64 rows) stay in the first two cache levels, and the softmax is
+// paid once per block. With many query rows these stand in the lanes: keys are broadcast straight
+// from their page, scores come out with a row per lane, so that their maximum and sum over keys
+// need no shuffles, and the weights are read back by broadcast. With few rows the dims stand in
+// the lanes. Query rows are rotated to each source once per chunk, rows that see none of it are
+// left out, and the rest stand in the order of how far they see, so that the rows that see a block
+// are adjacent. 16-bit keys and values are widened block by block for many rows, in registers for
+// few. The next block is fetched while the current one is multiplied.
+//
+// A key that no row of the tile sees may hold anything, NaN too: its score is replaced and its
+// value is read as zeros. Scores are kept in units of log2, so that exp2 is all that is needed.
+//
+// Threads take (item, KV head) pairs as they get free. Partial results are merged in a second pass,
+// in the order that the work list gives: results do not depend on the number of threads.
+#include <algorithm>
+#include <limits>
+#include <memory>
+
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+#include "cpu/rotation.h"
+
+namespace tokendance::TOKENDANCE_ISA {
+namespace {
+
+constexpr int kBlockKeys = 64;
+constexpr int kMaxQueries = 128;  // query rows (rows * G) that a tile takes at a time
+constexpr int kMinBlockSize = 8;
+constexpr int kBlockPages = kBlockKeys / kMinBlockSize;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+alignas(kCacheLine) const float kZeros[kMaxHeadDim] = {};
+
+// A block of keys and values of one head: where their rows stand. Beyond `count` there are zeros.
+template <typename T>
+struct Block {
+  const T* keys[kBlockKeys];
+  const T* values[kBlockKeys];
+  int64_t first;  // row of the source
+  int count;
+};
+
+// A query row of the item that sees a part of the chunk: source rows `low` to `high`.
+struct ActiveRow {
+  int slot;  // among the rows of the item
+  int32_t low;
+  int32_t high;
+  int32_t position;
+  int32_t shift;
+  const int32_t* masks;  // override masks of its use, null for own rows
+};
+
+// What a thread works in; its size is independent of the round.
+struct Scratch {
+  // Of the rows of the item: state of the softmax, in units of log2, and the sums of values.
+  alignas(kCacheLine) float state_max[kMaxQueries];
+  alignas(kCacheLine) float state_sum[kMaxQueries];
+  alignas(kCacheLine) float out[kMaxQueries * kMaxHeadDim];
+  // Of the rows that see the chunk, adjacent.
+  ActiveRow active[kMaxQueries];
+  int num_active;
+  alignas(kCacheLine) float queries[kMaxQueries * kMaxHeadDim];      // [query][head_dim]
+  alignas(kCacheLine) float query_lanes[kMaxHeadDim * kMaxQueries];  // [head_dim][stride]
+  alignas(kCacheLine) float max[kMaxQueries];
+  alignas(kCacheLine) float sum[kMaxQueries];
+  alignas(kCacheLine) float rescale[kMaxQueries];
+  alignas(kCacheLine) int32_t low[kMaxQueries];
+  alignas(kCacheLine) int32_t high[kMaxQueries];
+  alignas(kCacheLine) int32_t masks[kBlockPages][kMaxQueries];
+  float* out_rows[kMaxQueries];
+  // Of the block.
+  alignas(kCacheLine) float weights[kBlockKeys * kMaxQueries];
+  alignas(kCacheLine) float wide_keys[kBlockKeys * kMaxHeadDim];
+  alignas(kCacheLine) float wide_values[kBlockKeys * kMaxHeadDim];
+  const float* key_rows[kBlockKeys];
+  const float* value_rows[kBlockKeys];
+  bool seen[kBlockKeys];
+  MoveAngles angles;
+};
+
+Scratch& thread_scratch() {
+  thread_local std::unique_ptr<Scratch> scratch(new Scratch);
+  return *scratch;
+}
+
+// Hides scores of the keys of lanes that do not see the key; tells whether any lane does.
+#if TOKENDANCE_LEVEL == TOKENDANCE_LEVEL_avx512
+TOKENDANCE_INLINE bool hide(Full& score, int32_t key, int32_t bit, const int32_t* low,
+                            const int32_t* high, const int32_t* masks) {
+  const __m512i k = _mm512_set1_epi32(key);
+  __mmask16 sees = _mm512_cmple_epi32_mask(_mm512_loadu_si512(low), k);
+  sees = _mm512_mask_cmple_epi32_mask(sees, k, _mm512_loadu_si512(high));
+  sees = _mm512_mask_testn_epi32_mask(sees, _mm512_loadu_si512(masks), _mm512_set1_epi32(bit));
+  score.v = _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), sees, score.v);
+  return sees != 0;
+}
+#else
+TOKENDANCE_INLINE bool hide(Full& score, int32_t key, int32_t bit, const int32_t* low,
+                            const int32_t* high, const int32_t* masks) {
+  bool any = false;
+  for (int i = 0; i < kFullLanes; ++i) {
+    const bool sees = (low[i] <= key) & (key <= high[i]) & ((masks[i] & bit) == 0);
+    score.v[i] = sees ? score.v[i] : -kInfinity;
+    any |= sees;
+  }
+  return any;
+}
+#endif
+
+template <typename T>
+class Attention {
+ public:
+  explicit Attention(const CollectiveAttentionParams& params)
+      : params_(params),
+        round_(params.round),
+        group_(params.num_q_heads / params.num_kv_heads),
+        block_size_(static_cast<int>(params.round.extents.block_size)),
+        lines_(std::max(1, static_cast<int>(params.head_dim * sizeof(T) / kCacheLine))) {
+    const bool capped = params.soft_cap > 0.0f;
+    query_factor_ = capped ? params.scale / params.soft_cap : params.scale * kLog2E;
+    cap_ = capped ? params.soft_cap * kLog2E : 0.0f;
+  }
+
+  int64_t num_tasks() const { return round_.extents.work * params_.num_kv_heads; }
+
+  // One work item and KV head; `next` is what this thread does after it, -1 = nothing.
+  void run(int64_t task, int64_t next, Scratch& scratch) const {
+    const int32_t* item = round_.work + task / params_.num_kv_heads * kWorkFields;
+    const int head = static_cast<int>(task % params_.num_kv_heads);
+    // A tile that exceeds the scratch is taken in parts.
+    const int heads = std::min(group_, kMaxQueries);
+    const int rows = kMaxQueries / heads;
+    for (int32_t row = item[0]; row < item[1]; row += rows) {
+      for (int g = 0; g < group_; g += heads) {
+        Tile tile{
+            item, round_.work_rows + row,     std::min(rows, item[1] - row), row - item[0], head,
+            g,    std::min(heads, group_ - g)};
+        run_tile(tile, next, scratch);
+      }
+    }
+  }
+
+  // Merges the partial results of a row, if it has any.
+  void merge(int64_t row) const {
+    const int32_t* begin = round_.row_partials + round_.row_partial_indptr[row];
+    const int32_t* end = round_.row_partials + round_.row_partial_indptr[row + 1];
+    if (begin == end) return;
+    for (int head = 0; head < params_.num_q_heads; ++head) merge_head(row, head, begin, end);
+  }
+
+ private:
+  struct Tile {
+    const int32_t* item;
+    const int32_t* rows;
+    int num_rows;
+    int first_row;  // of the item
+    int kv_head;
+    int first_head;  // of the group of the KV head
+    int num_heads;
+
+    int queries() const { return num_rows * num_heads; }
+  };
+
+  T* out_row(int64_t row, int head) const {
+    return static_cast<T*>(params_.out) + row * params_.out_row_stride +
+           head * params_.out_head_stride;
+  }
+  int q_head(const Tile& tile, int g) const { return tile.kv_head * group_ + tile.first_head + g; }
+  const int32_t* chunk(int32_t index) const { return round_.work_chunks + index * kChunkFields; }
+
+  void write_empty(T* out) const {
+    for (int i = 0; i < params_.head_dim; i += kLanes) {
+      store(out + i, narrow<T>(broadcast(0.0f)));
+    }
+  }
+
+  // Blocks ----------------------------------------------------------------------------------------
+
+  // Block of the rows from `first` of a source, which is a multiple of the block size; at most
+  // `limit` rows.
+  void find_block(int32_t source, int head, int64_t first, int64_t limit, Block<T>& block) const {
+    const int32_t* pages = source >= 0 ? round_.master_pages + round_.master_page_indptr[source]
+                                       : round_.own_pages + round_.own_page_indptr[-1 - source];
+    block.first = first;
+    block.count = static_cast<int>(std::min<int64_t>(limit, kBlockKeys));
+    const T* k_head = static_cast<const T*>(params_.k_pool) + head * params_.k_layout.head_stride;
+    const T* v_head = static_cast<const T*>(params_.v_pool) + head * params_.v_layout.head_stride;
+    int at = 0;
+    for (int64_t page = first / block_size_; at < block.count; ++page) {
+      const int rows = std::min(block_size_, block.count - at);
+      const T* k = k_head + pages[page] * params_.k_layout.page_stride;
+      const T* v = v_head + pages[page] * params_.v_layout.page_stride;
+      for (int i = 0; i < rows; ++i, ++at) {
+        block.keys[at] = k + i * params_.k_layout.row_stride;
+        block.values[at] = v + i * params_.v_layout.row_stride;
+      }
+    }
+    const T* zeros = reinterpret_cast<const T*>(kZeros);
+    for (; at < kBlockKeys; ++at) block.keys[at] = block.values[at] = zeros;
+  }
+
+  // The first block that another chunk begins with, as far as it is known without its rows.
+  void guess_block(const int32_t* fields, int head, Block<T>& block) const {
+    const int64_t pages = fields[2] - fields[1];
+    find_block(fields[0], head, int64_t{fields[1]} * block_size_, pages * block_size_, block);
+  }
+
+  void guess_after(const Tile& tile, int32_t index, int64_t next, Block<T>& block) const {
+    if (index + 1 < tile.item[3]) return guess_block(chunk(index + 1), tile.kv_head, block);
+    block.count = 0;
+    if (next < 0) return;
+    const int32_t* item = round_.work + next / params_.num_kv_heads * kWorkFields;
+    if (item[0] == item[1] || item[2] == item[3]) return;
+    guess_block(chunk(item[2]), static_cast<int>(next % params_.num_kv_heads), block);
+  }
+
+  // Rows of a chunk -------------------------------------------------------------------------------
+
+  // Finds the rows of the tile that see a part of the chunk.
+  void find_active_rows(const Tile& tile, const int32_t* fields, Scratch& s) const {
+    const int32_t source = fields[0];
+    const int64_t begin = int64_t{fields[1]} * block_size_;
+    const int64_t end = int64_t{fields[2]} * block_size_;
+    s.num_active = 0;
+    for (int slot = 0; slot < tile.num_rows; ++slot) {
+      const int32_t row = tile.rows[slot];
+      const int32_t agent = round_.row_agent[row];
+      const int32_t position = round_.row_position[row];
+      ActiveRow active{slot, 0, 0, position, 0, nullptr};
+      int64_t low = begin, high = end - 1;
+      if (source >= 0) {
+        const int32_t use = round_.agent_use[agent * round_.extents.masters + source];
+        if (use < 0) continue;
+        const int64_t reach = int64_t{position} - round_.use_delta[use];
+        high = std::min({high, reach, int64_t{round_.use_length[use]} - 1});
+        if (params_.window > 0) low = std::max(low, reach - params_.window + 1);
+        active.shift = round_.use_shift[use];
+        active.masks = round_.use_masks + round_.use_page_indptr[use];
+      } else {
+        if (agent != -1 - source) continue;
+        const int32_t* positions =
+            round_.own_position + int64_t{round_.own_page_indptr[agent]} * block_size_;
+        const int32_t* last = positions + round_.own_length[agent];
+        high = std::min<int64_t>(high, std::upper_bound(positions, last, position) - positions - 1);
+        if (params_.window > 0) {
+          const int64_t hidden = int64_t{position} - params_.window;
+          low = std::max<int64_t>(low, std::partition_point(positions, last, [=](int32_t p) {
+                                         return p <= hidden;
+                                       }) - positions);
+        }
+      }
+      if (high < low) continue;
+      active.low = static_cast<int32_t>(low);
+      active.high = static_cast<int32_t>(high);
+      // Insertion keeps them in order of how far they see; mostly they come in order.
+      int at = s.num_active++;
+      for (; at > 0 && s.active[at - 1].high > active.high; --at) s.active[at] = s.active[at - 1];
+      s.active[at] = active;
+    }
+  }
+
+  // R(p) R(-shift).
+  void set_angles(const ActiveRow& row, MoveAngles& angles) const {
+    const RopeTables& rope = params_.rope;
+    const int half = rope.rotary_dim / 2;
+    const int64_t distance = row.shift < 0 ? -int64_t{row.shift} : row.shift;
+    const float* cos_row = rope.cos + int64_t{row.position} * half;
+    const float* sin_row = rope.sin + int64_t{row.position} * half;
+    const float* shift_cos = rope.cos + distance * half;
+    const float* shift_sin = rope.sin + distance * half;
+    const F32 sign = broadcast(row.shift < 0 ? -1.0f : 1.0f);
+    alignas(kCacheLine) float pairs[2 * kMaxHeadDim];
+    float* cos = rope.interleaved ? pairs : angles.cos;
+    float* sin = rope.interleaved ? pairs + kMaxHeadDim : angles.sin;
+    for (int i = 0; i < half; i += kLanes) {
+      const int n = std::min(half - i, kLanes);
+      const auto read = [&](const float* p) { return n == kLanes ? load(p + i) : load(p + i, n); };
+      const F32 c = read(cos_row), s = read(sin_row);
+      const F32 shift_c = read(shift_cos), shift_s = mul(read(shift_sin), sign);
+      store(cos + i, narrow<float>(fma_add(c, shift_c, mul(s, shift_s))));
+      store(sin + i, narrow<float>(fma_sub(s, shift_c, mul(c, shift_s))));
+    }
+    if (rope.interleaved) {
+      for (int i = 0; i < half; ++i) {
+        angles.cos[2 * i] = angles.cos[2 * i + 1] = cos[i];
+        angles.sin[2 * i + 1] = sin[i];
+        angles.sin[2 * i] = -sin[i];
+      }
+    }
+  }
+
+  // Own rows stand at absolute positions: R(p), the table's row itself.
+  void rotate_queries(const Tile& tile, Scratch& s) const {
+    const int rotary_dim = params_.rope.rotary_dim;
+    const F32 factor = broadcast(query_factor_);
+    const F32 rotary_scale = broadcast(params_.rotary_scale);
+    for (int i = 0; i < s.num_active; ++i) {
+      const ActiveRow& active = s.active[i];
+      if (rotary_dim > 0) set_angles(active, s.angles);
+      const T* q_row = static_cast<const T*>(params_.q) +
+                       tile.rows[active.slot] * params_.q_row_stride +
+                       q_head(tile, 0) * params_.q_head_stride;
+      for (int g = 0; g < tile.num_heads; ++g) {
+        const T* q = q_row + g * params_.q_head_stride;
+        float* out = s.queries + (i * tile.num_heads + g) * int64_t{params_.head_dim};
+        const auto emit = [&](int dim, F32 value, int n) {
+          const Packed<float> packed = narrow<float>(mul(value, factor));
+          if (n == kLanes) {
+            store(out + dim, packed);
+          } else {
+            store(out + dim, packed, n);
+          }
+        };
+        if (rotary_dim > 0) {
+          const auto emit_rotated = [&](int dim, F32 value, int n) {
+            emit(dim, mul(value, rotary_scale), n);
+          };
+          if (params_.rope.interleaved) {
+            rotate_head<true>(q, s.angles, rotary_dim, emit_rotated);
+          } else {
+            rotate_head<false>(q, s.angles, rotary_dim, emit_rotated);
+          }
+        }
+        for (int dim = rotary_dim; dim < params_.head_dim; dim += kLanes) {
+          const int n = std::min(params_.head_dim - dim, kLanes);
+          emit(dim, n == kLanes ? load(q + dim) : load(q + dim, n), n);
+        }
+      }
+    }
+  }
+
+  // The queries with rows in the lanes; lanes beyond the rows are zero.
+  void transpose_queries(int queries, int stride, Scratch& s) const {
+    const int head_dim = params_.head_dim;
+    for (int begin = 0; begin < stride; begin += 8) {
+      const float* rows[8];
+      for (int i = 0; i < 8; ++i) {
+        rows[i] = begin + i < queries ? s.queries + (begin + i) * int64_t{head_dim} : kZeros;
+      }
+      float* lanes = s.query_lanes + begin;
+      for (int dim = 0; dim < head_dim; ++dim, lanes += stride) {
+        for (int i = 0; i < 8; ++i) lanes[i] = rows[i][dim];
+      }
+    }
+  }
+
+  // Attention of a tile ---------------------------------------------------------------------------
+
+  void run_tile(const Tile& tile, int64_t next, Scratch& s) const {
+    const int queries = tile.queries();
+    std::fill_n(s.state_max, queries, -kInfinity);
+    std::fill_n(s.state_sum, queries, 0.0f);
+    std::fill_n(s.out, int64_t{queries} * params_.head_dim, 0.0f);
+    for (int32_t index = tile.item[2]; index < tile.item[3]; ++index) {
+      attend_chunk(tile, index, next, s);
+    }
+    for (int slot = 0; slot < tile.num_rows; ++slot) {
+      for (int g = 0; g < tile.num_heads; ++g) write_result(tile, slot, g, s);
+    }
+  }
+
+  void attend_chunk(const Tile& tile, int32_t index, int64_t next, Scratch& s) const {
+    const int32_t* fields = chunk(index);
+    find_active_rows(tile, fields, s);
+    if (s.num_active == 0) return;
+    rotate_queries(tile, s);
+    const int heads = tile.num_heads;
+    const int queries = s.num_active * heads;
+    const int stride = (queries + kLanes - 1) / kLanes * kLanes;
+    const bool flat = queries <= kMaxFlatQueries;
+    if (!flat) transpose_queries(queries, stride, s);
+    int32_t low = s.active[0].low;
+    const int32_t high = s.active[s.num_active - 1].high;
+    for (int i = 0; i < s.num_active; ++i) {
+      const ActiveRow& active = s.active[i];
+      low = std::min(low, active.low);
+      for (int g = 0; g < heads; ++g) {
+        const int from = active.slot * heads + g, to = i * heads + g;
+        s.max[to] = s.state_max[from];
+        s.sum[to] = s.state_sum[from];
+        s.low[to] = active.low;
+        s.high[to] = active.high;
+        s.out_rows[to] = s.out + from * int64_t{params_.head_dim};
+      }
+    }
+    for (int i = queries; i < stride; ++i) {
+      s.max[i] = s.sum[i] = 0.0f;
+      s.low[i] = 0;
+      s.high[i] = -1;
+    }
+
+    Block<T> blocks[2];
+    int current = 0;
+    int64_t first = low / block_size_ * block_size_;
+    find_block(fields[0], tile.kv_head, first, int64_t{high} + 1 - first, blocks[0]);
+    int begin = 0;  // rows before it see less far
+    while (first <= high) {
+      Block<T>& block = blocks[current];
+      Block<T>& ahead = blocks[1 - current];
+      const int64_t following = first + kBlockKeys;
+      if (following <= high) {
+        find_block(fields[0], tile.kv_head, following, int64_t{high} + 1 - following, ahead);
+      } else {
+        guess_after(tile, index, next, ahead);
+      }
+      while (s.active[begin].high < first) ++begin;
+      int end = s.num_active;
+      while (end > begin && s.active[end - 1].low >= first + block.count) --end;
+      if (end > begin) {
+        const Rows rows{begin, end, heads, queries, stride};
+        if (flat) {
+          attend_flat(rows, block, ahead, s);
+        } else {
+          attend_tall(rows, block, ahead, s);
+        }
+      }
+      first = following;
+      current = 1 - current;
+    }
+
+    for (int i = 0; i < s.num_active; ++i) {
+      for (int g = 0; g < heads; ++g) {
+        const int to = s.active[i].slot * heads + g, from = i * heads + g;
+        s.state_max[to] = s.max[from];
+        s.state_sum[to] = s.sum[from];
+      }
+    }
+  }
+
+  // Active rows that meet a block.
+  struct Rows {
+    int begin, end;
+    int heads;
+    int queries;  // of the whole chunk
+    int stride;
+    int first_query() const { return begin * heads; }
+    int last_query() const { return end * heads; }
+  };
+
+  // Reads the override masks of the block's pages; tells whether any row has a hidden key.
+  bool find_masks(const Rows& rows, const Block<T>& block, Scratch& s) const {
+    const int64_t first_page = block.first / block_size_;
+    const int pages = (block.count + block_size_ - 1) / block_size_;
+    int32_t any = 0;
+    for (int page = 0; page < pages; ++page) {
+      for (int i = rows.begin; i < rows.end; ++i) {
+        const ActiveRow& active = s.active[i];
+        const int64_t index = first_page + page;
+        // Beyond a row's reach its use may have no more pages.
+        const int32_t mask =
+            active.masks && index * block_size_ <= active.high ? active.masks[index] : 0;
+        any |= mask;
+        for (int g = 0; g < rows.heads; ++g) s.masks[page][i * rows.heads + g] = mask;
+      }
+    }
+    return any != 0;
+  }
+
+  bool sees_all(const Rows& rows, const Block<T>& block, const Scratch& s) const {
+    // In order of `high`; `low` only differs from row to row with a window.
+    if (s.active[rows.begin].high < block.first + block.count - 1) return false;
+    for (int i = rows.begin; i < rows.end; ++i) {
+      if (s.active[i].low > block.first) return false;
+    }
+    return true;
+  }
+
+  void attend_tall(const Rows& rows, const Block<T>& block, const Block<T>& ahead,
+                   Scratch& s) const {
+    const int begin = rows.first_query() / kLanes * kLanes;
+    const int end = rows.last_query();
+    const int groups = (block.count + kKeyGroup - 1) / kKeyGroup;
+    const bool masked = find_masks(rows, block, s) | !sees_all(rows, block, s) |
+                        (begin != rows.first_query()) | (end != rows.queries);
+    const float* const* keys;
+    const float* const* values;
+    if constexpr (std::is_same_v<T, float>) {
+      keys = block.keys;
+      values = block.values;
+      if (masked) {
+        std::copy_n(block.values, block.count, s.value_rows);
+        values = s.value_rows;
+      }
+    } else {
+      widen_rows(block.keys, groups * kKeyGroup, s.wide_keys, s.key_rows);
+      widen_rows(block.values, block.count, s.wide_values, s.value_rows);
+      keys = s.key_rows;
+      values = s.value_rows;
+    }
+    const bool fetch = ahead.count > 0;
+    const auto* ahead_keys = reinterpret_cast<const void* const*>(ahead.keys);
+    const auto* ahead_values = reinterpret_cast<const void* const*>(ahead.values);
+    tall_block(s.query_lanes, rows.stride, keys, groups, params_.head_dim, begin, end, s.weights,
+               fetch ? Ahead{ahead_keys, lines_} : Ahead{});
+    if (masked) {
+      std::fill_n(s.seen, block.count, false);
+      // Rows that stand in the same vectors and see nothing here.
+      for (int page = 0; page * block_size_ < block.count; ++page) {
+        for (int i = begin; i < rows.first_query(); ++i) s.masks[page][i] = 0;
+        for (int i = end; i < rows.stride; ++i) s.masks[page][i] = 0;
+      }
+    }
+    for (int lane = begin; lane < end; lane += kFullLanes) {
+      if (cap_ > 0.0f) {
+        masked ? soften<true, true>(lane, rows.stride, block, s)
+               : soften<false, true>(lane, rows.stride, block, s);
+      } else {
+        masked ? soften<true, false>(lane, rows.stride, block, s)
+               : soften<false, false>(lane, rows.stride, block, s);
+      }
+    }
+    if (masked) {
+      for (int k = 0; k < block.count; ++k) {
+        if (!s.seen[k]) s.value_rows[k] = kZeros;
+      }
+    }
+    const int first = rows.first_query();
+    add_values_block<float>(end - first, s.out_rows + first, s.rescale + first,
+                            {s.weights + first, 1, rows.stride}, values, block.count,
+                            params_.head_dim, fetch ? Ahead{ahead_values, lines_} : Ahead{});
+  }
+
+  // Softmax over the block of the rows in one vector: scores become weights.
+  template <bool kMasked, bool kCapped>
+  void soften(int lane, int stride, const Block<T>& block, Scratch& s) const {
+    float* weights = s.weights + lane;
+    const Full old_max = load_lanes<Full>(s.max + lane);
+    Full max = old_max;
+    const Full cap = repeat<Full>(cap_);
+    for (int k = 0; k < block.count; ++k) {
+      Full score = load_lanes<Full>(weights + k * stride);
+      if constexpr (kCapped) score = cap * tanh(score);
+      if constexpr (kMasked) {
+        const int32_t bit = static_cast<int32_t>(1u << (k % block_size_));
+        s.seen[k] |= hide(score, static_cast<int32_t>(block.first + k), bit, s.low + lane,
+                          s.high + lane, s.masks[k / block_size_] + lane);
+      }
+      if constexpr (kCapped || kMasked) store_lanes(weights + k * stride, score);
+      max = larger(max, score);
+    }
+    // A row that has seen nothing yet has weights exp2(-inf - 0) = 0.
+    const Full base = {max.v == -kInfinity ? Full::Floats{} : max.v};
+    const Full rescale = exp2(old_max - base);
+    Full sum = load_lanes<Full>(s.sum + lane) * rescale;
+    for (int k = 0; k < block.count; ++k) {
+      const Full weight = exp2(load_lanes<Full>(weights + k * stride) - base);
+      store_lanes(weights + k * stride, weight);
+      sum = sum + weight;
+    }
+    store_lanes(s.max + lane, max);
+    store_lanes(s.sum + lane, sum);
+    store_lanes(s.rescale + lane, rescale);
+  }
+
+  void widen_rows(const T* const* rows, int count, float* wide, const float** wide_rows) const {
+    const int head_dim = params_.head_dim;
+    for (int k = 0; k < count; ++k) {
+      float* to = wide + k * int64_t{head_dim};
+      const T* from = rows[k];
+      for (int dim = 0; dim < head_dim; dim += kFullLanes) {
+        store_lanes(to + dim, load_full(from + dim));
+      }
+      wide_rows[k] = to;
+    }
+  }
+
+  void attend_flat(const Rows& rows, Block<T>& block, const Block<T>& ahead, Scratch& s) const {
+    const int queries = rows.queries;
+    const bool fetch = ahead.count > 0;
+    const Ahead keys_ahead{reinterpret_cast<const void* const*>(ahead.keys), lines_};
+    const Ahead values_ahead{reinterpret_cast<const void* const*>(ahead.values), lines_};
+    flat_block(queries, block, fetch ? keys_ahead : Ahead{}, s);
+    const bool masked = find_masks({0, s.num_active, rows.heads, queries, rows.stride}, block, s) |
+                        !sees_all({0, s.num_active, rows.heads, queries, rows.stride}, block, s);
+    if (masked) std::fill_n(s.seen, block.count, false);
+    for (int q = 0; q < queries; ++q) soften_flat(q, masked, block, s);
+    if (masked) {
+      const T* zeros = reinterpret_cast<const T*>(kZeros);
+      for (int k = 0; k < block.count; ++k) {
+        if (!s.seen[k]) block.values[k] = zeros;
+      }
+    }
+    add_values_block<T>(queries, s.out_rows, s.rescale, {s.weights, kBlockKeys, 1}, block.values,
+                        block.count, params_.head_dim, fetch ? values_ahead : Ahead{});
+  }
+
+  void flat_block(int queries, const Block<T>& block, Ahead ahead, Scratch& s) const {
+    const auto scores = [&](auto count) {
+      flat_scores<decltype(count)::value>(s.queries, params_.head_dim, block.keys, block.count,
+                                          params_.head_dim, s.weights, kBlockKeys, ahead);
+    };
+    static_assert(kMaxFlatQueries == 8);
+    switch (queries) {
+      case 1:
+        return scores(std::integral_constant<int, 1>{});
+      case 2:
+        return scores(std::integral_constant<int, 2>{});
+      case 3:
+        return scores(std::integral_constant<int, 3>{});
+      case 4:
+        return scores(std::integral_constant<int, 4>{});
+      case 5:
+        return scores(std::integral_constant<int, 5>{});
+      case 6:
+        return scores(std::integral_constant<int, 6>{});
+      case 7:
+        return scores(std::integral_constant<int, 7>{});
+      default:
+        return scores(std::integral_constant<int, 8>{});
+    }
+  }
+
+  // Softmax over the block of one row, keys in the lanes.
+  void soften_flat(int q, bool masked, const Block<T>& block, Scratch& s) const {
+    float* weights = s.weights + q * kBlockKeys;
+    const int padded = (block.count + kFullLanes - 1) / kFullLanes * kFullLanes;
+    if (cap_ > 0.0f) {
+      for (int k = 0; k < padded; k += kFullLanes) {
+        store_lanes(weights + k, repeat<Full>(cap_) * tanh(load_lanes<Full>(weights + k)));
+      }
+    }
+    if (masked) {
+      for (int k = 0; k < block.count; ++k) {
+        const int64_t key = block.first + k;
+        const uint32_t mask = static_cast<uint32_t>(s.masks[k / block_size_][q]);
+        const bool sees = s.low[q] <= key && key <= s.high[q] && !(mask >> (k % block_size_) & 1);
+        if (!sees) weights[k] = -kInfinity;
+        s.seen[k] |= sees;
+      }
+    }
+    for (int k = block.count; k < padded; ++k) weights[k] = -kInfinity;
+    Full largest = load_lanes<Full>(weights);
+    for (int k = kFullLanes; k < padded; k += kFullLanes) {
+      largest = larger(largest, load_lanes<Full>(weights + k));
+    }
+    const float max = std::max(s.max[q], largest_lane(largest));
+    const float base = max == -kInfinity ? 0.0f : max;
+    const Full bases = repeat<Full>(base);
+    Full sums = repeat<Full>(0.0f);
+    for (int k = 0; k < padded; k += kFullLanes) {
+      const Full weight = exp2(load_lanes<Full>(weights + k) - bases);
+      store_lanes(weights + k, weight);
+      sums = sums + weight;
+    }
+    const float rescale = exp2f(s.max[q] - base);
+    s.max[q] = max;
+    s.sum[q] = s.sum[q] * rescale + lane_sum(sums);
+    s.rescale[q] = rescale;
+  }
+
+  // Results ---------------------------------------------------------------------------------------
+
+  float* partial_out(int64_t partial, int head) const {
+    return params_.workspace + (partial * params_.num_q_heads + head) * params_.head_dim;
+  }
+  float* partial_lse(int64_t partial, int head) const {
+    return params_.workspace + round_.extents.partials * params_.num_q_heads * params_.head_dim +
+           partial * params_.num_q_heads + head;
+  }
+
+  void write_result(const Tile& tile, int slot, int g, const Scratch& s) const {
+    const int index = slot * tile.num_heads + g;
+    const int head = q_head(tile, g);
+    const float* sums = s.out + index * int64_t{params_.head_dim};
+    const float sum = s.state_sum[index];
+    const float max = s.state_max[index];
+    const float lse = sum == 0.0f ? -kInfinity : max * kLn2 + logf(sum);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    if (tile.item[4] >= 0) {
+      const int64_t partial = int64_t{tile.item[4]} + tile.first_row + slot;
+      float* out = partial_out(partial, head);
+      const F32 factor = broadcast(inverse);
+      for (int i = 0; i < params_.head_dim; i += kLanes) {
+        store(out + i, narrow<float>(mul(load(sums + i), factor)));
+      }
+      *partial_lse(partial, head) = lse;
+      return;
+    }
+    const int64_t row = tile.rows[slot];
+    params_.lse[row * params_.num_q_heads + head] = lse;
+    write_row(out_row(row, head), sums, inverse * sink_factor(head, lse));
+  }
+
+  void write_row(T* out, const float* sums, float factor) const {
+    const F32 factors = broadcast(factor);
+    for (int i = 0; i < params_.head_dim; i += kLanes) {
+      store(out + i, narrow<T>(mul(load(sums + i), factors)));
+    }
+  }
+
+  // exp(lse) / (exp(lse) + exp(sink)): what a sink leaves of the output.
+  float sink_factor(int head, float lse) const {
+    if (!params_.sinks || lse == -kInfinity) return 1.0f;
+    return 1.0f / (1.0f + expf(params_.sinks[head] - lse));
+  }
+
+  void merge_head(int64_t row, int head, const int32_t* begin, const int32_t* end) const {
+    float max = -kInfinity;
+    for (const int32_t* partial = begin; partial < end; ++partial) {
+      max = std::max(max, *partial_lse(*partial, head));
+    }
+    T* out = out_row(row, head);
+    float& lse = params_.lse[row * params_.num_q_heads + head];
+    if (max == -kInfinity) {
+      lse = -kInfinity;
+      return write_empty(out);
+    }
+    alignas(kCacheLine) float sums[kMaxHeadDim] = {};
+    float sum = 0.0f;
+    for (const int32_t* partial = begin; partial < end; ++partial) {
+      const float weight = expf(*partial_lse(*partial, head) - max);
+      if (weight == 0.0f) continue;
+      sum += weight;
+      const float* part = partial_out(*partial, head);
+      const F32 factor = broadcast(weight);
+      for (int i = 0; i < params_.head_dim; i += kLanes) {
+        store(sums + i, narrow<float>(fma_add(load(part + i), factor, load(sums + i))));
+      }
+    }
+    lse = max + logf(sum);
+    write_row(out, sums, sink_factor(head, lse) / sum);
+  }
+
+  const CollectiveAttentionParams& params_;
+  const RoundView& round_;
+  const int group_;
+  const int block_size_;
+  const int lines_;     // cache lines of a key
+  float query_factor_;  // multiplies the rotated queries
+  float cap_;           // multiplies tanh of the scores, 0 = no cap
+};
+
+}  // namespace
+
+void collective_attention(const CollectiveAttentionParams& params, ParallelFor parallel_for) {
+  with_element(params.dtype, [&](auto element) {
+    const Attention<decltype(element)> attention(params);
+    parallel_items(parallel_for, attention.num_tasks(), [&](auto next) {
+      Scratch& scratch = thread_scratch();
+      int64_t task = next();
+      while (task >= 0) {
+        const int64_t following = next();
+        attention.run(task, following, scratch);
+        task = following;
+      }
+    });
+    constexpr int64_t kRowsAtOnce = 4;
+    parallel_ranges(parallel_for, params.round.extents.rows, kRowsAtOnce,
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t row = begin; row < end; ++row) attention.merge(row);
+                    });
+  });
+}
+
+}  // namespace tokendance::TOKENDANCE_ISA

@@ -1,0 +1,3 @@
+#include "cpu/isa.h"
+
+TOKENDANCE_CPU_LAUNCH(merge_states, MergeStatesParams)
