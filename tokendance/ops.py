@@ -19,7 +19,7 @@ are out of range, since a look at them would have to wait for the device. Nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -508,7 +508,7 @@ def _fake_mutation(*arguments: object, **options: object) -> None:
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., object]] = {
     "rope_rotate": _fake_rope_rotate,
     "key_deviation": _fake_key_deviation,
     "collective_attention": _fake_collective_attention,
