@@ -5,18 +5,19 @@
 
 namespace tokendance {
 
-#define TOKENDANCE_DEFINE(variant, T, V)                                                         \
-  extern "C" __global__ void __launch_bounds__(kMergeThreads) tokendance_merge_states_##variant( \
-      const __grid_constant__ MergeStatesParams p, const __grid_constant__ Tile) {               \
-    cuda::merge_states<T, V>(p);                                                                 \
+#define TOKENDANCE_DEFINE(variant, T, V)                                             \
+  extern "C" __global__ void __launch_bounds__(kMergeStatesThreads)                  \
+      tokendance_merge_states_##variant(const __grid_constant__ MergeStatesParams p, \
+                                        const __grid_constant__ Tile) {              \
+    cuda::merge_states<T, V>(p);                                                     \
   }
-TOKENDANCE_MERGE_KERNELS(TOKENDANCE_DEFINE)
+TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_DEFINE)
 
 #define TOKENDANCE_KERNEL(variant, T, V) tokendance_merge_states_##variant,
 
 int cuda_merge_states(const MergeStatesParams& params, void* stream) {
   constexpr void (*kKernels[])(MergeStatesParams,
-                               Tile) = {TOKENDANCE_MERGE_KERNELS(TOKENDANCE_KERNEL)};
+                               Tile) = {TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_KERNEL)};
   return cuda::launch(plan_merge_states(params), kKernels, params, stream);
 }
 

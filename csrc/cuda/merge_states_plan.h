@@ -5,19 +5,20 @@
 
 // One kernel per dtype and width of accesses; calls X(variant, element type, elements of a vector)
 // in the order in which the plan counts them.
-#define TOKENDANCE_MERGE_KERNELS(X) \
-  X(f32_wide, float, 4)             \
-  X(f32_narrow, float, 1)           \
-  X(f16_wide, __half, 8)            \
-  X(f16_narrow, __half, 1)          \
-  X(bf16_wide, __nv_bfloat16, 8)    \
+#define TOKENDANCE_MERGE_STATES_KERNELS(X) \
+  X(f32_wide, float, 4)                    \
+  X(f32_narrow, float, 1)                  \
+  X(f16_wide, __half, 8)                   \
+  X(f16_narrow, __half, 1)                 \
+  X(bf16_wide, __nv_bfloat16, 8)           \
   X(bf16_narrow, __nv_bfloat16, 1)
 
 namespace tokendance {
 
-#define TOKENDANCE_MERGE_NAME(variant, T, V) "tokendance_merge_states_" #variant,
-constexpr const char* kMergeStatesKernels[] = {TOKENDANCE_MERGE_KERNELS(TOKENDANCE_MERGE_NAME)};
-constexpr int kMergeThreads = 256;
+#define TOKENDANCE_MERGE_STATES_NAME(variant, T, V) "tokendance_merge_states_" #variant,
+constexpr const char* kMergeStatesKernels[] = {
+    TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_MERGE_STATES_NAME)};
+constexpr int kMergeStatesThreads = 256;
 
 inline LaunchPlan plan_merge_states(const MergeStatesParams& p) {
   LaunchPlan plan = {};
@@ -26,8 +27,8 @@ inline LaunchPlan plan_merge_states(const MergeStatesParams& p) {
   const int64_t vector = wide ? kVectorBytes / element_bytes(p.dtype) : 1;
   const int kernel = static_cast<int>(p.dtype) * 2 + !wide;
   add_launch(&plan, kMergeStatesKernels[kernel], kernel,
-             ceil_div(p.num_rows * p.num_heads * (p.head_dim / vector), kMergeThreads), 1, 1,
-             kMergeThreads, 0, {});
+             ceil_div(p.num_rows * p.num_heads * (p.head_dim / vector), kMergeStatesThreads), 1, 1,
+             kMergeStatesThreads, 0, {});
   return plan;
 }
 

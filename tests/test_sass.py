@@ -1,0 +1,95 @@
+"""`python -m tools.sass`: reading ptxas and nvdisasm, occupancy, and what must not be."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import sass
+
+PTXAS = """\
+ptxas info    : Compiling entry function 'one_wide' for 'sm_80'
+ptxas info    : Function properties for one_wide
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 2048 bytes smem, 560 bytes cmem[0]
+ptxas info    : Compiling entry function 'two' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers, 560 bytes cmem[0]
+"""
+SASS = """\
+	.section	.text.one_wide,"ax",@progbits
+.text.one_wide:
+        /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0020*/                   LDG.E R4, [R2.64] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64] ;
+        /*0040*/                   HMMA.16816.F32 R8, R4, R2, R8 ;
+.text.two:
+        /*0010*/                   STG.E.128 [R2.64], R4 ;
+        /*0020*/                   LDL.LU R4, [R1] ;
+"""
+
+
+def test_reads_ptxas():
+    assert sass.parse_resources(PTXAS) == {"one_wide": (96, 16, 2048), "two": (32, 0, 0)}
+
+
+def test_reads_sass():
+    counts = {
+        name: dict(zip(sass.INSTRUCTIONS, found, strict=True))
+        for name, found in sass.parse_sass(SASS).items()
+    }
+    assert {k: n for k, n in counts["one_wide"].items() if n} == {
+        "HMMA": 1,
+        "LDGSTS": 1,
+        "LDG.128": 1,
+    }
+    assert {k: n for k, n in counts["two"].items() if n} == {"STG.128": 1, "LDL": 1}
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "blocks"),
+    [
+        ("80", 256, 32, 0, 8),  # 64 warps
+        ("80", 256, 33, 0, 6),  # 40 registers are handed out: 48 warps
+        ("80", 256, 128, 0, 2),
+        ("80", 1024, 65, 0, 0),
+        ("80", 32, 32, 0, 32),  # blocks
+        ("80", 128, 32, 40 * 1024, 4),  # shared memory: 41 KB each of 164
+        ("90", 128, 32, 99 * 1024, 2),
+        ("120", 128, 32, 99 * 1024, 1),
+    ],
+)
+def test_occupancy(arch, threads, registers, shared, blocks):
+    assert sass.blocks_per_multiprocessor(arch, threads, registers, shared) == blocks
+
+
+def test_complaints():
+    counts = tuple(1 if name in ("LDG.128", "STG.128") else 0 for name in sass.INSTRUCTIONS)
+    good = sass.Kernel("rope_rotate_wide", "80", 256, 64, 0, 0, 4, 32, counts)
+    assert sass.complaints(good) == []
+    for bad, complaint in [
+        (replace(good, spills=4), "uses local memory"),
+        (replace(good, shared=100 * 1024), "shared memory"),
+        (replace(good, blocks=0), "does not fit"),
+        (replace(good, counts=(0,) * len(counts)), "no loads of 16 bytes"),
+        (replace(good, name="collective_attention_f16_d64_wide"), "tensor cores"),
+    ]:
+        assert any(complaint in found for found in sass.complaints(bad))
+
+
+def test_plans_give_every_kernel_a_block():
+    demands = sass.demands()
+    assert {
+        "tokendance_rope_rotate_bf16_half_wide",
+        "tokendance_key_deviation_f32_half_narrow",
+        "tokendance_diff_encode_compare_f16_interleaved_wide",
+        "tokendance_diff_encode_compact_b32_narrow",
+        "tokendance_diff_restore_f32_interleaved_wide",
+        "tokendance_merge_states_f16_narrow",
+    } <= set(demands)
+    assert all(demand.shared_bytes <= sass.MAX_SHARED_BYTES for demand in demands.values())
