@@ -3,9 +3,8 @@
 import numpy as np
 
 from .dtypes import i64, u32
-from .flatten import align_up
 from .races import RaceDetector
-from .storage import poisoned
+from .storage import align_up, poisoned
 
 _MULTIPROCESSORS = 132
 _TICKS_PER_READ = 32
@@ -14,8 +13,8 @@ _TICKS_PER_READ = 32
 class Chunk:
     """Blocks that run together. Threads are numbered through all of them: a thread's slot.
 
-    `blocks` are the blocks' numbers in the grid, `params` the packed kernel parameters (u8),
-    `race` is False, True or `lanes` (see RaceDetector).
+    `blocks` are the blocks' numbers in the grid and `params` the packed kernel parameters (u8).
+    `race` watches accesses to shared memory once `watch_races` has been called.
     """
 
     def __init__(self, arena, code, grid, block, blocks, params, shared_bytes, stats):

@@ -24,6 +24,7 @@ from .program import (
     Variable,
     Vector,
 )
+from .storage import align_up
 
 _GUARD = re.compile(r"@(!?)\s*([\w$%]+)\s+")
 _OPCODE = re.compile(r"([\w.:]+)\s*(.*)$", re.S)
@@ -36,11 +37,6 @@ _RUNTIME_TRAPS = ("__assertfail", "__assert_fail", "malloc", "free")
 def flatten(module: ParsedModule, name: str) -> Kernel:
     """The kernel of an entry; recursion and indirect calls are refused."""
     return _Flattener(module, module.functions[name]).kernel
-
-
-def align_up(value: int, alignment: int) -> int:
-    """The smallest multiple of `alignment` that is not below `value`."""
-    return (value + alignment - 1) // alignment * alignment
 
 
 class _Labels:

@@ -15,6 +15,11 @@ LOCAL_WINDOW, SHARED_WINDOW = 1 << WINDOW_SHIFT, 2 << WINDOW_SHIFT
 GUARD_BYTES = 1 << 20  # between buffers, so that an overrun does not reach the next one
 
 
+def align_up(value, alignment):
+    """The smallest multiple of `alignment` that is not below `value`."""
+    return (value + alignment - 1) // alignment * alignment
+
+
 class Storage:
     """Raw bytes with views as vectors of unsigned integers."""
 
@@ -63,7 +68,7 @@ class Arena:
         buffer = Buffer(self._next, raw, name, writeable, owner)
         self._bases.append(buffer.base)
         self.buffers.append(buffer)
-        self._next = (buffer.end + GUARD_BYTES + 4095) // 4096 * 4096
+        self._next = align_up(buffer.end + GUARD_BYTES, 4096)
         return buffer
 
     def address(self, array):
