@@ -1,0 +1,91 @@
+"""Small, valid arguments of every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+import tokendance.ops  # noqa: F401  (loads the library)
+from tokendance import testing
+
+
+def case_and_dense():
+    case = testing.random_round(
+        1,
+        agents=2,
+        masters=(20, 9),
+        whole_uses=True,
+        slack=False,
+        room_for_all=True,
+        dtype=torch.bfloat16,
+        layout="interleaved",
+        num_layers=2,
+    )
+    for pool in case.k_pool + case.v_pool:
+        pool.nan_to_num_(0.0)  # opcheck compares whole tensors, and NaN with NaN
+    dense = testing.dense_cache(case, 1)
+    for rows in dense.k + dense.v:
+        rows.nan_to_num_(0.5)
+    return case, dense
+
+
+def arguments_of(name: str) -> list[Any]:
+    """Arguments of an operator, in order; fresh and the same for each call."""
+    case, dense = case_and_dense()
+    tables = [case.cos, case.sin, case.interleaved]
+    rows = torch.arange(6)
+    source, target = torch.arange(6).int(), torch.arange(6).int() * 2 % 5
+    keys, other = dense.k[0][:1].flatten(0, 1), dense.k[0][1:2].flatten(0, 1)
+    round = [case.round.buffer, case.extents]
+    attention = [case.q, case.k_pool[0], case.v_pool[0], *tables, *round, case.scale]
+    generator = torch.Generator().manual_seed(2)
+    partials = (torch.randn(shape, generator=generator) for shape in [(3, 4, 2, 64), (3, 4, 2)])
+    partials = tuple(partials)
+    num_rows, heads, head_dim = case.q.shape
+    return {
+        "rope_rotate": [keys, rows, source, target, *tables],
+        "rope_rotate_out": [
+            *(keys, rows, rows.flip(0), source, target, *tables, 1.5),
+            torch.zeros(6, *keys.shape[1:], dtype=keys.dtype),
+        ],
+        "rope_rotate_": [keys, rows, source, target, *tables],
+        "key_deviation": [keys, rows[None], source[None], other, rows, target, *tables],
+        "key_deviation_out": [
+            *(keys, rows[None], source[None], other, rows, target, *tables, 1.0),
+            torch.zeros(6),
+        ],
+        "diff_encode": [
+            *(dense.k, dense.v, dense.slot_mapping, case.length, case.k_pool, case.v_pool),
+            *(*tables, *round),
+        ],
+        "diff_restore": [
+            *(case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v)
+        ],
+        "collective_attention": [*attention, 30, 2.0, torch.zeros(heads)],
+        "collective_attention_out": [
+            *(*attention, 30, 2.0, torch.zeros(heads), 1.0),
+            torch.zeros(case.round.extents.partials * heads * (head_dim + 1)),
+            torch.zeros(num_rows, heads, head_dim, dtype=case.q.dtype),
+            torch.zeros(num_rows, heads),
+        ],
+        "merge_states": [*partials, torch.zeros(2)],
+        "merge_states_out": [*partials, None, torch.zeros(4, 2, 64), torch.zeros(4, 2)],
+    }[name]
+
+
+def named_arguments_of(name: str) -> dict[str, Any]:
+    """The same under the names of the schema."""
+    schema = getattr(torch.ops.tokendance, name).default._schema
+    arguments = arguments_of(name)
+    return dict(zip((a.name for a in schema.arguments), arguments, strict=False))
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Tensors among arguments, those in lists included."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from tensors_in(argument)

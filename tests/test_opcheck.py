@@ -1,0 +1,53 @@
+"""Every operator under `torch.library.opcheck` and `torch.compile`, and without an allocation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import METHODS
+from operator_arguments import arguments_of, tensors_in
+
+import tokendance.ops as ops
+from tokendance import testing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.tokendance, name).default, arguments_of(name))
+
+
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_compiled_whole(name):
+    """One graph, the same results, the same mutations."""
+    operator = getattr(torch.ops.tokendance, name)
+
+    def call(*arguments):
+        return operator(*arguments)
+
+    eager, compiled = arguments_of(name), arguments_of(name)
+    expected = call(*eager)
+    torch._dynamo.reset()
+    got = torch.compile(call, fullgraph=True)(*compiled)
+    results = zip(tensors_in([got]), tensors_in([expected]), strict=True)
+    for mine, wanted in (*results, *zip(tensors_in(compiled), tensors_in(eager), strict=True)):
+        testing.assert_same_bits(mine, wanted)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_variants_with_outputs_allocate_no_tensor(name):
+    operator, arguments = getattr(torch.ops.tokendance, name), arguments_of(name)
+    operator(*arguments)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        operator(*arguments)
+    events = [event for event in profile.events() if event.name == f"tokendance::{name}"]
+    assert len(events) == 1
+    assert events[0].cpu_memory_usage == 0
+    assert not [event.name for event in events[0].cpu_children]
+
+
+def test_every_operator_has_a_cpu_kernel():
+    assert sorted(ops.registered("CPU")) == sorted(ops.OPERATORS)
