@@ -7,7 +7,6 @@ blocks beyond its content have nothing to do.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import replace
 
 import pytest
@@ -112,20 +111,6 @@ def test_more_agents_than_a_tile_has(ptx):
 
 # Offsets beyond 32 bits ----------------------------------------------------------------------
 
-MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it before 3.13
-STRIDE = 1_100_000_000  # elements between pages: at 16 bits page 2 is 4.4 GB away
-
-
-def far_apart(pages):
-    """A copy of ``[pages, block_size, heads, D]`` whose pages lie ``STRIDE`` elements apart.
-
-    The memory is reserved and not filled: only what is touched exists.
-    """
-    nbytes = ((len(pages) - 1) * STRIDE + pages[0].numel()) * pages.element_size()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=pages.dtype)
-    return memory.as_strided(pages.shape, (STRIDE, *pages.stride()[1:])).copy_(pages)
-
 
 @pytest.fixture(scope="module")
 def case():
@@ -136,10 +121,10 @@ def case():
 
 def test_rotation_of_pages_that_lie_far_apart(ptx, case):
     rows = torch.randn(3, 8, 2, 64).bfloat16()
-    near, far = torch.zeros_like(rows), far_apart(torch.zeros_like(rows))
+    near, far = torch.zeros_like(rows), testing.far_apart(torch.zeros_like(rows))
     row_in, row_out = torch.tensor([23, 0, 9]), torch.tensor([16, 23, 7])
     to = torch.tensor([3, 0, 21], dtype=torch.int32)
-    for module, x, out in ((reference, rows, near), (ptx, far_apart(rows), far)):
+    for module, x, out in ((reference, rows, near), (ptx, testing.far_apart(rows), far)):
         module.rope_rotate_out(x, row_in, row_out, None, to, case.cos, case.sin, False, 1.0, out)
     testing.assert_same_bits(far, near)
 
@@ -149,7 +134,7 @@ def test_deviation_of_pages_that_lie_far_apart(ptx, case):
     position = torch.tensor([4, 2], dtype=torch.int32)
     arguments = (torch.tensor([[22, 1]]), None), (torch.tensor([17, 20]), position)
     tables = (case.cos, case.sin, False, 1.0)
-    got, far = torch.empty(2), far_apart(rows)
+    got, far = torch.empty(2), testing.far_apart(rows)
     ptx.key_deviation_out(far, *arguments[0], far, *arguments[1], *tables, got)
     want = reference.key_deviation(rows, *arguments[0], rows, *arguments[1], *tables)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0.0)
@@ -160,15 +145,15 @@ def with_far_pool(case):
     return replace(
         case,
         round=RoundTensors(case.round.buffer.clone(), case.round.extents),
-        k_pool=[far_apart(pages) for pages in case.k_pool],
-        v_pool=[far_apart(pages) for pages in case.v_pool],
+        k_pool=[testing.far_apart(pages) for pages in case.k_pool],
+        v_pool=[testing.far_apart(pages) for pages in case.v_pool],
     )
 
 
 def with_far_pages(dense):
     return testing.DenseCache(
-        [far_apart(rows) for rows in dense.k],
-        [far_apart(rows) for rows in dense.v],
+        [testing.far_apart(rows) for rows in dense.k],
+        [testing.far_apart(rows) for rows in dense.v],
         dense.slot_mapping,
     )
 

@@ -7,6 +7,7 @@ positions and indices in slots beyond the filled part), and fields have more cap
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -34,6 +35,7 @@ __all__ = [
     "assert_same_storage",
     "assert_work_covers",
     "dense_cache",
+    "far_apart",
     "pools",
     "random_round",
     "random_work",
@@ -88,6 +90,21 @@ def pools(
     if layout == "unaligned":
         return padded(1), padded(1)
     return allocate(num_pages, heads, block_size, head_dim).transpose(1, 2), padded()
+
+
+_MAP_NORESERVE = 0x4000  # Linux's; Python's mmap has no name for it before 3.13
+
+
+def far_apart(pages: Tensor, stride: int = 1_100_000_000) -> Tensor:
+    """A copy of ``[pages, block_size, heads, D]`` whose pages lie ``stride`` elements apart.
+
+    At 16 bits and the stride by default, page 2 lies 4.4 GB behind page 0. The memory is reserved
+    and not filled: only what is touched exists. Linux only.
+    """
+    nbytes = ((len(pages) - 1) * stride + pages[0].numel()) * pages.element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=pages.dtype)
+    return memory.as_strided(pages.shape, (stride, *pages[0].contiguous().stride())).copy_(pages)
 
 
 class StorageCopies:
