@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -290,17 +291,34 @@ def plan(operator: str, params: ctypes.Structure) -> LaunchPlan:
 # Executing ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Traffic:
+    """Bytes that kernels read and wrote, 32-byte sectors that warps touched, and the fewest that
+    such accesses could touch."""
+
+    load_bytes: int = 0
+    store_bytes: int = 0
+    sectors: int = 0
+    ideal: int = 0
+
+
 class Buffers:
-    """Device addresses of tensors: each storage is a buffer whose bounds the interpreter checks."""
+    """Device addresses of tensors: each storage is a buffer whose bounds the interpreter checks.
+
+    ``categories`` tells what a buffer was called when its address was asked for.
+    """
 
     def __init__(self, module: ptxrun.Module) -> None:
         self._module = module
+        self.categories: dict[int, str] = {}
 
-    def __call__(self, tensor: Tensor | None) -> int:
+    def __call__(self, tensor: Tensor | None, category: str) -> int:
         if tensor is None or tensor.numel() == 0:
             return 0
         storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-        return self._module.ptr(storage) + tensor.storage_offset() * tensor.element_size()
+        base = self._module.ptr(storage)
+        self.categories[base] = category
+        return base + tensor.storage_offset() * tensor.element_size()
 
 
 def _row_layout(x: Tensor) -> RowLayout:
@@ -309,6 +327,10 @@ def _row_layout(x: Tensor) -> RowLayout:
         pages, block_size = x.shape[:2]
         return RowLayout(pages * block_size, x.stride(0), x.stride(1), x.stride(2), block_size)
     return RowLayout(x.shape[0], x.stride(0), 0, x.stride(1), 1)
+
+
+EXECUTED: dict[tuple[str, str], set[int]] = {}
+"""Positions of the instructions that any call has executed, by architecture and kernel."""
 
 
 class PtxBackend:
@@ -329,6 +351,7 @@ class PtxBackend:
         self._replaced = ptx or {}
         self._options = {"race": True, **options}
         self._modules: dict[str, ptxrun.Module] = {}
+        self._categories: dict[int, str] = {}
 
     @staticmethod
     def missing() -> str | None:
@@ -344,25 +367,45 @@ class PtxBackend:
             self._modules[operator] = ptxrun.Module(text)
         return self._modules[operator]
 
+    def _buffers(self, operator: str) -> Buffers:
+        buffers = Buffers(self.module(operator))
+        self._categories = buffers.categories
+        return buffers
+
     def _run(self, operator: str, params: ctypes.Structure) -> None:
         module = self.module(operator)
         self.launched = plan(operator, params)
         self.stats = []
         try:
             for launch in self.launched.launches[: self.launched.num_launches]:
-                self.stats.append(
-                    module.launch(
-                        launch.name.decode(),
-                        tuple(launch.grid),
-                        tuple(launch.block),
-                        [bytes(params), bytes(launch.tile)],
-                        shared_bytes=launch.shared_bytes,
-                        smem_limit=99 * 1024,
-                        **self._options,
-                    )
+                name = launch.name.decode()
+                stats = module.launch(
+                    name,
+                    tuple(launch.grid),
+                    tuple(launch.block),
+                    [bytes(params), bytes(launch.tile)],
+                    shared_bytes=launch.shared_bytes,
+                    smem_limit=99 * 1024,
+                    **self._options,
                 )
+                self.stats.append(stats)
+                if not self._replaced:
+                    EXECUTED.setdefault((self.arch, name), set()).update(stats.executed)
         finally:
             module.reset()
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What the last call read and wrote, by category of buffer ("params": kernel params)."""
+        traffic: dict[str, Traffic] = {}
+        for stats in self.stats:
+            for base, counters in stats.buffers.items():
+                category = self._categories.get(base, "params")
+                total = traffic.setdefault(category, Traffic())
+                total.load_bytes += counters["load_bytes"]
+                total.store_bytes += counters["store_bytes"]
+                total.sectors += counters["sectors"]
+                total.ideal += counters["ideal"]
+        return traffic
 
     # rope_rotate --------------------------------------------------------------
 
@@ -379,20 +422,20 @@ class PtxBackend:
         scale: float,
         out: Tensor,
     ) -> None:
-        address = Buffers(self.module("rope_rotate"))
+        address = self._buffers("rope_rotate")
         x_layout = _row_layout(x)
         rows = x_layout.num_rows if row_in is None else row_in.numel()
         self._run(
             "rope_rotate",
             RopeRotateParams(
-                x=address(x),
-                out=address(out),
+                x=address(x, "rows"),
+                out=address(out, "rows"),
                 x_layout=x_layout,
                 out_layout=_row_layout(out),
-                row_in=address(row_in),
-                row_out=address(row_out),
-                position_from=address(position_from),
-                position_to=address(position_to),
+                row_in=address(row_in, "indices"),
+                row_out=address(row_out, "indices"),
+                position_from=address(position_from, "indices"),
+                position_to=address(position_to, "indices"),
                 num_rows=rows,
                 destinations=1 if row_out is None or row_out.dim() == 1 else row_out.shape[1],
                 num_heads=x.shape[-2],
@@ -434,19 +477,19 @@ class PtxBackend:
         scale: float,
         out: Tensor,
     ) -> None:
-        address = Buffers(self.module("key_deviation"))
+        address = self._buffers("key_deviation")
         self._run(
             "key_deviation",
             KeyDeviationParams(
-                fresh=address(fresh),
-                cached=address(cached),
+                fresh=address(fresh, "rows"),
+                cached=address(cached, "rows"),
                 fresh_layout=_row_layout(fresh),
                 cached_layout=_row_layout(cached),
-                fresh_row=address(fresh_row),
-                fresh_position=address(fresh_position),
-                cached_row=address(cached_row),
-                cached_position=address(cached_position),
-                deviation=address(out),
+                fresh_row=address(fresh_row, "indices"),
+                fresh_position=address(fresh_position, "indices"),
+                cached_row=address(cached_row, "indices"),
+                cached_position=address(cached_position, "indices"),
+                deviation=address(out, "deviation"),
                 num_tokens=cached_row.numel(),
                 num_agents=fresh_row.shape[0],
                 num_heads=fresh.shape[-2],
@@ -475,16 +518,16 @@ class PtxBackend:
         atol: float = 0.0,
         rtol: float = 0.0,
     ) -> None:
-        address = Buffers(self.module("diff_encode"))
+        address = self._buffers("diff_encode")
         params = DiffEncodeParams(
-            pool=_layers(address, k_pool, v_pool),
+            pool=_layers(address, k_pool, v_pool, "pool"),
             in_k_layout=_row_layout(k_in[0]),
             in_v_layout=_row_layout(v_in[0]),
             pool_k_layout=_row_layout(k_pool[0]),
             pool_v_layout=_row_layout(v_pool[0]),
-            slot_mapping=address(slot_mapping),
+            slot_mapping=address(slot_mapping, "indices"),
             slot_stride=slot_mapping.stride(0),
-            length=address(length),
+            length=address(length, "indices"),
             round=_round_view(address, round, extents),
             atol=atol,
             rtol=rtol,
@@ -495,7 +538,7 @@ class PtxBackend:
             rope=_tables(address, cos, sin, interleaved),
             dtype=_DTYPES[k_in[0].dtype],
         )
-        setattr(params, "in", _layers(address, k_in, v_in))
+        setattr(params, "in", _layers(address, k_in, v_in, "rows"))
         self._run("diff_encode", params)
 
     def diff_restore(
@@ -511,17 +554,17 @@ class PtxBackend:
         k_out: Sequence[Tensor],
         v_out: Sequence[Tensor],
     ) -> None:
-        address = Buffers(self.module("diff_restore"))
+        address = self._buffers("diff_restore")
         self._run(
             "diff_restore",
             DiffRestoreParams(
-                pool=_layers(address, k_pool, v_pool),
-                out=_layers(address, k_out, v_out),
+                pool=_layers(address, k_pool, v_pool, "pool"),
+                out=_layers(address, k_out, v_out, "rows"),
                 pool_k_layout=_row_layout(k_pool[0]),
                 pool_v_layout=_row_layout(v_pool[0]),
                 out_k_layout=_row_layout(k_out[0]),
                 out_v_layout=_row_layout(v_out[0]),
-                slot_mapping=address(slot_mapping),
+                slot_mapping=address(slot_mapping, "indices"),
                 slot_stride=slot_mapping.stride(0),
                 round=_round_view(address, round, extents),
                 num_layers=len(k_pool),
@@ -554,17 +597,17 @@ class PtxBackend:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        address = Buffers(self.module("collective_attention"))
+        address = self._buffers("collective_attention")
         self._run(
             "collective_attention",
             CollectiveAttentionParams(
-                q=address(q),
-                out=address(out),
-                lse=address(lse),
-                k_pool=address(k_pool),
-                v_pool=address(v_pool),
-                sinks=address(sinks),
-                workspace=address(workspace),
+                q=address(q, "q"),
+                out=address(out, "rows"),
+                lse=address(lse, "lse"),
+                k_pool=address(k_pool, "pool"),
+                v_pool=address(v_pool, "pool"),
+                sinks=address(sinks, "sinks"),
+                workspace=address(workspace, "partials"),
                 q_row_stride=q.stride(0),
                 q_head_stride=q.stride(1),
                 out_row_stride=out.stride(0),
@@ -592,16 +635,16 @@ class PtxBackend:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        address = Buffers(self.module("merge_states"))
+        address = self._buffers("merge_states")
         partials, rows, heads, head_dim = partial_out.shape
         self._run(
             "merge_states",
             MergeStatesParams(
-                partial_out=address(partial_out),
-                partial_lse=address(partial_lse),
-                sinks=address(sinks),
-                out=address(out),
-                lse=address(lse),
+                partial_out=address(partial_out, "partials"),
+                partial_lse=address(partial_lse, "lse"),
+                sinks=address(sinks, "sinks"),
+                out=address(out, "rows"),
+                lse=address(lse, "lse"),
                 num_partials=partials,
                 num_rows=rows,
                 num_heads=heads,
@@ -612,14 +655,18 @@ class PtxBackend:
 
 
 def _tables(address: Buffers, cos: Tensor, sin: Tensor, interleaved: bool) -> RopeTables:
-    return RopeTables(address(cos), address(sin), cos.shape[0], 2 * cos.shape[1], interleaved)
+    return RopeTables(
+        address(cos, "tables"), address(sin, "tables"), cos.shape[0], 2 * cos.shape[1], interleaved
+    )
 
 
-def _layers(address: Buffers, k: Sequence[Tensor], v: Sequence[Tensor]) -> LayerPointers:
+def _layers(
+    address: Buffers, k: Sequence[Tensor], v: Sequence[Tensor], category: str
+) -> LayerPointers:
     pointers = LayerPointers()
     for layer in range(len(k)):
-        pointers.k[layer] = address(k[layer])
-        pointers.v[layer] = address(v[layer])
+        pointers.k[layer] = address(k[layer], category)
+        pointers.v[layer] = address(v[layer], category)
     return pointers
 
 
@@ -627,7 +674,7 @@ def _round_view(address: Buffers, buffer: Tensor, extents: Sequence[int]) -> Rou
     """Pointers into the packed round: what make_round_view of round.h computes."""
     capacity = RoundExtents(*extents)
     view = RoundView(extents=Extents(*extents))
-    base = address(buffer)
+    base = address(buffer, "round")
     for name, (offset, _) in capacity.offsets()[0].items():
         setattr(view, name, base + 4 * offset)
     return view

@@ -109,6 +109,19 @@ def test_more_agents_than_a_tile_has(ptx):
     assert (restore.layers, compact.layers) == (2, 2)
 
 
+@pytest.mark.parametrize("heads", [5, 32, 40])
+def test_rotation_of_rows_that_fill_a_block_or_take_several(ptx, case, heads):
+    rows = torch.randn(9, heads, 128).half()
+    tables = testing.random_round(0, agents=1, masters=(30,), whole_uses=True, head_dim=128)
+    to = torch.arange(9, dtype=torch.int32)
+    outputs = [torch.zeros_like(rows), torch.zeros_like(rows)]
+    for module, out in zip((ptx, reference), outputs, strict=True):
+        module.rope_rotate_out(
+            rows, None, to.long().flip(0), None, to, tables.cos, tables.sin, False, 1.0, out
+        )
+    testing.assert_same_bits(*outputs)
+
+
 # Offsets beyond 32 bits ----------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@
 // TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
-// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 110 at
-// most on sm_80 and 114 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
+// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 102 at
+// most on sm_80 and 106 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
 // KB. The compaction: 62 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
@@ -69,7 +69,6 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   extern __shared__ __align__(16) unsigned char shared[];
   const MutableRoundView& round = p.round;
   const int32_t block_size = static_cast<int32_t>(round.extents.block_size);
-  const int32_t half = p.rope.rotary_dim / 2;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   const int32_t lane = thread % kWarpSize;
 
@@ -112,11 +111,11 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
     k_in[i] = row_offset(p.in_k_layout, source);
     v_in[i] = row_offset(p.in_v_layout, source);
   }
-  for (int32_t i = thread; i < num_agents * half; i += kEncodeThreads) {
-    const int32_t agent = i / half;
+  for (int32_t agent = thread / kWarpSize; agent < num_agents;
+       agent += kEncodeThreads / kWarpSize) {
     if (shifts[agent] == 0 || abs(shifts[agent]) >= p.rope.max_position) continue;
     SharedAngles<V, kInterleaved>::store(angles + agent * angle_stride, p.rope, shifts[agent],
-                                         i % half);
+                                         lane);
   }
   __syncthreads();
 

@@ -119,7 +119,6 @@ template <typename T, int V, bool kInterleaved>
 __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const Tile& tile) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int32_t block_size = static_cast<int32_t>(p.round.extents.block_size);
-  const int32_t half = p.rope.rotary_dim / 2;
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
   const RestoreShape shape(tile.heads, tasks_of_head, block_size);
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
@@ -160,11 +159,11 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   for (int32_t agent = 0; agent < source.num_agents; ++agent) needed |= rows[agent];
   if (needed == 0) return;
   if (source.master >= 0) {
-    for (int32_t i = thread; i < source.num_agents * half; i += threads) {
-      const int32_t agent = i / half, pair = i % half;
+    for (int32_t agent = thread / kWarpSize; agent < source.num_agents;
+         agent += threads / kWarpSize) {
       if (rows[agent] == 0 || shifts[agent] == 0) continue;
       SharedAngles<V, kInterleaved>::store(angles + agent * angle_stride, p.rope, shifts[agent],
-                                           pair);
+                                           thread % kWarpSize);
     }
     __syncthreads();
   }

@@ -139,54 +139,54 @@ struct MoveTask {
 // threads that load theirs touch distinct banks.
 template <int V, bool kInterleaved>
 struct SharedAngles {
-  // Angles that a vector needs. 32 bytes of them, loaded 16 at a time at a stride of 32, would meet
-  // in the same banks: then the first four of all vectors come first.
   static constexpr int kOfVector = kInterleaved && V > 1 ? V / 2 : V;
-  static constexpr bool kSplit = kOfVector == 8;
 
-  // Writes the angle of one pair.
-  static __device__ __forceinline__ void store(float* angles, const RopeTables& rope, int32_t shift,
-                                               int32_t pair) {
+  // Writes the angles; called by all lanes of a warp.
+  static __device__ __forceinline__ void store(float* stored, const RopeTables& rope, int32_t shift,
+                                               int32_t lane) {
     const int32_t half = rope.rotary_dim / 2;
-    const int64_t entry = int64_t{abs(shift)} * half + pair;
-    const Angle angle = angle_of_shift(__ldg(rope.cos + entry), __ldg(rope.sin + entry), shift);
-    angles[slot(pair, half)] = angle.cos;
-    angles[shared_angles_size(rope.rotary_dim) / 2 + slot(pair, half)] = angle.sin;
+    const int64_t row = int64_t{abs(shift)} * half;
+    for (int32_t pair = lane; pair < half; pair += 32) {
+      const Angle angle =
+          angle_of_shift(__ldg(rope.cos + row + pair), __ldg(rope.sin + row + pair), shift);
+      stored[slot(pair)] = angle.cos;
+      stored[shared_angles_size(rope.rotary_dim) / 2 + slot(pair)] = angle.sin;
+    }
   }
 
   // The angles that a task needs.
   static __device__ __forceinline__ Angles<V> load(const float* stored, int32_t rotary_dim,
                                                    const MoveTask<V, kInterleaved>& task) {
-    const int32_t half = rotary_dim / 2;
     const float* const cos = stored;
     const float* const sin = stored + shared_angles_size(rotary_dim) / 2;
     Angles<V> angles = {};
     if (task.rotates_first) {
       const int32_t pair = kInterleaved ? task.first / 2 : task.first;
-      load_vector(cos, pair, half, angles.cos);
-      load_vector(sin, pair, half, angles.sin);
+      load_vector(cos, pair, angles.cos);
+      load_vector(sin, pair, angles.sin);
     }
     if constexpr (kInterleaved && V > 1) {
       if (task.rotates_second) {
-        load_vector(cos, task.second / 2, half, angles.cos + V / 2);
-        load_vector(sin, task.second / 2, half, angles.sin + V / 2);
+        load_vector(cos, task.second / 2, angles.cos + V / 2);
+        load_vector(sin, task.second / 2, angles.sin + V / 2);
       }
     }
     return angles;
   }
 
  private:
-  // Where the angle of a pair stands.
-  static __device__ __forceinline__ int32_t slot(int32_t pair, int32_t half) {
-    return kSplit ? pair % 8 / 4 * (half / 2) + pair / 8 * 4 + pair % 4 : pair;
+  // Where the angle of a pair stands. Where a vector needs 8 angles, loads of 4 at a stride of 8
+  // would meet in the same banks: so every other group of 8 loads has its neighbours swapped.
+  static __device__ __forceinline__ int32_t slot(int32_t pair) {
+    return kOfVector == 8 ? pair ^ (pair >> 5 & 1) << 2 : pair;
   }
 
-  static __device__ __forceinline__ void load_vector(const float* base, int32_t pair, int32_t half,
+  static __device__ __forceinline__ void load_vector(const float* base, int32_t pair,
                                                      float* value) {
     constexpr int kStep = kOfVector < 4 ? kOfVector : 4;
 #pragma unroll
     for (int i = 0; i < kOfVector; i += kStep) {
-      const float* const from = base + slot(pair + i, half);
+      const float* const from = base + slot(pair + i);
       if constexpr (kStep == 4) {
         const float4 four = *reinterpret_cast<const float4*>(from);
         value[i] = four.x;

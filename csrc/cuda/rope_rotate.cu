@@ -8,8 +8,8 @@ namespace tokendance {
 #define TOKENDANCE_DEFINE(op, variant, T, V, interleaved)                          \
   extern "C" __global__ void __launch_bounds__(kRopeRotateThreads)                 \
       tokendance_rope_rotate_##variant(const __grid_constant__ RopeRotateParams p, \
-                                       const __grid_constant__ Tile) {             \
-    cuda::rope_rotate<T, V, interleaved>(p);                                       \
+                                       const __grid_constant__ Tile tile) {        \
+    cuda::rope_rotate<T, V, interleaved>(p, tile);                                 \
   }
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE, rope_rotate)
 

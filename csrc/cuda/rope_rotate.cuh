@@ -7,7 +7,7 @@
 // more than ten on both.
 //
 // A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
-// shared memory. 75 registers at most on sm_80 and 72 on sm_90 (16-bit types, wide): three blocks
+// shared memory. 76 registers at most on sm_80 and 75 on sm_90 (16-bit types, wide): three blocks
 // of 256 threads on a multiprocessor, 24 of 64 warps, that is 24 KB of loads under way. With a
 // latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
 //
@@ -26,15 +26,16 @@ namespace tokendance::cuda {
 // share of the row before it writes any, and no other thread reads or writes that share: so rows
 // may be moved in place.
 template <typename T, int V, bool kInterleaved>
-__device__ __forceinline__ void rope_rotate(const RopeRotateParams& p) {
+__device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Tile& tile) {
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
-  const uint32_t tasks_of_row = static_cast<uint32_t>(p.num_heads * tasks_of_head);
-  const uint64_t index = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t row = static_cast<int64_t>(index / tasks_of_row);
-  if (row >= p.num_rows) return;
+  const int32_t tasks_of_row = p.num_heads * tasks_of_head;
+  const int32_t thread = static_cast<int32_t>(blockIdx.y * blockDim.x + threadIdx.x);
+  const int32_t row_of_block = gridDim.y > 1 ? 0 : thread / tasks_of_row;
+  const int32_t task_of_row = thread - row_of_block * tasks_of_row;
+  const int64_t row = int64_t{blockIdx.x} * tile.rows + row_of_block;
+  if (row_of_block >= tile.rows || task_of_row >= tasks_of_row || row >= p.num_rows) return;
   const int64_t row_in = p.row_in ? __ldg(p.row_in + row) : row;
   if (row_in < 0 || row_in >= p.x_layout.num_rows) return;
-  const int32_t task_of_row = static_cast<int32_t>(index % tasks_of_row);
   const int32_t head = task_of_row / tasks_of_head;
   const auto task =
       MoveTask<V, kInterleaved>::make(task_of_row % tasks_of_head, p.head_dim, p.rope.rotary_dim);

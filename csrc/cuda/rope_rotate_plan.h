@@ -16,11 +16,16 @@ inline LaunchPlan plan_rope_rotate(const RopeRotateParams& p) {
   const bool wide = is_aligned(p.x) && is_aligned(p.out) && is_aligned(p.x_layout, p.dtype) &&
                     is_aligned(p.out_layout, p.dtype) && is_aligned(p.rope, p.dtype);
   const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
-  const int64_t tasks = p.num_rows * p.num_heads *
-                        move_tasks_of_head(p.head_dim, p.rope.rotary_dim,
-                                           vector_elements(p.dtype, wide), p.rope.interleaved);
-  add_launch(&plan, kRopeRotateKernels[kernel], kernel, ceil_div(tasks, kRopeRotateThreads), 1, 1,
-             kRopeRotateThreads, 0, {});
+  // As many rows as fill a block; a row of more tasks takes several blocks along y.
+  const int64_t tasks =
+      p.num_heads * move_tasks_of_head(p.head_dim, p.rope.rotary_dim,
+                                       vector_elements(p.dtype, wide), p.rope.interleaved);
+  Tile tile = {};
+  tile.rows = static_cast<int32_t>(tasks < kRopeRotateThreads ? kRopeRotateThreads / tasks : 1);
+  const int64_t threads =
+      tasks < kRopeRotateThreads ? round_up(tasks * tile.rows, kWarpSize) : kRopeRotateThreads;
+  add_launch(&plan, kRopeRotateKernels[kernel], kernel, ceil_div(p.num_rows, tile.rows),
+             ceil_div(tasks, kRopeRotateThreads), 1, threads, 0, tile);
   return plan;
 }
 

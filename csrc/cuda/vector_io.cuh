@@ -137,18 +137,17 @@ __device__ __forceinline__ void load_floats(const float* pointer, float (&value)
 // Elements from the start of a tensor to head 0 of a row. Pages of 2^k rows, that is nearly all,
 // cost no division.
 __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int64_t row) {
-  const uint64_t size = static_cast<uint32_t>(layout.block_size);
-  const uint64_t unsigned_row = static_cast<uint64_t>(row);
-  uint64_t page, row_of_page;
+  const uint32_t size = static_cast<uint32_t>(layout.block_size);
+  int64_t page;
+  uint32_t row_of_page;
   if ((size & (size - 1)) == 0) {
-    page = unsigned_row >> (__ffsll(static_cast<long long>(size)) - 1);
-    row_of_page = unsigned_row & (size - 1);
+    page = row >> (31 - __clz(static_cast<int>(size)));
+    row_of_page = static_cast<uint32_t>(row) & (size - 1);
   } else {
-    page = unsigned_row / size;
-    row_of_page = unsigned_row % size;
+    page = static_cast<int64_t>(static_cast<uint64_t>(row) / size);
+    row_of_page = static_cast<uint32_t>(row - page * size);
   }
-  return static_cast<int64_t>(page) * layout.page_stride +
-         static_cast<int64_t>(row_of_page) * layout.row_stride;
+  return page * layout.page_stride + row_of_page * layout.row_stride;
 }
 
 }  // namespace tokendance::cuda

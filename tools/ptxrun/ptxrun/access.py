@@ -196,15 +196,31 @@ class MemoryAccess(LaneSet):
             )
 
     def _account_global(self, position, address, size, selected, write, atomic):
-        stats, total = self.chunk.stats, address.size * size
-        stats.global_store_bytes += total if write else 0
-        stats.global_load_bytes += total if atomic or not write else 0
-        warps, sectors, ideal = sector_count(pick(self.warp, selected), address, size)
+        arena, stats, warp = self.chunk.arena, self.chunk.stats, pick(self.warp, selected)
+        loaded, stored = size * (atomic or not write), size * write  # bytes of a thread
+        stats.global_load_bytes += loaded * address.size
+        stats.global_store_bytes += stored * address.size
+        warps, sectors, ideal = sector_count(warp, address, size)
         counters = stats.of_global_instruction(self.chunk.code.instructions[position])
         counters["warps"] += warps
         counters["sectors"] += sectors
         counters["ideal"] += ideal
-        counters["bytes"] += total
+        counters["bytes"] += size * address.size
+        buffer = arena.locate(int(address.min()), int(address.max()) + size)
+        if buffer is not None:
+            parts = [(buffer, address.size, sectors, ideal)]
+        else:
+            index, _ = arena.locate_each(address, size)
+            parts = [
+                (each, part.size, *sector_count(warp[part], address[part], size)[1:])
+                for each, part in self.by_buffer(index)
+            ]
+        for buffer, threads, sectors, ideal in parts:
+            counters = stats.of_buffer(buffer.base)
+            counters["load_bytes"] += loaded * threads
+            counters["store_bytes"] += stored * threads
+            counters["sectors"] += sectors
+            counters["ideal"] += ideal
 
     def count_banks(self, position, address, size, selected):
         """Count the phases and wavefronts of an access to shared memory."""

@@ -13,7 +13,7 @@ from .errors import PtxError, RaceError, UnsupportedError
 from .flatten import flatten
 from .lexer import parse_literal, split_initialiser
 from .parse import ParsedModule
-from .program import TYPE_BYTES, Float
+from .program import TYPE_BYTES, Float, Instruction
 from .races import MAX_RACES
 from .scheduler import Scheduler
 from .stats import Stats
@@ -101,6 +101,10 @@ class Module:
             problem = f"ambiguous: {matches}" if matches else f"not found in {names}"
             raise PtxError(f"kernel {name!r}: {problem}")
         return matches[0]
+
+    def instructions(self, name: str) -> list[Instruction]:
+        """What a kernel consists of, with what it calls; `Stats.executed` refers to `position`."""
+        return self.compiled(self.find(name)).instructions
 
     def compiled(self, name: str):
         """The compiled kernel of a mangled name; `source` is the generated Python."""
@@ -248,6 +252,7 @@ def _count_instructions(code, warps, threads, stats):
         if warp_count:
             stats.warp_instructions += int(warp_count) * len(block.instructions)
             stats.thread_instructions += int(thread_count) * len(block.instructions)
+            stats.executed.update(each.position for each in block.instructions)
             for kind, count in block.classes.items():
                 stats.by_class[kind] = stats.by_class.get(kind, 0) + count * int(warp_count)
 

@@ -10,7 +10,10 @@ class Stats:
     `by_class` counts warp instructions by kind. `global_instr` and `shared_instr` hold, for every
     instruction that accessed that memory (keyed by its position in the kernel), its PTX `line` and
     `text` with `warps`, `sectors`, `ideal` (sectors if its bytes lay together) and `bytes`, or with
-    `phases` and `wavefronts`. Sectors are 32 bytes. Traffic is 0 when it was not counted.
+    `phases` and `wavefronts`. `buffers` holds `load_bytes`, `store_bytes`, `sectors` and `ideal` of
+    every array, keyed by its device address (`Module.ptr`; the array that a slice was cut from).
+    Sectors are 32 bytes. Traffic is 0 when it was not counted. `executed` are the positions of the
+    instructions that some thread reached.
     """
 
     warp_instructions: int = 0
@@ -22,6 +25,8 @@ class Stats:
     shared_store_bytes: int = 0
     global_instr: dict[int, dict] = field(default_factory=dict)
     shared_instr: dict[int, dict] = field(default_factory=dict)
+    buffers: dict[int, dict] = field(default_factory=dict)
+    executed: set[int] = field(default_factory=set)
     barriers: int = 0
     races: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -50,6 +55,11 @@ class Stats:
     def of_shared_instruction(self, instruction) -> dict:
         """Counters of an instruction that accesses shared memory."""
         return _counters(self.shared_instr, instruction, ("phases", "wavefronts"))
+
+    def of_buffer(self, address) -> dict:
+        """Counters of a buffer of global memory."""
+        names = ("load_bytes", "store_bytes", "sectors", "ideal")
+        return self.buffers.setdefault(address, dict.fromkeys(names, 0))
 
     def __str__(self) -> str:
         classes = sorted(self.by_class.items(), key=lambda item: -item[1])

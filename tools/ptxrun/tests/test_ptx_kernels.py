@@ -68,6 +68,15 @@ def test_rope(kernels):
     assert stats.global_store_bytes == rows * dim * 2
     [stores] = [c for c in stats.global_instr.values() if "st.global" in c["text"]]
     assert stores["sectors"] == stores["ideal"]
+    read, _, written = (stats.buffers[kernels.ptr(array)] for array in (x, cos_sin, y))
+    assert (read["load_bytes"], read["store_bytes"]) == (x.nbytes, 0)
+    assert (written["load_bytes"], written["store_bytes"]) == (0, y.nbytes)
+    assert sum(counters["sectors"] for counters in stats.buffers.values()) == stats.sectors
+    positions = {instruction.position for instruction in kernels.instructions("rope")}
+    assert stats.executed <= positions
+    kernels.reset()
+    alone = kernels.launch("rope", 1, 64, [x[:1], cos_sin[:1], y[:1], 0, dim // 8])
+    assert alone.executed < stats.executed  # all threads are beyond the last row
 
 
 @pytest.mark.parametrize("threads", [32, 64, 256])

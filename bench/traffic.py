@@ -1,0 +1,337 @@
+"""Memory traffic of the CUDA kernels, counted while their PTX runs on the CPU: no GPU needed.
+
+    python -m bench.traffic [--only restore]
+
+One line per kernel and shape. ``read`` and ``written``: bytes of keys, values and other rows, and
+their ratio to the fewest that the operator can do with. ``sectors``: 32-byte sectors that warps'
+requests touched, relative to what their bytes would fill; caches may merge them, so that memory
+sees fewer. ``tables``, ``indices`` (with the packed round): further bytes that loads asked for,
+relative to the rows; nearly all of them are answered by caches. ``conflicts``: extra wavefronts of
+shared memory. ``instr/B``: PTX instructions of threads per byte of rows. Kernel params are constant
+memory and not counted.
+
+Rounds are small but are planned with the capacity of large ones, so that a block has as many agents
+and layers as it would have there. Instructions of blocks that find nothing to do are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tokendance import reference, testing
+from tokendance.rounds import RoundExtents, RoundTensors
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from ptx_backend import PtxBackend, Traffic
+
+ROWS = ("rows", "pool", "partials", "q")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Traffic of one call; the fewest bytes that it has to read and write are given."""
+
+    operator: str
+    shape: str
+    fewest_read: int
+    fewest_written: int
+    traffic: dict[str, Traffic]
+    conflicts: int
+    instructions: int
+
+    def _total(self, names: tuple[str, ...], counter: str) -> int:
+        return sum(getattr(self.traffic.get(name, Traffic()), counter) for name in names)
+
+    @property
+    def read(self) -> int:
+        return self._total(ROWS, "load_bytes")
+
+    @property
+    def written(self) -> int:
+        return self._total(ROWS, "store_bytes")
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes of rows, relative to the fewest."""
+        return (self.read + self.written) / (self.fewest_read + self.fewest_written)
+
+    @property
+    def sector_ratio(self) -> float:
+        """Sectors of rows, relative to the fewest that hold what the requests asked for."""
+        return self._total(ROWS, "sectors") / self._total(ROWS, "ideal")
+
+    def line(self) -> str:
+        moved = self.read + self.written
+        written = f"{self.written / self.fewest_written:.3f}" if self.fewest_written else "-"
+        share = {
+            "tables": self._total(("tables",), "load_bytes") / moved,
+            "indices": self._total(("indices", "round"), "load_bytes") / moved,
+        }
+        return (
+            f"{self.operator:14} {self.shape:44} {self.read:9} {self.read / self.fewest_read:6.3f}"
+            f" {self.written:9} {written:>6} {self.sector_ratio:7.3f}"
+            + "".join(f" {value:7.1%}" for value in share.values())
+            + f" {self.conflicts:9} {32 * self.instructions / moved:7.2f}"
+        )
+
+
+def header() -> str:
+    return (
+        f"{'operator':14} {'shape':44} {'read':>9} {'ratio':>6} {'written':>9} {'ratio':>6}"
+        f" {'sectors':>7} {'tables':>7} {'indices':>7} {'conflicts':>9} {'instr/B':>7}"
+    )
+
+
+def _instructions(ptx: PtxBackend) -> int:
+    return sum(stats.warp_instructions for stats in ptx.stats)
+
+
+def _measured(
+    ptx: PtxBackend,
+    operator: str,
+    shape: str,
+    fewest_read: int,
+    fewest_written: int,
+    idle_instructions: int = 0,
+) -> Measurement:
+    return Measurement(
+        operator,
+        shape,
+        fewest_read,
+        fewest_written,
+        ptx.traffic(),
+        sum(stats.bank_conflicts for stats in ptx.stats),
+        _instructions(ptx) - idle_instructions,
+    )
+
+
+def _shape(dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool, text: str) -> str:
+    style = "interleaved" if interleaved else "half-split"
+    return f"{str(dtype)[6:]:8} {heads}x{head_dim} {style}, {text}"
+
+
+def _row_bytes(dtype: torch.dtype, heads: int, head_dim: int) -> int:
+    return heads * head_dim * dtype.itemsize
+
+
+def _tables(head_dim: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    case = testing.random_round(
+        0, agents=1, masters=(60,), whole_uses=True, head_dim=head_dim, interleaved=interleaved
+    )
+    return case.cos, case.sin
+
+
+def rope_rotate(
+    ptx: PtxBackend,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    interleaved: bool,
+    destinations: int,
+) -> Measurement:
+    """Rows of a cache moved to one or several places."""
+    rows = 64
+    x = torch.randn(rows, heads, head_dim).to(dtype)
+    out = torch.empty(rows * destinations, heads, head_dim, dtype=dtype)
+    cos, sin = _tables(head_dim, interleaved)
+    row_out = torch.randperm(rows * destinations).view(rows, destinations)
+    position = torch.randint(0, 50, (rows, destinations), dtype=torch.int32)
+    ptx.rope_rotate_out(
+        x, torch.randperm(rows), row_out, position[:, 0], position.flip(0), cos, sin,
+        interleaved, 1.0, out,
+    )  # fmt: skip
+    text = f"{rows} rows to {destinations}"
+    nbytes = rows * _row_bytes(dtype, heads, head_dim)
+    shape = _shape(dtype, heads, head_dim, interleaved, text)
+    return _measured(ptx, "rope_rotate", shape, nbytes, nbytes * destinations)
+
+
+def key_deviation(
+    ptx: PtxBackend, dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool
+) -> Measurement:
+    """Fresh keys of a group against the cached ones."""
+    agents, tokens = 4, 32
+    fresh = torch.randn(agents * tokens, heads, head_dim).to(dtype)
+    cached = torch.randn(tokens, heads, head_dim).to(dtype)
+    cos, sin = _tables(head_dim, interleaved)
+    position = torch.randint(0, 50, (agents, tokens), dtype=torch.int32)
+    ptx.key_deviation_out(
+        fresh, torch.randperm(agents * tokens).view(agents, tokens), position, cached,
+        torch.randperm(tokens), position[0].flip(0), cos, sin, interleaved, 1.0,
+        torch.empty(tokens),
+    )  # fmt: skip
+    shape = _shape(dtype, heads, head_dim, interleaved, f"{agents} agents, {tokens} tokens")
+    nbytes = (agents + 1) * tokens * _row_bytes(dtype, heads, head_dim)
+    return _measured(ptx, "key_deviation", shape, nbytes, 0)
+
+
+def merge_states(ptx: PtxBackend, dtype: torch.dtype, heads: int, head_dim: int) -> Measurement:
+    """Partial outputs of attention into one."""
+    partials, rows = 4, 16
+    partial = torch.randn(partials, rows, heads, head_dim).to(dtype)
+    out = torch.empty(rows, heads, head_dim, dtype=dtype)
+    ptx.merge_states_out(
+        partial, torch.randn(partials, rows, heads), None, out, torch.empty(rows, heads)
+    )
+    shape = f"{str(dtype)[6:]:8} {heads}x{head_dim}, {partials} partials of {rows} rows"
+    nbytes = rows * _row_bytes(dtype, heads, head_dim)
+    return _measured(ptx, "merge_states", shape, partials * nbytes, nbytes)
+
+
+def _round(dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool) -> testing.RandomRound:
+    case = testing.random_round(
+        1,
+        agents=6,
+        masters=(64, 43),
+        private_length=24,
+        whole_uses=True,
+        masks="none",
+        num_layers=2,
+        num_kv_heads=heads,
+        num_q_heads=heads,
+        head_dim=head_dim,
+        interleaved=interleaved,
+        dtype=dtype,
+        room_for_all=True,
+        slack=False,
+    )
+    extents = replace(case.round.extents, master_pages=600)
+    return replace(case, round=RoundTensors.from_arrays(case.arrays, case.filled, extents))
+
+
+def _without_content(case: testing.RandomRound) -> testing.RandomRound:
+    """A round of the same capacity in which there is nothing to do."""
+    filled = RoundExtents(block_size=case.filled.block_size)
+    empty = RoundTensors.from_arrays({}, filled, case.round.extents)
+    return replace(case, round=empty, length=torch.zeros_like(case.length))
+
+
+def _master_rows(case: testing.RandomRound, agents: int) -> int:
+    """Master rows that are visible to an agent, each once for a tile of so many agents."""
+    total = 0
+    num_agents = case.length.numel()
+    for first in range(0, num_agents, agents):
+        needed: set[int] = set()
+        for agent in range(first, min(first + agents, num_agents)):
+            rows = reference.mirror_rows(case.round, agent)
+            masters = rows.pool_row.numel() - int(case.round.own_length[agent])
+            needed.update(rows.pool_row[:masters].tolist())
+        total += len(needed)
+    return total
+
+
+def diff_restore(
+    ptx: PtxBackend, dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool
+) -> Measurement:
+    """Mirrors of a round into a paged cache."""
+    case = _round(dtype, heads, head_dim, interleaved)
+    dense = testing.dense_cache(case, 1)
+    for content in (_without_content(case), case):
+        idle = _instructions(ptx)  # of the first call, when the second is made
+        ptx.diff_restore(
+            case.k_pool, case.v_pool, case.cos, case.sin, interleaved, content.round.buffer,
+            case.extents, dense.slot_mapping, dense.k, dense.v,
+        )  # fmt: skip
+    assert ptx.launched is not None
+    agents = ptx.launched.launches[0].tile.agents
+    nbytes = 2 * len(case.k_pool) * _row_bytes(dtype, heads, head_dim)
+    read = _master_rows(case, agents) + int(case.round.own_length.sum())
+    written = sum(
+        reference.mirror_rows(case.round, agent).pool_row.numel()
+        for agent in range(case.length.numel())
+    )
+    shape = _shape(dtype, heads, head_dim, interleaved, f"{case.length.numel()} agents")
+    return _measured(ptx, "diff_restore", shape, read * nbytes, written * nbytes, idle)
+
+
+def diff_encode(
+    ptx: PtxBackend, dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool
+) -> Measurement:
+    """Dense KV of a round, every sixth row altered in its last layer, against the Masters."""
+    case = _round(dtype, heads, head_dim, interleaved)
+    dense = testing.dense_cache(case, 1)
+    reference.diff_restore(
+        case.k_pool, case.v_pool, case.cos, case.sin, interleaved, case.round,
+        dense.slot_mapping, dense.k, dense.v,
+    )  # fmt: skip
+    for agent, length in enumerate(case.length.tolist()):
+        slots = dense.slot_mapping[agent, agent:length:6]
+        changed = reference.gather_rows(dense.v[-1], slots).clone()
+        changed[:, -1, -1] += 1
+        reference.scatter_rows(dense.v[-1], slots, changed)
+    unmasked = replace(case, round=RoundTensors.from_arrays(case.arrays, case.filled))
+    for content in (_without_content(case), case):
+        idle = _instructions(ptx)  # of the first call, when the second is made
+        ptx.diff_encode(
+            dense.k, dense.v, dense.slot_mapping, content.length, case.k_pool, case.v_pool,
+            case.cos, case.sin, interleaved, content.round.buffer, case.extents,
+        )  # fmt: skip
+    assert ptx.launched is not None
+    own = int(case.round.own_length.sum())
+    agents = ptx.launched.launches[0].tile.agents
+    compared = sum(case.arrays["use_length"].tolist())
+    read = _master_rows(unmasked, agents) + compared + own
+    nbytes = 2 * len(case.k_pool) * _row_bytes(dtype, heads, head_dim)
+    shape = _shape(dtype, heads, head_dim, interleaved, f"{case.length.numel()} agents")
+    return _measured(ptx, "diff_encode", shape, read * nbytes, own * nbytes, idle)
+
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
+    (rope_rotate, (bf16, 4, 128, False, 1)),
+    (rope_rotate, (bf16, 4, 128, False, 8)),
+    (rope_rotate, (bf16, 4, 128, True, 1)),
+    (rope_rotate, (f16, 8, 64, False, 1)),
+    (rope_rotate, (f16, 2, 256, False, 1)),
+    (rope_rotate, (f16, 4, 96, False, 1)),
+    (rope_rotate, (bf16, 4, 80, False, 1)),
+    (rope_rotate, (f32, 4, 128, False, 1)),
+    (key_deviation, (bf16, 4, 128, False)),
+    (key_deviation, (f16, 8, 64, True)),
+    (key_deviation, (f32, 2, 128, False)),
+    (diff_encode, (bf16, 4, 128, False)),
+    (diff_encode, (bf16, 2, 128, True)),
+    (diff_encode, (f16, 8, 64, False)),
+    (diff_encode, (f16, 2, 256, False)),
+    (diff_encode, (f16, 4, 96, False)),
+    (diff_encode, (bf16, 4, 80, False)),
+    (diff_encode, (f32, 2, 128, False)),
+    (diff_restore, (bf16, 4, 128, False)),
+    (diff_restore, (bf16, 2, 128, True)),
+    (diff_restore, (f16, 8, 64, False)),
+    (diff_restore, (f16, 2, 256, False)),
+    (diff_restore, (f16, 4, 96, False)),
+    (diff_restore, (bf16, 4, 80, False)),
+    (diff_restore, (f32, 2, 128, False)),
+    (merge_states, (bf16, 4, 128)),
+    (merge_states, (f32, 4, 128)),
+]
+
+
+def measurements(only: str = "") -> Iterator[Measurement]:
+    """Every shape whose operator's name contains ``only``."""
+    ptx = PtxBackend(race=False)
+    torch.manual_seed(0)
+    for measure, arguments in SHAPES:
+        if only in measure.__name__:
+            yield measure(ptx, *arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.traffic")
+    parser.add_argument("--only", default="", help="part of an operator's name")
+    options = parser.parse_args()
+    print(header())
+    for measurement in measurements(options.only):
+        print(measurement.line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
