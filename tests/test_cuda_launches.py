@@ -110,7 +110,7 @@ def test_more_agents_than_a_tile_has(ptx):
 
 
 @pytest.mark.parametrize("heads", [5, 32, 40])
-def test_rotation_of_rows_that_fill_a_block_or_take_several(ptx, case, heads):
+def test_rotation_of_rows_that_fill_a_block_or_take_several(ptx, heads):
     rows = torch.randn(9, heads, 128).half()
     tables = testing.random_round(0, agents=1, masters=(30,), whole_uses=True, head_dim=128)
     to = torch.arange(9, dtype=torch.int32)
