@@ -37,7 +37,7 @@ class FullPrefill(DenseSystem):
             began = time.perf_counter()
             output = model.model(input_ids=inputs, use_cache=True, logits_to_keep=1)
             stats.prefill_seconds += time.perf_counter() - began
-            logits[agent] = output.logits[0, -1].float()
+            logits[agent] = output.logits[0, -1]
             self._caches[agent] = self._adopted(output.past_key_values, len(ids))
             pairs = causal_pairs(0, len(ids))
             stats.rows += len(ids)

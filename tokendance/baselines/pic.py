@@ -101,7 +101,7 @@ class PerRequestBlend(DenseSystem):
         chunks = [model.chunks(own) for own in positions]
         hidden = model.embed(np.concatenate([one.token_ids for one in missing.values()]))
         shape = (model.num_layers, model.num_kv_heads, len(hidden), model.head_dim)
-        keys = torch.empty(shape, dtype=hidden.dtype)
+        keys = torch.empty(shape)
         values = torch.empty_like(keys)
         for layer in range(model.num_layers):
             normed = model.normed(layer, hidden)
@@ -193,7 +193,7 @@ class PerRequestBlend(DenseSystem):
             fresh = model.keys(layer, model.normed(layer, hidden), rows.angles)
             self.stats.flops += model.flops.key * len(hidden)
             cached = cache.keys[layer, :, : len(hidden)].transpose(0, 1)
-            deviation = (fresh.float() - cached.float()).square().sum(dim=(1, 2))
+            deviation = (fresh - cached).square().sum(dim=(1, 2))
             deviation[torch.from_numpy(~reused)] = -1.0
             chosen[torch.topk(deviation, count).indices.numpy()] = True
         return np.flatnonzero(chosen)

@@ -26,7 +26,7 @@ __all__ = ["AttentionChunk", "DenseCache", "DenseSystem", "RowModel", "RowSet", 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Query rows that attend at a time. Keys beyond a chunk's last row are left out, so smaller chunks
 # compute less of what the causal mask hides; below this, calls and masks cost more than they save.
-_CHUNK = 128
+_CHUNK = 64
 # Rows that a fresh cache has left for decoding.
 _SPARE_ROWS = 64
 
@@ -90,8 +90,11 @@ class AttentionChunk:
 class RowModel:
     """A transformers ``ForCausalLM`` model of Llama's architecture, called row by row.
 
+    The model stays what it is; its modules are called, its weights read. fp32 on the CPU, so that
+    what a baseline loses is lost by its idea and not by rounding.
+
     Raises:
-        ValueError: the model has another architecture, or a sliding window.
+        ValueError: the model has another architecture, dtype or device, or a sliding window.
     """
 
     def __init__(self, model: Any) -> None:
@@ -100,8 +103,11 @@ class RowModel:
             raise ValueError(
                 f"model_type: expected one of {', '.join(_MODEL_TYPES)}, got {config.model_type!r}"
             )
+        if model.dtype != torch.float32 or model.device.type != "cpu":
+            raise ValueError(
+                f"model: expected torch.float32 on the cpu, got {model.dtype} on {model.device}"
+            )
         self.model = model
-        self.config = config
         self.flops = ModelFlops.from_config(config)
         self._layers: list[Any] = list(model.model.layers)
         attention = self._layers[0].self_attn
@@ -121,12 +127,12 @@ class RowModel:
     def row_bytes(self) -> int:
         """Bytes of one row's keys and values at all layers."""
         elements = 2 * self.num_layers * self.num_kv_heads * self.head_dim
-        return int(elements * self.model.dtype.itemsize)
+        return elements * torch.float32.itemsize
 
     def new_cache(self, rows: int) -> DenseCache:
         """An empty cache with room for ``rows`` rows and some decoded ones."""
         shape = (self.num_layers, self.num_kv_heads, rows + _SPARE_ROWS, self.head_dim)
-        keys = torch.empty(shape, dtype=self.model.dtype)
+        keys = torch.empty(shape)
         return DenseCache(keys, torch.empty_like(keys))
 
     def embed(self, token_ids: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -137,8 +143,7 @@ class RowModel:
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cosines and sines for fresh rows, each ``[rows, 1, head_dim / 2]``."""
-        like = torch.empty(0, dtype=self.model.dtype)
-        cos, sin = self.model.model.rotary_emb(like, positions[None])
+        cos, sin = self.model.model.rotary_emb(torch.empty(0), positions[None])
         half = self.head_dim // 2
         return cos[0, :, None, :half], sin[0, :, None, :half]
 
@@ -189,8 +194,7 @@ class RowModel:
             mask = None
             if len(own) > 1:
                 hidden = torch.from_numpy(np.arange(seen)[None, :] > own[:, None])
-                mask = torch.zeros(hidden.shape, dtype=self.model.dtype)
-                mask.masked_fill_(hidden, float("-inf"))
+                mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
             chunks.append(AttentionChunk(start, start + len(own), seen, mask))
         return chunks
 
@@ -251,7 +255,7 @@ class RowModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[rows, hidden]`` after the last layer to ``[rows, vocabulary]`` fp32."""
         logits: torch.Tensor = self.model.lm_head(self.model.model.norm(hidden))
-        return logits.float()
+        return logits
 
 
 class DenseSystem:
