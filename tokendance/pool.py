@@ -1,0 +1,130 @@
+"""The pages that hold keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokendance.geometry import BLOCK_SIZES, KVGeometry
+
+Pages = NDArray[np.int32]
+
+
+class OutOfPagesError(RuntimeError):
+    """The pool has fewer free pages than asked for, and nothing is left to evict."""
+
+
+class PagePool:
+    """Pages of keys and values, one strided tensor of each per layer, the same page ids in all.
+
+    The pool may be the engine's own KV cache: pass its tensors (views of any strides whose innermost
+    stride is 1) and the two functions by which pages are taken from and given back to the engine's
+    allocator.
+
+    Args:
+        k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
+        allocate: ``allocate(n)`` returns n page ids that nobody else uses, or raises
+            :class:`OutOfPagesError`.
+        free: ``free(pages)`` gives page ids back.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or strides, naming the argument.
+    """
+
+    def __init__(
+        self,
+        k_pools: Sequence[Tensor],
+        v_pools: Sequence[Tensor],
+        allocate: Callable[[int], Sequence[int]],
+        free: Callable[[Sequence[int]], None],
+    ) -> None:
+        if not k_pools or len(k_pools) != len(v_pools):
+            raise ValueError(
+                f"v_pools: expected {max(len(k_pools), 1)} layers, got {len(v_pools)}"
+            )
+        first = k_pools[0]
+        if first.dim() != 4 or first.shape[1] not in BLOCK_SIZES:
+            raise ValueError(
+                f"k_pools[0]: expected [num_pages, block_size in {BLOCK_SIZES}, Hk, D], "
+                f"got {list(first.shape)}"
+            )
+        for name, pools in (("k_pools", k_pools), ("v_pools", v_pools)):
+            for layer, pool in enumerate(pools):
+                if (pool.shape, pool.dtype, pool.device) != (first.shape, first.dtype, first.device):
+                    raise ValueError(
+                        f"{name}[{layer}]: expected {list(first.shape)} {first.dtype} on "
+                        f"{first.device}, got {list(pool.shape)} {pool.dtype} on {pool.device}"
+                    )
+                if pool.stride(3) != 1:
+                    raise ValueError(
+                        f"{name}[{layer}]: expected innermost stride 1, got {pool.stride(3)}"
+                    )
+                if pool.stride() != pools[0].stride():
+                    raise ValueError(
+                        f"{name}[{layer}]: expected strides {pools[0].stride()} of layer 0, "
+                        f"got {pool.stride()}"
+                    )
+        self.k_pools = list(k_pools)
+        self.v_pools = list(v_pools)
+        self._allocate = allocate
+        self._free = free
+
+    @classmethod
+    def own(
+        cls, geometry: KVGeometry, num_pages: int, block_size: int, device: torch.device | str
+    ) -> PagePool:
+        """A pool that allocates its tensors, ``num_pages`` pages of ``block_size`` rows, itself."""
+        if block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {block_size}")
+        shape = (num_pages, block_size, geometry.num_kv_heads, geometry.head_dim)
+        pools = [
+            torch.empty(shape, dtype=geometry.dtype, device=device)
+            for _ in range(2 * geometry.num_layers)
+        ]
+        free = list(range(num_pages - 1, -1, -1))
+
+        def allocate(count: int) -> list[int]:
+            if count > len(free):
+                raise OutOfPagesError(f"pool: expected {count} free pages, got {len(free)}")
+            taken = free[len(free) - count :]
+            del free[len(free) - count :]
+            return taken[::-1]
+
+        return cls(pools[0::2], pools[1::2], allocate, free.extend)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.k_pools)
+
+    @property
+    def num_pages(self) -> int:
+        return self.k_pools[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.k_pools[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.k_pools[0].device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys and values in all layers."""
+        page = self.k_pools[0].shape[1:].numel() * self.k_pools[0].element_size()
+        return 2 * self.num_layers * page
+
+    def allocate(self, count: int) -> Pages:
+        """Takes ``count`` pages. Raises :class:`OutOfPagesError`."""
+        if count == 0:
+            return np.empty(0, dtype=np.int32)
+        return np.asarray(self._allocate(count), dtype=np.int32)
+
+    def free(self, pages: Pages) -> None:
+        """Gives pages back."""
+        if len(pages):
+            self._free(pages.tolist())
