@@ -20,6 +20,12 @@ def pages_for(rows: int, block_size: int) -> int:
     return -(-rows // block_size)
 
 
+def slots_of(pages: Pages, rows: int, block_size: int) -> NDArray[np.int64]:
+    """Pool rows (page * block_size + row of the page) of the first ``rows`` rows of a page list."""
+    offsets = np.arange(block_size, dtype=np.int64)
+    return (pages.astype(np.int64)[:, None] * block_size + offsets).ravel()[:rows]
+
+
 def no_pages() -> Pages:
     return np.empty(0, dtype=np.int32)
 

@@ -1,0 +1,350 @@
+"""What a round reuses and what it computes: decided by content, before any page is taken.
+
+The result for each agent is a list of spans that tile its prompt. Nothing here touches a device or
+changes a store; `KVCollector.plan` leases pages for what this decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from tokendance.mirror import Master, Mirror, Use, empty_masks
+from tokendance.rounds import IntArray
+from tokendance.segments import Segment, chain
+from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Selection
+
+Find = Callable[[Segment], tuple[Master, int] | None]
+"""The stored Master of a segment and how many of the segment's rows it has, or None."""
+
+
+class Source(Enum):
+    """Where the Master of a segment that is not stored comes from.
+
+    MASTER: an agent of the round computes it in its own prompt (DESIGN.md section 4).
+    ALONE: it is computed without any context, as position-independent caching does (PIC).
+    PRODUCER: as MASTER, but the decoded output of an agent becomes a stored Master at commit, as the
+        agent that wrote it computed it.
+    """
+
+    MASTER = "master"
+    ALONE = "alone"
+    PRODUCER = "producer"
+
+
+class Origin(Enum):
+    """Where rows of a prompt come from."""
+
+    EARLIER = "earlier"  # the agent's own KV of an earlier round, at the same positions
+    OWN = "own"  # computed, kept by this agent
+    MASTER = "master"  # computed, the first copy, kept as a Master
+    EXACT = "exact"  # reused from a Master of the same context
+    REUSED = "reused"  # reused from a Master of another context
+    REPAIRED = "repaired"  # reused, but recomputed in this agent's context and overridden
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows ``begin .. end - 1`` of a prompt and where they come from."""
+
+    begin: int
+    end: int
+    origin: Origin
+
+
+@dataclass(eq=False)
+class AgentLayout:
+    """What one agent reuses and computes.
+
+    Attributes:
+        agent: its name; of a segment that is computed alone, None.
+        segments, length: the prompt.
+        earlier: the agent's Mirror whose first ``prefix`` rows are taken over, or None.
+        prefix: rows taken over.
+        uses: of the whole prompt, ascending by delta; overrides of selected rows are marked.
+        made: uses among ``uses`` whose Master this agent computes.
+        candidates: uses whose rows `KeyDeviation` chooses while the round runs.
+        own: int32, positions that the agent computes and keeps, ascending.
+        spans: they tile the prompt.
+        context: chained digest of the whole prompt.
+        exact_length: rows before the first inexact one.
+    """
+
+    agent: str | None
+    segments: tuple[Segment, ...]
+    length: int
+    earlier: Mirror | None = None
+    prefix: int = 0
+    uses: list[Use] = field(default_factory=list)
+    made: list[Use] = field(default_factory=list)
+    candidates: list[Use] = field(default_factory=list)
+    own: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    spans: list[Span] = field(default_factory=list)
+    context: bytes = b""
+    exact_length: int = 0
+
+
+def lay_out(
+    prompts: Mapping[str, Sequence[Segment]],
+    find: Find,
+    mirrors: Mapping[str, Mirror],
+    selection: Selection,
+    source: Source,
+    block_size: int,
+) -> list[AgentLayout]:
+    """Decides a round. The layouts come in the order in which they must be computed.
+
+    Args:
+        prompts: the segments of every agent's prompt. Empty segments do not count.
+        find: looks a segment up among the stored Masters.
+        mirrors: the agents' KV of earlier rounds.
+        selection: which reused rows are recomputed.
+        source: where Masters that are not stored come from.
+        block_size: rows of a page. A shared segment shorter than half a page is not worth a page of its
+            own: every agent computes it.
+    """
+    tokens = {
+        agent: tuple(segment for segment in segments if segment.length)
+        for agent, segments in prompts.items()
+    }
+    shortest = block_size // 2
+    prefixes = {
+        agent: _own_prefix(segments, mirrors.get(agent)) for agent, segments in tokens.items()
+    }
+    wanted = {
+        agent: [
+            segment
+            for segment, begin in _with_positions(segments)
+            if _may_share(segment, shortest)
+            and begin >= prefixes[agent]
+            and find(segment) is None
+        ]
+        for agent, segments in tokens.items()
+    }
+    made: dict[bytes, Master] = {}
+    layouts: list[AgentLayout] = []
+    builder = _Builder(find, made, selection, block_size, shortest)
+    if source is Source.ALONE:
+        alone = {segment.digest: segment for segments in wanted.values() for segment in segments}
+        for segment in alone.values():
+            layouts.append(builder.build(None, (segment,), None, 0, {segment.digest}))
+        order, makes = list(tokens), dict.fromkeys(tokens, frozenset[bytes]())
+    else:
+        order, makes = _master_agents(wanted)
+    for agent in order:
+        layouts.append(
+            builder.build(
+                agent, tokens[agent], mirrors.get(agent), prefixes[agent], makes[agent]
+            )
+        )
+    return layouts
+
+
+def _with_positions(segments: Sequence[Segment]) -> list[tuple[Segment, int]]:
+    result, position = [], 0
+    for segment in segments:
+        result.append((segment, position))
+        position += segment.length
+    return result
+
+
+def _may_share(segment: Segment, shortest: int) -> bool:
+    return segment.is_shared and segment.length >= shortest
+
+
+def _own_prefix(segments: Sequence[Segment], mirror: Mirror | None) -> int:
+    """Rows of the agent's earlier KV that the prompt begins with; never its last row."""
+    if mirror is None:
+        return 0
+    prefix = 0
+    for new, old in zip(segments, mirror.segments, strict=False):
+        if new.digest == old.digest:
+            prefix += new.length
+            continue
+        if new.stem == old.digest:  # a decoded output whose last token was never fed
+            prefix += old.length
+        elif not new.is_shared:
+            length = min(new.length, old.length)
+            differs = np.flatnonzero(new.token_ids[:length] != old.token_ids[:length])
+            prefix += int(differs[0]) if len(differs) else length
+        break
+    total = sum(segment.length for segment in segments)
+    return min(prefix, max(total - 1, 0))
+
+
+def _master_agents(
+    wanted: Mapping[str, Sequence[Segment]],
+) -> tuple[list[str], dict[str, frozenset[bytes]]]:
+    """Greedy cover: who computes which segment, and in which order the agents come.
+
+    An agent that covers the most tokens which others want too comes first; then the next, over what is
+    still uncovered. A segment that only one agent wants is computed by that agent, in place.
+    """
+    users: dict[bytes, int] = {}
+    length: dict[bytes, int] = {}
+    digests = {agent: {s.digest for s in segments} for agent, segments in wanted.items()}
+    for segments in wanted.values():
+        for segment in segments:
+            length[segment.digest] = segment.length
+    for mine in digests.values():
+        for digest in mine:
+            users[digest] = users.get(digest, 0) + 1
+    makes = {
+        agent: {digest for digest in mine if users[digest] == 1} for agent, mine in digests.items()
+    }
+    uncovered = {digest for digest, count in users.items() if count > 1}
+    order: list[str] = []
+    while uncovered:
+        best = max(
+            digests, key=lambda agent: sum(length[d] for d in digests[agent] & uncovered)
+        )
+        covered = digests[best] & uncovered
+        makes[best] |= covered
+        uncovered -= covered
+        order.append(best)
+    leaders = set(order)
+    order += [agent for agent in wanted if agent not in leaders]
+    return order, {agent: frozenset(mine) for agent, mine in makes.items()}
+
+
+class _Builder:
+    """Lays out one agent after the other; later ones see the Masters that earlier ones make."""
+
+    def __init__(
+        self,
+        find: Find,
+        made: dict[bytes, Master],
+        selection: Selection,
+        block_size: int,
+        shortest: int,
+    ) -> None:
+        self._find = find
+        self._made = made
+        self._selection = selection
+        self._block_size = block_size
+        self._shortest = shortest
+
+    def build(
+        self,
+        agent: str | None,
+        segments: tuple[Segment, ...],
+        mirror: Mirror | None,
+        prefix: int,
+        makes: frozenset[bytes] | set[bytes],
+    ) -> AgentLayout:
+        length = sum(segment.length for segment in segments)
+        layout = AgentLayout(agent, segments, length, mirror if prefix else None, prefix)
+        exact = True
+        if prefix:
+            assert mirror is not None
+            layout.uses = [
+                use.cut(prefix - use.delta, self._block_size)
+                for use in mirror.uses
+                if use.delta < prefix
+            ]
+            layout.spans.append(Span(0, prefix, Origin.EARLIER))
+            exact = mirror.exact_length >= prefix
+            layout.exact_length = min(prefix, mirror.exact_length)
+        earlier = {use.delta: use.master for use in layout.uses}
+        # `run` is the context in which the last reused Master was computed, followed by what has come
+        # since: a Master of that very context continues a run. `context` is the prompt's own.
+        context = run = b""
+        for segment, begin in _with_positions(segments):
+            end = begin + segment.length
+            source_context = run
+            if begin < prefix:
+                if begin in earlier:
+                    source_context = earlier[begin].context
+                self._compute(layout, max(begin, prefix), end)
+            elif not _may_share(segment, self._shortest):
+                self._compute(layout, begin, end)
+            elif segment.digest in makes and segment.digest not in self._made:
+                master = Master(segment.digest, segment.length, begin, context, exact)
+                self._made[segment.digest] = master
+                use = Use(master, begin, segment.length, empty_masks(end - begin, self._block_size))
+                layout.uses.append(use)
+                layout.made.append(use)
+                layout.spans.append(Span(begin, end, Origin.MASTER))
+                source_context = context
+            else:
+                found = self._lookup(segment)
+                assert found is not None
+                master, rows = found
+                is_exact = exact and master.exact and master.context == context
+                if isinstance(self._selection, Everything) and not is_exact:
+                    self._compute(layout, begin, end)
+                else:
+                    self._reuse(layout, master, begin, rows, is_exact, master.context == run)
+                    self._compute(layout, begin + rows, end)
+                    exact = exact and is_exact
+                    source_context = master.context
+            if exact:
+                layout.exact_length = end
+            context = chain(context, segment.digest)
+            run = chain(source_context, segment.digest)
+        layout.context = context
+        self._always_compute_last_row(layout)
+        self._collect_own(layout)
+        return layout
+
+    def _lookup(self, segment: Segment) -> tuple[Master, int] | None:
+        if segment.digest in self._made:
+            return self._made[segment.digest], segment.length
+        return self._find(segment)
+
+    def _compute(self, layout: AgentLayout, begin: int, end: int) -> None:
+        if begin < end:
+            layout.spans.append(Span(begin, end, Origin.OWN))
+
+    def _reuse(
+        self,
+        layout: AgentLayout,
+        master: Master,
+        delta: int,
+        rows: int,
+        is_exact: bool,
+        continues_run: bool,
+    ) -> None:
+        use = Use(master, delta, rows, empty_masks(rows, self._block_size))
+        layout.uses.append(use)
+        if is_exact:
+            layout.spans.append(Span(delta, delta + rows, Origin.EXACT))
+            return
+        repaired = 0
+        if isinstance(self._selection, LeadingTokens) and not continues_run:
+            repaired = min(self._selection.count, rows)
+            use.override(np.arange(repaired, dtype=np.int32), self._block_size)
+            if repaired:
+                layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
+        if isinstance(self._selection, KeyDeviation):
+            layout.candidates.append(use)
+        if repaired < rows:
+            layout.spans.append(Span(delta + repaired, delta + rows, Origin.REUSED))
+
+    def _always_compute_last_row(self, layout: AgentLayout) -> None:
+        """Its logits are what the prompt is for."""
+        if not layout.spans or layout.agent is None:
+            return
+        last = layout.spans[-1]
+        if last.origin not in (Origin.EXACT, Origin.REUSED):
+            return
+        use = layout.uses[-1]
+        use.override(np.array([layout.length - 1 - use.delta], dtype=np.int32), self._block_size)
+        layout.spans[-1:] = [
+            Span(last.begin, last.end - 1, last.origin),
+            Span(last.end - 1, last.end, Origin.REPAIRED),
+        ]
+        if last.end - last.begin == 1:
+            del layout.spans[-2]
+
+    def _collect_own(self, layout: AgentLayout) -> None:
+        ranges = [
+            np.arange(span.begin, span.end, dtype=np.int32)
+            for span in layout.spans
+            if span.origin in (Origin.OWN, Origin.REPAIRED)
+        ]
+        if ranges:
+            layout.own = np.concatenate(ranges)

@@ -1,0 +1,632 @@
+"""`DiffStore`: one Master per shared segment, one Mirror per agent, over one pool of pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance import ops
+from tokendance.geometry import BLOCK_SIZES, KVGeometry
+from tokendance.layout import AgentLayout, Source, lay_out
+from tokendance.mirror import (
+    Master,
+    Mirror,
+    Use,
+    no_pages,
+    no_positions,
+    pages_for,
+    round_arrays,
+    slots_of,
+)
+from tokendance.pool import OutOfPagesError, PagePool, Pages
+from tokendance.rope import Rope
+from tokendance.rounds import RoundTensors
+from tokendance.segments import Segment
+from tokendance.selection import Nothing
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class LayerRope:
+    """A layer's tables on the store's device; ``rotary_dim`` 0 where the layer has no RoPE."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds. Rows are tokens; bytes are keys and values of all layers.
+
+    Attributes:
+        agents, masters: Mirrors and Masters.
+        dense_rows: rows that the agents' KV would have if each were stored densely.
+        master_rows: rows of Masters, each counted once.
+        own_rows: rows that agents keep themselves (private, overridden, decoded).
+        dense_bytes: bytes of ``dense_rows``.
+        row_bytes: bytes of ``master_rows + own_rows``: the least that this content takes.
+        stored_bytes: bytes of the pages that hold them.
+        total_pages, used_pages: of the pool; used ones hold this store's rows, plans' included.
+        evictions: Masters dropped to make room since the store was made.
+    """
+
+    agents: int
+    masters: int
+    dense_rows: int
+    master_rows: int
+    own_rows: int
+    dense_bytes: int
+    row_bytes: int
+    stored_bytes: int
+    total_pages: int
+    used_pages: int
+    evictions: int
+
+    @property
+    def padding(self) -> float:
+        """Stored bytes over the bytes of the rows: 1.0 means that every page is full."""
+        return self.stored_bytes / self.row_bytes if self.row_bytes else 1.0
+
+    @property
+    def compression(self) -> float:
+        """Dense bytes over stored bytes."""
+        return self.dense_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
+class DiffStore:
+    """Keeps the KV of many agents as Masters and Mirrors (DESIGN.md sections 2 and 5).
+
+    Args:
+        geometry: of the model.
+        rope: of all layers, or one (None: no RoPE) per layer.
+        capacity: bytes of pages, an int or text such as ``"8GiB"``. Not with ``pool``.
+        device: of the pages. Not with ``pool``.
+        block_size: rows of a page: 8, 16 or 32. Not with ``pool``.
+        pool: pages of the engine, instead of own ones.
+
+    Raises:
+        ValueError: for arguments that do not fit each other, naming the argument.
+
+    A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs and
+    images are kept apart by the segments' namespaces. It is not thread-safe.
+    """
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        rope: Rope | Sequence[Rope | None],
+        capacity: int | str | None = None,
+        device: torch.device | str = "cpu",
+        block_size: int = 16,
+        pool: PagePool | None = None,
+    ) -> None:
+        if (capacity is None) == (pool is None):
+            raise ValueError("capacity: expected either capacity or pool, got both or neither")
+        if pool is None:
+            assert capacity is not None
+            if block_size not in BLOCK_SIZES:
+                raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {block_size}")
+            pages = parse_bytes(capacity) // (geometry.row_bytes * block_size)
+            if pages < 1:
+                raise ValueError(
+                    f"capacity: expected at least one page of {geometry.row_bytes * block_size} "
+                    f"bytes, got {capacity}"
+                )
+            pool = PagePool.own(geometry, pages, block_size, device)
+        self._check_pool(geometry, pool)
+        self.geometry = geometry
+        self.pool = pool
+        self._ropes, self.max_position = _layer_ropes(geometry, rope, pool.device)
+        self._masters: dict[bytes, Master] = {}
+        self._mirrors: dict[str, Mirror] = {}
+        self._page_users = np.zeros(pool.num_pages, dtype=np.int32)
+        self._clock = 0
+        self._evictions = 0
+        self._restore_rounds: dict[tuple[int, ...], tuple[list[Mirror], RoundTensors]] = {}
+
+    @staticmethod
+    def _check_pool(geometry: KVGeometry, pool: PagePool) -> None:
+        if pool.num_layers != geometry.num_layers:
+            raise ValueError(
+                f"pool: expected {geometry.num_layers} layers, got {pool.num_layers}"
+            )
+        shape = pool.k_pools[0].shape
+        if tuple(shape[2:]) != (geometry.num_kv_heads, geometry.head_dim):
+            raise ValueError(
+                f"pool: expected [num_pages, {pool.block_size}, {geometry.num_kv_heads}, "
+                f"{geometry.head_dim}], got {list(shape)}"
+            )
+        if pool.k_pools[0].dtype != geometry.dtype:
+            raise ValueError(f"pool: expected {geometry.dtype}, got {pool.k_pools[0].dtype}")
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a page."""
+        return self.pool.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def agents(self) -> list[str]:
+        """The agents that have a Mirror."""
+        return list(self._mirrors)
+
+    def length(self, agent: str) -> int:
+        """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
+        return self._mirror(agent).length
+
+    def mirror(self, agent: str) -> Mirror:
+        """The agent's Mirror, not to be changed. Raises ``KeyError`` for an unknown agent."""
+        return self._mirror(agent)
+
+    @property
+    def mirrors(self) -> Mapping[str, Mirror]:
+        """All Mirrors, by agent; not to be changed."""
+        return self._mirrors
+
+    def layer_rope(self, layer: int) -> LayerRope:
+        """The layer's rotation tables, on the store's device."""
+        return self._ropes[layer]
+
+    def find(self, segment: Segment) -> tuple[Master, int] | None:
+        """The stored Master of a segment and how many of the segment's first rows it has.
+
+        A Master of a decoded output lacks the row of its last token if that was never fed; it is found
+        by the segment's stem.
+        """
+        master = self._masters.get(segment.digest)
+        if master is not None:
+            return master, master.length
+        master = self._masters.get(segment.stem)
+        if master is not None and master.length == segment.length - 1:
+            return master, master.length
+        return None
+
+    # Pages ----------------------------------------------------------------------------------------
+
+    def take_pages(self, count: int) -> Pages:
+        """Takes pages, evicting Masters that nobody uses, the longest unused first.
+
+        Raises:
+            OutOfPagesError: nothing was taken; Masters may have been evicted.
+        """
+        while True:
+            try:
+                pages = self.pool.allocate(count)
+                break
+            except OutOfPagesError as error:
+                if not self._evict_one():
+                    raise OutOfPagesError(
+                        f"capacity: expected {count} free pages, got fewer, and every Master is in "
+                        f"use ({error}); release agents or enlarge the store"
+                    ) from error
+        self._page_users[pages] += 1
+        return pages
+
+    def share_pages(self, pages: Pages) -> None:
+        """Adds one user to each page."""
+        self._page_users[pages] += 1
+
+    def drop_pages(self, pages: Pages) -> None:
+        """Takes one user from each page; pages without users go back to the pool."""
+        self._page_users[pages] -= 1
+        self.pool.free(pages[self._page_users[pages] == 0])
+
+    def _evict_one(self) -> bool:
+        idle = [master for master in self._masters.values() if master.holders == 0]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda master: master.last_used)
+        self._masters.pop(oldest.digest)
+        oldest.stored = False
+        self.drop_pages(oldest.pages)
+        self._evictions += 1
+        return True
+
+    # Masters --------------------------------------------------------------------------------------
+
+    def hold(self, master: Master) -> None:
+        """Keeps a Master from being evicted until it is let go."""
+        self._clock += 1
+        master.holders += 1
+        master.last_used = self._clock
+
+    def let_go(self, master: Master) -> None:
+        """Ends one `hold`. A Master that no plan, Mirror or digest refers to gives its pages back."""
+        master.holders -= 1
+        if master.holders == 0 and not master.stored:
+            self.drop_pages(master.pages)
+            master.pages = no_pages()
+
+    def publish(self, master: Master) -> None:
+        """Lets later rounds find a Master by its digest; the first one of a digest stays."""
+        if not master.stored and master.digest not in self._masters:
+            self._masters[master.digest] = master
+            master.stored = True
+
+    # Mirrors --------------------------------------------------------------------------------------
+
+    def put(self, agent: str, mirror: Mirror) -> None:
+        """Makes ``mirror`` the agent's KV; its earlier one is released.
+
+        The store takes over one use of each of the Mirror's own pages, and holds its Masters.
+        """
+        for use in mirror.uses:
+            self.hold(use.master)
+        earlier = self._mirrors.pop(agent, None)
+        self._mirrors[agent] = mirror
+        if earlier is not None:
+            self._drop_mirror(earlier)
+
+    def release(self, agent: str) -> None:
+        """Forgets an agent's KV. Masters that it used stay until they are evicted.
+
+        Raises:
+            KeyError: an unknown agent, or one released before.
+        """
+        self._mirror(agent)
+        self._drop_mirror(self._mirrors.pop(agent))
+
+    def _drop_mirror(self, mirror: Mirror) -> None:
+        self._restore_rounds.clear()
+        for use in mirror.uses:
+            self.let_go(use.master)
+        self.drop_pages(mirror.own_pages)
+
+    def _mirror(self, agent: str) -> Mirror:
+        if agent not in self._mirrors:
+            raise KeyError(f"agent: expected one of {sorted(self._mirrors)}, got {agent!r}")
+        return self._mirrors[agent]
+
+    # Restore and encode ---------------------------------------------------------------------------
+
+    def restore(
+        self,
+        agents: str | Sequence[str],
+        layers: int | Sequence[int],
+        k_cache: Tensor | Sequence[Tensor],
+        v_cache: Tensor | Sequence[Tensor],
+        slot_mapping: Tensor,
+    ) -> None:
+        """Writes agents' KV, keys at the agents' own positions, into an engine's cache.
+
+        Args:
+            agents: one agent or N.
+            layers: one layer or several; then a tensor of ``k_cache`` and ``v_cache`` for each.
+            k_cache, v_cache: written: ``[rows, Hk, D]`` or ``[num_pages, block, Hk, D]``.
+            slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p goes
+                to, page * block + row of the page; -1 = leave out. Positions from T on are left out.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an unknown layer, or lists of different lengths.
+            RuntimeError: wrong shapes, dtypes or devices, naming the argument.
+
+        Source: the fused restore of TokenDance (arXiv 2604.03143), for Mirrors of section 2 of DESIGN.md.
+        """
+        names = [agents] if isinstance(agents, str) else list(agents)
+        which = [layers] if isinstance(layers, int) else list(layers)
+        keys = [k_cache] if isinstance(k_cache, Tensor) else list(k_cache)
+        values = [v_cache] if isinstance(v_cache, Tensor) else list(v_cache)
+        if len(keys) != len(which) or len(values) != len(which):
+            raise ValueError(
+                f"k_cache: expected {len(which)} tensors of k_cache and v_cache, "
+                f"got {len(keys)} and {len(values)}"
+            )
+        for layer in which:
+            if not 0 <= layer < self.geometry.num_layers:
+                raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
+        slots = slot_mapping if slot_mapping.dim() == 2 else slot_mapping[None]
+        round_ = self._restore_round([self._mirror(name) for name in names])
+        for same in _same_rope(which, self._ropes):
+            rope = self._ropes[which[same[0]]]
+            ops.diff_restore(
+                [self.pool.k_pools[which[i]] for i in same],
+                [self.pool.v_pools[which[i]] for i in same],
+                rope.cos,
+                rope.sin,
+                rope.interleaved,
+                round_,
+                slots,
+                [keys[i] for i in same],
+                [values[i] for i in same],
+            )
+
+    def _restore_round(self, mirrors: list[Mirror]) -> RoundTensors:
+        key = tuple(id(mirror) for mirror in mirrors)
+        if key not in self._restore_rounds:
+            # An engine restores layer by layer: the last few groups of agents are worth keeping. The
+            # Mirrors are kept with them, so that an id stays that of the same Mirror.
+            if len(self._restore_rounds) >= 8:
+                self._restore_rounds.pop(next(iter(self._restore_rounds)))
+            arrays, extents = round_arrays(mirrors, self.block_size)
+            tensors = RoundTensors.from_arrays(arrays, extents, device=self.device)
+            self._restore_rounds[key] = (mirrors, tensors)
+        return self._restore_rounds[key][1]
+
+    def put_round(
+        self,
+        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
+        layout: Mapping[str, Sequence[Segment]],
+        atol: float = 0.0,
+        rtol: float = 0.0,
+    ) -> None:
+        """Stores dense caches that an engine made: encodes them against Masters.
+
+        Segments that are not stored yet become Masters, copied from the agent that covers most of them.
+
+        Args:
+            dense: per agent its keys and values, a tensor ``[tokens, Hk, D]`` per layer, keys rotated at
+                the agent's own positions 0, 1, ...
+            layout: per agent the segments of its prompt.
+            atol, rtol: a row is not stored again if its Master row, moved to its position, is within
+                ``atol + rtol * |moved|`` of it in every dim of K and V of every layer. At 0 and 0 it must
+                have the same bits, so that `restore` gives back what was put, bit for bit.
+
+        Raises:
+            ValueError: agents, layers or lengths do not fit each other; the store is as it was.
+            OutOfPagesError: the store is as it was, but for evictions.
+        """
+        self._check_dense(dense, layout)
+        layouts = lay_out(layout, self.find, {}, Nothing(), Source.MASTER, self.block_size)
+        held: list[Master] = []
+        taken: list[Pages] = []
+        try:
+            self._encode(layouts, dense, atol, rtol, held, taken)
+        except BaseException:
+            for pages in taken:
+                self.drop_pages(pages)
+            raise
+        finally:
+            for master in held:
+                self.let_go(master)
+
+    def _encode(
+        self,
+        layouts: list[AgentLayout],
+        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
+        atol: float,
+        rtol: float,
+        held: list[Master],
+        taken: list[Pages],
+    ) -> None:
+        for layout in layouts:
+            for use in layout.made:
+                use.master.pages = self.take_pages(pages_for(use.length, self.block_size))
+                self.hold(use.master)
+                held.append(use.master)
+                self._copy_rows(layout, use, dense)
+            for use in layout.uses:
+                self.hold(use.master)
+                held.append(use.master)
+        mirrors: list[tuple[str, Mirror]] = []
+        for layout in layouts:
+            assert layout.agent is not None
+            mirror = self._encode_agent(layout, dense[layout.agent], atol, rtol)
+            mirror.own_pages = self.take_pages(pages_for(len(mirror.own_position), self.block_size))
+            taken.append(mirror.own_pages)
+            rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(self.device)
+            slots = self.slots_of(mirror.own_pages, len(rows))
+            keys, values = dense[layout.agent]
+            for layer in range(self.geometry.num_layers):
+                self.write_rows(layer, keys[layer], values[layer], slots, rows)
+            mirrors.append((layout.agent, mirror))
+        for layout in layouts:
+            for use in layout.made:
+                self.publish(use.master)
+        for agent, mirror in mirrors:
+            self.put(agent, mirror)
+        taken.clear()
+
+    def _encode_agent(
+        self,
+        layout: AgentLayout,
+        dense: tuple[Sequence[Tensor], Sequence[Tensor]],
+        atol: float,
+        rtol: float,
+    ) -> Mirror:
+        """The agent's Mirror, as yet without pages: which rows of its uses are overridden.
+
+        A row is overridden if any layer differs, and layers of different tables are compared by launches
+        of their own; so only the masks are taken from them, and own rows are copied once all are known.
+        """
+        for use in layout.uses:
+            use.masks[:] = 0
+        exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
+        mirror = Mirror(
+            layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact
+        )
+        arrays, extents = round_arrays([mirror], self.block_size)
+        slots = torch.arange(mirror.length, dtype=torch.int64, device=self.device)[None]
+        length = torch.tensor([mirror.length], dtype=torch.int32, device=self.device)
+        keys, values = dense
+        masks = np.zeros(extents.use_pages, dtype=np.uint32)
+        for same in _same_rope(range(self.geometry.num_layers), self._ropes):
+            round_ = RoundTensors.from_arrays(arrays, extents, device=self.device)
+            rope = self._ropes[same[0]]
+            ops.diff_encode(
+                [keys[i] for i in same],
+                [values[i] for i in same],
+                slots,
+                length,
+                [self.pool.k_pools[i] for i in same],
+                [self.pool.v_pools[i] for i in same],
+                rope.cos,
+                rope.sin,
+                rope.interleaved,
+                round_,
+                atol,
+                rtol,
+            )
+            masks |= round_.use_masks.cpu().numpy().view(np.uint32)
+        own = np.ones(mirror.length, dtype=bool)
+        at = 0
+        for use in mirror.uses:
+            use.masks[:] = masks[at : at + len(use.masks)]
+            at += len(use.masks)
+            own[use.delta : use.delta + use.length] = False
+            own[use.delta + use.overridden(self.block_size)] = True
+        mirror.own_position = np.flatnonzero(own).astype(np.int32)
+        return mirror
+
+    def _copy_rows(
+        self,
+        layout: AgentLayout,
+        use: Use,
+        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
+    ) -> None:
+        assert layout.agent is not None
+        keys, values = dense[layout.agent]
+        begin, end = use.delta, use.delta + use.length
+        slots = self.slots_of(use.master.pages, use.length)
+        for layer in range(self.geometry.num_layers):
+            self.write_rows(layer, keys[layer][begin:end], values[layer][begin:end], slots)
+
+    def slots_of(self, pages: Pages, rows: int) -> Tensor:
+        """Pool rows, page * block_size + row of the page, of the first rows of a page list.
+
+        Returns int64 ``[rows]`` on the store's device.
+        """
+        return torch.from_numpy(slots_of(pages, rows, self.block_size)).to(self.device)
+
+    def write_rows(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """Copies ``rows`` (default: all) of ``k`` and ``v`` into the pool at ``slots``, as they are.
+
+        ``k`` and ``v`` are ``[n, Hk, D]`` or pages; ``slots`` and ``rows`` int64 of one length.
+        """
+        rope = self._ropes[layer]
+        for x, pool in ((k, self.pool.k_pools[layer]), (v, self.pool.v_pools[layer])):
+            ops.rope_rotate_out(
+                x, rows, slots, None, None, rope.cos, rope.sin, rope.interleaved, 1.0, pool
+            )
+
+    def _check_dense(
+        self,
+        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
+        layout: Mapping[str, Sequence[Segment]],
+    ) -> None:
+        if set(dense) != set(layout):
+            raise ValueError(f"layout: expected agents {sorted(dense)}, got {sorted(layout)}")
+        heads = [self.geometry.num_kv_heads, self.geometry.head_dim]
+        for agent, (keys, values) in dense.items():
+            length = sum(segment.length for segment in layout[agent])
+            if length > self.max_position:
+                raise ValueError(
+                    f"layout[{agent!r}]: expected at most {self.max_position} tokens, got {length}"
+                )
+            for name, tensors in (("keys", keys), ("values", values)):
+                if len(tensors) != self.geometry.num_layers:
+                    raise ValueError(
+                        f"dense[{agent!r}] {name}: expected {self.geometry.num_layers} layers, "
+                        f"got {len(tensors)}"
+                    )
+                for layer, tensor in enumerate(tensors):
+                    if list(tensor.shape) != [length, *heads]:
+                        raise ValueError(
+                            f"dense[{agent!r}] {name}[{layer}]: expected {[length, *heads]}, "
+                            f"got {list(tensor.shape)}"
+                        )
+                    if tensor.dtype != self.geometry.dtype or tensor.device != self.device:
+                        raise ValueError(
+                            f"dense[{agent!r}] {name}[{layer}]: expected {self.geometry.dtype} on "
+                            f"{self.device}, got {tensor.dtype} on {tensor.device}"
+                        )
+
+    # Statistics -----------------------------------------------------------------------------------
+
+    def stats(self) -> StoreStats:
+        """Counts rows, pages and bytes."""
+        masters = {id(master): master for master in self._masters.values()}
+        outputs: dict[int, Master] = {}
+        for mirror in self._mirrors.values():
+            for use in mirror.uses:
+                if use.master.stored or use.master.holders > 1:
+                    masters[id(use.master)] = use.master
+                else:
+                    outputs[id(use.master)] = use.master
+        own_pages = [mirror.own_pages for mirror in self._mirrors.values()]
+        own_pages += [master.pages for master in (*masters.values(), *outputs.values())]
+        pages = np.unique(np.concatenate(own_pages)) if own_pages else no_pages()
+        master_rows = sum(master.length for master in masters.values())
+        own_rows = sum(len(mirror.own_position) for mirror in self._mirrors.values())
+        own_rows += sum(master.length for master in outputs.values())
+        dense_rows = sum(mirror.length for mirror in self._mirrors.values())
+        row_bytes = self.geometry.row_bytes
+        return StoreStats(
+            agents=len(self._mirrors),
+            masters=len(masters),
+            dense_rows=dense_rows,
+            master_rows=master_rows,
+            own_rows=own_rows,
+            dense_bytes=dense_rows * row_bytes,
+            row_bytes=(master_rows + own_rows) * row_bytes,
+            stored_bytes=len(pages) * self.pool.page_bytes,
+            total_pages=self.pool.num_pages,
+            used_pages=int(np.count_nonzero(self._page_users)),
+            evictions=self._evictions,
+        )
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"`` (binary units, as memory is counted)."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", size)
+    if match is None:
+        raise ValueError(f'capacity: expected bytes or text such as "8GiB", got {size!r}')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _approximate_from(uses: Sequence[Use]) -> int:
+    """First row that a tolerance may have changed."""
+    return min((use.delta for use in uses if use.shift != 0), default=0)
+
+
+def _layer_ropes(
+    geometry: KVGeometry, rope: Rope | Sequence[Rope | None], device: torch.device
+) -> tuple[list[LayerRope], int]:
+    ropes = list(rope) if isinstance(rope, Sequence) else [rope] * geometry.num_layers
+    if len(ropes) != geometry.num_layers:
+        raise ValueError(f"rope: expected {geometry.num_layers} layers, got {len(ropes)}")
+    tables = [one for one in ropes if one is not None]
+    max_position = min((one.max_position for one in tables), default=1 << 30)
+    made: dict[int, LayerRope] = {}
+    result = []
+    for one in ropes:
+        if id(one) not in made:
+            if one is None:
+                empty = torch.empty(max_position, 0, device=device)
+                made[id(one)] = LayerRope(empty, empty, False, 1.0)
+            else:
+                if one.rotary_dim > geometry.head_dim:
+                    raise ValueError(
+                        f"rope: expected rotary_dim <= head_dim={geometry.head_dim}, "
+                        f"got {one.rotary_dim}"
+                    )
+                moved = one.to(device)
+                made[id(one)] = LayerRope(
+                    moved.cos, moved.sin, moved.interleaved, moved.attention_factor
+                )
+        result.append(made[id(one)])
+    return result, max_position
+
+
+def _same_rope(layers: Sequence[int], ropes: Sequence[LayerRope]) -> list[list[int]]:
+    """Indices into ``layers``, grouped by the layers' tables: one launch serves a group."""
+    groups: dict[int, list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(id(ropes[layer]), []).append(index)
+    return list(groups.values())
+
