@@ -1,0 +1,381 @@
+"""A round in the making: the pages that it leases and the KV that it fills, agent by agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokendance.layout import AgentLayout, Origin, Source, Span
+from tokendance.mirror import Master, Mirror, Use, empty_masks, no_pages, pages_for, slots_of
+from tokendance.rounds import IntArray
+from tokendance.segments import Segment, shared
+from tokendance.selection import KeyDeviation, Selection
+from tokendance.store import DiffStore
+
+
+class Phase(Enum):
+    """How far an agent of a plan is."""
+
+    PREFILL = "prefill"  # some of its rows are not computed yet
+    DECODE = "decode"
+    ENDED = "ended"  # committed or aborted
+
+
+class AgentState(Mirror):
+    """One agent's KV while its round runs: a Mirror that grows.
+
+    Attributes:
+        layout: what was decided for the agent.
+        phase: how far it is.
+        pending: int32, prompt positions that are still to be computed, ascending.
+        output: the use whose Master holds the decoded rows, or None before the first.
+        output_ids: the decoded tokens that were fed.
+    """
+
+    def __init__(self, layout: AgentLayout, own_pages: NDArray[np.int32], carried: IntArray) -> None:
+        super().__init__(
+            layout.segments,
+            layout.length,
+            list(layout.uses),
+            own_pages,
+            np.concatenate([carried, layout.own]),
+            layout.exact_length,
+        )
+        self.layout = layout
+        made = [
+            np.arange(use.delta, use.delta + use.length, dtype=np.int32) for use in layout.made
+        ]
+        self.pending: IntArray = np.sort(np.concatenate([layout.own, *made]))
+        self.phase = Phase.PREFILL if layout.length else Phase.DECODE
+        self.output: Use | None = None
+        self.output_ids: list[int] = []
+
+    def slots(self, positions: IntArray, block_size: int) -> NDArray[np.int64]:
+        """Pool rows where the KV of computed rows is kept; -1 for rows that are not kept."""
+        slots = np.full(len(positions), -1, dtype=np.int64)
+        if len(self.own_position):
+            index = np.searchsorted(self.own_position, positions)
+            index = np.minimum(index, len(self.own_position) - 1)
+            own = self.own_position[index] == positions
+            pages = self.own_pages[index // block_size].astype(np.int64)
+            slots[own] = (pages * block_size + index % block_size)[own]
+        written = [*self.layout.made, self.output] if self.output else self.layout.made
+        for use in written:
+            inside = (positions >= use.delta) & (positions < use.delta + use.length)
+            rows = slots_of(use.master.pages, use.length, block_size)
+            slots[inside] = rows[positions[inside] - use.delta]
+        return slots
+
+    def add_own(self, positions: IntArray) -> None:
+        """Keeps further rows of the prompt as own rows; their pages were taken with the plan."""
+        self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
+
+    def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
+        """Tokens at positions of the prompt."""
+        return np.concatenate([segment.token_ids for segment in self.segments])[positions].astype(
+            np.int64
+        )
+
+
+class Plan:
+    """A round of requests: made by `KVCollector.plan`, ended agent by agent.
+
+    It holds the Masters that it uses and leases the pages that it fills. Until an agent is committed, the
+    store shows nothing of it; after `abort` the store is as it was.
+
+    Attributes:
+        agents: the agents' names, in the order of the prompts.
+    """
+
+    def __init__(
+        self,
+        store: DiffStore,
+        layouts: Sequence[AgentLayout],
+        agents: Iterable[str],
+        selection: Selection,
+        source: Source,
+    ) -> None:
+        self.store = store
+        self.selection = selection
+        self.source = source
+        self.agents = list(agents)
+        self.chosen: dict[int, IntArray] = {}  # rows that KeyDeviation chose, by id of the Master
+        self._row_layers = 0
+        self._prefilling = False
+        held: list[Master] = []
+        for layout in layouts:
+            for use in layout.uses:
+                store.hold(use.master)
+                held.append(use.master)
+        try:
+            self._states = self._lease(layouts)
+        except BaseException:
+            for master in held:
+                store.let_go(master)
+            raise
+        self._by_name = {
+            state.layout.agent: state for state in self._states if state.layout.agent is not None
+        }
+        self._copy_carried_rows()
+
+    # Pages ----------------------------------------------------------------------------------------
+
+    def _lease(self, layouts: Sequence[AgentLayout]) -> list[AgentState]:
+        """Takes all pages of the round's prompts at once, or none."""
+        block = self.store.block_size
+        made = [use.master for layout in layouts for use in layout.made]
+        carried = [_carried(layout) for layout in layouts]
+        chosen = [self._rows_to_choose(layout) for layout in layouts]
+        needs = [pages_for(master.length, block) for master in made]
+        needs += [
+            pages_for(len(mine) + len(layout.own) + more, block) - len(mine) // block
+            for layout, mine, more in zip(layouts, carried, chosen, strict=True)
+        ]
+        parts = np.split(self.store.take_pages(sum(needs)), np.cumsum(needs)[:-1])
+        for master, pages in zip(made, parts, strict=False):
+            master.pages = pages
+        states = []
+        for layout, mine, fresh in zip(layouts, carried, parts[len(made) :], strict=True):
+            full = len(mine) // block
+            kept = layout.earlier.own_pages[:full] if layout.earlier else no_pages()
+            self.store.share_pages(kept)
+            states.append(AgentState(layout, np.concatenate([kept, fresh]), mine))
+        return states
+
+    def _rows_to_choose(self, layout: AgentLayout) -> int:
+        if not isinstance(self.selection, KeyDeviation):
+            return 0
+        return sum(self.selection.rows_of(use.length) for use in layout.candidates)
+
+    def _copy_carried_rows(self) -> None:
+        """Own rows of an earlier round that share a page with new ones get a page of their own."""
+        block = self.store.block_size
+        sources, targets = [], []
+        for state in self._states:
+            earlier, rows = state.layout.earlier, len(_carried(state.layout))
+            if earlier is None or rows % block == 0:
+                continue
+            begin = rows - rows % block
+            sources.append(slots_of(earlier.own_pages, rows, block)[begin:])
+            targets.append(slots_of(state.own_pages, rows, block)[begin:])
+        if not sources:
+            return
+        device = self.store.device
+        rows_in = torch.from_numpy(np.concatenate(sources)).to(device)
+        rows_out = torch.from_numpy(np.concatenate(targets)).to(device)
+        pool = self.store.pool
+        for layer in range(pool.num_layers):
+            self.store.write_rows(
+                layer, pool.k_pools[layer], pool.v_pools[layer], rows_out, rows_in
+            )
+
+    # What the collector and its steps need ----------------------------------------------------------
+
+    @property
+    def states(self) -> Sequence[AgentState]:
+        """All agents in the order of computing, segments that are computed alone among them."""
+        return self._states
+
+    def state(self, agent: str) -> AgentState:
+        """An agent that has not ended. Raises ``KeyError`` or ``ValueError``."""
+        if agent not in self._by_name:
+            raise KeyError(f"agent: expected one of {self.agents}, got {agent!r}")
+        state = self._by_name[agent]
+        if state.phase is Phase.ENDED:
+            raise ValueError(f"agent: expected one that has not ended, got {agent!r}")
+        return state
+
+    def begin_prefill(self) -> None:
+        if self._prefilling:
+            raise ValueError("plan: expected one that has not been prefilled, got one that has")
+        self._prefilling = True
+
+    def count_row_layers(self, row_layers: int) -> None:
+        self._row_layers += row_layers
+
+    def extend(self, state: AgentState, token_ids: Sequence[int]) -> None:
+        """Makes room for decoded rows. Raises OutOfPagesError, then nothing has changed."""
+        block = self.store.block_size
+        length = len(state.output_ids) + len(token_ids)
+        pages = state.output.master.pages if state.output else no_pages()
+        fresh = self.store.take_pages(pages_for(length, block) - len(pages))
+        if state.output is None:
+            exact = state.exact_length == state.length
+            master = Master(b"", 0, state.length, state.layout.context, exact)
+            self.store.hold(master)
+            state.output = Use(master, state.length, 0, empty_masks(0, block))
+            state.uses.append(state.output)
+        state.output.master.pages = np.concatenate([pages, fresh])
+        state.output_ids += token_ids
+        self._set_output_length(state, length)
+
+    def _set_output_length(self, state: AgentState, length: int) -> None:
+        assert state.output is not None
+        state.output.length = state.output.master.length = length
+        state.output.masks = empty_masks(length, self.store.block_size)
+        state.length = state.layout.length + length
+        if state.output.master.exact:
+            state.exact_length = state.length
+
+    # The engine's view ----------------------------------------------------------------------------
+
+    def length(self, agent: str) -> int:
+        """Rows of the agent's prompt and output so far."""
+        return self.state(agent).length
+
+    def output(self, agent: str) -> list[int]:
+        """The agent's decoded tokens that were fed."""
+        return list(self.state(agent).output_ids)
+
+    def spans(self, agent: str) -> list[Span]:
+        """Where the rows of the agent's prompt come from; the spans tile it.
+
+        Rows that `KeyDeviation` will choose count as reused.
+        """
+        return list(self._by_name[agent].layout.spans)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all prompts."""
+        return sum(self._by_name[agent].layout.length for agent in self.agents)
+
+    @property
+    def rows_computed(self) -> float:
+        """Prompt rows computed so far, in whole-model rows: row-layers / layers."""
+        return self._row_layers / self.store.geometry.num_layers
+
+    @property
+    def rows_overridden(self) -> int:
+        """Rows of Masters that agents' own rows replace."""
+        block = self.store.block_size
+        return sum(len(use.overridden(block)) for state in self._states for use in state.uses)
+
+    @property
+    def master_agents(self) -> list[str]:
+        """Agents that compute a Master which another agent reuses."""
+        made = {
+            id(use.master): state.layout.agent
+            for state in self._states
+            for use in state.layout.made
+        }
+        reused = [
+            made[id(use.master)]
+            for state in self._states
+            for use in state.layout.uses
+            if id(use.master) in made and made[id(use.master)] != state.layout.agent
+        ]
+        return [agent for agent in self.agents if agent in set(reused)]
+
+    def truncate(self, agent: str, length: int) -> None:
+        """Forgets the agent's rows from position ``length`` on: rejected drafts.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: the agent has ended, or ``length`` is not between prompt and present length.
+        """
+        state = self.state(agent)
+        if not state.layout.length <= length <= state.length:
+            raise ValueError(
+                f"length: expected {state.layout.length}..{state.length}, got {length}"
+            )
+        if state.output is None:
+            return
+        kept = length - state.layout.length
+        pages = state.output.master.pages
+        needed = pages_for(kept, self.store.block_size)
+        state.output.master.pages = pages[:needed]
+        self.store.drop_pages(pages[needed:])
+        del state.output_ids[kept:]
+        self._set_output_length(state, kept)
+        if kept == 0:
+            state.uses.remove(state.output)
+            self.store.let_go(state.output.master)
+            state.output = None
+
+    def commit(
+        self, agents: str | Iterable[str] | None = None, namespace: bytes | str = b""
+    ) -> None:
+        """Makes what was computed the agents' KV in the store, and its Masters visible to others.
+
+        With the source ``"producer"`` an agent's output becomes a Master too: its pages are handed over.
+
+        Args:
+            agents: one, several, or (None) all that have not ended.
+            namespace: of the segments that outputs become (see `shared`).
+
+        Raises:
+            KeyError, ValueError: an unknown agent, one that has ended, or one whose prefill has not
+                finished; then nothing is committed.
+        """
+        states = [(name, self.state(name)) for name in self._names(agents)]
+        for name, state in states:
+            if state.phase is Phase.PREFILL:
+                raise ValueError(f"agents: expected a finished prefill, got {name!r} in prefill")
+        for name, state in states:
+            segments: tuple[Segment, ...] = state.segments
+            if state.output is not None:
+                segment = shared(state.output_ids, namespace=namespace)
+                segments = (*segments, segment)
+                if self.source is Source.PRODUCER:
+                    state.output.master.digest = segment.digest
+            for use in state.uses:
+                if use.master.digest:
+                    self.store.publish(use.master)
+            mirror = Mirror(
+                segments,
+                state.length,
+                state.uses,
+                state.own_pages,
+                state.own_position,
+                state.exact_length,
+            )
+            self.store.put(name, mirror)
+            self._end(state)
+
+    def abort(self, agents: str | Iterable[str] | None = None) -> None:
+        """Gives back what the agents (default: all that have not ended) leased.
+
+        Raises:
+            KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given back.
+        """
+        for state in [self.state(name) for name in self._names(agents)]:
+            self.store.drop_pages(state.own_pages)
+            self._end(state)
+
+    def _names(self, agents: str | Iterable[str] | None) -> list[str]:
+        if agents is None:
+            return [name for name in self.agents if self._by_name[name].phase is not Phase.ENDED]
+        return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
+
+    def _end(self, state: AgentState) -> None:
+        self._let_go(state)
+        if all(self._by_name[name].phase is Phase.ENDED for name in self.agents):
+            for alone in self._states:
+                if alone.phase is not Phase.ENDED:
+                    self.store.drop_pages(alone.own_pages)
+                    self._let_go(alone)
+
+    def _let_go(self, state: AgentState) -> None:
+        state.phase = Phase.ENDED
+        for use in state.uses:
+            self.store.let_go(use.master)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all agents have been committed or aborted."""
+        return all(self._by_name[name].phase is Phase.ENDED for name in self.agents)
+
+
+def _carried(layout: AgentLayout) -> IntArray:
+    """Positions of the own rows that are taken over from the agent's earlier KV."""
+    if layout.earlier is None:
+        return np.empty(0, dtype=np.int32)
+    position = layout.earlier.own_position
+    return position[: int(np.searchsorted(position, layout.prefix))]
+
+
+__all__ = ["AgentState", "Origin", "Phase", "Plan", "Span"]

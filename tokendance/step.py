@@ -1,0 +1,379 @@
+"""A step: the rows that an engine runs through the model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokendance import _planner, ops
+from tokendance.mirror import Use, round_arrays, slots_of
+from tokendance.plan import AgentState, Phase, Plan
+from tokendance.rounds import IntArray, RoundTensors
+from tokendance.selection import KeyDeviation
+
+# Query heads x rows that a work item may have: the height of the kernels' tiles.
+_TILE_HEIGHT = 64
+# Items per KV head: enough for the threads of a CPU, or two waves on a large GPU, to share evenly.
+_TARGET_ITEMS = {"cpu": 32, "cuda": 264}
+_MAX_SPLITS = 16
+
+
+@dataclass
+class AgentRows:
+    """Rows of one agent in a step.
+
+    ``candidates`` are uses whose rows are all computed until `KeyDeviation` has chosen.
+    """
+
+    state: AgentState
+    positions: IntArray
+    token_ids: NDArray[np.int64]
+    candidates: list[Use]
+
+
+class Step:
+    """Rows of one forward pass, and the attention over the round's KV.
+
+    Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after it.
+    Leaving it by an exception aborts the whole plan. Leaving it before the last layer is an error.
+
+    Attributes:
+        token_ids: int64 ``[R]`` on the store's device.
+        positions: int32 ``[R]`` absolute positions.
+        agents: name of every row's agent; None for a segment that is computed alone.
+        logit_rows: int64, rows whose logits the engine wants: the last row of each prompt in a prefill
+            step, every row in a decode step. They count the rows that are there after the last layer.
+        logit_agents: the agents of ``logit_rows``.
+    """
+
+    def __init__(self, plan: Plan, make_rows: Callable[[], list[AgentRows]], decode: bool) -> None:
+        self._plan = plan
+        self._store = plan.store
+        self._make_rows = make_rows
+        self._decode = decode
+        self._layer = 0
+        self._kept: Tensor | None = None
+        self._open = False
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Step:
+        if self._open or self._layer:
+            raise ValueError("step: expected a step that has not been entered, got one that has")
+        self._rows = self._make_rows()
+        self._open = True
+        self._choosing = any(rows.candidates for rows in self._rows)
+        tokens = np.concatenate([np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]])
+        self.token_ids = torch.from_numpy(tokens).to(self._store.device)
+        self._describe_rows()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open = False
+        layers = self._store.geometry.num_layers
+        if kind is not None or self._layer != layers:
+            if not self._plan.ended:
+                self._plan.abort()
+            if kind is None:
+                raise ValueError(
+                    f"step: expected {layers} layers, got {self._layer}; the plan is aborted"
+                )
+            return
+        for rows in self._rows:
+            state = rows.state
+            if state.phase is Phase.PREFILL:
+                state.pending = state.pending[state.pending > rows.positions[-1]]
+                if not len(state.pending):
+                    state.phase = Phase.DECODE
+
+    @property
+    def num_rows(self) -> int:
+        """R: rows that are in the step at present."""
+        return int(self.positions.shape[0])
+
+    @property
+    def kept(self) -> Tensor | None:
+        """int64: which rows the last `attend` kept, while `keep` has not been called; None = all."""
+        return self._kept
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Rotates, stores and attends for one layer.
+
+        Args:
+            layer: 0, 1, ... in order.
+            q: ``[R, Hq, D]`` (or ``[R, Hq * D]``) queries before RoPE.
+            k, v: ``[R, Hk, D]`` (or ``[R, Hk * D]``) keys before RoPE, and values.
+            scale: of the scores; default ``D ** -0.5``.
+            window: a row sees keys fewer than this many positions back; 0 = all.
+            soft_cap: scores become ``cap * tanh(score / cap)``; 0 = none.
+            sinks: fp32 ``[Hq]`` sink logits.
+
+        Returns:
+            ``[R', Hq, D]``; R' < R only in the layer where `KeyDeviation` drops rows (see `kept`).
+
+        Raises:
+            ValueError: the step is not open, the layer is out of order, or a tensor does not fit.
+        """
+        geometry = self._store.geometry
+        if not self._open:
+            raise ValueError("step: expected an entered step (`with step:`), got one that is not")
+        if layer != self._layer:
+            raise ValueError(f"layer: expected {self._layer}, got {layer}")
+        if self._kept is not None:
+            raise ValueError("step: expected keep() after the layer that dropped rows")
+        q = self._checked("q", q, geometry.num_q_heads)
+        k = self._checked("k", k, geometry.num_kv_heads)
+        v = self._checked("v", v, geometry.num_kv_heads)
+        self._layer += 1
+        if not self._decode:
+            self._plan.count_row_layers(self.num_rows)
+        if self._choosing:
+            q, k, v = self._choose(layer, q, k, v)
+        self._write(layer, k, v, self._slots, self.positions)
+        rope = self._store.layer_rope(layer)
+        round_ = self._round(window)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        floats = round_.extents.partials * geometry.num_q_heads * (geometry.head_dim + 1)
+        ops.collective_attention_out(
+            q,
+            self._store.pool.k_pools[layer],
+            self._store.pool.v_pools[layer],
+            rope.cos,
+            rope.sin,
+            rope.interleaved,
+            round_,
+            geometry.head_dim**-0.5 if scale is None else scale,
+            window,
+            soft_cap,
+            sinks,
+            rope.attention_factor,
+            q.new_empty(floats, dtype=torch.float32),
+            out,
+            lse,
+        )
+        return out
+
+    def keep(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The rows of ``tensors`` (first dim R) that are still in the step.
+
+        Rows are dropped in one layer at the most; everywhere else the tensors come back as they are.
+        """
+        if self._kept is None:
+            return tensors
+        kept, self._kept = self._kept, None
+        return tuple(tensor[kept] for tensor in tensors)
+
+    # ----------------------------------------------------------------------------------------------
+
+    def _checked(self, name: str, x: Tensor, heads: int) -> Tensor:
+        geometry = self._store.geometry
+        shape = (self.num_rows, heads, geometry.head_dim)
+        if x.dim() == 2 and tuple(x.shape) == (shape[0], shape[1] * shape[2]):
+            x = x.view(shape) if x.is_contiguous() else x.reshape(shape)
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
+        if x.dtype != geometry.dtype or x.device != self._store.device:
+            raise ValueError(
+                f"{name}: expected {geometry.dtype} on {self._store.device}, "
+                f"got {x.dtype} on {x.device}"
+            )
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _describe_rows(self) -> None:
+        """Everything that follows from which rows the step has."""
+        block, device = self._store.block_size, self._store.device
+        positions = [np.empty(0, np.int32), *[rows.positions for rows in self._rows]]
+        slots = [rows.state.slots(rows.positions, block) for rows in self._rows]
+        counts = [len(rows.positions) for rows in self._rows]
+        self._host_positions = np.concatenate(positions)
+        self._row_agent = np.repeat(np.arange(len(self._rows), dtype=np.int32), counts)
+        self.positions = torch.from_numpy(self._host_positions).to(device)
+        self._slots = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *slots])).to(device)
+        self._rounds: dict[int, RoundTensors] = {}
+        self.agents = [rows.state.layout.agent for rows in self._rows for _ in rows.positions]
+        if self._decode:
+            wanted = np.arange(len(self._row_agent), dtype=np.int64)
+        else:
+            last = np.array([rows.state.layout.length - 1 for rows in self._rows], dtype=np.int32)
+            named = np.array([rows.state.layout.agent is not None for rows in self._rows])
+            wanted = np.flatnonzero(
+                (self._host_positions == last[self._row_agent]) & named[self._row_agent]
+            )
+        self.logit_rows = torch.from_numpy(wanted).to(device)
+        self.logit_agents = [name for row in wanted if (name := self.agents[row]) is not None]
+
+    def _round(self, window: int) -> RoundTensors:
+        """The round's fields with the work list of a window; layers of one window share it."""
+        if window not in self._rounds:
+            block = self._store.block_size
+            geometry = self._store.geometry
+            arrays, extents = round_arrays([rows.state for rows in self._rows], block)
+            arrays["row_agent"] = self._row_agent
+            arrays["row_position"] = self._host_positions
+            group = geometry.num_q_heads // geometry.num_kv_heads
+            work = _planner.plan_work(
+                arrays["row_agent"],
+                arrays["row_position"],
+                arrays["use_agent"],
+                arrays["use_master"],
+                arrays["use_delta"],
+                arrays["use_length"],
+                arrays["master_page_indptr"],
+                arrays["own_length"],
+                arrays["own_page_indptr"],
+                arrays["own_position"],
+                block_size=block,
+                max_tile_rows=max(1, _TILE_HEIGHT // group),
+                target_items=_TARGET_ITEMS.get(self._store.device.type, _TARGET_ITEMS["cuda"]),
+                max_splits=_MAX_SPLITS,
+                window=window,
+            )
+            extents = replace(
+                extents,
+                rows=len(self._row_agent),
+                work=len(work["work"]),
+                work_rows=len(work["work_rows"]),
+                work_chunks=len(work["work_chunks"]),
+                partials=len(work["row_partials"]),
+            )
+            fields = {**arrays, **work}
+            self._rounds[window] = RoundTensors.from_arrays(
+                fields, extents, device=self._store.device
+            )
+        return self._rounds[window]
+
+    def _write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Rotates keys to their positions and puts both into the pool."""
+        rope = self._store.layer_rope(layer)
+        pool = self._store.pool
+        tables = (rope.cos, rope.sin, rope.interleaved)
+        ops.rope_rotate_out(
+            k, None, slots, None, positions, *tables, rope.attention_factor, pool.k_pools[layer]
+        )
+        ops.rope_rotate_out(v, None, slots, None, None, *tables, 1.0, pool.v_pools[layer])
+
+    # KeyDeviation ---------------------------------------------------------------------------------
+
+    def _choose(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Holds fresh rows back until the selection layer, and there drops all but the chosen ones."""
+        selection = self._plan.selection
+        assert isinstance(selection, KeyDeviation)
+        last_layer = self._store.geometry.num_layers - 1
+        if layer < min(selection.layer, last_layer):
+            self._held.append((k, v))
+            return q, k, v
+        self._choose_rows(layer, k, selection)
+        kept = self._drop_rows()
+        self._choosing = False
+        self._kept = torch.from_numpy(kept).to(self._store.device)
+        self.token_ids = self.token_ids[self._kept]
+        self._describe_rows()
+        for earlier, (held_k, held_v) in enumerate(self._held):
+            self._write(
+                earlier, held_k[self._kept], held_v[self._kept], self._slots, self.positions
+            )
+        self._held.clear()
+        return q[self._kept], k[self._kept], v[self._kept]
+
+    def _choose_rows(self, layer: int, k: Tensor, selection: KeyDeviation) -> None:
+        """Ranks the rows of every Master that has not been ranked in this round."""
+        store, block = self._store, self._store.block_size
+        uses: dict[int, list[tuple[int, Use]]] = {}
+        for agent, rows in enumerate(self._rows):
+            for use in rows.candidates:
+                uses.setdefault(id(use.master), []).append((agent, use))
+        starts = np.concatenate([[0], np.cumsum([len(rows.positions) for rows in self._rows])])
+        rope = store.layer_rope(layer)
+        for key, group in uses.items():
+            length = max(use.length for _, use in group)
+            fresh = np.full((len(group), length), -1, dtype=np.int64)
+            for line, (agent, use) in zip(fresh, group, strict=True):
+                wanted = np.arange(use.delta, use.delta + use.length, dtype=np.int32)
+                line[: use.length] = starts[agent] + np.searchsorted(
+                    self._rows[agent].positions, wanted
+                )
+            master = group[0][1].master
+            at = np.arange(master.origin, master.origin + length, dtype=np.int32)
+            deviation = ops.key_deviation(
+                k,
+                torch.from_numpy(fresh).to(store.device),
+                None,
+                store.pool.k_pools[layer],
+                torch.from_numpy(slots_of(master.pages, length, block)).to(store.device),
+                torch.from_numpy(at).to(store.device),
+                rope.cos,
+                rope.sin,
+                rope.interleaved,
+                rope.attention_factor,
+            )
+            top = torch.topk(deviation, selection.rows_of(length)).indices
+            self._plan.chosen[key] = top.sort().values.cpu().numpy().astype(np.int32)
+
+    def _drop_rows(self) -> NDArray[np.int64]:
+        """Makes the chosen rows own rows and forgets the others; returns the rows that stay."""
+        kept, start = [], 0
+        for rows in self._rows:
+            stays = np.ones(len(rows.positions), dtype=bool)
+            for use in rows.candidates:
+                override_chosen(self._plan, rows.state, use)
+                inside = (rows.positions >= use.delta) & (
+                    rows.positions < use.delta + use.length
+                )
+                stays &= ~inside | np.isin(rows.positions, rows.state.own_position)
+            kept.append(start + np.flatnonzero(stays))
+            start += len(rows.positions)
+            rows.positions = rows.positions[stays]
+            rows.token_ids = rows.token_ids[stays]
+            rows.candidates = []
+        return np.concatenate(kept)
+
+
+def override_chosen(plan: Plan, state: AgentState, use: Use) -> IntArray:
+    """Makes the rows that `KeyDeviation` chose of a use's Master own rows; returns their positions."""
+    chosen = plan.chosen[id(use.master)]
+    chosen = chosen[chosen < use.length]
+    use.override(chosen, plan.store.block_size)
+    positions = (use.delta + chosen).astype(np.int32)
+    state.add_own(positions)
+    return positions
+
+
+def rows_for_prefill(plan: Plan, parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
+    """Rows of a prefill step; rows that `KeyDeviation` may drop are added to their agents' parts."""
+    result = []
+    for state, positions in parts:
+        candidates = []
+        more = [positions]
+        for use in state.layout.candidates:
+            if id(use.master) in plan.chosen:
+                more.append(override_chosen(plan, state, use))
+            else:
+                candidates.append(use)
+                more.append(np.arange(use.delta, use.delta + use.length, dtype=np.int32))
+        everything = np.unique(np.concatenate(more)) if len(more) > 1 else positions
+        result.append(AgentRows(state, everything, state.token_ids(everything), candidates))
+    return result
