@@ -2,7 +2,41 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from tokendance.collector import KVCollector
+from tokendance.geometry import KVGeometry
+from tokendance.plan import Plan
+from tokendance.pool import OutOfPagesError, PagePool
+from tokendance.rope import Rope
+from tokendance.rounds import RoundExtents, RoundTensors
+from tokendance.segments import Segment, private, shared, split_round
+from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Nothing
+from tokendance.step import Step
+from tokendance.store import DiffStore, StoreStats
+
 try:
     __version__ = version("tokendance")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
+
+__all__ = [
+    "DiffStore",
+    "Everything",
+    "KVCollector",
+    "KVGeometry",
+    "KeyDeviation",
+    "LeadingTokens",
+    "Nothing",
+    "OutOfPagesError",
+    "PagePool",
+    "Plan",
+    "Rope",
+    "RoundExtents",
+    "RoundTensors",
+    "Segment",
+    "Step",
+    "StoreStats",
+    "__version__",
+    "private",
+    "shared",
+    "split_round",
+]

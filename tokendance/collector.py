@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -20,11 +21,12 @@ class KVCollector:
 
     Args:
         store: where Masters and Mirrors are kept.
-        source: where the Master of a segment that is not stored comes from. ``"master"``: one agent of the
-            round computes it in its own prompt, so that the attention between the shared segments is
-            kept. ``"alone"``: it is computed without any context, as position-independent caching does
-            (EPIC, CacheBlend); no trace of an agent's private context reaches another. ``"producer"``: as
-            ``"master"``, and decoded outputs become Masters as their agents computed them.
+        source: where the Master of a segment that is not stored comes from. ``"master"``: one agent
+            of the round computes it in its own prompt, so that the attention between the shared
+            segments is kept. ``"alone"``: it is computed without any context, as
+            position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
+            context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
+            Masters as their agents computed them.
         selection: which reused rows are recomputed.
 
     Raises:
@@ -48,12 +50,12 @@ class KVCollector:
         self.selection = selection
 
     def plan(self, prompts: Mapping[str, Sequence[Segment]]) -> Plan:
-        """Matches the prompts with what is stored and with each other, and leases the round's pages.
+        """Matches the prompts with the store and with each other, and leases the round's pages.
 
         Args:
-            prompts: per agent the segments of its prompt, made by `private` and `shared`. Any number of
-                agents; any lengths, orders, subsets and repeats. An agent's own earlier KV is taken over
-                as far as the prompt begins with the same tokens.
+            prompts: per agent the segments of its prompt, made by `private` and `shared`. Any
+                number of agents; any lengths, orders, subsets and repeats. An agent's own earlier
+                KV is taken over as far as the prompt begins with the same tokens.
 
         Raises:
             TypeError: something else than segments.
@@ -86,8 +88,9 @@ class KVCollector:
     def prefill(self, plan: Plan, max_rows: int = 8192) -> Iterator[Step]:
         """The steps that compute the plan's prompts.
 
-        A row's visible keys lie in its own or an earlier step. Enter and finish each step before the next
-        is asked for. With `KeyDeviation` all rows of an agent are in one step, however many.
+        A row's visible keys lie in its own or an earlier step. Enter and finish each step before
+        the next is asked for. With `KeyDeviation` all rows of an agent are in one step, however
+        many.
 
         Args:
             max_rows: rows of a step at most.
@@ -102,11 +105,11 @@ class KVCollector:
 
     def _steps(self, plan: Plan, max_rows: int) -> Iterator[Step]:
         for parts in _chunks(plan, max_rows):
-            todo = [sum(len(state.pending) for state in plan.states)]
-            yield Step(plan, lambda parts=parts: rows_for_prefill(plan, parts), decode=False)  # type: ignore[misc]
+            todo = sum(len(state.pending) for state in plan.states)
+            yield Step(plan, partial(rows_for_prefill, parts), decode=False)
             if plan.ended:
                 return
-            if sum(len(state.pending) for state in plan.states) == todo[0]:
+            if sum(len(state.pending) for state in plan.states) == todo:
                 raise ValueError("step: expected each step to be run before the next, got one left")
 
     def decode(self, plan: Plan, token_ids: Mapping[str, Sequence[int]]) -> Step:
@@ -117,15 +120,17 @@ class KVCollector:
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: an agent has ended or is still in prefill, has no tokens to feed, or would grow
-                beyond the rotation tables.
+            ValueError: an agent has ended or is still in prefill, has no tokens to feed, or would
+                grow beyond the rotation tables.
             OutOfPagesError: on entering the step; then the plan is as it was.
         """
         fed: list[tuple[AgentState, list[int]]] = []
         for agent, ids in token_ids.items():
             state = plan.state(agent)
             if state.phase is not Phase.DECODE:
-                raise ValueError(f"token_ids: expected a finished prefill, got {agent!r} in prefill")
+                raise ValueError(
+                    f"token_ids: expected a finished prefill, got {agent!r} in prefill"
+                )
             tokens = [int(token) for token in ids]
             if not tokens:
                 raise ValueError(f"token_ids[{agent!r}]: expected at least one token, got none")
@@ -145,7 +150,7 @@ class KVCollector:
                     plan.extend(state, tokens)
                     grown.append((state, begin))
                     positions = np.arange(begin, state.length, dtype=np.int32)
-                    rows.append(AgentRows(state, positions, np.array(tokens, np.int64), []))
+                    rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
             except BaseException:
                 for state, length in grown:
                     assert state.layout.agent is not None
@@ -164,19 +169,20 @@ def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArr
     parts: list[tuple[AgentState, IntArray]] = []
     room = max_rows
     for state in plan.states:
-        pending = state.pending
         if state.phase is not Phase.PREFILL:
             continue
-        candidates = sum(
-            use.length for use in state.layout.candidates if id(use.master) not in plan.chosen
-        )
-        if candidates:
-            if parts and len(pending) + candidates > room:
-                yield parts
+        state.settle(plan.chosen, plan.store.block_size)
+        if state.candidates:
+            rows = len(state.pending) + sum(use.length for use in state.candidates)
+            if parts and rows > room:
+                yield parts  # which may choose this agent's rows too
                 parts, room = [], max_rows
-            parts.append((state, pending))
-            room -= len(pending) + candidates
+                state.settle(plan.chosen, plan.store.block_size)
+        if state.candidates:
+            parts.append((state, state.pending))
+            room -= rows
             continue
+        pending = state.pending
         while len(pending):
             if room <= 0:
                 yield parts

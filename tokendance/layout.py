@@ -26,8 +26,8 @@ class Source(Enum):
 
     MASTER: an agent of the round computes it in its own prompt (DESIGN.md section 4).
     ALONE: it is computed without any context, as position-independent caching does (PIC).
-    PRODUCER: as MASTER, but the decoded output of an agent becomes a stored Master at commit, as the
-        agent that wrote it computed it.
+    PRODUCER: as MASTER, but the decoded output of an agent becomes a stored Master at commit, as
+        the agent that wrote it computed it.
     """
 
     MASTER = "master"
@@ -103,8 +103,8 @@ def lay_out(
         mirrors: the agents' KV of earlier rounds.
         selection: which reused rows are recomputed.
         source: where Masters that are not stored come from.
-        block_size: rows of a page. A shared segment shorter than half a page is not worth a page of its
-            own: every agent computes it.
+        block_size: rows of a page. A shared segment shorter than half a page is not worth a page of
+            its own: every agent computes it.
     """
     tokens = {
         agent: tuple(segment for segment in segments if segment.length)
@@ -118,9 +118,7 @@ def lay_out(
         agent: [
             segment
             for segment, begin in _with_positions(segments)
-            if _may_share(segment, shortest)
-            and begin >= prefixes[agent]
-            and find(segment) is None
+            if _may_share(segment, shortest) and begin >= prefixes[agent] and find(segment) is None
         ]
         for agent, segments in tokens.items()
     }
@@ -136,9 +134,7 @@ def lay_out(
         order, makes = _master_agents(wanted)
     for agent in order:
         layouts.append(
-            builder.build(
-                agent, tokens[agent], mirrors.get(agent), prefixes[agent], makes[agent]
-            )
+            builder.build(agent, tokens[agent], mirrors.get(agent), prefixes[agent], makes[agent])
         )
     return layouts
 
@@ -180,8 +176,8 @@ def _master_agents(
 ) -> tuple[list[str], dict[str, frozenset[bytes]]]:
     """Greedy cover: who computes which segment, and in which order the agents come.
 
-    An agent that covers the most tokens which others want too comes first; then the next, over what is
-    still uncovered. A segment that only one agent wants is computed by that agent, in place.
+    An agent that covers the most tokens which others want too comes first; then the next, over what
+    is still uncovered. A segment that only one agent wants is computed by that agent, in place.
     """
     users: dict[bytes, int] = {}
     length: dict[bytes, int] = {}
@@ -198,9 +194,7 @@ def _master_agents(
     uncovered = {digest for digest, count in users.items() if count > 1}
     order: list[str] = []
     while uncovered:
-        best = max(
-            digests, key=lambda agent: sum(length[d] for d in digests[agent] & uncovered)
-        )
+        best = max(digests, key=lambda agent: sum(length[d] for d in digests[agent] & uncovered))
         covered = digests[best] & uncovered
         makes[best] |= covered
         uncovered -= covered
@@ -249,8 +243,8 @@ class _Builder:
             exact = mirror.exact_length >= prefix
             layout.exact_length = min(prefix, mirror.exact_length)
         earlier = {use.delta: use.master for use in layout.uses}
-        # `run` is the context in which the last reused Master was computed, followed by what has come
-        # since: a Master of that very context continues a run. `context` is the prompt's own.
+        # `run` is the context in which the last reused Master was computed, followed by what has
+        # come since: a Master of that very context continues a run. `context` is the prompt's own.
         context = run = b""
         for segment, begin in _with_positions(segments):
             end = begin + segment.length

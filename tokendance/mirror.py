@@ -69,7 +69,8 @@ class Use:
         master: whose rows are used.
         delta: position of the Master's row 0 in the prompt.
         length: rows used, a prefix of the Master.
-        masks: uint32 ``[ceil(length / block_size)]``; bit i of a page's mask = an own row stands there.
+        masks: uint32 ``[ceil(length / block_size)]``; bit i of a page's mask = an own row stands
+            there.
     """
 
     master: Master

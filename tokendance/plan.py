@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 import numpy as np
@@ -32,11 +32,14 @@ class AgentState(Mirror):
         layout: what was decided for the agent.
         phase: how far it is.
         pending: int32, prompt positions that are still to be computed, ascending.
+        candidates: uses whose rows `KeyDeviation` has not chosen yet.
         output: the use whose Master holds the decoded rows, or None before the first.
         output_ids: the decoded tokens that were fed.
     """
 
-    def __init__(self, layout: AgentLayout, own_pages: NDArray[np.int32], carried: IntArray) -> None:
+    def __init__(
+        self, layout: AgentLayout, own_pages: NDArray[np.int32], carried: IntArray
+    ) -> None:
         super().__init__(
             layout.segments,
             layout.length,
@@ -46,10 +49,9 @@ class AgentState(Mirror):
             layout.exact_length,
         )
         self.layout = layout
-        made = [
-            np.arange(use.delta, use.delta + use.length, dtype=np.int32) for use in layout.made
-        ]
+        made = [np.arange(use.delta, use.delta + use.length, dtype=np.int32) for use in layout.made]
         self.pending: IntArray = np.sort(np.concatenate([layout.own, *made]))
+        self.candidates = list(layout.candidates)
         self.phase = Phase.PREFILL if layout.length else Phase.DECODE
         self.output: Use | None = None
         self.output_ids: list[int] = []
@@ -70,9 +72,19 @@ class AgentState(Mirror):
             slots[inside] = rows[positions[inside] - use.delta]
         return slots
 
-    def add_own(self, positions: IntArray) -> None:
-        """Keeps further rows of the prompt as own rows; their pages were taken with the plan."""
-        self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
+    def settle(self, chosen: Mapping[int, IntArray], block_size: int) -> None:
+        """Makes the rows that have been chosen, by id of their Master, own rows to be computed.
+
+        Their pages were taken with the plan.
+        """
+        for use in [use for use in self.candidates if id(use.master) in chosen]:
+            rows = chosen[id(use.master)]
+            rows = rows[rows < use.length]
+            use.override(rows, block_size)
+            positions = (use.delta + rows).astype(np.int32)
+            self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
+            self.pending = np.union1d(self.pending, positions).astype(np.int32)
+            self.candidates.remove(use)
 
     def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
         """Tokens at positions of the prompt."""
@@ -84,8 +96,8 @@ class AgentState(Mirror):
 class Plan:
     """A round of requests: made by `KVCollector.plan`, ended agent by agent.
 
-    It holds the Masters that it uses and leases the pages that it fills. Until an agent is committed, the
-    store shows nothing of it; after `abort` the store is as it was.
+    It holds the Masters that it uses and leases the pages that it fills. Until an agent is
+    committed, the store shows nothing of it; after `abort` the store is as it was.
 
     Attributes:
         agents: the agents' names, in the order of the prompts.
@@ -135,7 +147,9 @@ class Plan:
             pages_for(len(mine) + len(layout.own) + more, block) - len(mine) // block
             for layout, mine, more in zip(layouts, carried, chosen, strict=True)
         ]
-        parts = np.split(self.store.take_pages(sum(needs)), np.cumsum(needs)[:-1])
+        parts = np.split(self.store.take_pages(sum(needs)), np.cumsum(needs, dtype=int))[
+            : len(needs)
+        ]
         for master, pages in zip(made, parts, strict=False):
             master.pages = pages
         states = []
@@ -173,7 +187,8 @@ class Plan:
                 layer, pool.k_pools[layer], pool.v_pools[layer], rows_out, rows_in
             )
 
-    # What the collector and its steps need ----------------------------------------------------------
+    # What the collector and its steps need
+    # ----------------------------------------------------------
 
     @property
     def states(self) -> Sequence[AgentState]:
@@ -301,7 +316,8 @@ class Plan:
     ) -> None:
         """Makes what was computed the agents' KV in the store, and its Masters visible to others.
 
-        With the source ``"producer"`` an agent's output becomes a Master too: its pages are handed over.
+        With the source ``"producer"`` an agent's output becomes a Master too: its pages are handed
+        over.
 
         Args:
             agents: one, several, or (None) all that have not ended.
@@ -340,7 +356,8 @@ class Plan:
         """Gives back what the agents (default: all that have not ended) leased.
 
         Raises:
-            KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given back.
+            KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given
+                back.
         """
         for state in [self.state(name) for name in self._names(agents)]:
             self.store.drop_pages(state.own_pages)

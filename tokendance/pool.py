@@ -21,9 +21,9 @@ class OutOfPagesError(RuntimeError):
 class PagePool:
     """Pages of keys and values, one strided tensor of each per layer, the same page ids in all.
 
-    The pool may be the engine's own KV cache: pass its tensors (views of any strides whose innermost
-    stride is 1) and the two functions by which pages are taken from and given back to the engine's
-    allocator.
+    The pool may be the engine's own KV cache: pass its tensors (views of any strides whose
+    innermost stride is 1) and the two functions by which pages are taken from and given back to the
+    engine's allocator.
 
     Args:
         k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
@@ -43,9 +43,7 @@ class PagePool:
         free: Callable[[Sequence[int]], None],
     ) -> None:
         if not k_pools or len(k_pools) != len(v_pools):
-            raise ValueError(
-                f"v_pools: expected {max(len(k_pools), 1)} layers, got {len(v_pools)}"
-            )
+            raise ValueError(f"v_pools: expected {max(len(k_pools), 1)} layers, got {len(v_pools)}")
         first = k_pools[0]
         if first.dim() != 4 or first.shape[1] not in BLOCK_SIZES:
             raise ValueError(
@@ -54,7 +52,11 @@ class PagePool:
             )
         for name, pools in (("k_pools", k_pools), ("v_pools", v_pools)):
             for layer, pool in enumerate(pools):
-                if (pool.shape, pool.dtype, pool.device) != (first.shape, first.dtype, first.device):
+                if (pool.shape, pool.dtype, pool.device) != (
+                    first.shape,
+                    first.dtype,
+                    first.device,
+                ):
                     raise ValueError(
                         f"{name}[{layer}]: expected {list(first.shape)} {first.dtype} on "
                         f"{first.device}, got {list(pool.shape)} {pool.dtype} on {pool.device}"

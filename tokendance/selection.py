@@ -1,7 +1,7 @@
 """Which reused rows of a round are recomputed.
 
-A row that is selected becomes an own row of its agent: computed in that agent's context, it replaces
-the Master's row. The last row of every prompt is always computed, whatever the selection.
+A row that is selected becomes an own row of its agent: computed in that agent's context, it
+replaces the Master's row. The last row of every prompt is always computed, whatever the selection.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LeadingTokens:
-    """The first ``count`` rows of every run of reused segments (the rule of EPIC, arXiv 2410.15332).
+    """The first ``count`` rows of every run of reused segments (the rule of EPIC, arXiv
+    2410.15332).
 
-    A run is a sequence of segments that stood next to each other, in this order, where their Masters
-    were computed: inside it the context does not break.
+    A run is a sequence of segments that stood next to each other, in this order, where their
+    Masters were computed: inside it the context does not break.
     """
 
     count: int = 4
@@ -29,9 +30,9 @@ class LeadingTokens:
 class KeyDeviation:
     """The rows whose keys deviate most (the rule of CacheBlend, arXiv 2405.16444).
 
-    All reused rows are computed up to ``layer``; there the squared distance between fresh and reused
-    keys, summed over the agents that share a Master, ranks the Master's rows, and the top ``ratio`` of
-    them stay. One choice per Master and round serves all its users.
+    All reused rows are computed up to ``layer``; there the squared distance between fresh and
+    reused keys, summed over the agents that share a Master, ranks the Master's rows, and the top
+    ``ratio`` of them stay. One choice per Master and round serves all its users.
     """
 
     ratio: float = 0.15

@@ -26,29 +26,27 @@ _MAX_SPLITS = 16
 
 @dataclass
 class AgentRows:
-    """Rows of one agent in a step.
-
-    ``candidates`` are uses whose rows are all computed until `KeyDeviation` has chosen.
-    """
+    """Rows of one agent in a step."""
 
     state: AgentState
     positions: IntArray
     token_ids: NDArray[np.int64]
-    candidates: list[Use]
 
 
 class Step:
     """Rows of one forward pass, and the attention over the round's KV.
 
-    Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after it.
-    Leaving it by an exception aborts the whole plan. Leaving it before the last layer is an error.
+    Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
+    it. Leaving it by an exception aborts the whole plan. Leaving it before the last layer is an
+    error.
 
     Attributes:
         token_ids: int64 ``[R]`` on the store's device.
         positions: int32 ``[R]`` absolute positions.
         agents: name of every row's agent; None for a segment that is computed alone.
-        logit_rows: int64, rows whose logits the engine wants: the last row of each prompt in a prefill
-            step, every row in a decode step. They count the rows that are there after the last layer.
+        logit_rows: int64, rows whose logits the engine wants: the last row of each prompt in a
+            prefill step, every row in a decode step. They count the rows that are there after the
+            last layer.
         logit_agents: the agents of ``logit_rows``.
     """
 
@@ -67,7 +65,7 @@ class Step:
             raise ValueError("step: expected a step that has not been entered, got one that has")
         self._rows = self._make_rows()
         self._open = True
-        self._choosing = any(rows.candidates for rows in self._rows)
+        self._choosing = not self._decode and any(rows.state.candidates for rows in self._rows)
         tokens = np.concatenate([np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]])
         self.token_ids = torch.from_numpy(tokens).to(self._store.device)
         self._describe_rows()
@@ -103,7 +101,7 @@ class Step:
 
     @property
     def kept(self) -> Tensor | None:
-        """int64: which rows the last `attend` kept, while `keep` has not been called; None = all."""
+        """int64: the rows that the last `attend` kept, until `keep` is called; None = all."""
         return self._kept
 
     def attend(
@@ -178,7 +176,8 @@ class Step:
     def keep(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The rows of ``tensors`` (first dim R) that are still in the step.
 
-        Rows are dropped in one layer at the most; everywhere else the tensors come back as they are.
+        Rows are dropped in one layer at the most; everywhere else the tensors come back as they
+        are.
         """
         if self._kept is None:
             return tensors
@@ -276,16 +275,16 @@ class Step:
 
     # KeyDeviation ---------------------------------------------------------------------------------
 
-    def _choose(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Holds fresh rows back until the selection layer, and there drops all but the chosen ones."""
+    def _choose(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Holds fresh rows back until the selection layer; drops all but the chosen there."""
         selection = self._plan.selection
         assert isinstance(selection, KeyDeviation)
         last_layer = self._store.geometry.num_layers - 1
         if layer < min(selection.layer, last_layer):
             self._held.append((k, v))
             return q, k, v
+        # The Masters' rows of this very step are what fresh keys are compared with.
+        self._write(layer, k, v, self._slots, self.positions)
         self._choose_rows(layer, k, selection)
         kept = self._drop_rows()
         self._choosing = False
@@ -304,7 +303,7 @@ class Step:
         store, block = self._store, self._store.block_size
         uses: dict[int, list[tuple[int, Use]]] = {}
         for agent, rows in enumerate(self._rows):
-            for use in rows.candidates:
+            for use in rows.state.candidates:
                 uses.setdefault(id(use.master), []).append((agent, use))
         starts = np.concatenate([[0], np.cumsum([len(rows.positions) for rows in self._rows])])
         rope = store.layer_rope(layer)
@@ -337,43 +336,24 @@ class Step:
         """Makes the chosen rows own rows and forgets the others; returns the rows that stay."""
         kept, start = [], 0
         for rows in self._rows:
-            stays = np.ones(len(rows.positions), dtype=bool)
-            for use in rows.candidates:
-                override_chosen(self._plan, rows.state, use)
-                inside = (rows.positions >= use.delta) & (
-                    rows.positions < use.delta + use.length
-                )
-                stays &= ~inside | np.isin(rows.positions, rows.state.own_position)
+            reused = np.zeros(len(rows.positions), dtype=bool)
+            for use in rows.state.candidates:
+                reused |= (rows.positions >= use.delta) & (rows.positions < use.delta + use.length)
+            rows.state.settle(self._plan.chosen, self._store.block_size)
+            stays = ~reused | np.isin(rows.positions, rows.state.own_position)
             kept.append(start + np.flatnonzero(stays))
             start += len(rows.positions)
             rows.positions = rows.positions[stays]
             rows.token_ids = rows.token_ids[stays]
-            rows.candidates = []
         return np.concatenate(kept)
 
 
-def override_chosen(plan: Plan, state: AgentState, use: Use) -> IntArray:
-    """Makes the rows that `KeyDeviation` chose of a use's Master own rows; returns their positions."""
-    chosen = plan.chosen[id(use.master)]
-    chosen = chosen[chosen < use.length]
-    use.override(chosen, plan.store.block_size)
-    positions = (use.delta + chosen).astype(np.int32)
-    state.add_own(positions)
-    return positions
-
-
-def rows_for_prefill(plan: Plan, parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
-    """Rows of a prefill step; rows that `KeyDeviation` may drop are added to their agents' parts."""
+def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
+    """Rows of a prefill step; the rows that `KeyDeviation` may drop join their agents' parts."""
     result = []
     for state, positions in parts:
-        candidates = []
-        more = [positions]
-        for use in state.layout.candidates:
-            if id(use.master) in plan.chosen:
-                more.append(override_chosen(plan, state, use))
-            else:
-                candidates.append(use)
-                more.append(np.arange(use.delta, use.delta + use.length, dtype=np.int32))
-        everything = np.unique(np.concatenate(more)) if len(more) > 1 else positions
-        result.append(AgentRows(state, everything, state.token_ids(everything), candidates))
+        for use in state.candidates:
+            reused = np.arange(use.delta, use.delta + use.length, dtype=np.int32)
+            positions = np.union1d(positions, reused).astype(np.int32)
+        result.append(AgentRows(state, positions, state.token_ids(positions)))
     return result

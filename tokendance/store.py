@@ -95,8 +95,8 @@ class DiffStore:
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
 
-    A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs and
-    images are kept apart by the segments' namespaces. It is not thread-safe.
+    A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs
+    and images are kept apart by the segments' namespaces. It is not thread-safe.
     """
 
     def __init__(
@@ -135,9 +135,7 @@ class DiffStore:
     @staticmethod
     def _check_pool(geometry: KVGeometry, pool: PagePool) -> None:
         if pool.num_layers != geometry.num_layers:
-            raise ValueError(
-                f"pool: expected {geometry.num_layers} layers, got {pool.num_layers}"
-            )
+            raise ValueError(f"pool: expected {geometry.num_layers} layers, got {pool.num_layers}")
         shape = pool.k_pools[0].shape
         if tuple(shape[2:]) != (geometry.num_kv_heads, geometry.head_dim):
             raise ValueError(
@@ -181,8 +179,8 @@ class DiffStore:
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The stored Master of a segment and how many of the segment's first rows it has.
 
-        A Master of a decoded output lacks the row of its last token if that was never fed; it is found
-        by the segment's stem.
+        A Master of a decoded output lacks the row of its last token if that was never fed; it is
+        found by the segment's stem.
         """
         master = self._masters.get(segment.digest)
         if master is not None:
@@ -242,7 +240,7 @@ class DiffStore:
         master.last_used = self._clock
 
     def let_go(self, master: Master) -> None:
-        """Ends one `hold`. A Master that no plan, Mirror or digest refers to gives its pages back."""
+        """Ends one `hold`. A Master that nothing refers to any more gives its pages back."""
         master.holders -= 1
         if master.holders == 0 and not master.stored:
             self.drop_pages(master.pages)
@@ -304,15 +302,17 @@ class DiffStore:
             agents: one agent or N.
             layers: one layer or several; then a tensor of ``k_cache`` and ``v_cache`` for each.
             k_cache, v_cache: written: ``[rows, Hk, D]`` or ``[num_pages, block, Hk, D]``.
-            slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p goes
-                to, page * block + row of the page; -1 = leave out. Positions from T on are left out.
+            slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p
+                goes to, page * block + row of the page; -1 = leave out. Positions from T on are
+                left out.
 
         Raises:
             KeyError: an unknown agent.
             ValueError: an unknown layer, or lists of different lengths.
             RuntimeError: wrong shapes, dtypes or devices, naming the argument.
 
-        Source: the fused restore of TokenDance (arXiv 2604.03143), for Mirrors of section 2 of DESIGN.md.
+        Source: the fused restore of TokenDance (arXiv 2604.03143), for Mirrors of section 2 of
+            DESIGN.md.
         """
         names = [agents] if isinstance(agents, str) else list(agents)
         which = [layers] if isinstance(layers, int) else list(layers)
@@ -345,8 +345,8 @@ class DiffStore:
     def _restore_round(self, mirrors: list[Mirror]) -> RoundTensors:
         key = tuple(id(mirror) for mirror in mirrors)
         if key not in self._restore_rounds:
-            # An engine restores layer by layer: the last few groups of agents are worth keeping. The
-            # Mirrors are kept with them, so that an id stays that of the same Mirror.
+            # An engine restores layer by layer: the last few groups of agents are worth keeping.
+            # The Mirrors are kept with them, so that an id stays that of the same Mirror.
             if len(self._restore_rounds) >= 8:
                 self._restore_rounds.pop(next(iter(self._restore_rounds)))
             arrays, extents = round_arrays(mirrors, self.block_size)
@@ -363,15 +363,17 @@ class DiffStore:
     ) -> None:
         """Stores dense caches that an engine made: encodes them against Masters.
 
-        Segments that are not stored yet become Masters, copied from the agent that covers most of them.
+        Segments that are not stored yet become Masters, copied from the agent that covers most of
+        them.
 
         Args:
-            dense: per agent its keys and values, a tensor ``[tokens, Hk, D]`` per layer, keys rotated at
-                the agent's own positions 0, 1, ...
+            dense: per agent its keys and values, a tensor ``[tokens, Hk, D]`` per layer, keys
+                rotated at the agent's own positions 0, 1, ...
             layout: per agent the segments of its prompt.
-            atol, rtol: a row is not stored again if its Master row, moved to its position, is within
-                ``atol + rtol * |moved|`` of it in every dim of K and V of every layer. At 0 and 0 it must
-                have the same bits, so that `restore` gives back what was put, bit for bit.
+            atol, rtol: a row is not stored again if its Master row, moved to its position, is
+                within ``atol + rtol * |moved|`` of it in every dim of K and V of every layer. At 0
+                and 0 it must have the same bits, so that `restore` gives back what was put, bit for
+                bit.
 
         Raises:
             ValueError: agents, layers or lengths do not fit each other; the store is as it was.
@@ -437,8 +439,9 @@ class DiffStore:
     ) -> Mirror:
         """The agent's Mirror, as yet without pages: which rows of its uses are overridden.
 
-        A row is overridden if any layer differs, and layers of different tables are compared by launches
-        of their own; so only the masks are taken from them, and own rows are copied once all are known.
+        A row is overridden if any layer differs, and layers of different tables are compared by
+        launches of their own; so only the masks are taken from them, and own rows are copied once
+        all are known.
         """
         for use in layout.uses:
             use.masks[:] = 0
@@ -502,7 +505,8 @@ class DiffStore:
     def write_rows(
         self, layer: int, k: Tensor, v: Tensor, slots: Tensor, rows: Tensor | None = None
     ) -> None:
-        """Copies ``rows`` (default: all) of ``k`` and ``v`` into the pool at ``slots``, as they are.
+        """Copies ``rows`` (default: all) of ``k`` and ``v`` into the pool at ``slots``, as they
+        are.
 
         ``k`` and ``v`` are ``[n, Hk, D]`` or pages; ``slots`` and ``rows`` int64 of one length.
         """
@@ -580,7 +584,7 @@ class DiffStore:
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"`` (binary units, as memory is counted)."""
+    """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"``; the units are binary."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", size)
@@ -629,4 +633,3 @@ def _same_rope(layers: Sequence[int], ropes: Sequence[LayerRope]) -> list[list[i
     for index, layer in enumerate(layers):
         groups.setdefault(id(ropes[layer]), []).append(index)
     return list(groups.values())
-

@@ -1,0 +1,98 @@
+"""Drives a collector without a model: keys and values that depend only on token and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tokendance as td
+
+GEOMETRY = td.KVGeometry(
+    num_layers=2, num_q_heads=2, num_kv_heads=1, head_dim=64, dtype=torch.float32
+)
+ROPE = td.Rope.default(head_dim=64, theta=10000.0, max_position=4096)
+
+
+def make_store(capacity: str = "64MiB", block_size: int = 8) -> td.DiffStore:
+    return td.DiffStore(GEOMETRY, ROPE, capacity, block_size=block_size)
+
+
+def tokens(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 1000, count)
+
+
+def project(token_ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q ``[R, 2, 64]``, k and v ``[R, 1, 64]``, before RoPE."""
+    table = torch.randn(1000, 4 * 64, generator=torch.Generator().manual_seed(layer))
+    q, k, v = table[token_ids].split([128, 64, 64], dim=1)
+    return q.reshape(-1, 2, 64), k.reshape(-1, 1, 64), v.reshape(-1, 1, 64)
+
+
+def run_step(step: td.Step) -> Tensor:
+    """Output of the last layer, rows that the step kept."""
+    with step:
+        out = torch.empty(0)
+        ids = step.token_ids
+        for layer in range(GEOMETRY.num_layers):
+            q, k, v = project(ids, layer)
+            out = step.attend(layer, q, k, v)
+            (ids,) = step.keep(ids)
+    return out
+
+
+def run_prefill(
+    collector: td.KVCollector, plan: td.Plan, max_rows: int = 8192
+) -> dict[str, Tensor]:
+    """The last row's output of each agent."""
+    result: dict[str, Tensor] = {}
+    for step in collector.prefill(plan, max_rows):
+        out = run_step(step)
+        result.update(zip(step.logit_agents, out[step.logit_rows], strict=True))
+    return result
+
+
+def run_round(
+    collector: td.KVCollector,
+    prompts: Mapping[str, Sequence[td.Segment]],
+    max_rows: int = 8192,
+) -> td.Plan:
+    plan = collector.plan(prompts)
+    run_prefill(collector, plan, max_rows)
+    plan.commit()
+    return plan
+
+
+def restored(store: td.DiffStore, agent: str) -> list[tuple[Tensor, Tensor]]:
+    """Dense keys and values ``[length, 1, 64]`` of every layer."""
+    length = store.length(agent)
+    slots = torch.arange(length)
+    result = []
+    for layer in range(GEOMETRY.num_layers):
+        k = torch.full((length, 1, 64), torch.nan)
+        v = torch.full((length, 1, 64), torch.nan)
+        store.restore(agent, layer, k, v, slots)
+        result.append((k, v))
+    return result
+
+
+def snapshot(store: td.DiffStore) -> tuple[td.StoreStats, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """All that an observer can see of a store."""
+    return store.stats(), {agent: restored(store, agent) for agent in store.agents}
+
+
+def same_snapshot(a: object, b: object) -> bool:
+    stats_a, caches_a = a  # type: ignore[misc]
+    stats_b, caches_b = b  # type: ignore[misc]
+    return (
+        stats_a == stats_b
+        and caches_a.keys() == caches_b.keys()
+        and all(
+            torch.equal(x, y)
+            for agent in caches_a
+            for layer_a, layer_b in zip(caches_a[agent], caches_b[agent], strict=True)
+            for x, y in zip(layer_a, layer_b, strict=True)
+        )
+    )

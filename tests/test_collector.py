@@ -1,0 +1,398 @@
+"""Plans, steps and their ends: what is computed, kept and given back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from driving import (
+    GEOMETRY,
+    ROPE,
+    make_store,
+    project,
+    restored,
+    run_prefill,
+    run_round,
+    run_step,
+    same_snapshot,
+    snapshot,
+    tokens,
+)
+
+import tokendance as td
+from tokendance.reference import exact_rotation
+
+A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
+MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
+
+
+def prompts() -> dict[str, list[td.Segment]]:
+    return {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(A), td.shared(B)],
+        "c": [td.private(THEIRS), td.shared(A), td.private(C)],
+    }
+
+
+def fail_in(step: td.Step) -> None:
+    with step:
+        step.attend(0, *project(step.token_ids, 0))
+        raise LookupError("the engine's own mistake")
+
+
+SELECTIONS = [td.LeadingTokens(4), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("source", ["master", "alone", "producer"])
+def test_chunks_do_not_change_the_result(source: str, selection: object) -> None:
+    results = []
+    for max_rows in (8192, 19, 1):
+        collector = td.KVCollector(make_store(), source, selection)  # type: ignore[arg-type]
+        plan = collector.plan(prompts())
+        results.append(run_prefill(collector, plan, max_rows))
+        plan.commit()
+    for other in results[1:]:
+        for agent, row in results[0].items():
+            torch.testing.assert_close(other[agent], row, rtol=1e-5, atol=1e-6)
+
+
+def test_kv_of_computed_rows_is_that_of_their_tokens_at_their_positions() -> None:
+    """Keys depend on the token alone here, so every stored row is known, moved or not."""
+    for selection in SELECTIONS:
+        store = make_store()
+        run_round(td.KVCollector(store, selection=selection), prompts(), max_rows=50)
+        for agent, segments in prompts().items():
+            ids = torch.from_numpy(np.concatenate([segment.token_ids for segment in segments]))
+            for layer, (k, v) in enumerate(restored(store, agent)):
+                _, fresh_k, fresh_v = project(ids.long(), layer)
+                moved = exact_rotation(fresh_k, torch.arange(len(ids)), ROPE.cos, ROPE.sin, False)
+                torch.testing.assert_close(k.double(), moved, rtol=0, atol=2e-6)
+                assert torch.equal(v, fresh_v)
+
+
+def test_rows_are_counted_exactly() -> None:
+    store = make_store(block_size=8)
+    collector = td.KVCollector(store, selection=td.LeadingTokens(4))
+    plan = run_round(collector, prompts())
+    stats = store.stats()
+    private = len(MINE) + len(C) + len(YOURS) + len(THEIRS) + len(C)
+    # b: the runs B and A B, and its last row; c: one run.
+    overridden = 2 * 4 + 1 + 4
+    assert plan.rows_overridden == overridden
+    assert stats.master_rows == len(A) + len(B)
+    assert stats.own_rows == private + overridden
+    assert plan.rows_computed == private + overridden + len(A) + len(B)
+    assert stats.dense_rows == plan.rows == sum(s.length for p in prompts().values() for s in p)
+    assert stats.row_bytes == (stats.master_rows + stats.own_rows) * GEOMETRY.row_bytes
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+def test_abort_and_exceptions_leave_the_store_as_it_was(selection: object) -> None:
+    store = make_store()
+    collector = td.KVCollector(store, "producer", selection)  # type: ignore[arg-type]
+    run_round(collector, {"a": prompts()["a"], "z": [td.private(C), td.shared(A)]})
+    before = snapshot(store)
+
+    collector.plan(prompts()).abort()
+    assert same_snapshot(snapshot(store), before)
+
+    plan = collector.plan(prompts())
+    steps = collector.prefill(plan, 10)
+    run_step(next(steps))
+    with pytest.raises(LookupError, match="the engine's own"):
+        fail_in(next(steps))
+    assert plan.ended
+    assert same_snapshot(snapshot(store), before)
+
+    plan = collector.plan(prompts())
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": [1, 2, 3], "b": [4]}))
+    plan.abort("b")
+    with pytest.raises(ValueError, match="layer"), collector.decode(plan, {"a": [1]}) as step:
+        step.attend(1, *project(step.token_ids, 1))
+    assert plan.ended
+    assert same_snapshot(snapshot(store), before)
+
+    plan = collector.plan(prompts())
+    with pytest.raises(ValueError, match="expected 2 layers, got 0"), next(collector.prefill(plan)):
+        pass
+    assert same_snapshot(snapshot(store), before)
+    run_round(collector, prompts())  # all pages are there again
+
+
+def test_agents_end_at_different_times() -> None:
+    store = make_store()
+    collector = td.KVCollector(store, "producer")
+    plan = collector.plan(prompts())
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": [1], "b": [2, 3], "c": [4]}))
+    plan.commit("b")
+    plan.abort("a")  # the Master agent; its Masters stay with those who use them
+    run_step(collector.decode(plan, {"c": [5]}))
+    plan.commit()
+    assert store.agents == ["b", "c"]
+    assert [store.length(agent) for agent in ("b", "c")] == [29 + 80 + 2, 42 + 2]
+    assert store.find(td.shared(A)) is not None
+    assert store.find(td.shared([4, 5])) is not None
+    for agent, ids in (("b", [*YOURS, *B, *A, *B, 2, 3]), ("c", [*THEIRS, *A, *C, 4, 5])):
+        for layer, (_, v) in enumerate(restored(store, agent)):
+            assert torch.equal(v, project(torch.tensor(ids), layer)[2])
+    with pytest.raises(ValueError, match="ended"):
+        plan.commit("c")
+    with pytest.raises(ValueError, match="ended"):
+        collector.decode(plan, {"a": [1]})
+    for agent in ("b", "c"):
+        store.release(agent)
+    assert store.stats().own_rows == 0
+
+
+def test_truncate_forgets_rejected_drafts() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan({"a": [td.private(MINE)]})
+    run_prefill(collector, plan)
+    pages = store.stats().used_pages
+    out = run_step(collector.decode(plan, {"a": list(range(1, 20))}))
+    plan.truncate("a", 13 + 2)
+    assert plan.output("a") == [1, 2]
+    again = run_step(collector.decode(plan, {"a": [3]}))
+    torch.testing.assert_close(again[0], out[2], rtol=1e-5, atol=1e-6)
+    plan.truncate("a", 13)
+    assert store.stats().used_pages == pages
+    with pytest.raises(ValueError, match=r"length: expected 13\.\.13, got 12"):
+        plan.truncate("a", 12)
+    plan.commit()
+    assert store.length("a") == 13
+
+
+def test_decode_equals_prefill() -> None:
+    collector = td.KVCollector(make_store(), selection=td.Everything())
+    whole = collector.plan({a: [*p, td.private([5, 6, 7])] for a, p in prompts().items()})
+    expected = run_prefill(collector, whole)
+    whole.abort()
+    plan = collector.plan(prompts())
+    run_prefill(collector, plan, max_rows=33)
+    run_step(collector.decode(plan, {"c": [5], "a": [5, 6]}))
+    run_step(collector.decode(plan, {"b": [5, 6], "c": [6]}))
+    out = run_step(collector.decode(plan, {"a": [7], "c": [7], "b": [7]}))
+    for agent, row in zip(("a", "c", "b"), out, strict=True):
+        torch.testing.assert_close(row, expected[agent], rtol=1e-5, atol=1e-6)
+
+
+def test_carried_rows_are_copied_before_they_are_extended() -> None:
+    """The earlier Mirror shares its full pages with the plan and must not see its writes."""
+    store = make_store()
+    collector = td.KVCollector(store)
+    run_round(collector, {"a": [td.private(tokens(30, 21))]})
+    before = restored(store, "a")
+    plan = collector.plan({"a": [td.private(np.concatenate([tokens(30, 21), tokens(31, 30)]))]})
+    run_prefill(collector, plan)
+    assert plan.rows_computed == 30
+    for (k, v), (old_k, old_v) in zip(restored(store, "a"), before, strict=True):
+        assert torch.equal(k, old_k)
+        assert torch.equal(v, old_v)
+    plan.commit()
+    for (k, v), (old_k, old_v) in zip(restored(store, "a"), before, strict=True):
+        assert torch.equal(k[:21], old_k)
+        assert torch.equal(v[:21], old_v)
+
+
+def test_key_deviation_keeps_its_number_of_rows_and_the_worst_ones() -> None:
+    """Layer 1 keys here depend on the token alone, so only what is disturbed deviates."""
+    store = make_store()
+    selection = td.KeyDeviation(0.2, layer=1)
+    collector = td.KVCollector(store, selection=selection)
+    plan = collector.plan(
+        {
+            "a": [td.private(MINE), td.shared(A), td.private(C)],
+            "b": [td.private(YOURS), td.shared(A), td.private(C)],
+            "c": [td.private(THEIRS), td.shared(A), td.private(C)],
+        }
+    )
+    worst = [3, 11, 12, 19]
+    for step in collector.prefill(plan):
+        with step:
+            ids, positions = step.token_ids, step.positions
+            for layer in range(GEOMETRY.num_layers):
+                q, k, v = project(ids, layer)
+                if layer == 1:
+                    disturbed = torch.tensor([agent in ("b", "c") for agent in step.agents])
+                    for row in worst:
+                        for start in (len(YOURS), len(THEIRS)):
+                            hit = disturbed & (positions == start + row)
+                            k = k + hit[:, None, None] * 0.5
+                step.attend(layer, q, k, v)
+                ids, positions = step.keep(ids, positions)
+    plan.commit()
+    for agent in ("b", "c"):
+        (use,) = store.mirror(agent).uses
+        assert use.overridden(8).tolist() == worst
+    assert store.stats().own_rows == 13 + 29 + 5 + 3 * 17 + 2 * 4
+    rows = 13 + 20 + 29 + 5 + 3 * 17
+    assert plan.rows_computed == rows + 2 * 20  # both layers' projections ran on all rows
+
+
+def test_engine_pool_with_interleaved_keys_and_values() -> None:
+    layers = [torch.full((64, 8, 2, 1, 64), torch.nan) for _ in range(GEOMETRY.num_layers)]
+    free = list(range(64))
+    taken: list[int] = []
+
+    def allocate(count: int) -> list[int]:
+        if count > len(free):
+            raise td.OutOfPagesError(f"{count} pages")
+        pages = [free.pop() for _ in range(count)]
+        taken.extend(pages)
+        return pages
+
+    def give_back(pages: list[int]) -> None:
+        for page in pages:
+            taken.remove(page)
+            free.append(page)
+
+    pool = td.PagePool(
+        [layer[:, :, 0] for layer in layers],
+        [layer[:, :, 1] for layer in layers],
+        allocate,
+        give_back,
+    )
+    store = td.DiffStore(GEOMETRY, ROPE, pool=pool)
+    own = make_store()
+    for one in (store, own):
+        run_round(td.KVCollector(one), prompts())
+    assert len(taken) == store.stats().used_pages == own.stats().used_pages
+    for agent in prompts():
+        for (k, v), (own_k, own_v) in zip(
+            restored(store, agent), restored(own, agent), strict=True
+        ):
+            assert torch.equal(k, own_k)
+            assert torch.equal(v, own_v)
+        store.release(agent)
+    with pytest.raises(td.OutOfPagesError):
+        td.KVCollector(store).plan({"x": [td.private(tokens(1, 64 * 8 + 1))]})
+
+
+def test_eviction_takes_the_longest_unused_master_and_never_one_in_use() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 16 * 8 * GEOMETRY.row_bytes, block_size=8)
+    collector = td.KVCollector(store)
+    old, new, used = (td.shared(tokens(seed, 32)) for seed in (1, 2, 3))
+    for agent, segment in (("a", old), ("b", new), ("c", used)):
+        run_round(collector, {agent: [segment]})
+    store.release("a")
+    store.release("b")
+    assert store.stats().masters == 3
+    run_round(collector, {"d": [td.private(tokens(9, 40))]})
+    assert store.find(old) is None
+    assert store.find(new) is not None
+    with pytest.raises(td.OutOfPagesError, match="capacity"):
+        collector.plan({"e": [td.private(tokens(9, 100))]})
+    assert store.find(used) is not None
+    assert store.agents == ["c", "d"]
+    run_round(collector, {"e": [td.private(tokens(9, 24))]})
+
+
+def test_out_of_pages_while_decoding_changes_nothing() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 4 * 8 * GEOMETRY.row_bytes, block_size=8)
+    collector = td.KVCollector(store)
+    plan = collector.plan({"a": [td.private(tokens(1, 8))], "b": [td.private(tokens(2, 8))]})
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": list(range(8))}))
+    with pytest.raises(td.OutOfPagesError), collector.decode(plan, {"b": [1], "a": [9]}):
+        pass
+    assert (plan.length("a"), plan.length("b")) == (16, 8)
+    assert not plan.ended
+    run_step(collector.decode(plan, {"b": [1]}))
+    plan.commit()
+    assert store.length("b") == 9
+
+
+def test_empty_rounds() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan({})
+    assert list(collector.prefill(plan)) == []
+    plan.commit()
+    plan = collector.plan({"a": [], "b": [td.shared([])]})
+    assert run_prefill(collector, plan) == {}
+    run_step(collector.decode(plan, {}))
+    run_step(collector.decode(plan, {"a": [1, 2]}))
+    plan.commit()
+    assert [store.length(agent) for agent in ("a", "b")] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda c: c.plan({"a": [[1, 2]]}), TypeError, r"prompts\['a'\]: expected segments"),
+        (
+            lambda c: c.plan({"a": [td.private(tokens(1, 4097))]}),
+            ValueError,
+            r"prompts\['a'\]: expected at most 4096 tokens .* got 4097",
+        ),
+        (lambda c: c.prefill(c.plan({}), 0), ValueError, "max_rows: expected at least 1, got 0"),
+        (lambda c: c.decode(c.plan({}), {"x": [1]}), KeyError, "agent: expected one of"),
+        (
+            lambda c: c.decode(c.plan({"a": [td.private([1])]}), {"a": [1]}),
+            ValueError,
+            "token_ids: expected a finished prefill",
+        ),
+        (
+            lambda c: c.decode(c.plan({"a": []}), {"a": []}),
+            ValueError,
+            r"token_ids\['a'\]: expected at least one token",
+        ),
+        (
+            lambda c: c.plan({"a": [td.private([1])]}).commit(),
+            ValueError,
+            "agents: expected a finished prefill",
+        ),
+        (lambda c: c.store.release("x"), KeyError, "agent: expected one of"),
+        (lambda c: c.store.length("x"), KeyError, "agent: expected one of"),
+        (lambda c: td.KVCollector(c.store, "bad"), ValueError, "source: expected one of"),
+        (lambda c: td.KVCollector(c.store, "master", 4), ValueError, "selection: expected"),
+        (lambda c: td.KeyDeviation(0.0), ValueError, "ratio: expected 0 < ratio <= 1, got 0.0"),
+        (lambda c: td.LeadingTokens(-1), ValueError, "count: expected at least 0, got -1"),
+    ],
+)
+def test_errors_name_the_argument(make: object, error: type[Exception], text: str) -> None:
+    collector = td.KVCollector(make_store())
+    with pytest.raises(error, match=text):
+        make(collector)  # type: ignore[operator]
+
+
+def test_decode_beyond_the_table_is_refused() -> None:
+    rope = td.Rope.default(head_dim=64, theta=10000.0, max_position=16)
+    store = td.DiffStore(GEOMETRY, rope, "1MiB", block_size=8)
+    collector = td.KVCollector(store)
+    plan = collector.plan({"a": [td.private(tokens(1, 15))]})
+    run_prefill(collector, plan)
+    with pytest.raises(ValueError, match="positions below 16, got 16"):
+        collector.decode(plan, {"a": [1, 2]})
+    run_step(collector.decode(plan, {"a": [1]}))
+    with pytest.raises(ValueError, match="positions below 16, got 16"):
+        collector.decode(plan, {"a": [1]})
+
+
+def test_steps_refuse_what_does_not_fit() -> None:
+    collector = td.KVCollector(make_store())
+    plan = collector.plan({"a": [td.private(tokens(1, 5))]})
+    step = next(collector.prefill(plan))
+    with pytest.raises(ValueError, match="entered step"):
+        step.attend(0, torch.zeros(5, 2, 64), torch.zeros(5, 1, 64), torch.zeros(5, 1, 64))
+    q, k, v = torch.zeros(5, 2, 64), torch.zeros(5, 1, 64), torch.zeros(5, 1, 64)
+    for bad, text in (
+        ((q[:4], k, v), r"q: expected \[5, 2, 64\], got \[4, 2, 64\]"),
+        ((q, q, v), r"k: expected \[5, 1, 64\], got \[5, 2, 64\]"),
+        ((q, k, v.half()), "v: expected torch.float32 on cpu, got torch.float16 on cpu"),
+    ):
+        plan = collector.plan({"a": [td.private(tokens(1, 5))]})
+        with pytest.raises(ValueError, match=text), next(collector.prefill(plan)) as step:
+            step.attend(0, *bad)
+        assert plan.ended
+    plan = collector.plan({"a": [td.private(tokens(1, 5))]})
+    steps = collector.prefill(plan, 3)
+    next(steps)
+    with pytest.raises(ValueError, match="expected each step to be run"):
+        next(steps)
+    with pytest.raises(ValueError, match="has not been prefilled"):
+        collector.prefill(plan)

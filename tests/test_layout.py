@@ -1,0 +1,199 @@
+"""What a round reuses and what it computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from driving import make_store, run_prefill, run_round, run_step, tokens
+
+import tokendance as td
+from tokendance.layout import Origin
+
+A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
+MINE, YOURS = tokens(10, 13), tokens(11, 29)
+
+
+def origins(plan: td.Plan, agent: str) -> list[tuple[int, int, Origin]]:
+    return [(span.begin, span.end, span.origin) for span in plan.spans(agent)]
+
+
+def test_spans_tile_every_prompt() -> None:
+    collector = td.KVCollector(make_store())
+    prompts = {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(A), td.shared(B)],
+        "c": [],
+    }
+    plan = collector.plan(prompts)
+    for agent, segments in prompts.items():
+        spans = plan.spans(agent)
+        ends = [0, *[span.end for span in spans]]
+        assert [span.begin for span in spans] == ends[:-1]
+        assert ends[-1] == sum(segment.length for segment in segments)
+    plan.abort()
+
+
+def test_master_agent_is_the_one_that_covers_most_and_siblings_repair_the_start_of_a_run() -> None:
+    plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(
+        {
+            "few": [td.private(YOURS), td.shared(A), td.private(C)],
+            "most": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+            "run": [td.private(YOURS), td.shared(A), td.shared(B), td.private(C)],
+            "swapped": [td.private(YOURS), td.shared(B), td.shared(A), td.private(C)],
+        }
+    )
+    assert plan.master_agents == ["most"]
+    assert origins(plan, "most")[1:3] == [(13, 33, Origin.MASTER), (33, 63, Origin.MASTER)]
+    # One repair for the whole run of A and B, one for each where the run is broken.
+    assert origins(plan, "run")[1:4] == [
+        (29, 33, Origin.REPAIRED),
+        (33, 49, Origin.REUSED),
+        (49, 79, Origin.REUSED),
+    ]
+    assert [o for _, _, o in origins(plan, "swapped")[1:5]] == [
+        Origin.REPAIRED,
+        Origin.REUSED,
+        Origin.REPAIRED,
+        Origin.REUSED,
+    ]
+
+
+def test_short_segments_do_not_break_a_run() -> None:
+    newline = td.shared([7])
+    plan = td.KVCollector(make_store()).plan(
+        {
+            "a": [td.private(MINE), td.shared(A), newline, td.shared(B), td.private(C)],
+            "b": [td.private(YOURS), td.shared(A), newline, td.shared(B), td.private(C)],
+        }
+    )
+    assert [o for _, _, o in origins(plan, "b")] == [
+        Origin.OWN,
+        Origin.REPAIRED,
+        Origin.REUSED,
+        Origin.OWN,
+        Origin.REUSED,
+        Origin.OWN,
+    ]
+
+
+def test_a_second_master_agent_covers_what_the_first_lacks() -> None:
+    plan = td.KVCollector(make_store()).plan(
+        {
+            "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+            "b": [td.private(YOURS), td.shared(A), td.shared(C), td.private(B)],
+            "c": [td.shared(C), td.shared(B), td.private(A)],
+        }
+    )
+    assert plan.master_agents == ["a", "b"]
+    made = [b for b, _, origin in origins(plan, "b") if origin is Origin.MASTER]
+    assert made == [29 + 20]
+
+
+def test_common_prefix_is_reused_exactly_under_every_selection() -> None:
+    for selection in (td.Everything(), td.LeadingTokens(4), td.Nothing(), td.KeyDeviation()):
+        plan = td.KVCollector(make_store(), selection=selection).plan(
+            {
+                "a": [td.shared(A), td.shared(B), td.private(MINE)],
+                "b": [td.shared(A), td.shared(B), td.private(YOURS)],
+            }
+        )
+        assert origins(plan, "b") == [
+            (0, 20, Origin.EXACT),
+            (20, 50, Origin.EXACT),
+            (50, 79, Origin.OWN),
+        ]
+
+
+def test_last_row_is_always_computed() -> None:
+    prompts = {
+        "a": [td.private(MINE), td.shared(A)],
+        "b": [td.private(YOURS), td.shared(A)],
+        "c": [td.private(MINE), td.shared(A)],
+    }
+    for selection in (td.Everything(), td.LeadingTokens(0), td.Nothing(), td.KeyDeviation()):
+        store = make_store()
+        collector = td.KVCollector(store, selection=selection)
+        plan = collector.plan(prompts)
+        assert set(run_prefill(collector, plan)) == set(prompts)
+        plan.commit()
+        again = collector.plan(prompts)
+        assert all(
+            again.spans(agent)[-1].end - again.spans(agent)[-1].begin == 1 for agent in prompts
+        )
+        assert set(run_prefill(collector, again)) == set(prompts)
+        assert again.rows_computed == 3
+        again.abort()
+
+
+def test_own_prefix_of_an_earlier_round_is_taken_over_by_token() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    run_round(collector, {"a": [td.private(MINE), td.shared(A), td.private(C)]})
+    changed = np.concatenate([C[:9], C[:9] + 1])
+    plan = collector.plan({"a": [td.private(MINE), td.shared(A), td.private(changed)]})
+    assert origins(plan, "a") == [(0, 42, Origin.EARLIER), (42, 51, Origin.OWN)]
+    other = collector.plan({"b": [td.private(MINE), td.shared(A), td.private(C)]})
+    # Private rows never serve another agent, but the shared segment stands in the same context.
+    assert origins(other, "b") == [
+        (0, 13, Origin.OWN),
+        (13, 33, Origin.EXACT),
+        (33, 50, Origin.OWN),
+    ]
+
+
+def test_tenants_never_match() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    run_round(collector, {"a": [td.shared(A, namespace="one")]})
+    plan = collector.plan({"b": [td.shared(A, namespace="two")]})
+    assert origins(plan, "b") == [(0, 20, Origin.MASTER)]
+
+
+def test_alone_computes_segments_without_context() -> None:
+    collector = td.KVCollector(make_store(), source="alone")
+    plan = collector.plan(
+        {
+            "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+            "b": [td.private(YOURS), td.shared(B), td.shared(A), td.private(C)],
+        }
+    )
+    assert plan.master_agents == []
+    assert [o for _, _, o in origins(plan, "a")][1:5] == [
+        Origin.REPAIRED,
+        Origin.REUSED,
+        Origin.REPAIRED,
+        Origin.REUSED,
+    ]
+    run_prefill(collector, plan)
+    assert plan.rows_computed == 50 + 13 + 29 + 2 * 17 + 4 * 4
+    plan.commit()
+
+
+@pytest.mark.parametrize("source", ["master", "producer"])
+def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> None:
+    store = make_store()
+    collector = td.KVCollector(store, source=source)
+    plan = collector.plan({"a": [td.private(MINE)], "b": [td.private(YOURS)]})
+    run_prefill(collector, plan)
+    said = [int(token) for token in tokens(20, 12)]
+
+    for token in said[:-1]:
+        run_step(collector.decode(plan, {"a": [token]}))
+    plan.commit()
+    # The last token was never fed: the other eleven rows are there.
+    again = collector.plan(
+        {
+            "a": [td.private(MINE), td.shared(said), td.private(C)],
+            "b": [td.private(YOURS), td.shared(said), td.private(C)],
+        }
+    )
+    assert origins(again, "a")[0] == (0, 13 + 11, Origin.EARLIER)
+    if source == "producer":
+        assert origins(again, "b")[1:4] == [
+            (29, 33, Origin.REPAIRED),
+            (33, 40, Origin.REUSED),
+            (40, 41, Origin.OWN),
+        ]
+    else:
+        assert origins(again, "b")[1] == (29, 41, Origin.MASTER)
+    assert origins(again, "b")[0] == (0, 29, Origin.EARLIER)

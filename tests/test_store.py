@@ -1,0 +1,268 @@
+"""DiffStore: what is put comes back bit for bit, and nothing is stored twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from driving import GEOMETRY, ROPE, make_store, restored, tokens
+from torch import Tensor
+
+import tokendance as td
+from tokendance.store import parse_bytes
+
+A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
+MINE, YOURS = tokens(10, 13), tokens(11, 29)
+Dense = dict[str, tuple[list[Tensor], list[Tensor]]]
+
+
+def layout() -> dict[str, list[td.Segment]]:
+    return {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(A), td.shared(B)],
+        "c": [td.shared(B), td.private(C)],
+    }
+
+
+def random_dense(
+    prompts: dict[str, list[td.Segment]], geometry: td.KVGeometry, seed: int = 0
+) -> Dense:
+    generator = torch.Generator().manual_seed(seed)
+    heads = (geometry.num_kv_heads, geometry.head_dim)
+
+    def rows(length: int) -> list[Tensor]:
+        return [
+            torch.randn(length, *heads, generator=generator).to(geometry.dtype)
+            for _ in range(geometry.num_layers)
+        ]
+
+    lengths = {agent: sum(segment.length for segment in p) for agent, p in prompts.items()}
+    return {agent: (rows(length), rows(length)) for agent, length in lengths.items()}
+
+
+def dense_of(store: td.DiffStore, agent: str) -> tuple[list[Tensor], list[Tensor]]:
+    geometry, length = store.geometry, store.length(agent)
+    shape = (length, geometry.num_kv_heads, geometry.head_dim)
+    layers = range(geometry.num_layers)
+    k = [torch.full(shape, torch.nan, dtype=geometry.dtype) for _ in layers]
+    v = [torch.full(shape, torch.nan, dtype=geometry.dtype) for _ in layers]
+    store.restore(agent, list(layers), k, v, torch.arange(length))
+    return k, v
+
+
+def same(a: tuple[list[Tensor], list[Tensor]], b: tuple[list[Tensor], list[Tensor]]) -> bool:
+    return all(
+        torch.equal(x, y)
+        for one, two in zip(a, b, strict=True)
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_restore_is_bit_for_bit_what_was_put(dtype: torch.dtype, block_size: int) -> None:
+    geometry = td.KVGeometry(2, 2, 2, 64, dtype)
+    store = td.DiffStore(geometry, ROPE, "64MiB", block_size=block_size)
+    dense = random_dense(layout(), geometry)
+    store.put_round(dense, layout())
+    for agent, cache in dense.items():
+        assert same(dense_of(store, agent), cache)
+    master = next(agent for agent in ("a", "b") if store.mirror(agent).uses[0].shift == 0)
+    for use in store.mirror(master).uses:
+        if use.shift == 0:
+            assert not use.masks.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_sibling_made_by_restore_and_altered_in_r_rows_keeps_exactly_r_rows(
+    dtype: torch.dtype,
+) -> None:
+    geometry = td.KVGeometry(2, 2, 2, 64, dtype)
+    prompts = {
+        "a": [td.private(MINE), td.shared(A), td.shared(B)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(A)],
+    }
+    first = td.DiffStore(geometry, ROPE, "64MiB", block_size=8)
+    dense = random_dense(prompts, geometry)
+    # With an endless tolerance nothing is overridden: b is private rows and moved Master rows.
+    first.put_round(dense, prompts, atol=float("inf"))
+    assert first.stats().own_rows == len(MINE) + len(YOURS)
+    sibling = dense_of(first, "b")
+
+    altered = [29, 40, 41, 58, 59, 78]
+    for n, row in enumerate(altered):
+        tensors = sibling[n % 2][n % geometry.num_layers]
+        tensors[row, n % 2, n] = torch.nextafter(
+            tensors[row, n % 2, n], torch.tensor(9.0, dtype=dtype)
+        )
+    second = td.DiffStore(geometry, ROPE, "64MiB", block_size=8)
+    second.put_round({"a": dense["a"], "b": sibling}, prompts)
+    assert second.stats().own_rows == len(MINE) + len(YOURS) + len(altered)
+    own = second.mirror("b").own_position.tolist()
+    assert own == [*range(29), *altered]
+    assert same(dense_of(second, "b"), sibling)
+
+
+def test_tolerance_bounds_the_error() -> None:
+    prompts = {
+        "a": [td.private(MINE), td.shared(B)],
+        "b": [td.private(YOURS), td.shared(B)],
+    }
+    dense = random_dense(prompts, GEOMETRY)
+    exact = make_store()
+    exact.put_round(dense, prompts, atol=float("inf"))
+    near = dense_of(exact, "b")
+    noise = [[t + 1e-3 * torch.randn_like(t).clamp(-1, 1) for t in side] for side in near]
+    store = make_store()
+    store.put_round({"a": dense["a"], "b": (noise[0], noise[1])}, prompts, atol=1.01e-3)
+    assert store.stats().own_rows == len(MINE) + len(YOURS)
+    for side, wanted in zip(dense_of(store, "b"), noise, strict=True):
+        for got, want in zip(side, wanted, strict=True):
+            assert (got - want).abs().max() <= 1.02e-3
+    assert store.mirror("b").exact_length == len(YOURS)
+
+
+def test_put_round_with_one_table_per_layer() -> None:
+    ropes = [td.Rope.default(64, 1e6, 4096, interleaved=True), None]
+    store = td.DiffStore(GEOMETRY, ropes, "64MiB", block_size=8)
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, layout())
+    for agent, cache in dense.items():
+        assert same(dense_of(store, agent), cache)
+
+
+def test_restore_of_many_agents_through_pages_and_skips() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, layout())
+    pages = torch.full((64, 4, 1, 64), torch.nan)
+    v_pages = torch.full((64, 4, 1, 64), torch.nan)
+    lengths = [store.length(agent) for agent in ("a", "c")]
+    slots = torch.full((2, max(lengths) + 3), -1)
+    slots[0, : lengths[0]] = torch.arange(lengths[0]).flip(0)
+    slots[1, 5 : lengths[1]] = 150 + torch.arange(5, lengths[1])
+    store.restore(["a", "c"], 1, pages, v_pages, slots)
+    flat = pages.view(-1, 1, 64)
+    assert torch.equal(flat[: lengths[0]], dense["a"][0][1].flip(0))
+    assert torch.equal(flat[155 : 150 + lengths[1]], dense["c"][0][1][5:])
+    assert flat[lengths[0] : 155].isnan().all()
+    assert flat[150 + lengths[1] :].isnan().all()
+
+
+def test_put_again_replaces_and_release_gives_back() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, layout())
+    again = random_dense(layout(), GEOMETRY, seed=1)
+    store.put_round(again, layout())
+    for agent, cache in again.items():
+        assert same(dense_of(store, agent), cache)
+    for agent in layout():
+        store.release(agent)
+    with pytest.raises(KeyError, match="agent: expected one of"):
+        store.release("a")
+    stats = store.stats()
+    assert (stats.agents, stats.own_rows, stats.dense_rows) == (0, 0, 0)
+    assert stats.used_pages * 8 >= stats.master_rows > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d, p: d.pop("b"), r"layout: expected agents \['a', 'c'\], got \['a', 'b', 'c'\]"),
+        (lambda d, p: d["a"][0].pop(), r"dense\['a'\] keys: expected 2 layers, got 1"),
+        (
+            lambda d, p: d["a"][1].__setitem__(1, d["a"][1][1][1:]),
+            r"dense\['a'\] values\[1\]: expected \[80, 1, 64\], got \[79, 1, 64\]",
+        ),
+        (
+            lambda d, p: d["a"][1].__setitem__(0, d["a"][1][0].half()),
+            r"dense\['a'\] values\[0\]: expected torch.float32 on cpu, got torch.float16 on cpu",
+        ),
+    ],
+)
+def test_bad_dense_caches_change_nothing(change: object, text: str) -> None:
+    store = make_store()
+    store.put_round(random_dense(layout(), GEOMETRY), layout())
+    before = store.stats(), restored(store, "b")
+    dense, prompts = random_dense(layout(), GEOMETRY, seed=1), layout()
+    change(dense, prompts)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=text):
+        store.put_round(dense, prompts)
+    assert store.stats() == before[0]
+    for (k, v), (old_k, old_v) in zip(restored(store, "b"), before[1], strict=True):
+        assert torch.equal(k, old_k)
+        assert torch.equal(v, old_v)
+
+
+def test_put_round_without_room_changes_nothing() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 20 * 8 * GEOMETRY.row_bytes, block_size=8)
+    small = {"x": [td.private(C)]}
+    store.put_round(random_dense(small, GEOMETRY), small)
+    before = store.stats()
+    with pytest.raises(td.OutOfPagesError, match="capacity"):
+        store.put_round(random_dense(layout(), GEOMETRY), layout())
+    assert store.stats() == before
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: td.KVGeometry(1, 3, 2, 64),
+            "num_q_heads: expected a multiple of num_kv_heads=2, got 3",
+        ),
+        (lambda: td.KVGeometry(1, 2, 2, 72), r"head_dim: expected one of \(64, .*\), got 72"),
+        (lambda: td.KVGeometry(0, 2, 2, 64), "num_layers: expected at least 1, got 0"),
+        (lambda: td.KVGeometry(1, 2, 2, 64, torch.int8), "dtype: expected one of"),
+        (lambda: td.DiffStore(GEOMETRY, ROPE), "capacity: expected either capacity or pool"),
+        (lambda: td.DiffStore(GEOMETRY, ROPE, 8), "capacity: expected at least one page"),
+        (lambda: td.DiffStore(GEOMETRY, ROPE, "8 pages"), "capacity: expected bytes or text"),
+        (
+            lambda: td.DiffStore(GEOMETRY, ROPE, "1MiB", block_size=12),
+            "block_size: expected one of",
+        ),
+        (lambda: td.DiffStore(GEOMETRY, [ROPE], "1MiB"), "rope: expected 2 layers, got 1"),
+        (
+            lambda: td.DiffStore(GEOMETRY, td.Rope.default(128, 1e4, 64), "1MiB"),
+            "rope: expected rotary_dim <= head_dim=64, got 128",
+        ),
+        (
+            lambda: td.PagePool([torch.zeros(2, 8, 1, 64)], [], lambda n: [], lambda p: None),
+            "v_pools: expected 1 layers, got 0",
+        ),
+        (
+            lambda: td.PagePool(
+                [torch.zeros(2, 8, 1, 64)], [torch.zeros(2, 8, 64, 1)], lambda n: [], lambda p: None
+            ),
+            r"v_pools\[0\]: expected \[2, 8, 1, 64\]",
+        ),
+        (
+            lambda: td.PagePool(
+                [torch.zeros(2, 8, 1, 128)[..., ::2]],
+                [torch.zeros(2, 8, 1, 128)[..., ::2]],
+                lambda n: [],
+                lambda p: None,
+            ),
+            r"k_pools\[0\]: expected innermost stride 1, got 2",
+        ),
+    ],
+)
+def test_constructors_name_what_is_wrong(make: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()  # type: ignore[operator]
+
+
+def test_parse_bytes() -> None:
+    assert parse_bytes("8GiB") == 8 << 30
+    assert parse_bytes("1.5 MB") == 3 << 19
+    assert parse_bytes(" 4096 ") == parse_bytes(4096) == 4096
+
+
+def test_position_of_own_rows_stays_within_the_prompt() -> None:
+    store = make_store()
+    store.put_round(random_dense(layout(), GEOMETRY), layout())
+    for agent in layout():
+        own = store.mirror(agent).own_position
+        assert (np.diff(own) > 0).all()
+        assert own.size == 0 or 0 <= own[0] <= own[-1] < store.length(agent)

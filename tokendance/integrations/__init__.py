@@ -1,0 +1,1 @@
+"""Engines that call the library: thin examples of its public API."""

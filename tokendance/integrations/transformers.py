@@ -1,0 +1,211 @@
+"""Rounds on unmodified transformers models (Llama, Mistral, Qwen2 and Qwen3 architectures).
+
+The model's own layers run on the rows of a step. They are given rotary embeddings of cos = 1 and
+sin = 0, so that their attention hands un-rotated queries and keys to the attention function that
+this module registers under the name "tokendance"; everything else is the library's public API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from tokendance.collector import KVCollector
+from tokendance.geometry import KVGeometry
+from tokendance.plan import Plan
+from tokendance.rope import Rope
+from tokendance.step import Step
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ATTENTION = "tokendance"
+
+
+def geometry_of(model: Any) -> KVGeometry:
+    """The KV geometry of a transformers causal language model."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None)
+    return KVGeometry(
+        num_layers=config.num_hidden_layers,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        dtype=model.dtype,
+    )
+
+
+def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
+    """The rotation tables of a transformers model; see `Rope.from_config`."""
+    return Rope.from_config(model.config, max_position)
+
+
+class TransformersEngine:
+    """Runs the rounds of a collector on a model.
+
+    Args:
+        model: an ``AutoModelForCausalLM`` of one of ``MODEL_TYPES``, in eval mode.
+        collector: over a store of the model's geometry, rotation tables and device.
+
+    Raises:
+        ValueError: another architecture, or a store that does not fit the model.
+    """
+
+    def __init__(self, model: Any, collector: KVCollector) -> None:
+        if model.config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model: expected one of the architectures {MODEL_TYPES}, "
+                f"got {model.config.model_type!r}"
+            )
+        if geometry_of(model) != collector.store.geometry:
+            raise ValueError(
+                f"collector: expected a store of {geometry_of(model)}, "
+                f"got {collector.store.geometry}"
+            )
+        if model.device != collector.store.device:
+            raise ValueError(
+                f"collector: expected a store on {model.device}, got {collector.store.device}"
+            )
+        self.model = model
+        self.collector = collector
+
+    def prefill(self, plan: Plan, max_rows: int = 8192) -> dict[str, Tensor]:
+        """Computes the plan's prompts.
+
+        Returns:
+            Per agent the logits ``[vocabulary]`` of its last row; agents without tokens have none.
+        """
+        logits: dict[str, Tensor] = {}
+        for step in self.collector.prefill(plan, max_rows):
+            with step:
+                rows = self._forward(step)
+            logits.update(zip(step.logit_agents, rows, strict=True))
+        return logits
+
+    def decode(self, plan: Plan, token_ids: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Feeds tokens to agents.
+
+        Returns:
+            Per agent the logits ``[tokens, vocabulary]`` that follow each of its tokens.
+        """
+        step = self.collector.decode(plan, token_ids)
+        with step:
+            rows = self._forward(step)
+        counts = [len(ids) for ids in token_ids.values()]
+        return dict(zip(token_ids, rows.split(counts), strict=True))
+
+    def generate(
+        self,
+        plan: Plan,
+        logits: Mapping[str, Tensor],
+        max_new_tokens: int,
+        *,
+        stop: Collection[int] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, list[int]]:
+        """Decodes all agents together until each has stopped.
+
+        Args:
+            logits: of the agents' last rows, as `prefill` returns them.
+            max_new_tokens: per agent.
+            stop: token ids that end an agent; they are returned, not fed.
+            temperature: 0 takes the likeliest token, otherwise tokens are sampled.
+            top_p: sample among the likeliest tokens of this total probability.
+            generator: of the sampling, on the CPU.
+
+        Returns:
+            Per agent its tokens. The last one has not been fed, so it has no row.
+        """
+        output: dict[str, list[int]] = {agent: [] for agent in logits}
+        rows = dict(logits) if max_new_tokens > 0 else {}
+        while rows:
+            for agent, row in rows.items():
+                output[agent].append(_sample(row, temperature, top_p, generator))
+            fed = {
+                agent: output[agent][-1:]
+                for agent in rows
+                if len(output[agent]) < max_new_tokens and output[agent][-1] not in stop
+            }
+            rows = {agent: row[-1] for agent, row in self.decode(plan, fed).items()} if fed else {}
+        return output
+
+    @torch.inference_mode()
+    def _forward(self, step: Step) -> Tensor:
+        """Logits ``[len(step.logit_rows), vocabulary]`` of one step."""
+        body = self.model.model
+        hidden = body.embed_tokens(step.token_ids)[None]
+        ones = hidden.new_ones(1, 1, self.collector.store.geometry.head_dim)
+        with _attention_of(self.model.config):
+            for layer in body.layers:
+                hidden = layer(
+                    hidden,
+                    attention_mask=None,
+                    position_embeddings=(ones, torch.zeros_like(ones)),
+                    tokendance_step=step,
+                )
+                (rows,) = step.keep(hidden[0])
+                hidden = rows[None]
+        wanted = hidden[0][step.logit_rows]
+        logits: Tensor = self.model.lm_head(body.norm(wanted))
+        return logits
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    tokendance_step: Step | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: ``[1, heads, rows, head_dim]`` in, rows first out."""
+    if tokendance_step is None:
+        raise ValueError("attention: expected a step; run the model through TransformersEngine")
+    rows = query.shape[2]
+    out = tokendance_step.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=scaling,
+        window=sliding_window or 0,
+    )
+    if tokendance_step.kept is not None:
+        # The layer adds the attention to all rows; the dropped ones leave after it.
+        out = out.new_zeros(rows, *out.shape[1:]).index_copy(0, tokendance_step.kept, out)
+    return out[None], None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+@contextmanager
+def _attention_of(config: Any) -> Iterator[None]:
+    """Lets the model's layers call `_attend`, and only inside."""
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> int:
+    if temperature <= 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    ordered, ids = probabilities.sort(descending=True)
+    outside = ordered.cumsum(0) - ordered >= top_p
+    ordered = ordered.masked_fill(outside, 0)
+    choice = torch.multinomial(ordered / ordered.sum(), 1, generator=generator)
+    return int(ids[choice])
