@@ -1,0 +1,43 @@
+# Everything happens in a virtual environment of its own. On a machine with a GPU, pick the torch that fits
+# its driver: make test TORCH="torch --index-url ...".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: build test demo lint format typecheck sanitize bench clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet "setuptools>=68" wheel cmake ninja pybind11 numpy
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev,transformers]"
+	touch $@
+
+build: $(VENV)/ready
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+test: build
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The CPU kernels and launch functions under AddressSanitizer + UBSan, and under ThreadSanitizer.
+sanitize: $(VENV)/ready
+	$(BIN)/python tests/cpp/run.py
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+
+typecheck: $(VENV)/ready
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
+	  | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build dist *.egg-info tokendance/*.so
