@@ -116,7 +116,7 @@ class Plan:
         self.source = source
         self.agents = list(agents)
         self.chosen: dict[int, IntArray] = {}  # rows that KeyDeviation chose, by id of the Master
-        self._row_layers = 0
+        self._row_layers = self._pair_layers = 0
         self._prefilling = False
         held: list[Master] = []
         for layout in layouts:
@@ -209,8 +209,10 @@ class Plan:
             raise ValueError("plan: expected one that has not been prefilled, got one that has")
         self._prefilling = True
 
-    def count_row_layers(self, row_layers: int) -> None:
-        self._row_layers += row_layers
+    def count_prefill(self, rows: int, pairs: int) -> None:
+        """Adds what a step has computed in one layer."""
+        self._row_layers += rows
+        self._pair_layers += pairs
 
     def extend(self, state: AgentState, token_ids: Sequence[int]) -> None:
         """Makes room for decoded rows. Raises OutOfPagesError, then nothing has changed."""
@@ -262,6 +264,23 @@ class Plan:
     def rows_computed(self) -> float:
         """Prompt rows computed so far, in whole-model rows: row-layers / layers."""
         return self._row_layers / self.store.geometry.num_layers
+
+    @property
+    def pairs_computed(self) -> float:
+        """(Query row, visible key) pairs of the prompts attended so far: pair-layers / layers.
+
+        What a sliding window hides is counted too.
+        """
+        return self._pair_layers / self.store.geometry.num_layers
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the pages that hold the KV of the agents that have not ended."""
+        parts = [no_pages()]
+        for state in self._states:
+            if state.phase is not Phase.ENDED:
+                parts += [state.own_pages, *[use.master.pages for use in state.uses]]
+        return len(np.unique(np.concatenate(parts))) * self.store.pool.page_bytes
 
     @property
     def rows_overridden(self) -> int:

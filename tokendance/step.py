@@ -145,7 +145,8 @@ class Step:
         v = self._checked("v", v, geometry.num_kv_heads)
         self._layer += 1
         if not self._decode:
-            self._plan.count_row_layers(self.num_rows)
+            pairs = int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
+            self._plan.count_prefill(self.num_rows, pairs)
         if self._choosing:
             q, k, v = self._choose(layer, q, k, v)
         self._write(layer, k, v, self._slots, self.positions)
