@@ -125,7 +125,8 @@ def lay_out(
     made: dict[bytes, Master] = {}
     layouts: list[AgentLayout] = []
     builder = _Builder(find, made, selection, block_size, shortest)
-    if source is Source.ALONE:
+    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
+    if source is Source.ALONE and not isinstance(selection, Everything):
         alone = {segment.digest: segment for segments in wanted.values() for segment in segments}
         for segment in alone.values():
             layouts.append(builder.build(None, (segment,), None, 0, {segment.digest}))
