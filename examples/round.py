@@ -1,6 +1,6 @@
 """Four agents, two rounds on SmolLM2-135M-Instruct, one KV cache.
 
-    python examples/round.py
+python examples/round.py
 """
 
 import tokendance as td

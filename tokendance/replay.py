@@ -51,6 +51,7 @@ class CollectiveReuse:
         self.stats = RoundStats()
         self._model = model
         self._options = (source, selection, capacity, block_size)
+        self._plan: Plan | None = None
         self._flops = ModelFlops.from_config(model.config)
         self.reset()
 
@@ -111,7 +112,7 @@ class CollectiveReuse:
         )
         collector = KVCollector(store, source, selection)
         self._engine = TransformersEngine(self._model, collector)
-        self._plan: Plan | None = None
+        self._plan = None
 
     def _end_round(self) -> None:
         if self._plan is None:
@@ -204,8 +205,8 @@ def replay_round(
         rows = {agent: [row] for agent, row in system.prefill_round(prompts).items()}
         for at in range(new_tokens - 1):
             if system is systems[0]:
-                for agent, logits in rows.items():
-                    fed[agent].append(int(logits[-1].argmax()))
+                for agent, so_far in rows.items():
+                    fed[agent].append(int(so_far[-1].argmax()))
             step = system.decode({agent: ids[at : at + 1] for agent, ids in fed.items()})
             for agent, logits in step.items():
                 rows[agent].append(logits[0])

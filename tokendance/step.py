@@ -258,9 +258,10 @@ class Step:
                 work_chunks=len(work["work_chunks"]),
                 partials=len(work["row_partials"]),
             )
-            fields = {**arrays, **work}
+            for name in ("work", "work_rows", "work_chunks", "row_partial_indptr", "row_partials"):
+                arrays[name] = work[name]
             self._rounds[window] = RoundTensors.from_arrays(
-                fields, extents, device=self._store.device
+                arrays, extents, device=self._store.device
             )
         return self._rounds[window]
 

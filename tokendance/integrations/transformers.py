@@ -94,8 +94,11 @@ class TransformersEngine:
         step = self.collector.decode(plan, token_ids)
         with step:
             rows = self._forward(step)
-        counts = [len(ids) for ids in token_ids.values()]
-        return dict(zip(token_ids, rows.split(counts), strict=True))
+        result, at = {}, 0
+        for agent, ids in token_ids.items():
+            result[agent] = rows[at : at + len(ids)]
+            at += len(ids)
+        return result
 
     def generate(
         self,
