@@ -117,14 +117,18 @@ def test_numbers_of_heads(backend, heads):
     check(backend, case, testing.dense_cache(case, 10))
 
 
-def test_the_agent_that_made_a_master_gets_its_bits_back(backend):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_agent_that_made_a_master_gets_its_bits_back(backend, dtype):
     """Shift 0 and no override: every bit pattern of the Master arrives, NaN included."""
     case = testing.random_round(
-        11, agents=1, masters=(40,), masks="none", whole_uses=True, private_length=0
+        11, agents=1, masters=(40,), masks="none", whole_uses=True, private_length=0, dtype=dtype
     )
     case.round.use_shift[0] = 0
-    pattern = torch.randint(-(2**31), 2**31 - 1, case.k_pool[0].shape).int().view(torch.float32)
-    case.k_pool[0].copy_(pattern)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    info, generator = torch.iinfo(bits), torch.Generator().manual_seed(11)
+    shape = case.k_pool[0].shape
+    pattern = torch.randint(info.min, info.max + 1, shape, generator=generator).to(bits)
+    case.k_pool[0].copy_(pattern.view(dtype))
     dense = testing.dense_cache(case, 11)
     expected = check(backend, case, dense)
     pages = case.round.master_pages[:3].long()
