@@ -285,6 +285,16 @@ def test_agents_of_the_same_masters_share_tiles() -> None:
     ]
 
 
+def test_agents_of_several_rows_fill_tiles_together() -> None:
+    """8 agents of 5 rows in tiles of 8: five full shared tiles, not eight of five rows."""
+    arguments = decode_round(agents=8, shared=1024, private=16, rows=5)
+    plan = plan_work(**arguments, block_size=16, max_tile_rows=8, target_items=1, max_splits=1)
+    chunks = plan["work_chunks"]
+    assert (chunks[chunks[:, 0] == 0] == [0, 0, 64, 0]).all()
+    assert (chunks[:, 0] == 0).sum() == 5
+    check_partials(plan, arguments["row_agent"])
+
+
 def test_prefill_tiles_leave_out_what_none_of_their_rows_sees() -> None:
     """64 rows in tiles of 16 against 512 shared rows that stand in the middle of them."""
     positions = [*range(32), *range(544, 576)]

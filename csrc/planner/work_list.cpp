@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "tokendance/round.h"
 
@@ -42,6 +42,14 @@ struct Positions {
   int32_t high;
 };
 
+// The rows of an agent that a tile of several agents holds.
+struct Portion {
+  int32_t agent;
+  int64_t row_begin, row_end;
+  Positions positions{};
+  bool shares = false;  // sees a Master that another agent of the tile sees too
+};
+
 // A tile with its chunks, before it is split.
 struct Tile {
   int64_t row_begin, row_end;      // in work_rows
@@ -59,8 +67,13 @@ struct Item {
   int64_t partial_begin;
 };
 
-void check(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+// The text is only made for the failure: checks stand in loops over every entry.
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
 }
 
 class Planner {
@@ -69,6 +82,7 @@ class Planner {
 
   WorkList run() {
     check_scalars();
+    while ((1 << page_shift_) < in_.block_size) ++page_shift_;
     find_rows();
     find_uses();
     plan_tiles();
@@ -80,14 +94,14 @@ class Planner {
  private:
   void check_scalars() const {
     auto positive = [](const char* name, int32_t value) {
-      check(value > 0,
-            std::string(name) + ": expected a positive number, got " + std::to_string(value));
+      check(value > 0, name, ": expected a positive number, got ", value);
     };
-    positive("block_size", in_.block_size);
+    check(in_.block_size > 0 && (in_.block_size & (in_.block_size - 1)) == 0,
+          "block_size: expected a power of two, got ", in_.block_size);
     positive("max_tile_rows", in_.max_tile_rows);
     positive("target_items", in_.target_items);
     positive("max_splits", in_.max_splits);
-    check(in_.window >= 0, "window: expected 0 (none) or more, got " + std::to_string(in_.window));
+    check(in_.window >= 0, "window: expected 0 (none) or more, got ", in_.window);
   }
 
   int32_t high_position(int64_t row) const {
@@ -102,18 +116,16 @@ class Planner {
         ++row;
         continue;
       }
-      check(agent < in_.num_agents, "row_agent: expected less than " +
-                                        std::to_string(in_.num_agents) + ", got " +
-                                        std::to_string(agent));
+      check(agent < in_.num_agents, "row_agent: expected less than ", in_.num_agents, ", got ",
+            agent);
       check(agent_rows_[agent].second == 0,
-            "row_agent: expected the rows of an agent to be adjacent, but agent " +
-                std::to_string(agent) + " comes again at row " + std::to_string(row));
+            "row_agent: expected the rows of an agent to be adjacent, but agent ", agent,
+            " comes again at row ", row);
       const int64_t begin = row++;
       while (row < in_.num_rows && in_.row_agent[row] == agent) {
         check(in_.row_position[row - 1] <= in_.row_position[row] &&
                   high_position(row - 1) <= high_position(row),
-              "row_position: expected the rows of an agent to ascend, but row " +
-                  std::to_string(row) + " does not");
+              "row_position: expected the rows of an agent to ascend, but row ", row, " does not");
         ++row;
       }
       agent_rows_[agent] = {begin, row};
@@ -124,21 +136,25 @@ class Planner {
     return {in_.row_position[row_begin], high_position(row_end - 1)};
   }
 
+  // Pages of the rows [first, end).
+  PageRange page_range(int64_t first, int64_t end) const {
+    return {static_cast<int32_t>(first >> page_shift_),
+            static_cast<int32_t>((end + in_.block_size - 1) >> page_shift_)};
+  }
+
   // Pages of a use that rows at these positions may see: row j iff delta + j <= p and, with a
   // window, j > p - window - delta.
   PageRange visible_pages(int32_t delta, int32_t length, Positions p) const {
-    const int64_t size = in_.block_size;
     const int64_t reach = std::min<int64_t>(length, int64_t{p.high} - delta + 1);
     if (reach <= 0) return {};
     int64_t first = 0;
     if (in_.window > 0) first = std::max<int64_t>(0, int64_t{p.low} - in_.window - delta + 1);
     if (first >= reach) return {};
-    return {static_cast<int32_t>(first / size), static_cast<int32_t>((reach + size - 1) / size)};
+    return page_range(first, reach);
   }
 
   PageRange visible_own_pages(int32_t agent, Positions p) const {
-    const int64_t size = in_.block_size;
-    const int64_t start = in_.own_page_indptr[agent] * size;
+    const int64_t start = int64_t{in_.own_page_indptr[agent]} * in_.block_size;
     const int64_t length = in_.own_length[agent];
     const int32_t* low = in_.own_position + start;
     const int32_t* high = (in_.own_position_bound ? in_.own_position_bound : in_.own_position);
@@ -152,7 +168,7 @@ class Planner {
               high;
     }
     if (first >= reach) return {};
-    return {static_cast<int32_t>(first / size), static_cast<int32_t>((reach + size - 1) / size)};
+    return page_range(first, reach);
   }
 
   void find_uses() {
@@ -160,17 +176,15 @@ class Planner {
     for (int64_t use = 0; use < in_.num_uses; ++use) {
       const int32_t agent = in_.use_agent[use];
       if (agent < 0) continue;
-      check(agent < in_.num_agents, "use_agent: expected less than " +
-                                        std::to_string(in_.num_agents) + ", got " +
-                                        std::to_string(agent));
+      check(agent < in_.num_agents, "use_agent: expected less than ", in_.num_agents, ", got ",
+            agent);
       const int32_t master = in_.use_master[use];
-      check(master >= 0 && master < in_.num_masters, "use_master: expected 0 .. " +
-                                                         std::to_string(in_.num_masters - 1) +
-                                                         ", got " + std::to_string(master));
+      check(master >= 0 && master < in_.num_masters, "use_master: expected 0 .. ",
+            in_.num_masters - 1, ", got ", master);
       const int64_t pages = in_.master_page_indptr[master + 1] - in_.master_page_indptr[master];
       check(in_.use_length[use] >= 0 && in_.use_length[use] <= pages * in_.block_size,
-            "use_length: expected 0 .. " + std::to_string(pages * in_.block_size) + " of Master " +
-                std::to_string(master) + ", got " + std::to_string(in_.use_length[use]));
+            "use_length: expected 0 .. ", pages * in_.block_size, " of Master ", master, ", got ",
+            in_.use_length[use]);
       ++use_indptr_[agent + 1];
     }
     std::partial_sum(use_indptr_.begin(), use_indptr_.end(), use_indptr_.begin());
@@ -188,8 +202,8 @@ class Planner {
     for (int64_t agent = 0; agent < in_.num_agents; ++agent) {
       const int64_t pages = in_.own_page_indptr[agent + 1] - in_.own_page_indptr[agent];
       check(in_.own_length[agent] >= 0 && in_.own_length[agent] <= pages * in_.block_size,
-            "own_length: expected 0 .. " + std::to_string(pages * in_.block_size) + " of agent " +
-                std::to_string(agent) + ", got " + std::to_string(in_.own_length[agent]));
+            "own_length: expected 0 .. ", pages * in_.block_size, " of agent ", agent, ", got ",
+            in_.own_length[agent]);
     }
   }
 
@@ -227,7 +241,8 @@ class Planner {
     for (int64_t agent = 0; agent < in_.num_agents; ++agent) {
       const int64_t rows = agent_rows_[agent].second - agent_rows_[agent].first;
       if (rows == 0) continue;
-      if (2 * rows > in_.max_tile_rows) {
+      // Others in tiles that one agent fills to three quarters would save little.
+      if (4 * rows > 3 * int64_t{in_.max_tile_rows}) {
         plan_agent_alone(static_cast<int32_t>(agent));
       } else {
         together.push_back(static_cast<int32_t>(agent));
@@ -331,25 +346,27 @@ class Planner {
     int64_t rows = 0;
     for (int32_t agent : cluster) rows += agent_rows_[agent].second - agent_rows_[agent].first;
     const int64_t count = (rows + in_.max_tile_rows - 1) / in_.max_tile_rows;
-    const int64_t height = (rows + count - 1) / count;
-    for (size_t begin = 0; begin < cluster.size();) {
-      int64_t tile_rows = 0;
-      size_t end = begin;
-      while (end < cluster.size() && tile_rows < height) {
-        const auto [first, last] = agent_rows_[cluster[end]];
-        if (tile_rows + last - first > in_.max_tile_rows) break;
-        tile_rows += last - first;
-        ++end;
+    std::vector<Portion> portions;
+    int64_t tile = 0, passed = 0;
+    for (int32_t agent : cluster) {
+      auto [begin, end] = agent_rows_[agent];
+      while (begin < end) {
+        const int64_t tile_end = rows * (tile + 1) / count;
+        const int64_t stop = std::min(end, begin + tile_end - passed);
+        portions.push_back({agent, begin, stop});
+        passed += stop - begin;
+        begin = stop;
+        if (passed < tile_end) continue;
+        plan_shared_tile(portions);
+        portions.clear();
+        ++tile;
       }
-      plan_shared_tile({cluster.begin() + static_cast<std::ptrdiff_t>(begin),
-                        cluster.begin() + static_cast<std::ptrdiff_t>(end)});
-      begin = end;
     }
   }
 
-  void plan_shared_tile(std::vector<int32_t> agents) {
-    std::sort(agents.begin(), agents.end(),
-              [this](int32_t a, int32_t b) { return agent_rows_[a] < agent_rows_[b]; });
+  void plan_shared_tile(std::vector<Portion>& portions) {
+    std::sort(portions.begin(), portions.end(),
+              [](const Portion& a, const Portion& b) { return a.row_begin < b.row_begin; });
     struct Shared {
       int32_t users = 0;
       PageRange pages;
@@ -357,9 +374,12 @@ class Planner {
     master_slot_.resize(in_.num_masters, -1);
     std::vector<int32_t> masters;
     std::vector<Shared> shared;
-    for (int32_t agent : agents) {
-      for (int64_t u = use_indptr_[agent]; u < use_indptr_[agent + 1]; ++u) {
-        const AgentUse& use = uses_[u];
+    for (Portion& portion : portions) {
+      portion.positions = positions(portion.row_begin, portion.row_end);
+      for (int64_t u = use_indptr_[portion.agent]; u < use_indptr_[portion.agent + 1]; ++u) {
+        AgentUse& use = uses_[u];
+        // Of the rows of this portion; another one of the agent sets it anew.
+        use.pages = visible_pages(use.delta, use.length, portion.positions);
         if (use.pages.empty()) continue;
         int32_t& slot = master_slot_[use.master];
         if (slot < 0) {
@@ -377,32 +397,29 @@ class Planner {
       return !use.pages.empty() && shared[master_slot_[use.master]].users > 1;
     };
 
-    std::vector<char> shares(agents.size(), 0);
-    for (size_t i = 0; i < agents.size(); ++i) {
-      for (int64_t u = use_indptr_[agents[i]]; u < use_indptr_[agents[i] + 1]; ++u) {
-        if (is_shared(uses_[u])) shares[i] = 1;
+    for (Portion& portion : portions) {
+      for (int64_t u = use_indptr_[portion.agent]; u < use_indptr_[portion.agent + 1]; ++u) {
+        portion.shares |= is_shared(uses_[u]);
       }
     }
     // The own tiles first, so that the shared tile knows whether its rows are in others too.
     bool all_direct = true;
-    for (size_t i = 0; i < agents.size(); ++i) {
-      const int32_t agent = agents[i];
-      const auto [first, last] = agent_rows_[agent];
+    for (const Portion& portion : portions) {
       begin_tile();
-      for (int64_t u = use_indptr_[agent]; u < use_indptr_[agent + 1]; ++u) {
+      for (int64_t u = use_indptr_[portion.agent]; u < use_indptr_[portion.agent + 1]; ++u) {
         if (!is_shared(uses_[u])) add_chunk(uses_[u].master, uses_[u].pages);
       }
-      add_chunk(-1 - agent, visible_own_pages(agent, positions(first, last)));
+      add_chunk(-1 - portion.agent, visible_own_pages(portion.agent, portion.positions));
       // Without anything to see and without a shared tile the rows still want their zeros written.
       const bool has_chunks = static_cast<int64_t>(chunks_.size()) > tile_chunk_begin_;
-      if (shares[i] && !has_chunks) continue;
-      add_row_range(first, last);
-      end_tile(shares[i]);
-      if (shares[i]) all_direct = false;
+      if (portion.shares && !has_chunks) continue;
+      add_row_range(portion.row_begin, portion.row_end);
+      end_tile(portion.shares);
+      if (portion.shares) all_direct = false;
     }
     begin_tile();
-    for (size_t i = 0; i < agents.size(); ++i) {
-      if (shares[i]) add_row_range(agent_rows_[agents[i]].first, agent_rows_[agents[i]].second);
+    for (const Portion& portion : portions) {
+      if (portion.shares) add_row_range(portion.row_begin, portion.row_end);
     }
     for (size_t slot = 0; slot < masters.size(); ++slot) {
       if (shared[slot].users > 1) add_chunk(masters[slot], shared[slot].pages);
@@ -429,6 +446,7 @@ class Planner {
 
   void emit() {
     std::vector<Item> items;
+    out_.work_chunks.reserve((chunks_.size() + tiles_.size()) * kChunkFields);
     int64_t partials = 0;
     for (size_t t = 0; t < tiles_.size(); ++t) {
       const Tile& tile = tiles_[t];
@@ -514,6 +532,7 @@ class Planner {
   std::vector<Chunk> chunks_;
   std::vector<Tile> tiles_;
   std::vector<int32_t> master_slot_;
+  int page_shift_ = 0;
   int64_t tile_row_begin_ = 0;
   int64_t tile_chunk_begin_ = 0;
 };
@@ -525,19 +544,22 @@ WorkList plan_work(const WorkListInput& input) { return Planner(input).run(); }
 WorkCapacity work_capacity(int64_t agents, int64_t rows, int64_t uses, int64_t masters,
                            int64_t max_tile_rows, int64_t target_items, int64_t max_splits) {
   agents = std::min(agents, rows);
-  // An agent alone: ceil(rows / tile) tiles. Together: one own tile each, and a shared tile for at
-  // least two of them.
   const int64_t full_tiles = rows / max_tile_rows;
-  const int64_t tiles = agents + full_tiles + agents / 2;
+  // Together: a shared tile for at least two agents, and one more where rows exceed a tile, which
+  // cuts one agent in two; an own tile for each portion of an agent. Alone: ceil(rows / tile).
+  const int64_t shared_tiles = agents / 2 + full_tiles;
+  const int64_t own_tiles = agents + full_tiles;
+  const int64_t tiles = shared_tiles + own_tiles;
   const int64_t extra = std::min(target_items, tiles * (max_splits - 1));
   WorkCapacity capacity;
   // ceil(cost * target / total) <= 1 + cost * target / total, and the costs sum to the total.
   capacity.work = tiles + extra;
   // Splits of a tile name the same range of work_rows.
   capacity.work_rows = 2 * rows;
-  // An agent's first tile or own tile holds at most its uses and its own rows; further tiles and
-  // shared tiles hold at most all Masters. A split cuts one chunk.
-  capacity.work_chunks = uses + agents + full_tiles * (masters + 1) + agents / 2 * masters + extra;
+  // An agent's first own tile holds at most its uses and its own rows; further tiles and shared
+  // tiles at most all Masters. A split cuts one chunk.
+  capacity.work_chunks =
+      uses + agents + full_tiles * (masters + 1) + shared_tiles * masters + extra;
   capacity.partials = std::min(2 * rows * max_splits, 2 * rows + max_tile_rows * extra);
   return capacity;
 }

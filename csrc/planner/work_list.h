@@ -4,14 +4,13 @@
 // all of them meet. The softmax state of a row stays in the item over all its chunks, so a row has
 // one partial result per item that it is in, never one per use.
 //
-// - An agent with more rows than half a tile (prefill) has tiles of its own: adjacent rows, all
-//   their Masters and own rows in one item, nothing to merge. The work is bound by arithmetic,
-//   which other agents' rows in the tile could not save. Pages that no row of the tile sees are
-//   left out.
-// - Agents with few rows (decode) are put together into tiles, those that share the most Master
-//   pages first. Masters that two or more agents of a tile see are met by the whole tile at once:
-//   the shared item, read once for all. Masters that only one of them sees go with its own rows
-//   into an item of its own. A row then has one partial of each.
+// - An agent whose rows nearly fill a tile (prefill) has tiles of its own: adjacent rows, all their
+//   Masters and own rows in one item, nothing to merge. Such work is bound by arithmetic, which
+//   other agents' rows in the tile could not save. Pages that no row of the tile sees are left out.
+// - Agents with fewer rows (decode) are put together, those that share the most Master pages first,
+//   and their rows cut into tiles of equal height. Masters that two or more agents of a tile see
+//   are met by the whole tile at once: the shared item, read once for all. Masters that only one of
+//   them sees go with its own rows into an item of its own. A row then has one partial of each.
 // - An item that costs more than its share of the step is split into page ranges of equal length.
 //
 // Items are in descending order of cost, so that the last to start are the shortest. Everything is
