@@ -27,18 +27,18 @@ constexpr int kTallKeys = kVectorRegisters >= 32 ? 8 : 4;
 struct Ahead {
   const void* const* rows = nullptr;  // one per key of the current block, null = nothing to fetch
   int lines = 0;
-};
+  int64_t offset = 0;  // bytes from the row
 
-TOKENDANCE_INLINE void fetch_line(const void* row, int line) {
-  __builtin_prefetch(static_cast<const char*>(row) + line * kCacheLine, 0, 2);
-}
+  TOKENDANCE_INLINE void fetch(int key, int line) const {
+    __builtin_prefetch(static_cast<const char*>(rows[key]) + offset + line * kCacheLine, 0, 2);
+  }
+};
 
 // score[key][query] for kTallKeys keys and kVectors full vectors (and half of one) of queries.
 // queries: [head_dim][stride], the query rows in the lanes; score: [keys][stride].
 template <int kVectors, bool kHalf>
 TOKENDANCE_INLINE void tall_scores(const float* queries, int64_t stride, const float* const* keys,
-                                   int head_dim, float* score, const void* const* ahead,
-                                   int ahead_lines) {
+                                   int head_dim, float* score, Ahead ahead) {
 #if TOKENDANCE_LEVEL == TOKENDANCE_LEVEL_avx512
   using Half = Lanes<8>;
 #else
@@ -57,9 +57,9 @@ TOKENDANCE_INLINE void tall_scores(const float* queries, int64_t stride, const f
   }
   // head_dim is a multiple of 16. Fetching ahead is spread over the loop, not to stall it.
   for (int dim = 0; dim < head_dim; dim += 16) {
-    if (ahead && dim < ahead_lines * 16) {
+    if (ahead.rows && dim < ahead.lines * 16) {
       TOKENDANCE_UNROLL
-      for (int k = 0; k < kTallKeys; ++k) fetch_line(ahead[k], dim / 16);
+      for (int k = 0; k < kTallKeys; ++k) ahead.fetch(k, dim / 16);
     }
     for (int d = dim; d < dim + 16; ++d) {
       Full query[kFull];
@@ -119,8 +119,8 @@ template <int kVectors, bool kHalf>
 inline void tall_piece(const float* queries, int64_t stride, const float* const* keys, int groups,
                        int head_dim, float* score, Ahead ahead) {
   for (int k = 0; k < groups * kKeyGroup; k += kTallKeys) {
-    tall_scores<kVectors, kHalf>(queries, stride, keys + k, head_dim, score + k * stride,
-                                 ahead.rows ? ahead.rows + k : nullptr, ahead.lines);
+    tall_scores<kVectors, kHalf>(queries, stride, keys + k, head_dim, score + k * stride, ahead);
+    if (ahead.rows) ahead.rows += kTallKeys;
   }
 }
 
@@ -205,18 +205,19 @@ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1)
 template <int kQueries>
 constexpr int kFlatKeys = std::max(1, kFullLanes / power_of_two(kQueries));
 
-// score[query][key], keys up to a multiple of kKeyGroup. queries: [kQueries][query_stride].
+// score[query][key], keys up to a multiple of sixteen. queries: [kQueries][query_stride]; a key
+// starts `offset` elements into its row.
 template <int kQueries, typename T>
 inline void flat_scores(const float* queries, int64_t query_stride, const T* const* keys,
-                        int num_keys, int head_dim, float* score, int64_t score_stride,
-                        Ahead ahead) {
+                        int64_t offset, int num_keys, int head_dim, float* score,
+                        int64_t score_stride, Ahead ahead) {
   constexpr int kKeys = kFlatKeys<kQueries>;
   constexpr int kRows = std::min(kQueries, kFullLanes);
   static_assert(kKeyGroup % kKeys == 0 || kKeys % kKeyGroup == 0);
   for (int k0 = 0; k0 < num_keys; k0 += kKeys) {
     if (ahead.rows) {
       for (int k = k0; k < k0 + kKeys; ++k) {
-        for (int line = 0; line < ahead.lines; ++line) fetch_line(ahead.rows[k], line);
+        for (int line = 0; line < ahead.lines; ++line) ahead.fetch(k, line);
       }
     }
     for (int first = 0; first < kQueries; first += kRows) {
@@ -226,7 +227,7 @@ inline void flat_scores(const float* queries, int64_t query_stride, const T* con
       for (int dim = 0; dim < head_dim; dim += kFullLanes) {
         Full key[kKeys];
         TOKENDANCE_UNROLL
-        for (int k = 0; k < kKeys; ++k) key[k] = load_full(keys[k0 + k] + dim);
+        for (int k = 0; k < kKeys; ++k) key[k] = load_full(keys[k0 + k] + offset + dim);
         TOKENDANCE_UNROLL
         for (int q = 0; q < kRows; ++q) {
           const Full query = load_lanes<Full>(queries + (first + q) * query_stride + dim);
@@ -259,10 +260,11 @@ struct Weights {
 };
 
 // out[r] = out[r] * rescale[r] + sum over keys of weight * values[key], for kRows rows and kVectors
-// vectors of dims from `dim` on.
+// vectors of dims from `dim` on; a value starts `offset` elements into its row.
 template <typename T, int kRows, int kVectors>
 TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weights weights,
-                                  const T* const* values, int num_keys, int dim, Ahead ahead) {
+                                  const T* const* values, int64_t offset, int num_keys, int dim,
+                                  Ahead ahead) {
   Full sum[kRows][kVectors];
   TOKENDANCE_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -275,9 +277,9 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
   const float* weight = weights.at;
   for (int k = 0; k < num_keys; ++k, weight += weights.key_stride) {
     if (ahead.rows) {
-      for (int line = 0; line < ahead.lines; ++line) fetch_line(ahead.rows[k], line);
+      for (int line = 0; line < ahead.lines; ++line) ahead.fetch(k, line);
     }
-    const T* row = values[k] + dim;
+    const T* row = values[k] + offset + dim;
     Full value[kVectors];
     TOKENDANCE_UNROLL
     for (int i = 0; i < kVectors; ++i) value[i] = load_full(row + i * kFullLanes);
@@ -299,19 +301,21 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
 
 template <typename T, int kRows, int kVectors>
 inline void add_values_of(int rows, float* const* out, const float* rescale, Weights weights,
-                          const T* const* values, int num_keys, int dim, Ahead ahead) {
+                          const T* const* values, int64_t offset, int num_keys, int dim,
+                          Ahead ahead) {
   if (rows == kRows) {
-    add_values<T, kRows, kVectors>(out, rescale, weights, values, num_keys, dim, ahead);
+    add_values<T, kRows, kVectors>(out, rescale, weights, values, offset, num_keys, dim, ahead);
   } else if constexpr (kRows > 1) {
-    add_values_of<T, kRows - 1, kVectors>(rows, out, rescale, weights, values, num_keys, dim,
-                                          ahead);
+    add_values_of<T, kRows - 1, kVectors>(rows, out, rescale, weights, values, offset, num_keys,
+                                          dim, ahead);
   }
 }
 
 // Cuts the rows into balanced parts: 7 rows are 4 + 3, not 6 + 1.
 template <typename T, int kVectors>
 inline void add_values_rows(int rows, float* const* out, const float* rescale, Weights weights,
-                            const T* const* values, int num_keys, int dim, Ahead ahead) {
+                            const T* const* values, int64_t offset, int num_keys, int dim,
+                            Ahead ahead) {
   constexpr int kMost = kValueRows<kVectors>;
   const int parts = (rows + kMost - 1) / kMost;
   for (int part = 0, begin = 0; part < parts; ++part) {
@@ -319,26 +323,27 @@ inline void add_values_rows(int rows, float* const* out, const float* rescale, W
     Weights some = weights;
     some.at += begin * weights.row_stride;
     add_values_of<T, kMost, kVectors>(end - begin, out + begin, rescale + begin, some, values,
-                                      num_keys, dim, part == 0 ? ahead : Ahead{});
+                                      offset, num_keys, dim, part == 0 ? ahead : Ahead{});
     begin = end;
   }
 }
 
 template <typename T>
 inline void add_values_block(int rows, float* const* out, const float* rescale, Weights weights,
-                             const T* const* values, int num_keys, int head_dim, Ahead ahead) {
+                             const T* const* values, int64_t offset, int num_keys, int head_dim,
+                             Ahead ahead) {
   if constexpr (kFullLanes < 16) {
     for (int dim = 0; dim < head_dim; dim += 2 * kFullLanes) {
-      add_values_rows<T, 2>(rows, out, rescale, weights, values, num_keys, dim,
+      add_values_rows<T, 2>(rows, out, rescale, weights, values, offset, num_keys, dim,
                             dim == 0 ? ahead : Ahead{});
     }
   } else if (head_dim == 80) {
-    add_values_rows<T, 5>(rows, out, rescale, weights, values, num_keys, 0, ahead);
+    add_values_rows<T, 5>(rows, out, rescale, weights, values, offset, num_keys, 0, ahead);
   } else if (head_dim == 96) {
-    add_values_rows<T, 6>(rows, out, rescale, weights, values, num_keys, 0, ahead);
+    add_values_rows<T, 6>(rows, out, rescale, weights, values, offset, num_keys, 0, ahead);
   } else {
     for (int dim = 0; dim < head_dim; dim += 4 * kFullLanes) {
-      add_values_rows<T, 4>(rows, out, rescale, weights, values, num_keys, dim,
+      add_values_rows<T, 4>(rows, out, rescale, weights, values, offset, num_keys, dim,
                             dim == 0 ? ahead : Ahead{});
     }
   }

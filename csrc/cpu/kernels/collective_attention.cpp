@@ -33,16 +33,15 @@ namespace tokendance::TOKENDANCE_ISA {
 namespace {
 
 constexpr int kBlockKeys = 64;
-constexpr int kMaxQueries = 128;  // query rows (rows * G) that a tile takes at a time
+constexpr int kMaxQueries = 128;  // query rows (rows * G * KV heads) that a tile takes at a time
 constexpr int kMinBlockSize = 8;
 constexpr int kBlockPages = kBlockKeys / kMinBlockSize;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
-alignas(kCacheLine) const float kZeros[kMaxHeadDim] = {};
-
-// A block of keys and values of one head: where their rows stand. Beyond `count` there are zeros.
+// A block of keys and values: where their rows stand, for the first head of the tile. Beyond
+// `count` the last row stands again.
 template <typename T>
 struct Block {
   const T* keys[kBlockKeys];
@@ -134,18 +133,31 @@ class Attention {
 
   int64_t num_tasks() const { return round_.extents.work * params_.num_kv_heads; }
 
-  // One work item and KV head; `next` is what this thread does after it, -1 = nothing.
+  // Whether another task does this one's work: with few query rows, one task takes all KV heads,
+  // since their keys lie side by side.
+  bool is_empty(int64_t task) const {
+    const int32_t* item = item_of(task);
+    return item[0] == item[1] || head_of(task) % heads_at_once(item) != 0;
+  }
+
+  // One work item and KV head (or several); `next` is what this thread does after it, -1 = nothing.
   void run(int64_t task, int64_t next, Scratch& scratch) const {
-    const int32_t* item = round_.work + task / params_.num_kv_heads * kWorkFields;
-    const int head = static_cast<int>(task % params_.num_kv_heads);
+    const int32_t* item = item_of(task);
+    const int kv_head = head_of(task);
+    const int kv_heads = std::min(heads_at_once(item), params_.num_kv_heads - kv_head);
     // A tile that exceeds the scratch is taken in parts.
     const int heads = std::min(group_, kMaxQueries);
     const int rows = kMaxQueries / heads;
     for (int32_t row = item[0]; row < item[1]; row += rows) {
       for (int g = 0; g < group_; g += heads) {
-        Tile tile{
-            item, round_.work_rows + row,     std::min(rows, item[1] - row), row - item[0], head,
-            g,    std::min(heads, group_ - g)};
+        const Tile tile{item,
+                        round_.work_rows + row,
+                        std::min(rows, item[1] - row),
+                        row - item[0],
+                        kv_head,
+                        kv_heads,
+                        g,
+                        std::min(heads, group_ - g)};
         run_tile(tile, next, scratch);
       }
     }
@@ -165,18 +177,32 @@ class Attention {
     const int32_t* rows;
     int num_rows;
     int first_row;  // of the item
-    int kv_head;
-    int first_head;  // of the group of the KV head
-    int num_heads;
+    int kv_head;    // the first
+    int kv_heads;
+    int first_head;  // of the group of each KV head
+    int heads;
 
-    int queries() const { return num_rows * num_heads; }
+    int queries() const { return kv_heads * num_rows * heads; }
   };
+
+  const int32_t* item_of(int64_t task) const {
+    return round_.work + task / params_.num_kv_heads * kWorkFields;
+  }
+  int head_of(int64_t task) const { return static_cast<int>(task % params_.num_kv_heads); }
+  // KV heads that a task of the item takes.
+  int heads_at_once(const int32_t* item) const {
+    const int64_t queries = int64_t{item[1] - item[0]} * group_;
+    if (queries > kMaxFlatQueries) return 1;
+    return std::min(params_.num_kv_heads, kMaxQueries / kMaxFlatQueries);
+  }
 
   T* out_row(int64_t row, int head) const {
     return static_cast<T*>(params_.out) + row * params_.out_row_stride +
            head * params_.out_head_stride;
   }
-  int q_head(const Tile& tile, int g) const { return tile.kv_head * group_ + tile.first_head + g; }
+  int q_head(const Tile& tile, int h, int g) const {
+    return (tile.kv_head + h) * group_ + tile.first_head + g;
+  }
   const int32_t* chunk(int32_t index) const { return round_.work_chunks + index * kChunkFields; }
 
   void write_empty(T* out) const {
@@ -206,23 +232,25 @@ class Attention {
         block.values[at] = v + i * params_.v_layout.row_stride;
       }
     }
-    const T* zeros = reinterpret_cast<const T*>(kZeros);
-    for (; at < kBlockKeys; ++at) block.keys[at] = block.values[at] = zeros;
+    for (; at < kBlockKeys; ++at) {
+      block.keys[at] = block.keys[at - 1];
+      block.values[at] = block.values[at - 1];
+    }
   }
 
   // The first block that another chunk begins with, as far as it is known without its rows.
   void guess_block(const int32_t* fields, int head, Block<T>& block) const {
     const int64_t pages = fields[2] - fields[1];
+    if (pages == 0) return;
     find_block(fields[0], head, int64_t{fields[1]} * block_size_, pages * block_size_, block);
   }
 
   void guess_after(const Tile& tile, int32_t index, int64_t next, Block<T>& block) const {
-    if (index + 1 < tile.item[3]) return guess_block(chunk(index + 1), tile.kv_head, block);
     block.count = 0;
+    if (index + 1 < tile.item[3]) return guess_block(chunk(index + 1), tile.kv_head, block);
     if (next < 0) return;
-    const int32_t* item = round_.work + next / params_.num_kv_heads * kWorkFields;
-    if (item[0] == item[1] || item[2] == item[3]) return;
-    guess_block(chunk(item[2]), static_cast<int>(next % params_.num_kv_heads), block);
+    const int32_t* item = item_of(next);
+    if (item[2] < item[3]) guess_block(chunk(item[2]), head_of(next), block);
   }
 
   // Rows of a chunk -------------------------------------------------------------------------------
@@ -300,53 +328,54 @@ class Attention {
     }
   }
 
-  // Own rows stand at absolute positions: R(p), the table's row itself.
+  // Queries of the active rows, [KV head][row][head], in fp32, times the factor of the scores. Own
+  // rows have shift 0, whose rotation leaves R(p) as it is.
   void rotate_queries(const Tile& tile, Scratch& s) const {
-    const int rotary_dim = params_.rope.rotary_dim;
-    const F32 factor = broadcast(query_factor_);
-    const F32 rotary_scale = broadcast(params_.rotary_scale);
     for (int i = 0; i < s.num_active; ++i) {
       const ActiveRow& active = s.active[i];
-      if (rotary_dim > 0) set_angles(active, s.angles);
-      const T* q_row = static_cast<const T*>(params_.q) +
-                       tile.rows[active.slot] * params_.q_row_stride +
-                       q_head(tile, 0) * params_.q_head_stride;
-      for (int g = 0; g < tile.num_heads; ++g) {
-        const T* q = q_row + g * params_.q_head_stride;
-        float* out = s.queries + (i * tile.num_heads + g) * int64_t{params_.head_dim};
-        const auto emit = [&](int dim, F32 value, int n) {
-          const Packed<float> packed = narrow<float>(mul(value, factor));
-          if (n == kLanes) {
-            store(out + dim, packed);
-          } else {
-            store(out + dim, packed, n);
-          }
-        };
-        if (rotary_dim > 0) {
-          const auto emit_rotated = [&](int dim, F32 value, int n) {
-            emit(dim, mul(value, rotary_scale), n);
-          };
-          if (params_.rope.interleaved) {
-            rotate_head<true>(q, s.angles, rotary_dim, emit_rotated);
-          } else {
-            rotate_head<false>(q, s.angles, rotary_dim, emit_rotated);
-          }
-        }
-        for (int dim = rotary_dim; dim < params_.head_dim; dim += kLanes) {
-          const int n = std::min(params_.head_dim - dim, kLanes);
-          emit(dim, n == kLanes ? load(q + dim) : load(q + dim, n), n);
+      if (params_.rope.rotary_dim > 0) set_angles(active, s.angles);
+      const T* q_row =
+          static_cast<const T*>(params_.q) + tile.rows[active.slot] * params_.q_row_stride;
+      for (int h = 0; h < tile.kv_heads; ++h) {
+        for (int g = 0; g < tile.heads; ++g) {
+          const int64_t query = (h * s.num_active + i) * tile.heads + g;
+          rotate_query(q_row + q_head(tile, h, g) * params_.q_head_stride, s.angles,
+                       s.queries + query * params_.head_dim);
         }
       }
     }
   }
 
+  void rotate_query(const T* q, const MoveAngles& angles, float* out) const {
+    const int rotary_dim = params_.rope.rotary_dim;
+    const F32 factor = broadcast(query_factor_);
+    const F32 rotary_scale = broadcast(params_.rotary_scale);
+    const auto emit = [&](int dim, F32 value, int n) {
+      const Packed<float> packed = narrow<float>(mul(value, factor));
+      n == kLanes ? store(out + dim, packed) : store(out + dim, packed, n);
+    };
+    const auto emit_rotated = [&](int dim, F32 value, int n) {
+      emit(dim, mul(value, rotary_scale), n);
+    };
+    if (rotary_dim > 0 && params_.rope.interleaved) {
+      rotate_head<true>(q, angles, rotary_dim, emit_rotated);
+    } else if (rotary_dim > 0) {
+      rotate_head<false>(q, angles, rotary_dim, emit_rotated);
+    }
+    for (int dim = rotary_dim; dim < params_.head_dim; dim += kLanes) {
+      const int n = std::min(params_.head_dim - dim, kLanes);
+      emit(dim, n == kLanes ? load(q + dim) : load(q + dim, n), n);
+    }
+  }
+
   // The queries with rows in the lanes; lanes beyond the rows are zero.
   void transpose_queries(int queries, int stride, Scratch& s) const {
+    static const float zeros[kMaxHeadDim] = {};
     const int head_dim = params_.head_dim;
     for (int begin = 0; begin < stride; begin += 8) {
       const float* rows[8];
       for (int i = 0; i < 8; ++i) {
-        rows[i] = begin + i < queries ? s.queries + (begin + i) * int64_t{head_dim} : kZeros;
+        rows[i] = begin + i < queries ? s.queries + (begin + i) * int64_t{head_dim} : zeros;
       }
       float* lanes = s.query_lanes + begin;
       for (int dim = 0; dim < head_dim; ++dim, lanes += stride) {
@@ -365,8 +394,10 @@ class Attention {
     for (int32_t index = tile.item[2]; index < tile.item[3]; ++index) {
       attend_chunk(tile, index, next, s);
     }
-    for (int slot = 0; slot < tile.num_rows; ++slot) {
-      for (int g = 0; g < tile.num_heads; ++g) write_result(tile, slot, g, s);
+    for (int h = 0; h < tile.kv_heads; ++h) {
+      for (int slot = 0; slot < tile.num_rows; ++slot) {
+        for (int g = 0; g < tile.heads; ++g) write_result(tile, h, slot, g, s);
+      }
     }
   }
 
@@ -375,8 +406,8 @@ class Attention {
     find_active_rows(tile, fields, s);
     if (s.num_active == 0) return;
     rotate_queries(tile, s);
-    const int heads = tile.num_heads;
-    const int queries = s.num_active * heads;
+    // Of one KV head.
+    const int queries = s.num_active * tile.heads;
     const int stride = (queries + kLanes - 1) / kLanes * kLanes;
     const bool flat = queries <= kMaxFlatQueries;
     if (!flat) transpose_queries(queries, stride, s);
@@ -385,19 +416,20 @@ class Attention {
     for (int i = 0; i < s.num_active; ++i) {
       const ActiveRow& active = s.active[i];
       low = std::min(low, active.low);
-      for (int g = 0; g < heads; ++g) {
-        const int from = active.slot * heads + g, to = i * heads + g;
-        s.max[to] = s.state_max[from];
-        s.sum[to] = s.state_sum[from];
-        s.low[to] = active.low;
-        s.high[to] = active.high;
-        s.out_rows[to] = s.out + from * int64_t{params_.head_dim};
-      }
+      std::fill_n(s.low + i * tile.heads, tile.heads, active.low);
+      std::fill_n(s.high + i * tile.heads, tile.heads, active.high);
     }
-    for (int i = queries; i < stride; ++i) {
-      s.max[i] = s.sum[i] = 0.0f;
-      s.low[i] = 0;
-      s.high[i] = -1;
+    for_each_query(tile, s, [&](int to, int from) {
+      s.max[to] = s.state_max[from];
+      s.sum[to] = s.state_sum[from];
+      s.out_rows[to] = s.out + from * int64_t{params_.head_dim};
+    });
+    if (!flat) {
+      for (int i = queries; i < stride; ++i) {
+        s.max[i] = s.sum[i] = 0.0f;
+        s.low[i] = 0;
+        s.high[i] = -1;
+      }
     }
 
     Block<T> blocks[2];
@@ -418,22 +450,31 @@ class Attention {
       int end = s.num_active;
       while (end > begin && s.active[end - 1].low >= first + block.count) --end;
       if (end > begin) {
-        const Rows rows{begin, end, heads, queries, stride};
         if (flat) {
-          attend_flat(rows, block, ahead, s);
+          attend_flat(tile, {0, s.num_active, tile.heads, queries, stride}, block, ahead, s);
         } else {
-          attend_tall(rows, block, ahead, s);
+          attend_tall({begin, end, tile.heads, queries, stride}, block, ahead, s);
         }
       }
       first = following;
       current = 1 - current;
     }
 
-    for (int i = 0; i < s.num_active; ++i) {
-      for (int g = 0; g < heads; ++g) {
-        const int to = s.active[i].slot * heads + g, from = i * heads + g;
-        s.state_max[to] = s.max[from];
-        s.state_sum[to] = s.sum[from];
+    for_each_query(tile, s, [&](int from, int to) {
+      s.state_max[to] = s.max[from];
+      s.state_sum[to] = s.sum[from];
+    });
+  }
+
+  // visit(index among the queries of the chunk, index among those of the item).
+  template <typename Visit>
+  static void for_each_query(const Tile& tile, const Scratch& s, const Visit& visit) {
+    for (int h = 0; h < tile.kv_heads; ++h) {
+      for (int i = 0; i < s.num_active; ++i) {
+        for (int g = 0; g < tile.heads; ++g) {
+          visit((h * s.num_active + i) * tile.heads + g,
+                (h * tile.num_rows + s.active[i].slot) * tile.heads + g);
+        }
       }
     }
   }
@@ -442,7 +483,7 @@ class Attention {
   struct Rows {
     int begin, end;
     int heads;
-    int queries;  // of the whole chunk
+    int queries;  // of all active rows, for one KV head
     int stride;
     int first_query() const { return begin * heads; }
     int last_query() const { return end * heads; }
@@ -520,14 +561,10 @@ class Attention {
                : soften<false, false>(lane, rows.stride, block, s);
       }
     }
-    if (masked) {
-      for (int k = 0; k < block.count; ++k) {
-        if (!s.seen[k]) s.value_rows[k] = kZeros;
-      }
-    }
+    if (masked && !replace_unseen(s.value_rows, block.count, s.seen)) return;
     const int first = rows.first_query();
     add_values_block<float>(end - first, s.out_rows + first, s.rescale + first,
-                            {s.weights + first, 1, rows.stride}, values, block.count,
+                            {s.weights + first, 1, rows.stride}, values, 0, block.count,
                             params_.head_dim, fetch ? Ahead{ahead_values, lines_} : Ahead{});
   }
 
@@ -575,33 +612,67 @@ class Attention {
     }
   }
 
-  void attend_flat(const Rows& rows, Block<T>& block, const Block<T>& ahead, Scratch& s) const {
-    const int queries = rows.queries;
-    const bool fetch = ahead.count > 0;
-    const Ahead keys_ahead{reinterpret_cast<const void* const*>(ahead.keys), lines_};
-    const Ahead values_ahead{reinterpret_cast<const void* const*>(ahead.values), lines_};
-    flat_block(queries, block, fetch ? keys_ahead : Ahead{}, s);
-    const bool masked = find_masks({0, s.num_active, rows.heads, queries, rows.stride}, block, s) |
-                        !sees_all({0, s.num_active, rows.heads, queries, rows.stride}, block, s);
-    if (masked) std::fill_n(s.seen, block.count, false);
-    for (int q = 0; q < queries; ++q) soften_flat(q, masked, block, s);
-    if (masked) {
-      const T* zeros = reinterpret_cast<const T*>(kZeros);
-      for (int k = 0; k < block.count; ++k) {
-        if (!s.seen[k]) block.values[k] = zeros;
-      }
+  // A key that no row sees has weight 0, but its value may be NaN: a value that is seen stands in.
+  // False if none is.
+  template <typename Row>
+  static bool replace_unseen(Row* values, int count, const bool* seen) {
+    const bool* first = std::find(seen, seen + count, true);
+    if (first == seen + count) return false;
+    for (int k = 0; k < count; ++k) {
+      if (!seen[k]) values[k] = values[first - seen];
     }
-    add_values_block<T>(queries, s.out_rows, s.rescale, {s.weights, kBlockKeys, 1}, block.values,
-                        block.count, params_.head_dim, fetch ? values_ahead : Ahead{});
+    return true;
   }
 
-  void flat_block(int queries, const Block<T>& block, Ahead ahead, Scratch& s) const {
-    const auto scores = [&](auto count) {
-      flat_scores<decltype(count)::value>(s.queries, params_.head_dim, block.keys, block.count,
-                                          params_.head_dim, s.weights, kBlockKeys, ahead);
+  void attend_flat(const Tile& tile, const Rows& rows, Block<T>& block, const Block<T>& ahead,
+                   Scratch& s) const {
+    const bool masked = find_masks(rows, block, s) | !sees_all(rows, block, s);
+    if (masked) {
+      for (int k = 0; k < block.count; ++k) s.seen[k] = any_sees(rows, block, k, s);
+      if (!replace_unseen(block.values, block.count, s.seen)) return;
+    }
+    for (int h = 0; h < tile.kv_heads; ++h) {
+      const int first = h * rows.queries;
+      const int64_t k_offset = h * params_.k_layout.head_stride;
+      const int64_t v_offset = h * params_.v_layout.head_stride;
+      Ahead keys_ahead, values_ahead;
+      if (ahead.count > 0) {
+        keys_ahead = {reinterpret_cast<const void* const*>(ahead.keys), lines_,
+                      k_offset * static_cast<int64_t>(sizeof(T))};
+        values_ahead = {reinterpret_cast<const void* const*>(ahead.values), lines_,
+                        v_offset * static_cast<int64_t>(sizeof(T))};
+      }
+      flat_block(rows.queries, s.queries + first * int64_t{params_.head_dim}, block, k_offset,
+                 keys_ahead, s);
+      for (int q = 0; q < rows.queries; ++q) soften_flat(first + q, q, masked, block, s);
+      add_values_block<T>(rows.queries, s.out_rows + first, s.rescale + first,
+                          {s.weights, kBlockKeys, 1}, block.values, v_offset, block.count,
+                          params_.head_dim, values_ahead);
+    }
+  }
+
+  bool sees(int q, const Block<T>& block, int k, const Scratch& s) const {
+    const int64_t key = block.first + k;
+    const uint32_t mask = static_cast<uint32_t>(s.masks[k / block_size_][q]);
+    return s.low[q] <= key && key <= s.high[q] && !(mask >> (k % block_size_) & 1);
+  }
+
+  bool any_sees(const Rows& rows, const Block<T>& block, int k, const Scratch& s) const {
+    for (int q = 0; q < rows.queries; q += rows.heads) {
+      if (sees(q, block, k, s)) return true;
+    }
+    return false;
+  }
+
+  void flat_block(int count, const float* queries, const Block<T>& block, int64_t k_offset,
+                  Ahead ahead, Scratch& s) const {
+    const auto scores = [&](auto constant) {
+      flat_scores<decltype(constant)::value>(queries, params_.head_dim, block.keys, k_offset,
+                                             block.count, params_.head_dim, s.weights, kBlockKeys,
+                                             ahead);
     };
     static_assert(kMaxFlatQueries == 8);
-    switch (queries) {
+    switch (count) {
       case 1:
         return scores(std::integral_constant<int, 1>{});
       case 2:
@@ -622,7 +693,7 @@ class Attention {
   }
 
   // Softmax over the block of one row, keys in the lanes.
-  void soften_flat(int q, bool masked, const Block<T>& block, Scratch& s) const {
+  void soften_flat(int query, int q, bool masked, const Block<T>& block, Scratch& s) const {
     float* weights = s.weights + q * kBlockKeys;
     const int padded = (block.count + kFullLanes - 1) / kFullLanes * kFullLanes;
     if (cap_ > 0.0f) {
@@ -632,11 +703,7 @@ class Attention {
     }
     if (masked) {
       for (int k = 0; k < block.count; ++k) {
-        const int64_t key = block.first + k;
-        const uint32_t mask = static_cast<uint32_t>(s.masks[k / block_size_][q]);
-        const bool sees = s.low[q] <= key && key <= s.high[q] && !(mask >> (k % block_size_) & 1);
-        if (!sees) weights[k] = -kInfinity;
-        s.seen[k] |= sees;
+        if (!sees(q, block, k, s)) weights[k] = -kInfinity;
       }
     }
     for (int k = block.count; k < padded; ++k) weights[k] = -kInfinity;
@@ -644,7 +711,7 @@ class Attention {
     for (int k = kFullLanes; k < padded; k += kFullLanes) {
       largest = larger(largest, load_lanes<Full>(weights + k));
     }
-    const float max = std::max(s.max[q], largest_lane(largest));
+    const float max = std::max(s.max[query], largest_lane(largest));
     const float base = max == -kInfinity ? 0.0f : max;
     const Full bases = repeat<Full>(base);
     Full sums = repeat<Full>(0.0f);
@@ -653,10 +720,10 @@ class Attention {
       store_lanes(weights + k, weight);
       sums = sums + weight;
     }
-    const float rescale = exp2f(s.max[q] - base);
-    s.max[q] = max;
-    s.sum[q] = s.sum[q] * rescale + lane_sum(sums);
-    s.rescale[q] = rescale;
+    const float rescale = exp2f(s.max[query] - base);
+    s.max[query] = max;
+    s.sum[query] = s.sum[query] * rescale + lane_sum(sums);
+    s.rescale[query] = rescale;
   }
 
   // Results ---------------------------------------------------------------------------------------
@@ -669,9 +736,9 @@ class Attention {
            partial * params_.num_q_heads + head;
   }
 
-  void write_result(const Tile& tile, int slot, int g, const Scratch& s) const {
-    const int index = slot * tile.num_heads + g;
-    const int head = q_head(tile, g);
+  void write_result(const Tile& tile, int h, int slot, int g, const Scratch& s) const {
+    const int index = (h * tile.num_rows + slot) * tile.heads + g;
+    const int head = q_head(tile, h, g);
     const float* sums = s.out + index * int64_t{params_.head_dim};
     const float sum = s.state_sum[index];
     const float max = s.state_max[index];
@@ -748,9 +815,14 @@ void collective_attention(const CollectiveAttentionParams& params, ParallelFor p
     const Attention<decltype(element)> attention(params);
     parallel_items(parallel_for, attention.num_tasks(), [&](auto next) {
       Scratch& scratch = thread_scratch();
-      int64_t task = next();
+      const auto take = [&] {
+        int64_t task = next();
+        while (task >= 0 && attention.is_empty(task)) task = next();
+        return task;
+      };
+      int64_t task = take();
       while (task >= 0) {
-        const int64_t following = next();
+        const int64_t following = take();
         attention.run(task, following, scratch);
         task = following;
       }
