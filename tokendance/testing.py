@@ -319,6 +319,8 @@ def random_round(
     ]
     needed = [prompt.length for prompt in prompts]
     needed += [1 - use.delta for prompt in prompts for use in prompt.uses]
+    # An empty use past the only position: no table of one row has a shift for it.
+    needed += [2 for prompt in prompts for use in prompt.uses if use.delta > 0]
     max_position = max([1, *needed]) + table_slack
     origins = _random_origins(rng, lengths, prompts, max_position)
 
