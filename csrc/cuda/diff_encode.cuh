@@ -13,8 +13,8 @@
 // TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
-// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 102 at
-// most on sm_80 and 106 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
+// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 106 at
+// most on sm_80 and 108 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
 // KB. The compaction: 62 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
@@ -120,7 +120,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   __syncthreads();
 
   const int64_t page = round.master_pages[page_of_masters];
-  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks = p.num_heads * tasks_of_head;
   const int32_t vectors = p.head_dim / V;
   for (int32_t row = thread / kWarpSize; row < block_size; row += kEncodeThreads / kWarpSize) {
@@ -135,8 +135,6 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
             MoveTask<V, kInterleaved>::make(index % tasks_of_head, p.head_dim, p.rope.rotary_dim);
         const int32_t head = index / tasks_of_head;
         const int32_t second = index + tasks;
-        const bool has_first_value = index < p.num_heads * vectors;
-        const bool has_second_value = second < p.num_heads * vectors;
         const int32_t first_head = index / vectors, first_dim = index % vectors * V;
         const int32_t second_head = second / vectors, second_dim = second % vectors * V;
 
@@ -145,14 +143,9 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
         const T* const v_pool = static_cast<const T*>(p.pool.v[layer]) + v_row;
         const int64_t v_stride = p.pool_v_layout.head_stride;
         const Vector<T, V> key_x = load_vector<T, V>(k_pool + task.first);
-        Vector<T, V> key_y = {}, value_x = {}, value_y = {};
-        if (task.has_second) key_y = load_vector<T, V>(k_pool + task.second);
-        if (has_first_value) {
-          value_x = load_vector<T, V>(v_pool + first_head * v_stride + first_dim);
-        }
-        if (has_second_value) {
-          value_y = load_vector<T, V>(v_pool + second_head * v_stride + second_dim);
-        }
+        const Vector<T, V> key_y = load_vector<T, V>(k_pool + task.second);
+        const auto value_x = load_vector<T, V>(v_pool + first_head * v_stride + first_dim);
+        const auto value_y = load_vector<T, V>(v_pool + second_head * v_stride + second_dim);
 
         for (uint32_t rest = live; rest != 0; rest &= rest - 1) {
           const int32_t agent = __ffs(static_cast<int>(rest)) - 1;
@@ -161,10 +154,9 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
           const T* const v = static_cast<const T*>(p.in.v[layer]) + v_in[agent * block_size + row];
           const int64_t stride = p.in_v_layout.head_stride;
           const Vector<T, V> k_x = load_vector<T, V>(k + task.first);
-          Vector<T, V> k_y = {}, v_x = {}, v_y = {};
-          if (task.has_second) k_y = load_vector<T, V>(k + task.second);
-          if (has_first_value) v_x = load_vector<T, V>(v + first_head * stride + first_dim);
-          if (has_second_value) v_y = load_vector<T, V>(v + second_head * stride + second_dim);
+          const Vector<T, V> k_y = load_vector<T, V>(k + task.second);
+          const Vector<T, V> v_x = load_vector<T, V>(v + first_head * stride + first_dim);
+          const Vector<T, V> v_y = load_vector<T, V>(v + second_head * stride + second_dim);
 
           Vector<T, V> x = key_x, y = key_y;
           if (shifts[agent] != 0) {

@@ -101,11 +101,10 @@ __device__ __forceinline__ int64_t restore_target(const DiffRestoreParams& p,
   return slot < min(p.out_k_layout.num_rows, p.out_v_layout.num_rows) ? slot : -1;
 }
 
-// What a thread handles of a row: up to two vectors, whose heads count from the block's first.
+// What a thread handles of a row: two vectors, whose heads count from the block's first.
 struct RestoreShare {
   int32_t first_head, first_dim;
   int32_t second_head, second_dim;
-  bool has_first, has_second;
 
   __device__ __forceinline__ int64_t first_offset(const RowLayout& layout) const {
     return first_head * layout.head_stride + first_dim;
@@ -119,7 +118,7 @@ template <typename T, int V, bool kInterleaved>
 __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const Tile& tile) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int32_t block_size = static_cast<int32_t>(p.round.extents.block_size);
-  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const RestoreShape shape(tile.heads, tasks_of_head, block_size);
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   const int32_t threads = static_cast<int32_t>(blockDim.x);
@@ -171,29 +170,25 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   // From here on a thread reads only what it copied to shared memory itself: no barriers.
   const int32_t task_of_row = thread % shape.tasks_of_row;
   const int32_t first_row = thread / shape.tasks_of_row;
-  if (first_row >= shape.rows_of_pass) return;
   const int32_t first_head = static_cast<int32_t>(blockIdx.y) * tile.heads;
   const int32_t num_heads = min(tile.heads, p.num_heads - first_head);
+  const int32_t tasks_of_row = num_heads * tasks_of_head;  // fewer in the last group of heads
+  if (first_row >= shape.rows_of_pass || task_of_row >= tasks_of_row) return;
 
   // Keys that move: both vectors of pairs. All else: the vectors of a row in two halves, so that a
   // warp's accesses are contiguous.
   const auto task =
       MoveTask<V, kInterleaved>::make(task_of_row % tasks_of_head, p.head_dim, p.rope.rotary_dim);
-  const int32_t task_head = task_of_row / tasks_of_head;
   RestoreShare moving, copied;
-  moving.first_head = moving.second_head = task_head;
+  moving.first_head = moving.second_head = task_of_row / tasks_of_head;
   moving.first_dim = task.first;
   moving.second_dim = task.second;
-  moving.has_first = task_head < num_heads;
-  moving.has_second = task_head < num_heads && task.has_second;
   const int32_t vectors = p.head_dim / V;
-  const int32_t second = task_of_row + shape.tasks_of_row;
+  const int32_t second = task_of_row + tasks_of_row;
   copied.first_head = task_of_row / vectors;
   copied.first_dim = task_of_row % vectors * V;
   copied.second_head = second / vectors;
   copied.second_dim = second % vectors * V;
-  copied.has_first = task_of_row < num_heads * vectors;
-  copied.has_second = second < num_heads * vectors;
 
   const int32_t first_layer = static_cast<int32_t>(blockIdx.z) * tile.layers;
   const int32_t items = 2 * min(tile.layers, p.num_layers - first_layer);  // K and V of each layer
@@ -206,8 +201,6 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     share.first_dim = moves ? moving.first_dim : copied.first_dim;
     share.second_head = moves ? moving.second_head : copied.second_head;
     share.second_dim = moves ? moving.second_dim : copied.second_dim;
-    share.has_first = moves ? moving.has_first : copied.has_first;
-    share.has_second = moves ? moving.has_second : copied.has_second;
     return share;
   };
   auto copy = [](T* to, const T* from) {
@@ -229,8 +222,8 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     for (int32_t pass = 0; pass < shape.passes; ++pass) {
       const int32_t row = first_row + pass * shape.rows_of_pass;
       if (row >= block_size || !(needed >> row & 1)) continue;
-      if (share.has_first) copy(slot(item, pass, 0), first + row * layout.row_stride);
-      if (share.has_second) copy(slot(item, pass, 1), second + row * layout.row_stride);
+      copy(slot(item, pass, 0), first + row * layout.row_stride);
+      copy(slot(item, pass, 1), second + row * layout.row_stride);
     }
   };
 
@@ -264,13 +257,12 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
       for (int32_t pass = 0; pass < shape.passes; ++pass) {
         const int32_t row = first_row + pass * shape.rows_of_pass;
         if (row >= block_size || !(rows_of_agent >> row & 1)) continue;
-        Unit x = {}, y = {};
-        if (share.has_first) x = load_vector<T, V>(slot(item, pass, 0));
-        if (share.has_second) y = load_vector<T, V>(slot(item, pass, 1));
+        Unit x = load_vector<T, V>(slot(item, pass, 0));
+        Unit y = load_vector<T, V>(slot(item, pass, 1));
         task.move(angle, rotated, 1.0f, &x, &y);
         const int64_t target = targets[agent * block_size + row];
-        if (share.has_first) store_vector<T, V>(first + target, x);
-        if (share.has_second) store_vector<T, V>(second + target, y);
+        store_vector<T, V>(first + target, x);
+        store_vector<T, V>(second + target, y);
       }
     }
   }

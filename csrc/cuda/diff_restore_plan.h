@@ -48,8 +48,7 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
                     is_aligned(p.out_v_layout, p.dtype);
   const int32_t vector = vector_elements(p.dtype, wide);
   const int32_t vector_bytes = vector * static_cast<int32_t>(element_bytes(p.dtype));
-  const int32_t tasks_of_head =
-      move_tasks_of_head(p.head_dim, p.rope.rotary_dim, vector, p.rope.interleaved);
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, vector);
   const int32_t block_size = static_cast<int32_t>(e.block_size);
 
   // As many heads as fit a stage: their rows are contiguous, and what a block looks up serves more.

@@ -6,7 +6,7 @@
 // and 20 (H100: 67 TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A warp a token, so that no sum crosses a warp; 4 heads of 128 at 16 bits are one task for each
-// lane. 104 registers at most on sm_80 and 112 on sm_90, no spills, no shared memory: two blocks of
+// lane. 102 registers at most on sm_80 and 109 on sm_90, no spills, no shared memory: two blocks of
 // 256 threads, 16 of 64 warps with two agents' rows under way each, that is 32 KB of loads. With a
 // latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
 #pragma once
@@ -27,7 +27,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
   const int64_t token = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
   if (token >= p.num_tokens) return;
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
-  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int64_t cached_row = __ldg(p.cached_row + token);
   const bool is_cached = cached_row >= 0 && cached_row < p.cached_layout.num_rows;
   const int32_t tasks = is_cached ? p.num_heads * tasks_of_head : 0;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
                             head * p.cached_layout.head_stride;
     float cached_x[V], cached_y[V];
     unpack(load_vector<T, V>(cached + task.first), cached_x);
-    if (task.has_second) unpack(load_vector<T, V>(cached + task.second), cached_y);
+    unpack(load_vector<T, V>(cached + task.second), cached_y);
 
     for (int32_t first = 0; first < p.num_agents; first += kAgentsAtOnce) {
       Vector<T, V> x[kAgentsAtOnce], y[kAgentsAtOnce];
@@ -62,7 +62,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
         const T* const fresh = static_cast<const T*>(p.fresh) + row_offset(p.fresh_layout, row) +
                                head * p.fresh_layout.head_stride;
         x[i] = load_vector<T, V>(fresh + task.first);
-        if (task.has_second) y[i] = load_vector<T, V>(fresh + task.second);
+        y[i] = load_vector<T, V>(fresh + task.second);
       }
 #pragma unroll
       for (int i = 0; i < kAgentsAtOnce; ++i) {
@@ -78,10 +78,8 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
         for (int j = 0; j < V; ++j) {
           const float x_difference = fresh_x[j] - cached_x[j];
           deviation = fmaf(x_difference, x_difference, deviation);
-          if (task.has_second) {
-            const float y_difference = fresh_y[j] - cached_y[j];
-            deviation = fmaf(y_difference, y_difference, deviation);
-          }
+          const float y_difference = fresh_y[j] - cached_y[j];
+          deviation = fmaf(y_difference, y_difference, deviation);
         }
       }
     }

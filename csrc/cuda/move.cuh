@@ -15,20 +15,18 @@ struct Angles {
   float sin[N];
 };
 
-// Which dims of a head a thread holds: vectors of V elements at `first` and, if there is one, at
-// `second`. Half-split pairs have one element in each vector. Interleaved ones lie within a vector
-// (V > 1) or are the two vectors (V == 1). Neighbouring threads hold neighbouring vectors, so that
-// a warp's accesses are contiguous but for the halves of a head.
+// Which dims of a head a thread holds: vectors of V elements at `first` and at `second`. Half-split
+// pairs have one element in each vector. Interleaved ones lie within a vector (V > 1) or are the
+// two vectors (V == 1). Neighbouring threads hold neighbouring vectors, so that a warp's accesses
+// are contiguous but for the halves of a head.
 template <int V, bool kInterleaved>
 struct MoveTask {
   int32_t first, second;
-  bool has_second;
   bool rotates_first, rotates_second;
 
   static __device__ __forceinline__ MoveTask make(int32_t index, int32_t head_dim,
                                                   int32_t rotary_dim) {
     MoveTask task;
-    task.has_second = true;
     if constexpr (kInterleaved) {
       task.first = V > 1 ? index * V : 2 * index;
       task.second = V > 1 ? task.first + head_dim / 2 : task.first + 1;
@@ -42,8 +40,7 @@ struct MoveTask {
         task.second = task.first + rotary_dim / 2;
       } else {
         task.first = rotary_dim + (index - rotations) * V;
-        task.second = task.first + copy_tasks_of_head(head_dim, rotary_dim, V) * V;
-        task.has_second = task.second < head_dim;
+        task.second = task.first + (head_dim - rotary_dim) / 2;
       }
     }
     return task;

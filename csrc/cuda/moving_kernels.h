@@ -38,17 +38,10 @@ inline int32_t vector_elements(DType dtype, bool wide) {
   return wide ? static_cast<int32_t>(kVectorBytes / element_bytes(dtype)) : 1;
 }
 
-// A thread that moves part of a head holds two vectors of it (move.cuh): the two halves of its
-// pairs. Dims that are only copied come in twos as well, with half-split pairs after the others.
-TOKENDANCE_HOST_DEVICE int32_t copy_tasks_of_head(int32_t head_dim, int32_t rotary_dim,
-                                                  int32_t vector) {
-  return (head_dim - rotary_dim + 2 * vector - 1) / (2 * vector);
-}
-
-TOKENDANCE_HOST_DEVICE int32_t move_tasks_of_head(int32_t head_dim, int32_t rotary_dim,
-                                                  int32_t vector, bool interleaved) {
-  if (interleaved) return head_dim / (2 * vector);
-  return rotary_dim / (2 * vector) + copy_tasks_of_head(head_dim, rotary_dim, vector);
+// A thread that moves part of a head holds two vectors of it (move.cuh). Heads are multiples of 32
+// bytes, and so are rotary dims that wide accesses rotate: no vector is left over.
+TOKENDANCE_HOST_DEVICE int32_t move_tasks_of_head(int32_t head_dim, int32_t vector) {
+  return head_dim / (2 * vector);
 }
 
 // Floats that the angles of one shift take in shared memory (move.cuh): cos, then sin, each aligned

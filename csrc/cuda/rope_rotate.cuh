@@ -7,7 +7,7 @@
 // more than ten on both.
 //
 // A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
-// shared memory. 76 registers at most on sm_80 and 75 on sm_90 (16-bit types, wide): three blocks
+// shared memory. 77 registers at most on sm_80 and 75 on sm_90 (16-bit types, wide): three blocks
 // of 256 threads on a multiprocessor, 24 of 64 warps, that is 24 KB of loads under way. With a
 // latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
 //
@@ -27,7 +27,7 @@ namespace tokendance::cuda {
 // may be moved in place.
 template <typename T, int V, bool kInterleaved>
 __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Tile& tile) {
-  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, p.rope.rotary_dim, V, kInterleaved);
+  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks_of_row = p.num_heads * tasks_of_head;
   const int32_t thread = static_cast<int32_t>(blockIdx.y * blockDim.x + threadIdx.x);
   const int32_t row_of_block = gridDim.y > 1 ? 0 : thread / tasks_of_row;
@@ -43,8 +43,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const T* source =
       static_cast<const T*>(p.x) + row_offset(p.x_layout, row_in) + head * p.x_layout.head_stride;
   const Vector<T, V> first = load_vector<T, V>(source + task.first);
-  Vector<T, V> second = {};
-  if (task.has_second) second = load_vector<T, V>(source + task.second);
+  const Vector<T, V> second = load_vector<T, V>(source + task.second);
 
   const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
   for (int32_t j = 0; j < p.destinations; ++j) {
@@ -63,7 +62,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
     T* target = static_cast<T*>(p.out) + row_offset(p.out_layout, row_out) +
                 head * p.out_layout.head_stride;
     store_vector<T, V>(target + task.first, x);
-    if (task.has_second) store_vector<T, V>(target + task.second, y);
+    store_vector<T, V>(target + task.second, y);
   }
 }
 

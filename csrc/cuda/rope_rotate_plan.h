@@ -18,8 +18,7 @@ inline LaunchPlan plan_rope_rotate(const RopeRotateParams& p) {
   const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
   // As many rows as fill a block; a row of more tasks takes several blocks along y.
   const int64_t tasks =
-      p.num_heads * move_tasks_of_head(p.head_dim, p.rope.rotary_dim,
-                                       vector_elements(p.dtype, wide), p.rope.interleaved);
+      p.num_heads * move_tasks_of_head(p.head_dim, vector_elements(p.dtype, wide));
   Tile tile = {};
   tile.rows = static_cast<int32_t>(tasks < kRopeRotateThreads ? kRopeRotateThreads / tasks : 1);
   const int64_t threads =
