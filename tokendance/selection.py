@@ -60,3 +60,28 @@ class Nothing:
 
 
 Selection = LeadingTokens | KeyDeviation | Everything | Nothing
+
+
+def parse_selection(text: str) -> Selection:
+    """``leading:4``, ``deviation:0.15``, ``deviation:0.15:1`` (ratio and layer), ``everything`` or
+    ``nothing`` as a selection.
+
+    Raises:
+        ValueError: ``text`` is none of them, or a number is out of range.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        if kind == "leading" and len(numbers) == 1:
+            return LeadingTokens(int(numbers[0]))
+        if kind == "deviation" and len(numbers) == 1:
+            return KeyDeviation(float(numbers[0]))
+        if kind == "deviation" and len(numbers) == 2:
+            return KeyDeviation(float(numbers[0]), int(numbers[1]))
+        if kind in ("everything", "nothing") and not numbers:
+            return Everything() if kind == "everything" else Nothing()
+    except ValueError as error:
+        raise ValueError(f"selection: {error}, in {text!r}") from error
+    raise ValueError(
+        "selection: expected leading:COUNT, deviation:RATIO, deviation:RATIO:LAYER, everything or "
+        f"nothing, got {text!r}"
+    )

@@ -43,6 +43,30 @@ def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | N
     return Rope.from_config(model.config, max_position)
 
 
+def sample_token(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draws a token.
+
+    Args:
+        logits: ``[vocabulary]``.
+        temperature: 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens of this total probability.
+        generator: on the CPU.
+    """
+    if temperature <= 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    ordered, ids = probabilities.sort(descending=True)
+    outside = ordered.cumsum(0) - ordered >= top_p
+    ordered = ordered.masked_fill(outside, 0)
+    choice = torch.multinomial(ordered / ordered.sum(), 1, generator=generator)
+    return int(ids[choice])
+
+
 class TransformersEngine:
     """Runs the rounds of a collector on a model.
 
@@ -128,7 +152,7 @@ class TransformersEngine:
         rows = dict(logits) if max_new_tokens > 0 else {}
         while rows:
             for agent, row in rows.items():
-                output[agent].append(_sample(row, temperature, top_p, generator))
+                output[agent].append(sample_token(row, temperature, top_p, generator))
             fed = {
                 agent: output[agent][-1:]
                 for agent in rows
@@ -199,16 +223,3 @@ def _attention_of(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
-
-
-def _sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> int:
-    if temperature <= 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
-    ordered, ids = probabilities.sort(descending=True)
-    outside = ordered.cumsum(0) - ordered >= top_p
-    ordered = ordered.masked_fill(outside, 0)
-    choice = torch.multinomial(ordered / ordered.sum(), 1, generator=generator)
-    return int(ids[choice])

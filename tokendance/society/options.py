@@ -1,0 +1,40 @@
+"""How a society runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokendance.selection import LeadingTokens, Selection
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a society runs.
+
+    Attributes:
+        new_tokens: sampled per person and round, at most.
+        temperature: 0 takes the likeliest token.
+        top_p: see `sample_token`.
+        seed: of the sampling.
+        source, selection: see `KVCollector`.
+        block_size, capacity: of the store.
+    """
+
+    new_tokens: int = 64
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int = 0
+    source: str = "master"
+    selection: Selection = field(default_factory=LeadingTokens)
+    block_size: int = 8
+    capacity: int | str = "8GiB"
+
+    def __post_init__(self) -> None:
+        if self.new_tokens < 1:
+            raise ValueError(f"new_tokens: expected at least 1, got {self.new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
