@@ -13,10 +13,17 @@ from typing import Any
 from tokendance.society.personas import TOWN, Persona
 from tokendance.workloads import RecordedAgent, RecordedBlock, RecordedRound
 
-__all__ = ["WORKLOAD", "Meeting"]
+__all__ = ["REQUESTS", "WORKLOAD", "Meeting"]
 
 WORKLOAD = "town_square"
 _SCENE = "scene"
+# What people are asked for, round by round: a small model that is asked the same repeats itself.
+REQUESTS = (
+    "Say what you think about it and why.",
+    "Say which neighbour you agree with, and which one is wrong.",
+    "Say what should be done instead.",
+    "Say yes or no, and why.",
+)
 
 
 class Meeting:
@@ -52,7 +59,7 @@ class Meeting:
         self.session = session
         self._seed = seed
         self._said: list[dict[str, str]] = []
-        self._defined = {_SCENE: f"{TOWN}\n\nTonight the town meets at the Heron. {topic}\n\n"}
+        self._defined = {_SCENE: f"{TOWN}\n\nTonight the town meets at the inn. {topic}\n\n"}
         for person in self.people:
             self._defined[_persona_id(person.name)] = (
                 f"<|im_start|>system\n{person.biography}<|im_end|>\n<|im_start|>user\n"
@@ -162,9 +169,12 @@ class Meeting:
                 {"kind": "shared", "ref": _message_id(last, other)} for other in self._order(name)
             ]
             segments.append({"kind": "private", "text": "\n"})
-        request = "Answer your neighbours in two sentences" if last >= 0 else "Say what you think"
-        task = f"You are {name}, {person.role}. {request}, in your own words.<|im_end|>\n"
-        segments.append({"kind": "task", "text": f"{task}<|im_start|>assistant\n"})
+        request = REQUESTS[self.round % len(REQUESTS)]
+        task = (
+            f"Write what {name}, {person.role}, says next. {request} "
+            "One or two sentences, no stage directions.<|im_end|>\n<|im_start|>assistant\n"
+        )
+        segments.append({"kind": "task", "text": task})
         return segments
 
     def _order(self, name: str) -> list[str]:

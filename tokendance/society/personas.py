@@ -23,7 +23,7 @@ class Persona:
 TOWN = (
     "Lowmere is a town of nine hundred people where the river Ell meets the sea: a stone bridge, "
     "a harbour with eleven boats, a Thursday market under the lime trees, a school, a chapel with "
-    "a cracked bell, and one inn, the Heron. Everybody knows everybody."
+    "a cracked bell, and one inn. Everybody knows everybody."
 )
 
 PERSONAS = (
@@ -78,8 +78,8 @@ PERSONAS = (
     ),
     Persona(
         "Felix",
-        "the innkeeper of the Heron",
-        "You are Felix, forty-one, and you keep the Heron, which your wife's family has owned for "
+        "the innkeeper",
+        "You are Felix, forty-one, and you keep the inn, which your wife's family has owned for "
         "five generations. You agree with whoever is drinking, and remember who paid. You would "
         "like visitors in town, many of them, with wet coats and empty stomachs.",
     ),

@@ -42,6 +42,10 @@ class PromptMap:
     spans: list[Span]
     blocks: list[Block]
 
+    def rows_of(self, *origins: Origin) -> int:
+        """Rows of these origins."""
+        return sum(span.end - span.begin for span in self.spans if span.origin in origins)
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -53,7 +57,7 @@ class RoundReport:
         prompt_tokens: rows of all prompts.
         distinct_tokens: those of distinct segments.
         rows: prompt rows computed, row-layers / layers.
-        rows_overridden: rows of shared segments computed again.
+        rows_overridden: rows of reused blocks computed again in this round.
         plan_s, prefill_s, decode_s: matching and leasing pages; the prompts; the messages.
         decode_tokens: fed by the decoding of all agents.
         kv_bytes_dense, kv_bytes_stored: one dense cache per prompt, and the pages that hold the

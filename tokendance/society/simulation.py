@@ -11,10 +11,11 @@ import torch
 
 from tokendance.collector import KVCollector
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
+from tokendance.layout import Origin
 from tokendance.plan import Plan
 from tokendance.segments import Segment
 from tokendance.society.audit import Audit
-from tokendance.society.meeting import Meeting
+from tokendance.society.meeting import REQUESTS, Meeting
 from tokendance.society.options import Options
 from tokendance.society.report import RoundReport, map_prompt
 from tokendance.society.speech import Speech
@@ -98,6 +99,9 @@ class Society:
                 {name: torch.stack(rows) for name, rows in speech.logits.items()},
                 plan.master_agents,
             )
+        maps = [
+            map_prompt(plan, one, self._encode, self.options.block_size) for one in recorded.agents
+        ]
         distinct = {one.digest: one.length for prompt in prompts.values() for one in prompt}
         report = RoundReport(
             round=self.meeting.round,
@@ -105,7 +109,7 @@ class Society:
             prompt_tokens=plan.rows,
             distinct_tokens=sum(distinct.values()),
             rows=plan.rows_computed,
-            rows_overridden=plan.rows_overridden,
+            rows_overridden=sum(prompt.rows_of(Origin.REPAIRED) for prompt in maps),
             plan_s=planned - began,
             prefill_s=prefilled - planned,
             decode_s=decoded - prefilled,
@@ -114,10 +118,7 @@ class Society:
             kv_bytes_stored=stored,
             kv_bytes_held=self.store.stats().used_pages * self.store.pool.page_bytes,
             messages=dict(speech.messages),
-            prompts=[
-                map_prompt(plan, one, self._encode, self.options.block_size)
-                for one in recorded.agents
-            ],
+            prompts=maps,
             master_agents=plan.master_agents,
             audit=audit,
         )
@@ -172,20 +173,20 @@ class Society:
     def _check_positions(self) -> None:
         """Prompts stop growing once the history is full: what fits then always fits."""
         names = [person.name for person in self.meeting.people]
-        later = Meeting(self.meeting.people, self.meeting.topic, history=self.meeting.history)
-        for _ in range(self.meeting.history + 1):
-            later.add(dict.fromkeys(names, ""))
-        recorded = later.prompts()
-        messages = len(names) + self.meeting.history
-        for agent in recorded.agents:
-            fixed = sum(len(self._encode(block.text)) for block in agent.blocks)
-            needed = fixed + (messages + 1) * self._longest_message
-            if needed > self._max_position:
-                raise ValueError(
-                    f"agents: expected prompts within the model's {self._max_position} positions, "
-                    f"got up to {needed} with {len(names)} agents, {self.meeting.history} earlier "
-                    f"messages and {self.options.new_tokens} new tokens"
-                )
+        history = self.meeting.history
+        silent = Meeting(self.meeting.people, self.meeting.topic, history=history)
+        fixed = 0
+        for _ in range(history + 1 + len(REQUESTS)):
+            for agent in silent.prompts().agents:
+                fixed = max(fixed, sum(len(self._encode(block.text)) for block in agent.blocks))
+            silent.add(dict.fromkeys(names, ""))
+        needed = fixed + (len(names) + history + 1) * self._longest_message
+        if needed > self._max_position:
+            raise ValueError(
+                f"agents: expected prompts within the model's {self._max_position} positions, "
+                f"got up to {needed} with {len(names)} agents, {history} earlier messages and "
+                f"{self.options.new_tokens} new tokens"
+            )
 
     def _commit(self, plan: Plan, said: Mapping[str, str]) -> None:
         """Commits with each output cut to what others will be handed of it."""

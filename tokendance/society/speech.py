@@ -39,11 +39,12 @@ def clean_message(text: str, complete: bool) -> str:
             it has one.
 
     Returns:
-        One line, never empty: who says nothing says ``...``.
+        One line of printable characters, never empty: who says nothing says ``...``.
     """
     text = text.partition("<|")[0].strip()
     complete = complete or "\n" in text
     text = " ".join(text.partition("\n")[0].split())
+    text = "".join(character for character in text if character.isprintable())
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     if not complete and ends:
         text = text[: ends[-1]]
