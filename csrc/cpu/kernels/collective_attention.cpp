@@ -16,6 +16,9 @@
 // are adjacent. 16-bit keys and values are widened block by block for many rows, in registers for
 // few. The next block is fetched while the current one is multiplied.
 //
+// With few query rows one task takes all KV heads, block by block with the heads inside: their keys
+// lie side by side, and a pass per head would fetch every page's address translation once per head.
+//
 // A key that no row of the tile sees may hold anything, NaN too: its score is replaced and its
 // value is read as zeros. Scores are kept in units of log2, so that exp2 is all that is needed.
 //
