@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/cache.h"
-#include "cpu/simd.h"
+#include "cpu/lines.h"
 #include "tokendance/params.h"
 
 namespace tokendance::TOKENDANCE_ISA {
@@ -64,7 +64,7 @@ inline Writing choose_writing(const void* out, const RowLayout& layout, const Ro
 TOKENDANCE_INLINE void stream_lines(void* out, const void* in, int64_t bytes) {
   float* to = static_cast<float*>(out);
   const float* from = static_cast<const float*>(in);
-  for (int64_t i = 0; i < bytes / 4; i += kLanes) stream(to + i, load_packed(from + i));
+  for (int64_t i = 0; i < bytes / 4; i += kLanes) stream_line(to + i, load_line(from + i));
 }
 
 // Copies `count` elements; streams them if they are whole aligned lines.

@@ -7,8 +7,8 @@
 // others never.
 #include <algorithm>
 
+#include "cpu/move.h"
 #include "cpu/parallel.h"
-#include "cpu/rotation.h"
 #include "cpu/round_pages.h"
 
 namespace tokendance::TOKENDANCE_ISA {
@@ -18,7 +18,7 @@ namespace {
 template <bool kInterleaved, bool kExact, typename T>
 class RowComparison {
  public:
-  RowComparison(const DiffEncodeParams& params, MoveAngles& angles)
+  RowComparison(const DiffEncodeParams& params, LineAngles<T, kInterleaved>& angles)
       : params_(params),
         angles_(angles),
         atol_(broadcast(params.atol)),
@@ -30,9 +30,9 @@ class RowComparison {
     for (int32_t head = 0; head < params_.num_heads; ++head) {
       const T* in = dense + head * params_.in_k_layout.head_stride;
       const T* held = master + head * params_.pool_k_layout.head_stride;
-      Difference differs;
-      rotate_head<kInterleaved>(held, angles_, rotary_dim, [&](int dim, F32 value, int n) {
-        differs.add(load_lanes(in + dim, n), narrow<T>(value), n, *this);
+      Difference differs(*this);
+      rotate_lines(held, angles_, rotary_dim, [&](int dim, const Wide<T>& value, int n) {
+        differs.add(in + dim, narrow(value), n);
       });
       compare_unmoved(differs, in, held, rotary_dim);
       if (differs.found()) return false;
@@ -42,7 +42,7 @@ class RowComparison {
 
   bool same_value(const T* dense, const T* master) const {
     for (int32_t head = 0; head < params_.num_heads; ++head) {
-      Difference differs;
+      Difference differs(*this);
       compare_unmoved(differs, dense + head * params_.in_v_layout.head_stride,
                       master + head * params_.pool_v_layout.head_stride, 0);
       if (differs.found()) return false;
@@ -51,55 +51,67 @@ class RowComparison {
   }
 
  private:
-  static TOKENDANCE_INLINE Packed<T> load_lanes(const T* p, int n) {
-    return n == kLanes ? load_packed(p) : load_packed(p, n);
-  }
+  static constexpr int kElements = kLineElements<T>;
 
-  struct Difference {
-    Packed<T> bits = {};
-    bool beyond = false;
+  // Whether any element of the lines given to it differs.
+  class Difference {
+   public:
+    explicit Difference(const RowComparison& by) : by_(by) {}
 
-    TOKENDANCE_INLINE void add(Packed<T> in, Packed<T> moved, int n, const RowComparison& by) {
-      if constexpr (kExact) {
-        bits = either(bits, difference(in, first_lanes(moved, n)));
+    // The first n elements of `moved`, which are to be those at `in`.
+    TOKENDANCE_INLINE void add(const T* in, Line<T> moved, int n) {
+      if (n < kElements) {
+        alignas(kCacheLine) T elements[kElements];
+        store_line(static_cast<T*>(elements), moved);
+        add_line(load_line(in, n), load_line(static_cast<const T*>(elements), n));
       } else {
-        const F32 wanted = widen(moved);
-        const F32 bound = tokendance::TOKENDANCE_ISA::add(by.atol_, mul(by.rtol_, abs(wanted)));
-        beyond |= !all_less_equal(abs(sub(widen(in), wanted)), bound);
+        add_line(load_line(in), moved);
       }
     }
     TOKENDANCE_INLINE bool found() const {
-      if constexpr (kExact) return any(bits);
-      return beyond;
+      if constexpr (kExact) return any(bits_);
+      return beyond_;
     }
-    // Lanes beyond n of `in` are 0; of a rotation of zeros they may be -0.
-    static TOKENDANCE_INLINE Packed<T> first_lanes(Packed<T> a, int n) {
-      if (n == kLanes) return a;
-      alignas(kCacheLine) T lanes[kLanes];
-      store(static_cast<T*>(lanes), a);
-      return load_packed(static_cast<const T*>(lanes), n);
+
+   private:
+    TOKENDANCE_INLINE void add_line(Line<T> in, Line<T> moved) {
+      if constexpr (kExact) {
+        bits_ = either(bits_, difference(in, moved));
+      } else {
+        const Wide<T> found = widen(in), wanted = widen(moved);
+        for (int v = 0; v < kLineVectors<T>; ++v) {
+          const F32 bound =
+              tokendance::TOKENDANCE_ISA::add(by_.atol_, mul(by_.rtol_, abs(wanted.v[v])));
+          beyond_ |= !all_less_equal(abs(sub(found.v[v], wanted.v[v])), bound);
+        }
+      }
     }
+
+    const RowComparison& by_;
+    Line<T> bits_ = {};
+    bool beyond_ = false;
   };
 
   TOKENDANCE_INLINE void compare_unmoved(Difference& differs, const T* in, const T* held,
                                          int begin) const {
     int i = begin;
-    for (; i + kLanes <= params_.head_dim; i += kLanes) {
-      differs.add(load_packed(in + i), load_packed(held + i), kLanes, *this);
+    for (; i + kElements <= params_.head_dim; i += kElements) {
+      differs.add(in + i, load_line(held + i), kElements);
     }
     if (i < params_.head_dim) {
       const int n = params_.head_dim - i;
-      differs.add(load_packed(in + i, n), load_packed(held + i, n), n, *this);
+      differs.add(in + i, load_line(held + i, n), n);
     }
   }
 
   const DiffEncodeParams& params_;
-  MoveAngles& angles_;
+  LineAngles<T, kInterleaved>& angles_;
   F32 atol_, rtol_;
 };
 
 template <bool kInterleaved, bool kExact, typename T>
-void encode_page(const DiffEncodeParams& params, int64_t index, MoveAngles& angles) {
+void encode_page(const DiffEncodeParams& params, int64_t index,
+                 LineAngles<T, kInterleaved>& angles) {
   const MutableRoundView& round = params.round;
   const int64_t master = list_of(round.master_page_indptr, round.extents.masters, index);
   const int64_t page = index - round.master_page_indptr[master];
@@ -199,7 +211,7 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
     using T = decltype(element);
     constexpr bool kInterleaved = decltype(interleaved)::value;
     parallel_items(parallel_for, master_pages, [&](const auto& next) {
-      MoveAngles angles;
+      LineAngles<T, kInterleaved> angles;
       for (int64_t item = next(); item >= 0; item = next()) {
         if (exact) {
           encode_page<kInterleaved, true, T>(params, item, angles);

@@ -6,8 +6,8 @@
 // is kept in between: a row goes from its page through registers to its slot.
 #include <algorithm>
 
+#include "cpu/move.h"
 #include "cpu/parallel.h"
-#include "cpu/rotation.h"
 #include "cpu/round_pages.h"
 
 namespace tokendance::TOKENDANCE_ISA {
@@ -73,7 +73,7 @@ void restore_own_page(const Restore& restore, int64_t index, const Write& write)
 
 template <bool kInterleaved, typename T>
 void restore_page(const Restore& restore, int64_t layer, bool is_key, int64_t index,
-                  MoveAngles& angles) {
+                  LineAngles<T, kInterleaved>& angles) {
   const DiffRestoreParams& params = restore.params;
   const RowLayout& pool_layout = is_key ? params.pool_k_layout : params.pool_v_layout;
   const RowLayout& out_layout = is_key ? params.out_k_layout : params.out_v_layout;
@@ -95,9 +95,8 @@ void restore_page(const Restore& restore, int64_t layer, bool is_key, int64_t in
     constexpr Writing kWriting = decltype(how)::value;
     if (is_key) {
       restore_rows([&](int64_t row, int64_t slot, int64_t shift) {
-        move_row<kInterleaved, kWriting>(out + row_offset(out_layout, slot),
-                                         rows + row * pool_layout.row_stride, shift, restore.keys,
-                                         angles);
+        move_row<kWriting>(out + row_offset(out_layout, slot), rows + row * pool_layout.row_stride,
+                           shift, restore.keys, angles);
       });
     } else {
       restore_rows([&](int64_t row, int64_t slot, int64_t) {
@@ -150,7 +149,7 @@ void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
                                                          restore.values, params.head_dim, bytes));
     }
     parallel_items(parallel_for, 2 * params.num_layers * restore.pages, [&](const auto& next) {
-      MoveAngles angles;
+      LineAngles<T, decltype(interleaved)::value> angles;
       for (int64_t item = next(); item >= 0; item = next()) {
         const int64_t part = item / restore.pages;
         restore_page<decltype(interleaved)::value, T>(restore, part / 2, part % 2 == 0,

@@ -7,66 +7,66 @@
 // length.
 #include <type_traits>
 
+#include "cpu/move.h"
 #include "cpu/parallel.h"
-#include "cpu/rotation.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
 
 constexpr int64_t kTokensOfGroup = 8;
 
-// Two accumulators, so that the sums of the halves of a head do not wait for each other.
+// Adds up the squared distance of two lines per vector of a line, so that no sum waits for another.
+template <typename T>
 struct SquaredDistance {
-  F32 even, odd;
+  F32 v[kLineVectors<T>];
+
+  TOKENDANCE_INLINE void add(const Wide<T>& fresh, const Wide<T>& cached) {
+    for (int i = 0; i < kLineVectors<T>; ++i) {
+      const F32 distance = sub(fresh.v[i], cached.v[i]);
+      v[i] = fma_add(distance, distance, v[i]);
+    }
+  }
 };
 
 template <typename T>
-TOKENDANCE_INLINE void add_squares(SquaredDistance& sum, int dim, F32 fresh, const T* cached,
-                                   int n) {
-  const F32 held = n == kLanes ? load(cached + dim) : load(cached + dim, n);
-  const F32 distance = sub(fresh, held);
-  F32& part = dim / kLanes % 2 ? sum.odd : sum.even;
-  part = fma_add(distance, distance, part);
+TOKENDANCE_INLINE Wide<T> load_wide(const T* p, int n) {
+  return widen(n == kLineElements<T> ? load_line(p) : load_line(p, n));
 }
 
-// Lanes beyond n of `fresh` are 0, as are those of a partial load.
-template <bool kInterleaved, typename T>
-TOKENDANCE_INLINE void add_head(SquaredDistance& sum, const T* fresh, const T* cached,
-                                const MoveAngles& angles, bool rotated, F32 scale,
+// Elements beyond n of a line are 0 in both keys: rotating zeros by any angle gives zeros.
+template <typename T, bool kInterleaved>
+TOKENDANCE_INLINE void add_head(SquaredDistance<T>& sum, const T* fresh, const T* cached,
+                                const LineAngles<T, kInterleaved>& angles, bool rotated, F32 scale,
                                 const KeyDeviationParams& params) {
+  constexpr int kElements = kLineElements<T>;
+  const auto add_scaled = [&](int dim, const Wide<T>& value, int n) {
+    sum.add(per_vector<T>([&](int v) { return mul(value.v[v], scale); }),
+            load_wide(cached + dim, n));
+  };
+  const auto lines_of = [](int begin, int end, const auto& visit) {
+    for (; begin + kElements <= end; begin += kElements) visit(begin, kElements);
+    if (begin < end) visit(begin, end - begin);
+  };
   const int rotary_dim = params.rope.rotary_dim;
   if (rotated) {
-    rotate_head<kInterleaved>(fresh, angles, rotary_dim, [&](int dim, F32 value, int n) {
-      add_squares(sum, dim, mul(value, scale), cached, n);
-    });
+    rotate_lines(fresh, angles, rotary_dim, add_scaled);
   } else {
-    int i = 0;
-    for (; i + kLanes <= rotary_dim; i += kLanes) {
-      add_squares(sum, i, mul(load(fresh + i), scale), cached, kLanes);
-    }
-    if (i < rotary_dim) {
-      const int n = rotary_dim - i;
-      add_squares(sum, i, mul(load(fresh + i, n), scale), cached, n);
-    }
+    lines_of(0, rotary_dim, [&](int i, int n) { add_scaled(i, load_wide(fresh + i, n), n); });
   }
-  int i = rotary_dim;
-  for (; i + kLanes <= params.head_dim; i += kLanes) {
-    add_squares(sum, i, load(fresh + i), cached, kLanes);
-  }
-  if (i < params.head_dim) {
-    const int n = params.head_dim - i;
-    add_squares(sum, i, load(fresh + i, n), cached, n);
-  }
+  lines_of(rotary_dim, params.head_dim,
+           [&](int i, int n) { sum.add(load_wide(fresh + i, n), load_wide(cached + i, n)); });
 }
 
 template <bool kInterleaved, typename T>
 void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t end,
-                        MoveAngles& angles) {
+                        LineAngles<T, kInterleaved>& angles) {
   const T* fresh = static_cast<const T*>(params.fresh);
   const T* cached = static_cast<const T*>(params.cached);
   const F32 scale = broadcast(params.scale);
-  SquaredDistance sums[kTokensOfGroup];
-  for (SquaredDistance& sum : sums) sum = {broadcast(0.0f), broadcast(0.0f)};
+  SquaredDistance<T> sums[kTokensOfGroup];
+  for (SquaredDistance<T>& sum : sums) {
+    for (F32& part : sum.v) part = broadcast(0.0f);
+  }
   for (int64_t agent = 0; agent < params.num_agents; ++agent) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t entry = agent * params.num_tokens + token;
@@ -77,18 +77,19 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
                             (params.fresh_position ? params.fresh_position[entry] : 0);
       const bool rotated = shift != 0 && params.rope.rotary_dim > 0;
       if (rotated) angles.set(params.rope, shift);
-      SquaredDistance sum = sums[token - begin];
+      SquaredDistance<T> sum = sums[token - begin];
       for (int32_t head = 0; head < params.num_heads; ++head) {
-        add_head<kInterleaved>(sum, fresh_row + head * params.fresh_layout.head_stride,
-                               cached_row + head * params.cached_layout.head_stride, angles,
-                               rotated, scale, params);
+        add_head(sum, fresh_row + head * params.fresh_layout.head_stride,
+                 cached_row + head * params.cached_layout.head_stride, angles, rotated, scale,
+                 params);
       }
       sums[token - begin] = sum;
     }
   }
   for (int64_t token = begin; token < end; ++token) {
-    const SquaredDistance& sum = sums[token - begin];
-    params.deviation[token] = sum_of_lanes(add(sum.even, sum.odd));
+    F32 sum = sums[token - begin].v[0];
+    for (int i = 1; i < kLineVectors<T>; ++i) sum = add(sum, sums[token - begin].v[i]);
+    params.deviation[token] = sum_of_lanes(sum);
   }
 }
 
@@ -96,13 +97,15 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
 
 void key_deviation(const KeyDeviationParams& params, ParallelFor parallel_for) {
   with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+    using T = decltype(element);
+    constexpr bool kInterleaved = decltype(interleaved)::value;
     const int64_t groups = (params.num_tokens + kTokensOfGroup - 1) / kTokensOfGroup;
     parallel_ranges(parallel_for, groups, 1, [&](int64_t begin, int64_t end) {
-      MoveAngles angles;
+      LineAngles<T, kInterleaved> angles;
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = group * kTokensOfGroup;
         const int64_t last = first + kTokensOfGroup;
-        deviation_of_group<decltype(interleaved)::value, decltype(element)>(
+        deviation_of_group<kInterleaved, T>(
             params, first, last < params.num_tokens ? last : params.num_tokens, angles);
       }
     });

@@ -4,8 +4,8 @@
 // it. cos and sin are fetched when the shift changes, which for whole segments is once.
 #include <type_traits>
 
+#include "cpu/move.h"
 #include "cpu/parallel.h"
-#include "cpu/rotation.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
@@ -32,7 +32,7 @@ void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int
   const auto row_in = [&](int64_t i) {
     return x + row_offset(params.x_layout, params.row_in ? params.row_in[i] : i);
   };
-  MoveAngles angles;
+  LineAngles<T, kInterleaved> angles;
   for (int64_t i = begin; i < end; ++i) {
     if (params.row_in && i + kRowsAhead < end) prefetch_row(row_in(i + kRowsAhead), context.shape);
     const T* in = row_in(i);
@@ -47,7 +47,7 @@ void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int
       }
       const int64_t shift =
           int64_t{params.position_to[entry]} - (params.position_from ? params.position_from[i] : 0);
-      move_row<kInterleaved, kWriting>(to, in, shift, context, angles);
+      move_row<kWriting>(to, in, shift, context, angles);
     }
   }
   if constexpr (kWriting != Writing::kStore) finish_streaming();
