@@ -94,14 +94,13 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
     return round.agent_use[(first_agent + agent) * round.extents.masters + master];
   };
 
-  for (int32_t row = thread; row < block_size; row += kEncodeThreads) {
-    compared[row] = different[row] = 0;
-  }
-  for (int32_t agent = thread; agent < num_agents; agent += kEncodeThreads) {
-    const int32_t use = use_of(agent);
-    shifts[agent] = use < 0 ? 0 : round.use_shift[use];
+  if (thread < block_size) compared[thread] = different[thread] = 0;
+  if (thread < num_agents) {
+    const int32_t use = use_of(thread);
+    shifts[thread] = use < 0 ? 0 : round.use_shift[use];
   }
   __syncthreads();
+#pragma unroll 1
   for (int32_t i = thread; i < num_agents * block_size; i += kEncodeThreads) {
     const int32_t agent = i / block_size, row = i % block_size;
     const int64_t source = encode_source(p, first_agent + agent, use_of(agent), first_row + row);
@@ -111,6 +110,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
     k_in[i] = row_offset(p.in_k_layout, source);
     v_in[i] = row_offset(p.in_v_layout, source);
   }
+#pragma unroll 1
   for (int32_t agent = thread / kWarpSize; agent < num_agents;
        agent += kEncodeThreads / kWarpSize) {
     if (shifts[agent] == 0 || abs(shifts[agent]) >= p.rope.max_position) continue;
@@ -123,12 +123,15 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks = p.num_heads * tasks_of_head;
   const int32_t vectors = p.head_dim / V;
+#pragma unroll 1
   for (int32_t row = thread / kWarpSize; row < block_size; row += kEncodeThreads / kWarpSize) {
     uint32_t live = compared[row];  // agents whose row is the Master's so far
     const int64_t k_row = page * p.pool_k_layout.page_stride + row * p.pool_k_layout.row_stride;
     const int64_t v_row = page * p.pool_v_layout.page_stride + row * p.pool_v_layout.row_stride;
+#pragma unroll 1
     for (int32_t layer = 0; layer < p.num_layers && live != 0; ++layer) {
       uint32_t found = 0;  // agents for whom this lane finds a difference
+#pragma unroll 1
       for (int32_t index = lane; index < tasks; index += kWarpSize) {
         // Keys: both vectors of pairs. Values: the vectors of the row in two halves.
         const auto task =
@@ -147,6 +150,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
         const auto value_x = load_vector<T, V>(v_pool + first_head * v_stride + first_dim);
         const auto value_y = load_vector<T, V>(v_pool + second_head * v_stride + second_dim);
 
+#pragma unroll 1
         for (uint32_t rest = live; rest != 0; rest &= rest - 1) {
           const int32_t agent = __ffs(static_cast<int>(rest)) - 1;
           const T* const k = static_cast<const T*>(p.in.k[layer]) + k_in[agent * block_size + row] +
@@ -177,6 +181,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   __syncthreads();
 
   // One word per agent: a lane has the bit of its row.
+#pragma unroll 1
   for (int32_t agent = thread / kWarpSize; agent < num_agents;
        agent += kEncodeThreads / kWarpSize) {
     const bool hidden = lane < block_size && (different[lane] >> agent & 1);
@@ -198,12 +203,14 @@ __device__ __forceinline__ int32_t shared_rows_before(const MutableRoundView& ro
   const int32_t lane = static_cast<int32_t>(threadIdx.x) % kWarpSize;
   const int32_t end = __ldg(round.agent_use_indptr + agent + 1);
   int32_t count = 0;
+#pragma unroll 1
   for (int32_t use = __ldg(round.agent_use_indptr + agent) + warp; use < end;
        use += kEncodeThreads / kWarpSize) {
     const int32_t delta = __ldg(round.use_delta + use);
     const int32_t first = max(0, -delta);
     const int32_t last = min(__ldg(round.use_length + use), limit - delta);
     const int32_t* const masks = round.use_masks + __ldg(round.use_page_indptr + use);
+#pragma unroll 1
     for (int32_t word = first / block_size + lane; word * block_size < last; word += kWarpSize) {
       const int32_t low = max(first - word * block_size, 0);
       const int32_t high = min(last - word * block_size, block_size);
@@ -305,8 +312,10 @@ __device__ __forceinline__ void diff_encode_compact(const DiffEncodeParams& p, c
   if (first_row >= rows_at_once) return;
   const int32_t first_layer = static_cast<int32_t>(blockIdx.z) * tile.layers;
   const int32_t end_layer = min(first_layer + tile.layers, p.num_layers);
+#pragma unroll 1
   for (int32_t vector = thread % columns; vector < vectors; vector += columns) {
     const int32_t head = vector / vectors_of_head, dim = vector % vectors_of_head * V;
+#pragma unroll 1
     for (int32_t item = 2 * first_layer; item < 2 * end_layer; ++item) {
       const bool is_key = item % 2 == 0;
       const int64_t from_head = is_key ? p.in_k_layout.head_stride : p.in_v_layout.head_stride;
@@ -317,6 +326,7 @@ __device__ __forceinline__ void diff_encode_compact(const DiffEncodeParams& p, c
                             head * from_head + dim;
       T* const to =
           static_cast<T*>(is_key ? p.pool.k[item / 2] : p.pool.v[item / 2]) + head * to_head + dim;
+#pragma unroll 1
       for (int32_t row = first_row; row < stored; row += kAtOnce * rows_at_once) {
         Vector<T, V> copy[kAtOnce];
         int64_t source[kAtOnce];

@@ -141,8 +141,9 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
       end_of_page > p.pool_v_layout.num_rows) {
     return;
   }
-  for (int32_t i = thread; i < source.num_agents; i += threads) rows[i] = 0;
+  if (thread < source.num_agents) rows[thread] = 0;  // a tile has fewer agents than a warp lanes
   __syncthreads();
+#pragma unroll 1
   for (int32_t i = thread; i < source.num_agents * block_size; i += threads) {
     const int32_t agent = i / block_size, row = i % block_size;
     int32_t shift;
@@ -155,9 +156,11 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   }
   __syncthreads();
   uint32_t needed = 0;
+#pragma unroll 1
   for (int32_t agent = 0; agent < source.num_agents; ++agent) needed |= rows[agent];
   if (needed == 0) return;
   if (source.master >= 0) {
+#pragma unroll 1
     for (int32_t agent = thread / kWarpSize; agent < source.num_agents;
          agent += threads / kWarpSize) {
       if (rows[agent] == 0 || shifts[agent] == 0) continue;
@@ -219,6 +222,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
                           source.page * layout.page_stride + first_head * layout.head_stride;
     const T* const first = base + share.first_offset(layout);
     const T* const second = base + share.second_offset(layout);
+#pragma unroll 1
     for (int32_t pass = 0; pass < shape.passes; ++pass) {
       const int32_t row = first_row + pass * shape.rows_of_pass;
       if (row >= block_size || !(needed >> row & 1)) continue;
@@ -231,6 +235,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     if (item < items) load(item);
     cp_async_commit();
   }
+#pragma unroll 1
   for (int32_t item = 0; item < items; ++item) {
     if (item + kStages - 1 < items) load(item + kStages - 1);
     cp_async_commit();
@@ -245,6 +250,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
         static_cast<T*>(is_key ? p.out.k[layer] : p.out.v[layer]) + first_head * layout.head_stride;
     T* const first = base + share.first_offset(layout);
     T* const second = base + share.second_offset(layout);
+#pragma unroll 1
     for (int32_t agent = 0; agent < source.num_agents; ++agent) {
       const uint32_t rows_of_agent = rows[agent];
       if (rows_of_agent == 0) continue;
@@ -254,6 +260,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
         angle = SharedAngles<V, kInterleaved>::load(angles + agent * angle_stride,
                                                     p.rope.rotary_dim, task);
       }
+#pragma unroll 1
       for (int32_t pass = 0; pass < shape.passes; ++pass) {
         const int32_t row = first_row + pass * shape.rows_of_pass;
         if (row >= block_size || !(rows_of_agent >> row & 1)) continue;

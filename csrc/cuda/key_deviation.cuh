@@ -34,6 +34,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
   const int64_t position = __ldg(p.cached_position + token);
 
   float deviation = 0.0f;
+#pragma unroll 1
   for (int32_t index = lane; index < tasks; index += kWarpSize) {
     const int32_t head = index / tasks_of_head;
     const auto task =
@@ -45,6 +46,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
     unpack(load_vector<T, V>(cached + task.first), cached_x);
     unpack(load_vector<T, V>(cached + task.second), cached_y);
 
+#pragma unroll 1
     for (int32_t first = 0; first < p.num_agents; first += kAgentsAtOnce) {
       Vector<T, V> x[kAgentsAtOnce], y[kAgentsAtOnce];
       int64_t shift[kAgentsAtOnce];

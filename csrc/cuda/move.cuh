@@ -143,6 +143,7 @@ struct SharedAngles {
                                                int32_t lane) {
     const int32_t half = rope.rotary_dim / 2;
     const int64_t row = int64_t{abs(shift)} * half;
+#pragma unroll 1
     for (int32_t pair = lane; pair < half; pair += 32) {
       const Angle angle =
           angle_of_shift(__ldg(rope.cos + row + pair), __ldg(rope.sin + row + pair), shift);

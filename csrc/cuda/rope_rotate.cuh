@@ -46,6 +46,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const Vector<T, V> second = load_vector<T, V>(source + task.second);
 
   const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
+#pragma unroll 1
   for (int32_t j = 0; j < p.destinations; ++j) {
     const int64_t destination = row * p.destinations + j;
     const int64_t row_out = p.row_out ? __ldg(p.row_out + destination) : row;
