@@ -62,10 +62,11 @@ def test_grid_covers_every_task():
         ({"x": ALIGNED + 2}, "rope_rotate_bf16_half_narrow"),
         ({"out": ALIGNED + 8}, "rope_rotate_bf16_half_narrow"),
         ({"rope": rope(cos=ALIGNED + 4)}, "rope_rotate_bf16_half_narrow"),
-        # 40 rotary dims: halves of 20 are not whole vectors of 8, all 40 are.
+        # 40 rotary dims: halves of 20 are whole vectors of 4, and not of 8.
         ({"rope": rope(40)}, "rope_rotate_bf16_half_narrow"),
         ({"rope": rope(40), "dtype": 0}, "rope_rotate_f32_half_wide"),
-        ({"rope": rope(40, True)}, "rope_rotate_bf16_interleaved_wide"),
+        ({"rope": rope(40, True)}, "rope_rotate_bf16_interleaved_narrow"),
+        ({"rope": rope(48, True)}, "rope_rotate_bf16_interleaved_wide"),
         ({"rope": rope(0, cos=0)}, "rope_rotate_bf16_half_wide"),
         (
             {"x_layout": ptx_backend.RowLayout(64, 516, 0, 128, 1)},

@@ -6,7 +6,7 @@
 namespace tokendance {
 
 #define TOKENDANCE_DEFINE_COMPARE(op, variant, T, V, interleaved)                          \
-  extern "C" __global__ void __launch_bounds__(kEncodeThreads)                             \
+  extern "C" __global__ void __launch_bounds__(kEncodeThreads, 2)                          \
       tokendance_diff_encode_compare_##variant(const __grid_constant__ DiffEncodeParams p, \
                                                const __grid_constant__ Tile tile) {        \
     cuda::diff_encode_compare<T, V, interleaved>(p, tile);                                 \
@@ -14,7 +14,7 @@ namespace tokendance {
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE_COMPARE, diff_encode_compare)
 
 #define TOKENDANCE_DEFINE_COMPACT(variant, T, V)                                           \
-  extern "C" __global__ void __launch_bounds__(kEncodeThreads)                             \
+  extern "C" __global__ void __launch_bounds__(kEncodeThreads, 2)                          \
       tokendance_diff_encode_compact_##variant(const __grid_constant__ DiffEncodeParams p, \
                                                const __grid_constant__ Tile tile) {        \
     cuda::diff_encode_compact<T, V>(p, tile);                                              \

@@ -13,8 +13,8 @@
 // TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
-// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 106 at
-// most on sm_80 and 108 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
+// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 110 at
+// most on sm_80 and 114 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
 // KB. The compaction: 62 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
@@ -163,10 +163,9 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
           const Vector<T, V> v_y = load_vector<T, V>(v + second_head * stride + second_dim);
 
           Vector<T, V> x = key_x, y = key_y;
-          if (shifts[agent] != 0) {
-            const auto angle = SharedAngles<V, kInterleaved>::load(angles + agent * angle_stride,
-                                                                   p.rope.rotary_dim, task);
-            task.move(angle, true, 1.0f, &x, &y);
+          if (task.rotates && shifts[agent] != 0) {
+            const float* const stored = angles + agent * angle_stride;
+            task.move(SharedAngles<V, kInterleaved>::load(stored, p.rope.rotary_dim, task), &x, &y);
           }
           if (differs(k_x, x, p.atol, p.rtol) || differs(k_y, y, p.atol, p.rtol) ||
               differs(v_x, value_x, p.atol, p.rtol) || differs(v_y, value_y, p.atol, p.rtol)) {

@@ -254,9 +254,9 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     for (int32_t agent = 0; agent < source.num_agents; ++agent) {
       const uint32_t rows_of_agent = rows[agent];
       if (rows_of_agent == 0) continue;
-      const bool rotated = moves && shifts[agent] != 0;
+      const bool rotates = moves && task.rotates && shifts[agent] != 0;
       Angles<V> angle = {};
-      if (rotated) {
+      if (rotates) {
         angle = SharedAngles<V, kInterleaved>::load(angles + agent * angle_stride,
                                                     p.rope.rotary_dim, task);
       }
@@ -266,7 +266,7 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
         if (row >= block_size || !(rows_of_agent >> row & 1)) continue;
         Unit x = load_vector<T, V>(slot(item, pass, 0));
         Unit y = load_vector<T, V>(slot(item, pass, 1));
-        task.move(angle, rotated, 1.0f, &x, &y);
+        if (rotates) task.move(angle, &x, &y);
         const int64_t target = targets[agent * block_size + row];
         store_vector<T, V>(first + target, x);
         store_vector<T, V>(second + target, y);

@@ -6,7 +6,7 @@
 namespace tokendance {
 
 #define TOKENDANCE_DEFINE(op, variant, T, V, interleaved)                              \
-  extern "C" __global__ void __launch_bounds__(kDeviationThreads)                      \
+  extern "C" __global__ void __launch_bounds__(kDeviationThreads, 2)                   \
       tokendance_key_deviation_##variant(const __grid_constant__ KeyDeviationParams p, \
                                          const __grid_constant__ Tile) {               \
     cuda::key_deviation<T, V, interleaved>(p);                                         \

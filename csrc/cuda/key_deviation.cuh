@@ -6,7 +6,7 @@
 // and 20 (H100: 67 TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A warp a token, so that no sum crosses a warp; 4 heads of 128 at 16 bits are one task for each
-// lane. 102 registers at most on sm_80 and 109 on sm_90, no spills, no shared memory: two blocks of
+// lane. 100 registers at most on sm_80 and 110 on sm_90, no spills, no shared memory: two blocks of
 // 256 threads, 16 of 64 warps with two agents' rows under way each, that is 32 KB of loads. With a
 // latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
 #pragma once
@@ -72,10 +72,10 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
         float fresh_x[V], fresh_y[V];
         unpack(x[i], fresh_x);
         unpack(y[i], fresh_y);
-        if (shift[i] != 0) {
+        if (task.rotates && shift[i] != 0) {
           task.rotate(task.load_angles(p.rope, llabs(shift[i]), shift[i] < 0), fresh_x, fresh_y);
         }
-        if (p.scale != 1.0f) task.multiply(p.scale, fresh_x, fresh_y);
+        if (task.rotates && p.scale != 1.0f) task.multiply(p.scale, fresh_x, fresh_y);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const float x_difference = fresh_x[j] - cached_x[j];

@@ -82,13 +82,11 @@ bool is_aligned(const Pointers& pointers, int32_t num_layers) {
   return true;
 }
 
-// Whether 16-byte vectors of a head are rotated as wholes: with half-split pairs both halves of the
-// rotary dims consist of such vectors, with interleaved pairs the rotary dims do. Their angles are
-// then aligned in the tables, too.
+// Whether both halves of the rotary dims consist of 16-byte vectors, so that a thread may rotate
+// whole ones. Their angles are then aligned in the tables, too.
 inline bool is_aligned(const RopeTables& rope, DType dtype) {
   const int32_t vector = static_cast<int32_t>(kVectorBytes / element_bytes(dtype));
-  const int32_t whole = rope.interleaved ? rope.rotary_dim : rope.rotary_dim / 2;
-  return whole % vector == 0 &&
+  return rope.rotary_dim / 2 % vector == 0 &&
          (rope.rotary_dim == 0 || (is_aligned(rope.cos) && is_aligned(rope.sin)));
 }
 

@@ -18,88 +18,70 @@ struct Angles {
 // Which dims of a head a thread holds: vectors of V elements at `first` and at `second`. Half-split
 // pairs have one element in each vector. Interleaved ones lie within a vector (V > 1) or are the
 // two vectors (V == 1). Neighbouring threads hold neighbouring vectors, so that a warp's accesses
-// are contiguous but for the halves of a head.
+// are contiguous but for the halves of the rotary dims.
 template <int V, bool kInterleaved>
 struct MoveTask {
+  static constexpr bool kPairsInVector = kInterleaved && V > 1;
+
   int32_t first, second;
-  bool rotates_first, rotates_second;
+  bool rotates;  // both vectors consist of rotary dims; else of others
 
   static __device__ __forceinline__ MoveTask make(int32_t index, int32_t head_dim,
                                                   int32_t rotary_dim) {
+    const int32_t rotations = rotary_dim / (2 * V);
     MoveTask task;
-    if constexpr (kInterleaved) {
-      task.first = V > 1 ? index * V : 2 * index;
-      task.second = V > 1 ? task.first + head_dim / 2 : task.first + 1;
-      task.rotates_first = task.first < rotary_dim;
-      task.rotates_second = task.second < rotary_dim;
+    task.rotates = index < rotations;
+    if (!task.rotates) {
+      task.first = rotary_dim + (index - rotations) * V;
+      task.second = task.first + (head_dim - rotary_dim) / 2;
+    } else if (kInterleaved && V == 1) {
+      task.first = 2 * index;
+      task.second = task.first + 1;
     } else {
-      const int32_t rotations = rotary_dim / (2 * V);
-      task.rotates_first = task.rotates_second = index < rotations;
-      if (index < rotations) {
-        task.first = index * V;
-        task.second = task.first + rotary_dim / 2;
-      } else {
-        task.first = rotary_dim + (index - rotations) * V;
-        task.second = task.first + (head_dim - rotary_dim) / 2;
-      }
+      task.first = index * V;
+      task.second = task.first + rotary_dim / 2;
     }
     return task;
   }
 
-  // The angles of row `row` of the tables, with sin negated for a negative shift.
+  // The first pair of a vector: the place of its angle in a row of the tables. With pairs in the
+  // vectors each has V / 2 of them; otherwise both have the same V.
+  __device__ __forceinline__ int32_t first_pair() const { return kInterleaved ? first / 2 : first; }
+  __device__ __forceinline__ int32_t second_pair() const { return second / 2; }
+
+  // The angles of a shift whose magnitude is row `row` of the tables. Only if it rotates.
   __device__ __forceinline__ Angles<V> load_angles(const RopeTables& rope, int64_t row,
                                                    bool negative) const {
-    Angles<V> angles = {};
-    const int64_t start = row * (rope.rotary_dim / 2);
-    if constexpr (kInterleaved && V > 1) {
-      float cos[V / 2], sin[V / 2];
-      if (rotates_first) {
-        load_floats(rope.cos + start + first / 2, cos);
-        load_floats(rope.sin + start + first / 2, sin);
-#pragma unroll
-        for (int i = 0; i < V / 2; ++i) {
-          angles.cos[i] = cos[i];
-          angles.sin[i] = sin[i];
-        }
-      }
-      if (rotates_second) {
-        load_floats(rope.cos + start + second / 2, cos);
-        load_floats(rope.sin + start + second / 2, sin);
-#pragma unroll
-        for (int i = 0; i < V / 2; ++i) {
-          angles.cos[V / 2 + i] = cos[i];
-          angles.sin[V / 2 + i] = sin[i];
-        }
-      }
-    } else if (rotates_first) {
-      const int32_t pair = kInterleaved ? first / 2 : first;
-      load_floats(rope.cos + start + pair, angles.cos);
-      load_floats(rope.sin + start + pair, angles.sin);
+    Angles<V> angles;
+    const float* const cos = rope.cos + row * (rope.rotary_dim / 2);
+    const float* const sin = rope.sin + row * (rope.rotary_dim / 2);
+    if constexpr (kPairsInVector) {
+      load_floats<V / 2>(cos + first_pair(), angles.cos);
+      load_floats<V / 2>(sin + first_pair(), angles.sin);
+      load_floats<V / 2>(cos + second_pair(), angles.cos + V / 2);
+      load_floats<V / 2>(sin + second_pair(), angles.sin + V / 2);
+    } else {
+      load_floats<V>(cos + first_pair(), angles.cos);
+      load_floats<V>(sin + first_pair(), angles.sin);
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const Angle angle = angle_of_shift(angles.cos[i], angles.sin[i], negative ? -1 : 1);
-      angles.sin[i] = angle.sin;
+      angles.sin[i] = angle_of_shift(angles.cos[i], angles.sin[i], negative ? -1 : 1).sin;
     }
     return angles;
   }
 
-  // Rotates the rotary dims of x (at `first`) and y (at `second`).
-  __device__ __forceinline__ void rotate(const Angles<V>& angles, float (&x)[V],
-                                         float (&y)[V]) const {
-    if constexpr (kInterleaved && V > 1) {
+  // Rotates x (at `first`) and y (at `second`). Only if it rotates.
+  static __device__ __forceinline__ void rotate(const Angles<V>& angles, float (&x)[V],
+                                                float (&y)[V]) {
+    if constexpr (kPairsInVector) {
 #pragma unroll
-      for (int i = 0; i < V / 2; ++i) {
-        if (rotates_first) {
-          rotate_pair({angles.cos[i], angles.sin[i]}, x[2 * i], x[2 * i + 1], &x[2 * i],
-                      &x[2 * i + 1]);
-        }
-        if (rotates_second) {
-          rotate_pair({angles.cos[V / 2 + i], angles.sin[V / 2 + i]}, y[2 * i], y[2 * i + 1],
-                      &y[2 * i], &y[2 * i + 1]);
-        }
+      for (int i = 0; i < V; i += 2) {
+        const int j = i / 2, k = V / 2 + i / 2;
+        rotate_pair({angles.cos[j], angles.sin[j]}, x[i], x[i + 1], &x[i], &x[i + 1]);
+        rotate_pair({angles.cos[k], angles.sin[k]}, y[i], y[i + 1], &y[i], &y[i + 1]);
       }
-    } else if (rotates_first) {
+    } else {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         rotate_pair({angles.cos[i], angles.sin[i]}, x[i], y[i], &x[i], &y[i]);
@@ -107,28 +89,25 @@ struct MoveTask {
     }
   }
 
-  // Multiplies the rotary dims, each product rounded to fp32.
-  __device__ __forceinline__ void multiply(float scale, float (&x)[V], float (&y)[V]) const {
+  // Each product is rounded to fp32.
+  static __device__ __forceinline__ void multiply(float scale, float (&x)[V], float (&y)[V]) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (rotates_first) x[i] = rounded_product(x[i], scale);
-      if (rotates_second) y[i] = rounded_product(y[i], scale);
+      x[i] = rounded_product(x[i], scale);
+      y[i] = rounded_product(y[i], scale);
     }
   }
 
-  // Moves both vectors: one rotation in fp32, one rounding. Dims that are not rotated, and all of
-  // them when nothing moves, keep their bits.
+  // Moves both vectors, of rotary dims: one rotation in fp32, one rounding.
   template <typename T>
-  __device__ __forceinline__ void move(const Angles<V>& angles, bool rotated, float scale,
-                                       Vector<T, V>* x, Vector<T, V>* y) const {
-    if (!rotated && scale == 1.0f) return;
-    float first_values[V], second_values[V];
-    unpack(*x, first_values);
-    unpack(*y, second_values);
-    if (rotated) rotate(angles, first_values, second_values);
-    if (scale != 1.0f) multiply(scale, first_values, second_values);
-    if (rotates_first) pack(first_values, x);
-    if (rotates_second) pack(second_values, y);
+  static __device__ __forceinline__ void move(const Angles<V>& angles, Vector<T, V>* x,
+                                              Vector<T, V>* y) {
+    float x_values[V], y_values[V];
+    unpack(*x, x_values);
+    unpack(*y, y_values);
+    rotate(angles, x_values, y_values);
+    pack(x_values, x);
+    pack(y_values, y);
   }
 };
 
@@ -136,7 +115,7 @@ struct MoveTask {
 // threads that load theirs touch distinct banks.
 template <int V, bool kInterleaved>
 struct SharedAngles {
-  static constexpr int kOfVector = kInterleaved && V > 1 ? V / 2 : V;
+  static constexpr int kOfVector = MoveTask<V, kInterleaved>::kPairsInVector ? V / 2 : V;
 
   // Writes the angles; called by all lanes of a warp.
   static __device__ __forceinline__ void store(float* stored, const RopeTables& rope, int32_t shift,
@@ -152,22 +131,17 @@ struct SharedAngles {
     }
   }
 
-  // The angles that a task needs.
+  // The angles of a task that rotates.
   static __device__ __forceinline__ Angles<V> load(const float* stored, int32_t rotary_dim,
                                                    const MoveTask<V, kInterleaved>& task) {
     const float* const cos = stored;
     const float* const sin = stored + shared_angles_size(rotary_dim) / 2;
-    Angles<V> angles = {};
-    if (task.rotates_first) {
-      const int32_t pair = kInterleaved ? task.first / 2 : task.first;
-      load_vector(cos, pair, angles.cos);
-      load_vector(sin, pair, angles.sin);
-    }
-    if constexpr (kInterleaved && V > 1) {
-      if (task.rotates_second) {
-        load_vector(cos, task.second / 2, angles.cos + V / 2);
-        load_vector(sin, task.second / 2, angles.sin + V / 2);
-      }
+    Angles<V> angles;
+    load_vector(cos, task.first_pair(), angles.cos);
+    load_vector(sin, task.first_pair(), angles.sin);
+    if constexpr (MoveTask<V, kInterleaved>::kPairsInVector) {
+      load_vector(cos, task.second_pair(), angles.cos + V / 2);
+      load_vector(sin, task.second_pair(), angles.sin + V / 2);
     }
     return angles;
   }

@@ -7,9 +7,9 @@
 // more than ten on both.
 //
 // A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
-// shared memory. 77 registers at most on sm_80 and 75 on sm_90 (16-bit types, wide): three blocks
-// of 256 threads on a multiprocessor, 24 of 64 warps, that is 24 KB of loads under way. With a
-// latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
+// shared memory. 71 registers at most on sm_80 and 64 on sm_90 (16-bit types, wide): three blocks
+// of 256 threads on a multiprocessor at least, 24 of 64 warps, that is 24 KB of loads under way.
+// With a latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
 //
 // Half-split heads of 160 bytes (D = 80 at 16 bits) have halves of 2.5 sectors: a warp's request
 // touches 3 there, the neighbouring request the other half of the same sector.
@@ -30,10 +30,10 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks_of_row = p.num_heads * tasks_of_head;
   const int32_t thread = static_cast<int32_t>(blockIdx.y * blockDim.x + threadIdx.x);
-  const int32_t row_of_block = gridDim.y > 1 ? 0 : thread / tasks_of_row;
+  const int32_t row_of_block = thread / tasks_of_row;
   const int32_t task_of_row = thread - row_of_block * tasks_of_row;
   const int64_t row = int64_t{blockIdx.x} * tile.rows + row_of_block;
-  if (row_of_block >= tile.rows || task_of_row >= tasks_of_row || row >= p.num_rows) return;
+  if (row_of_block >= tile.rows || row >= p.num_rows) return;
   const int64_t row_in = p.row_in ? __ldg(p.row_in + row) : row;
   if (row_in < 0 || row_in >= p.x_layout.num_rows) return;
   const int32_t head = task_of_row / tasks_of_head;
@@ -56,9 +56,17 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
       const int64_t shift = __ldg(p.position_to + destination) - from;
       const int64_t table_row = shift < 0 ? -shift : shift;
       if (table_row >= p.rope.max_position) continue;
-      Angles<V> angles = {};
-      if (shift != 0) angles = task.load_angles(p.rope, table_row, shift < 0);
-      task.move(angles, shift != 0, p.scale, &x, &y);
+      if (task.rotates && (shift != 0 || p.scale != 1.0f)) {
+        float x_values[V], y_values[V];
+        unpack(x, x_values);
+        unpack(y, y_values);
+        if (shift != 0) {
+          task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
+        }
+        if (p.scale != 1.0f) task.multiply(p.scale, x_values, y_values);
+        pack(x_values, &x);
+        pack(y_values, &y);
+      }
     }
     T* target = static_cast<T*>(p.out) + row_offset(p.out_layout, row_out) +
                 head * p.out_layout.head_stride;

@@ -114,7 +114,7 @@ __device__ __forceinline__ void pack(const float (&value)[N], Vector<__nv_bfloat
 
 // Reads N floats that start at a multiple of N, through the read-only cache.
 template <int N>
-__device__ __forceinline__ void load_floats(const float* pointer, float (&value)[N]) {
+__device__ __forceinline__ void load_floats(const float* pointer, float* value) {
   if constexpr (N % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
@@ -134,19 +134,12 @@ __device__ __forceinline__ void load_floats(const float* pointer, float (&value)
   }
 }
 
-// Elements from the start of a tensor to head 0 of a row. Pages of 2^k rows, that is nearly all,
-// cost no division.
+// Elements from the start of a tensor to head 0 of a row. Rows are counted in 32 bits, in which
+// there are more of them than any device's memory holds.
 __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int64_t row) {
   const uint32_t size = static_cast<uint32_t>(layout.block_size);
-  int64_t page;
-  uint32_t row_of_page;
-  if ((size & (size - 1)) == 0) {
-    page = row >> (31 - __clz(static_cast<int>(size)));
-    row_of_page = static_cast<uint32_t>(row) & (size - 1);
-  } else {
-    page = static_cast<int64_t>(static_cast<uint64_t>(row) / size);
-    row_of_page = static_cast<uint32_t>(row - page * size);
-  }
+  const uint32_t page = static_cast<uint32_t>(row) / size;
+  const uint32_t row_of_page = static_cast<uint32_t>(row) % size;
   return page * layout.page_stride + row_of_page * layout.row_stride;
 }
 
