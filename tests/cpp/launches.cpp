@@ -1,0 +1,346 @@
+// Runs every CPU launch function on small ragged rounds, on several threads, in buffers of exactly
+// the size that the contract asks for: what AddressSanitizer, UBSan and ThreadSanitizer are to
+// watch.
+//
+// What the results must be is for the Python tests to say; here a round trip is checked: what
+// restore writes, encode finds equal to the Masters, and attention's output lies within the values'
+// range.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "planner/work_list.h"
+#include "tokendance/launch.h"
+
+namespace {
+
+using namespace tokendance;
+
+#define CHECK(condition)                                                      \
+  do {                                                                        \
+    if (!(condition)) {                                                       \
+      fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      exit(1);                                                                \
+    }                                                                         \
+  } while (0)
+
+constexpr int kThreads = 4;
+
+void threaded(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+              void* context) {
+  const int64_t step = std::max<int64_t>(grain, (end - begin + kThreads - 1) / kThreads);
+  std::vector<std::thread> threads;
+  for (int64_t at = begin; at < end; at += step)
+    threads.emplace_back([=] { body(at, std::min(at + step, end), context); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+// Values between 0.25 and 2 in magnitude, of either sign, as bits of the dtype.
+std::vector<uint8_t> random_values(std::mt19937& rng, int64_t count, DType dtype) {
+  const int size = dtype == DType::kFloat32 ? 4 : 2;
+  std::vector<uint8_t> bytes(count * size);
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = (rng() % 2 ? 1.f : -1.f) * (0.25f + 1.75f * (rng() % 1000) / 1000.f);
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (dtype == DType::kBFloat16) bits >>= 16;
+    if (dtype == DType::kFloat16)
+      bits = (bits >> 16 & 0x8000) | (((bits >> 23 & 0xff) - 112) << 10) | (bits >> 13 & 0x3ff);
+    memcpy(bytes.data() + i * size, &bits, size);
+  }
+  return bytes;
+}
+
+struct Use {
+  int agent, master, delta, length;
+};
+
+void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_size, int window,
+         uint32_t seed) {
+  std::mt19937 rng(seed);
+  constexpr int kAgents = 3, kHeads = 2, kGroup = 3, kLayers = 2, kMaxPosition = 160;
+  const int element = dtype == DType::kFloat32 ? 4 : 2;
+  const std::vector<int> master_rows = {37, 1, 22}, origins = {5, 40, 60};
+  const std::vector<int> lengths = {90, 71, 0};
+  // Agent 0 uses Master 0 and Master 2, agent 1 Master 2, 1 and 0; agent 2 is empty.
+  const std::vector<Use> uses = {
+      {0, 0, 3, 37}, {0, 2, 50, 22}, {1, 2, 0, 22}, {1, 1, 22, 1}, {1, 0, 30, 36}};
+  auto pages_of = [&](int rows) { return (rows + block_size - 1) / block_size; };
+
+  RoundExtents e = {};
+  e.agents = kAgents;
+  e.masters = 3;
+  e.uses = uses.size() + 1;  // the last slot is padding
+  e.block_size = block_size;
+  for (const Use& use : uses) e.use_pages += pages_of(use.length);
+  for (int rows : master_rows) e.master_pages += pages_of(rows);
+  std::vector<int> own_rows(kAgents);
+  for (int a = 0; a < kAgents; ++a) {
+    own_rows[a] = lengths[a];
+    for (const Use& use : uses)
+      if (use.agent == a) own_rows[a] -= use.length;
+    e.own_pages += pages_of(own_rows[a]);
+  }
+  const int decode_rows = 2;
+  e.rows = 2 * decode_rows;
+
+  // Without the work list first: its sizes follow from the rest.
+  MutableRoundView view;
+  std::vector<int32_t> buffer(make_round_view<int32_t>(nullptr, e, &view));
+  make_round_view(buffer.data(), e, &view);
+  int32_t page = 0;
+  for (int m = 0; m < 3; ++m) {
+    for (int p = 0; p < pages_of(master_rows[m]); ++p) view.master_pages[page + p] = page + p;
+    page += pages_of(master_rows[m]);
+    view.master_page_indptr[m + 1] = page;
+  }
+  std::fill_n(view.agent_use, kAgents * 3, -1);
+  view.use_agent[uses.size()] = -1;
+  for (size_t u = 0; u < uses.size(); ++u) {
+    view.use_agent[u] = uses[u].agent;
+    view.use_master[u] = uses[u].master;
+    view.use_delta[u] = uses[u].delta;
+    view.use_shift[u] = uses[u].delta - origins[uses[u].master];
+    view.use_length[u] = uses[u].length;
+    view.use_page_indptr[u + 1] = view.use_page_indptr[u] + pages_of(uses[u].length);
+    view.agent_use[uses[u].agent * 3 + uses[u].master] = u;
+    for (int a = uses[u].agent; a < kAgents; ++a) view.agent_use_indptr[a + 1] = u + 1;
+  }
+  view.use_page_indptr[uses.size() + 1] = view.use_page_indptr[uses.size()];
+  int32_t own_page = 0;
+  for (int a = 0; a < kAgents; ++a) {
+    int n = 0;
+    for (int position = 0; position < lengths[a]; ++position) {
+      bool used = false;
+      for (const Use& use : uses)
+        used |= use.agent == a && position >= use.delta && position < use.delta + use.length;
+      if (!used) view.own_position[own_page * block_size + n++] = position;
+    }
+    CHECK(n == own_rows[a]);
+    view.own_length[a] = n;
+    for (int p = 0; p < pages_of(n); ++p) view.own_pages[own_page + p] = page++;
+    own_page += pages_of(n);
+    view.own_page_indptr[a + 1] = own_page;
+  }
+  for (int r = 0; r < e.rows; ++r) {
+    const int agent = r / decode_rows;
+    view.row_agent[r] = agent;
+    view.row_position[r] = lengths[agent] - decode_rows + r % decode_rows;
+  }
+  const WorkList list = plan_work({e.rows,
+                                   view.row_agent,
+                                   view.row_position,
+                                   nullptr,
+                                   e.uses,
+                                   view.use_agent,
+                                   view.use_master,
+                                   view.use_delta,
+                                   view.use_length,
+                                   e.masters,
+                                   view.master_page_indptr,
+                                   e.agents,
+                                   view.own_length,
+                                   view.own_page_indptr,
+                                   view.own_position,
+                                   nullptr,
+                                   block_size,
+                                   window,
+                                   16,
+                                   6,
+                                   4});
+  RoundExtents full = e;
+  full.work = list.work.size() / kWorkFields;
+  full.work_rows = list.work_rows.size();
+  full.work_chunks = list.work_chunks.size() / kChunkFields;
+  full.partials = list.row_partials.size();
+  MutableRoundView whole;
+  std::vector<int32_t> packed(make_round_view<int32_t>(nullptr, full, &whole));
+  make_round_view(packed.data(), full, &whole);
+  std::copy(buffer.data(), view.work,
+            packed.data());  // the fields before `work` have the same places
+  std::copy(list.work.begin(), list.work.end(), whole.work);
+  std::copy(list.work_rows.begin(), list.work_rows.end(), whole.work_rows);
+  std::copy(list.work_chunks.begin(), list.work_chunks.end(), whole.work_chunks);
+  std::copy(list.row_partial_indptr.begin(), list.row_partial_indptr.end(),
+            whole.row_partial_indptr);
+  std::copy(list.row_partials.begin(), list.row_partials.end(), whole.row_partials);
+  RoundView round;
+  make_round_view<const int32_t>(packed.data(), full, &round);
+
+  std::vector<float> cos(kMaxPosition * rotary_dim / 2), sin(cos.size());
+  for (int p = 0; p < kMaxPosition; ++p)
+    for (int i = 0; i < rotary_dim / 2; ++i) {
+      const double angle = p * pow(10000.0, -2.0 * i / rotary_dim);
+      cos[p * rotary_dim / 2 + i] = ::cos(angle);
+      sin[p * rotary_dim / 2 + i] = ::sin(angle);
+    }
+  const RopeTables rope = {cos.data(), sin.data(), kMaxPosition, rotary_dim, interleaved};
+  const int64_t row = kHeads * head_dim;
+  const RowLayout pool = {page * block_size, block_size * row, row, head_dim, block_size};
+  const int max_length = 90;
+  const RowLayout dense = {kAgents * max_length, row, row, head_dim, 1};
+  std::vector<std::vector<uint8_t>> pools, caches;
+  for (int i = 0; i < 2 * kLayers; ++i) {
+    pools.push_back(random_values(rng, pool.num_rows * row, dtype));
+    caches.push_back(random_values(rng, dense.num_rows * row, dtype));
+  }
+  std::vector<int64_t> slots(kAgents * max_length);
+  for (size_t i = 0; i < slots.size(); ++i) slots[i] = i;
+
+  DiffRestoreParams restore = {};
+  DiffEncodeParams encode = {};
+  for (int layer = 0; layer < kLayers; ++layer) {
+    restore.pool.k[layer] = encode.pool.k[layer] = pools[2 * layer].data();
+    restore.pool.v[layer] = encode.pool.v[layer] = pools[2 * layer + 1].data();
+    encode.in.k[layer] = restore.out.k[layer] = caches[2 * layer].data();
+    encode.in.v[layer] = restore.out.v[layer] = caches[2 * layer + 1].data();
+  }
+  restore.pool_k_layout = restore.pool_v_layout = pool;
+  restore.out_k_layout = restore.out_v_layout = dense;
+  restore.slot_mapping = slots.data();
+  restore.slot_stride = max_length;
+  restore.round = round;
+  restore.num_layers = kLayers;
+  restore.num_heads = kHeads;
+  restore.head_dim = head_dim;
+  restore.max_length = max_length;
+  restore.rope = rope;
+  restore.dtype = dtype;
+  cpu_diff_restore(restore, threaded);
+
+  const std::vector<uint8_t> before = pools[0];
+  encode.in_k_layout = encode.in_v_layout = dense;
+  encode.pool_k_layout = encode.pool_v_layout = pool;
+  encode.slot_mapping = slots.data();
+  encode.slot_stride = max_length;
+  const std::vector<int32_t> length(lengths.begin(), lengths.end());
+  encode.length = length.data();
+  encode.round = whole;
+  encode.num_layers = kLayers;
+  encode.num_heads = kHeads;
+  encode.head_dim = head_dim;
+  encode.max_length = max_length;
+  encode.rope = rope;
+  encode.dtype = dtype;
+  cpu_diff_encode(encode, threaded);
+  for (int64_t i = 0; i < e.use_pages; ++i) CHECK(whole.use_masks[i] == 0);
+  for (int a = 0; a < kAgents; ++a) CHECK(whole.own_length[a] == own_rows[a]);
+  CHECK(before == pools[0]);  // the own rows came back to where they were
+
+  const int64_t q_row = kHeads * kGroup * head_dim;
+  const std::vector<uint8_t> q = random_values(rng, e.rows * q_row, dtype);
+  std::vector<uint8_t> out(q.size());
+  std::vector<float> lse(e.rows * kHeads * kGroup), sinks(kHeads * kGroup, 0.5f);
+  std::vector<float> workspace(full.partials * kHeads * kGroup * (head_dim + 1));
+  CollectiveAttentionParams attention = {};
+  attention.q = q.data();
+  attention.out = out.data();
+  attention.lse = lse.data();
+  attention.k_pool = pools[0].data();
+  attention.v_pool = pools[1].data();
+  attention.sinks = sinks.data();
+  attention.workspace = workspace.data();
+  attention.q_row_stride = attention.out_row_stride = q_row;
+  attention.q_head_stride = attention.out_head_stride = head_dim;
+  attention.k_layout = attention.v_layout = pool;
+  attention.round = round;
+  attention.num_q_heads = kHeads * kGroup;
+  attention.num_kv_heads = kHeads;
+  attention.head_dim = head_dim;
+  attention.window = window;
+  attention.scale = 0.1f;
+  attention.soft_cap = 20.f;
+  attention.rotary_scale = 1.f;
+  attention.rope = rope;
+  attention.dtype = dtype;
+  cpu_collective_attention(attention, threaded);
+  for (float value : lse) CHECK(isfinite(value));
+  if (dtype == DType::kFloat32) {
+    std::vector<float> values(out.size() / 4);
+    memcpy(values.data(), out.data(), out.size());
+    for (float value : values) CHECK(fabsf(value) <= 2.01f);
+  }
+
+  const int64_t moved = 11;
+  std::vector<int64_t> row_in(moved), row_out(2 * moved);
+  std::vector<int32_t> from(moved), to(2 * moved);
+  for (int64_t i = 0; i < moved; ++i) {
+    row_in[i] = rng() % pool.num_rows;
+    from[i] = rng() % kMaxPosition;
+    for (int j = 0; j < 2; ++j) {
+      row_out[2 * i + j] = j && i % 3 == 0 ? -1 : 2 * i + j;
+      to[2 * i + j] = rng() % kMaxPosition;
+    }
+  }
+  std::vector<uint8_t> rotated(2 * moved * row * element);
+  RopeRotateParams rotate = {};
+  rotate.x = pools[0].data();
+  rotate.out = rotated.data();
+  rotate.x_layout = pool;
+  rotate.out_layout = {2 * moved, row, row, head_dim, 1};
+  rotate.row_in = row_in.data();
+  rotate.row_out = row_out.data();
+  rotate.position_from = from.data();
+  rotate.position_to = to.data();
+  rotate.num_rows = moved;
+  rotate.destinations = 2;
+  rotate.num_heads = kHeads;
+  rotate.head_dim = head_dim;
+  rotate.scale = 1.f;
+  rotate.rope = rope;
+  rotate.dtype = dtype;
+  cpu_rope_rotate(rotate, threaded);
+
+  // Fresh keys that are the cached ones: no deviation.
+  std::vector<int64_t> fresh_row(2 * moved);
+  for (int64_t i = 0; i < moved; ++i) fresh_row[i] = fresh_row[moved + i] = row_in[i];
+  std::vector<int32_t> fresh_position(2 * moved);
+  for (int64_t i = 0; i < 2 * moved; ++i) fresh_position[i] = from[i % moved];
+  fresh_row[3] = -1;
+  std::vector<float> deviation(moved);
+  KeyDeviationParams key_deviation = {};
+  key_deviation.fresh = key_deviation.cached = pools[0].data();
+  key_deviation.fresh_layout = key_deviation.cached_layout = pool;
+  key_deviation.fresh_row = fresh_row.data();
+  key_deviation.fresh_position = fresh_position.data();
+  key_deviation.cached_row = row_in.data();
+  key_deviation.cached_position = from.data();
+  key_deviation.deviation = deviation.data();
+  key_deviation.num_tokens = moved;
+  key_deviation.num_agents = 2;
+  key_deviation.num_heads = kHeads;
+  key_deviation.head_dim = head_dim;
+  key_deviation.scale = 1.f;
+  key_deviation.rope = rope;
+  key_deviation.dtype = dtype;
+  cpu_key_deviation(key_deviation, threaded);
+  for (float value : deviation) CHECK(value == 0.f);
+
+  const int64_t partials = 3;
+  const std::vector<uint8_t> parts = random_values(rng, partials * e.rows * q_row, dtype);
+  std::vector<float> part_lse(partials * lse.size(), 0.25f);
+  MergeStatesParams merge = {parts.data(), part_lse.data(), nullptr,         out.data(), lse.data(),
+                             partials,     e.rows,          kHeads * kGroup, head_dim,   dtype};
+  cpu_merge_states(merge, threaded);
+  for (float value : lse) CHECK(fabsf(value - (0.25f + logf(3.f))) < 1e-5f);
+}
+
+}  // namespace
+
+int main() {
+  uint32_t seed = 0;
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    run(dtype, 64, 64, false, 8, 0, seed++);
+    run(dtype, 80, 32, true, 16, 9, seed++);
+    run(dtype, 96, 96, true, 32, 0, seed++);
+    run(dtype, 128, 0, false, 8, 20, seed++);
+    run(dtype, 256, 128, false, 16, 0, seed++);
+  }
+  printf("%u rounds on %s: no failure\n", seed, cpu_isa());
+  return 0;
+}
