@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: build test demo lint format typecheck sanitize bench clean
+.PHONY: build test demo lint format typecheck sanitize clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ build: $(VENV)/ready
 
 test: build
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+demo: build
+	$(BIN)/python -m tokendance simulate --audit --html build/demo.html
+	@echo "The page about this run: build/demo.html"
 
 # The CPU kernels and launch functions under AddressSanitizer + UBSan, and under ThreadSanitizer.
 sanitize: $(VENV)/ready

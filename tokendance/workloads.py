@@ -104,7 +104,9 @@ def workloads_directory() -> Path | None:
 
 
 def find_workload(name: str | os.PathLike[str]) -> Path:
-    """The file of a workload: a path, or a name in `workloads_directory` (``.jsonl`` left off).
+    """The file of a workload: a path, or a name (``.jsonl`` may be left off).
+
+    Names are looked up in `workloads_directory` and in ``recordings/`` of the repository.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,10 +115,12 @@ def find_workload(name: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     directory = workloads_directory()
-    if directory is not None:
-        for candidate in (directory / path, directory / f"{path}.jsonl"):
-            if candidate.is_file():
-                return candidate
+    recordings = Path(__file__).resolve().parent.parent / "recordings"
+    for folder in (directory, recordings):
+        if folder is not None:
+            for candidate in (folder / path, folder / f"{path}.jsonl"):
+                if candidate.is_file():
+                    return candidate
     raise FileNotFoundError(
         f"workload: expected a .jsonl file, or a name in {directory or 'TOKENDANCE_WORKLOADS'}, "
         f"got {os.fspath(name)!r}"

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
     parser.add_argument("--topic", default="bridge", help="name of a topic, or a topic of your own")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of orders (default 0)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="(default 0.7)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="(default 0.8)")
     parser.add_argument("--top-p", type=float, default=0.9, help="(default 0.9)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead")
     parser.add_argument("--history", type=int, default=3, help="own earlier messages in a prompt")

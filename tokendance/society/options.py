@@ -23,7 +23,7 @@ class Options:
     """
 
     new_tokens: int = 64
-    temperature: float = 0.7
+    temperature: float = 0.8
     top_p: float = 0.9
     seed: int = 0
     source: str = "master"

@@ -64,8 +64,10 @@ svg .cut { stroke: var(--card); stroke-width: 1; }
 .dot-stored { fill: var(--stored); background: var(--stored); }
 .line-dense, .line-stored { fill: none; stroke-width: 2.5; stroke: var(--dense); }
 .line-stored { stroke: var(--stored); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: right; padding: 5px 12px 5px 0; white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .8rem; }
+th, td { text-align: right; padding: 5px 0 5px 12px; }
+td { white-space: nowrap; }
+th { vertical-align: bottom; line-height: 1.25; }
 th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--rule); }
 tr:last-child td { border-top: 1px solid var(--rule); font-weight: 600; }
 .facts td { text-align: left; font-weight: 400; border: 0; white-space: normal; }

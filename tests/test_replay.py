@@ -1,0 +1,175 @@
+"""Replays: what is measured, and that reuse stays closer to full prefill than blending does."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokendance as td
+from tokendance.cli import main
+from tokendance.replay import (
+    SYSTEMS,
+    CollectiveReuse,
+    RoundResult,
+    divergence_of,
+    make_system,
+    replay_round,
+    summarize,
+)
+from tokendance.workloads import find_workload, read_rounds, tokenize_round
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    config._attn_implementation = "sdpa"
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def prompts(seed: int = 0) -> dict[str, list[td.Segment]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> torch.Tensor:
+        return torch.randint(0, 97, (count,), generator=generator)
+
+    a, b = td.shared(ids(30)), td.shared(ids(21))
+    return {
+        "x": [td.private(ids(9)), a, b, td.private(ids(4))],
+        "y": [td.private(ids(17)), b, a, td.private(ids(4))],
+    }
+
+
+def test_everything_and_prefix_caching_diverge_from_nothing() -> None:
+    model = tiny_llama()
+    ours = CollectiveReuse(model, selection=td.Everything(), capacity="64MiB")
+    systems = [make_system("full", model), make_system("prefix", model), ours]
+    for seed in (0, 1):
+        result = replay_round(systems, prompts(seed), 4)
+        assert (result.agents, result.prompt_tokens, result.distinct_tokens) == (2, 136, 85)
+        for name in ("prefix", "tokendance"):
+            assert abs(result.systems[name].kl or 0.0) < 1e-8
+            assert result.systems[name].top1 == 1.0
+
+
+def test_our_counts_follow_from_the_plan() -> None:
+    model = tiny_llama()
+    systems = [make_system("full", model), CollectiveReuse(model, capacity="64MiB")]
+    result = replay_round(systems, prompts(), 3)
+    full, ours = result.systems["full"], result.systems["tokendance"]
+    # x computes all 64 rows, y its private 21 and the first four of each of two broken runs.
+    assert (full.rows, ours.rows, ours.rows_overridden) == (136, 64 + 21 + 8, 8)
+    assert ours.kv_bytes_dense == full.kv_bytes_dense == full.kv_bytes_stored
+    assert ours.kv_bytes_stored < ours.kv_bytes_dense
+    assert ours.flops < full.flops
+    assert ours.kl_siblings == pytest.approx(2 * (ours.kl or 0.0))  # x is the Master agent
+    assert full.kl == 0.0
+
+
+def test_divergence() -> None:
+    p, q = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    expected = 0.25 * torch.tensor(0.5).log() + 0.75 * torch.tensor(1.5).log()
+    assert divergence_of(p, q).item() == pytest.approx(expected.item())
+    assert divergence_of(p, p + 3).item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_summary_adds_costs_and_averages_divergences_by_agents() -> None:
+    model = tiny_llama()
+    results: list[RoundResult] = []
+    for seed in (0, 1):
+        systems = [make_system("full", model), CollectiveReuse(model, capacity="64MiB")]
+        results.append(replay_round(systems, prompts(seed), 2))
+    total = summarize(results)["tokendance"]
+    parts = [result.systems["tokendance"] for result in results]
+    assert total["rows"] == sum(part.rows for part in parts)
+    assert total["kl"] == pytest.approx(sum(part.kl or 0.0 for part in parts) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere.jsonl"], "workload: expected a .jsonl file"),
+        (["town_square", "--session", "none"], "session"),
+        (["town_square", "--rounds", "9:"], "round"),
+        (["town_square", "--agents", "0"], "agents: expected at least 1, got 0"),
+    ],
+)
+def test_the_command_names_what_is_wrong(arguments: list[str], text: str, capsys: Any) -> None:
+    assert main(["replay", *arguments]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_command_names_the_line_of_a_bad_file(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"workload": "w"}\n')
+    assert main(["replay", str(path)]) == 2
+    assert f"{path}:1:" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def replayed(smollm2: Any, tmp_path_factory: Any) -> dict[str, Any]:
+    report = tmp_path_factory.mktemp("replay") / "report.json"
+    command = [
+        "replay",
+        "town_square",
+        "--rounds",
+        "1:3",
+        "--new-tokens",
+        "12",
+        "--json",
+        str(report),
+    ]
+    assert main(command) == 0
+    return json.loads(report.read_text())
+
+
+@pytest.mark.model
+def test_report_has_the_agreed_fields(replayed: dict[str, Any]) -> None:
+    assert set(replayed) == {"model", "workload", "threads", "rounds", "summary"}
+    assert [one["round"] for one in replayed["rounds"]] == [1, 2]
+    fields = {"prefill_s", "rows", "rows_overridden", "flops", "kv_bytes_dense", "kv_bytes_stored"}
+    fields |= {"decode_tokens_per_s", "kl", "kl_siblings", "top1"}
+    for one in replayed["rounds"]:
+        assert set(one["systems"]) == set(SYSTEMS)
+        assert all(set(system) == fields for system in one["systems"].values())
+    assert set(replayed["summary"]) == set(SYSTEMS)
+
+
+@pytest.mark.model
+def test_siblings_diverge_an_eighth_of_what_blending_does(replayed: dict[str, Any]) -> None:
+    ours, pic = replayed["summary"]["tokendance"], replayed["summary"]["pic"]
+    assert ours["kl_siblings"] <= pic["kl_siblings"] / 8
+    assert ours["rows"] <= pic["rows"]
+
+
+@pytest.mark.model
+def test_recorded_debate_diverges_an_eighth_of_what_blending_does(smollm2: Any) -> None:
+    try:
+        path = find_workload("debate")
+    except FileNotFoundError:
+        pytest.skip("NOT RUN: the recorded workload debate is not here (TOKENDANCE_WORKLOADS)")
+    model, tokenizer = smollm2
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    session = read_rounds(path, chat=True)[0].session
+    results = []
+    systems = [make_system(name, model) for name in ("full", "pic", "tokendance")]
+    for recorded in read_rounds(path, session=session, chat=True):
+        results.append(replay_round(systems, tokenize_round(recorded, encode), 12))
+    summary = summarize(results)
+    ours, pic = summary["tokendance"], summary["pic"]
+    assert (ours["kl_siblings"] or 0.0) <= (pic["kl_siblings"] or 0.0) / 8
+    assert (ours["rows"] or 0.0) <= (pic["rows"] or 0.0)
