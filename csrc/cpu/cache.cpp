@@ -1,16 +1,21 @@
 #include "cpu/cache.h"
 
-#include <unistd.h>
+#include <stdio.h>
 
 namespace tokendance {
 namespace {
 
+// Linux's own account of the caches. sysconf asks the processor instead, and on AMD adds up the
+// last level of a whole socket, though a core reaches only its own part.
 int64_t read_cache_size() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t{32} << 20;  // where the system does not tell: what a server core complex has
+  FILE* file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  int64_t kibibytes = 0;
+  if (file) {
+    long long value = 0;
+    if (fscanf(file, "%lldK", &value) == 1) kibibytes = value;
+    fclose(file);
+  }
+  return (kibibytes > 0 ? kibibytes : int64_t{32} << 10) << 10;
 }
 
 }  // namespace

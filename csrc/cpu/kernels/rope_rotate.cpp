@@ -10,17 +10,25 @@
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
 
-constexpr int64_t kRowsAhead =
-    2;  // rows are prefetched this far ahead: gathers defeat the hardware
+constexpr int64_t kRowsAhead = 4;
+constexpr int64_t kLinesAhead = 2;
 constexpr int64_t kGrainBytes = 32768;
 
+// Enough of a gathered row to start the hardware's prefetch of the rest. All of it at once would
+// take every miss buffer from the row that is being read.
 template <typename T>
-void prefetch_row(const T* row, const RowShape& shape) {
-  for (int32_t head = 0; head < shape.num_heads; ++head) {
-    const char* at = reinterpret_cast<const char*>(row + head * shape.in_head_stride);
-    for (int64_t i = 0; i < shape.head_dim * static_cast<int64_t>(sizeof(T)); i += kCacheLine) {
-      prefetch(at + i);
-    }
+TOKENDANCE_INLINE void prefetch_start(const T* row) {
+  const char* at = reinterpret_cast<const char*>(row);
+  for (int64_t line = 0; line < kLinesAhead; ++line) prefetch(at + line * kCacheLine);
+}
+
+// A table is larger than the caches near the core, and rows with positions of their own jump in it.
+inline void prefetch_angles(const RopeTables& rope, int64_t shift) {
+  const int64_t half = rope.rotary_dim / 2;
+  const int64_t row = (shift < 0 ? -shift : shift) * half;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    prefetch(rope.cos + row + i);
+    prefetch(rope.sin + row + i);
   }
 }
 
@@ -32,9 +40,19 @@ void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int
   const auto row_in = [&](int64_t i) {
     return x + row_offset(params.x_layout, params.row_in ? params.row_in[i] : i);
   };
+  const auto shift_of = [&](int64_t i, int32_t j) {
+    return int64_t{params.position_to[i * params.destinations + j]} -
+           (params.position_from ? params.position_from[i] : 0);
+  };
   LineAngles<T, kInterleaved> angles;
   for (int64_t i = begin; i < end; ++i) {
-    if (params.row_in && i + kRowsAhead < end) prefetch_row(row_in(i + kRowsAhead), context.shape);
+    const int64_t ahead = i + kRowsAhead;
+    if (ahead < end) {
+      if (params.row_in) prefetch_start(row_in(ahead));
+      if (params.position_to && shift_of(ahead, 0) != shift_of(ahead - 1, 0)) {
+        prefetch_angles(params.rope, shift_of(ahead, 0));
+      }
+    }
     const T* in = row_in(i);
     for (int32_t j = 0; j < params.destinations; ++j) {
       const int64_t entry = i * params.destinations + j;
@@ -45,9 +63,7 @@ void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int
         if (to != in) copy_row<kWriting>(to, in, context.shape);
         continue;
       }
-      const int64_t shift =
-          int64_t{params.position_to[entry]} - (params.position_from ? params.position_from[i] : 0);
-      move_row<kWriting>(to, in, shift, context, angles);
+      move_row<kWriting>(to, in, shift_of(i, j), context, angles);
     }
   }
   if constexpr (kWriting != Writing::kStore) finish_streaming();
