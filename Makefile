@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: build test demo lint format typecheck sanitize clean
+.PHONY: build test demo bench lint format typecheck sanitize clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ test: build
 demo: build
 	$(BIN)/python -m tokendance simulate --audit --html build/demo.html
 	@echo "The page about this run: build/demo.html"
+
+# Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.
+bench: build
+	$(BIN)/python -m pytest -q -c bench/pytest.ini bench --benchmark-json build/bench.json $(BENCH_ARGS)
 
 # The CPU kernels and launch functions under AddressSanitizer + UBSan, and under ThreadSanitizer.
 sanitize: $(VENV)/ready
