@@ -98,7 +98,7 @@ def bench_decode(
         floor=floor,
         bytes=moved,
         peers={"copies": _attend(copies), "sdpa": per_agent, "sdpa_batched": batched},
-        facts={"bound": agents * (shared + private) / (shared + agents * private)},
+        facts=lambda _: {"bound": agents * (shared + private) / (shared + agents * private)},
     )
 
 

@@ -32,18 +32,13 @@ def bench_diff_encode(measure: Any, dtype: str, size: str) -> None:
         num_layers=layers,
         dtype=DTYPES[dtype],
     )
-    rows = shared + PRIVATE
-    slots = torch.full((AGENTS, max(case.lengths)), -1, dtype=torch.int64)
-    for agent, mirror in enumerate(case.mirrors):
-        slots[agent, mirror.length - rows : mirror.length] = torch.arange(rows) + agent * rows
-    dense = [torch.empty(AGENTS * rows, 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]
+    slots = torch.arange(AGENTS * case.length).view(AGENTS, case.length)
+    dense = [torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]
     k_in, v_in = dense[0::2], dense[1::2]
     ops.diff_restore(case.k_pools, case.v_pools, *case.tables, case.round, slots, k_in, v_in)
-    # Positions before an agent's private rows belong to nobody; encode wants a row for each.
-    slots[slots < 0] = 0
-    length = torch.tensor(case.lengths, dtype=torch.int32)
+    length = torch.full((AGENTS,), case.length, dtype=torch.int32)
     own = AGENTS * (PRIVATE + SEGMENTS * OVERRIDDEN)
-    moved = (shared + AGENTS * rows + own) * row_bytes
+    moved = (shared + slots.numel() + own) * row_bytes
     measure(
         lambda: ops.diff_encode(
             *(k_in, v_in, slots, length, case.k_pools, case.v_pools),

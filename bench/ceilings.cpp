@@ -59,6 +59,23 @@ void copy_past_caches(char* to, const char* from, size_t bytes, int threads) {
   }
 }
 
+// `to` and `bytes` must be multiples of 64.
+void fill_past_caches(char* to, size_t bytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int i = 0; i < threads; ++i) {
+    const Part part(bytes, i, threads);
+#if defined(__AVX512F__)
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (size_t at = part.begin; at < part.end; at += kLine) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), ones);
+    }
+    _mm_sfence();
+#else
+    memset(to + part.begin, 1, part.end - part.begin);
+#endif
+  }
+}
+
 // Returns the sum, so that nothing is optimised away. `bytes` must be a multiple of 1024.
 uint64_t read_all(const char* from, size_t bytes, int threads) {
   uint64_t total = 0;

@@ -37,6 +37,8 @@ def _library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     for copy in (loaded.copy_memcpy, loaded.copy_past_caches):
         copy.argtypes, copy.restype = [pointer, pointer, size, ctypes.c_int], None
+    loaded.fill_past_caches.argtypes = [pointer, size, ctypes.c_int]
+    loaded.fill_past_caches.restype = None
     loaded.read_all.argtypes = [pointer, size, ctypes.c_int]
     loaded.read_all.restype = ctypes.c_uint64
     return loaded
@@ -87,6 +89,21 @@ def copy(footprint: int) -> Ceiling:
             lambda: library.copy_memcpy(*arguments),
             lambda: library.copy_past_caches(*arguments),
             lambda: target.copy_(source),
+        ],
+    )
+
+
+def fill(footprint: int) -> Ceiling:
+    """Bytes written per second to an array of ``footprint`` bytes, by whichever way is fastest."""
+    size = max(footprint // 1024, 1) * 1024
+    target = _pages(size)
+    library, threads = _library(), torch.get_num_threads()
+    return Ceiling(
+        "B/s",
+        size,
+        [
+            lambda: library.fill_past_caches(target.data_ptr(), size, threads),
+            lambda: target.fill_(1),
         ],
     )
 

@@ -13,17 +13,16 @@ from tokendance.mirror import Master, Mirror, Use, empty_masks, pages_for, round
 from tokendance.rounds import RoundTensors
 from tokendance.step import with_work
 
-SHIFT = 17  # between the prompts of adjacent agents
+LONGER = 3  # private tokens that the agent which made the Masters had more than these
 
 
 @dataclass
 class BenchRound:
-    """A round on the CPU whose agents use the same Masters, each at positions of its own.
+    """A round on the CPU whose agents use the same Masters, in different orders.
 
     Attributes:
         k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
         mirrors: of the agents.
-        lengths: rows of every agent's KV.
         q: ``[R, Hq, D]``, the agents' last rows.
     """
 
@@ -37,8 +36,9 @@ class BenchRound:
     q: Tensor
 
     @property
-    def lengths(self) -> list[int]:
-        return [mirror.length for mirror in self.mirrors]
+    def length(self) -> int:
+        """Rows of every agent's KV."""
+        return self.mirrors[0].length
 
     @property
     def tables(self) -> tuple[Tensor, Tensor, bool]:
@@ -51,7 +51,7 @@ def make_round(
     shared: int,
     private: int,
     rows: int = 1,
-    segments: int = 1,
+    segments: int = 4,
     overridden: int = 0,
     num_layers: int = 1,
     num_kv_heads: int = 8,
@@ -63,6 +63,8 @@ def make_round(
 ) -> BenchRound:
     """A round of ``agents`` prompts: ``private`` own rows, then ``shared`` rows in ``segments``.
 
+    Agent a has the segments in the order a, a + 1, ...; no use has shift 0.
+
     Args:
         rows: query rows of every agent, its last ones.
         overridden: rows at the start of every segment that agents keep themselves.
@@ -71,7 +73,9 @@ def make_round(
     """
     geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
     length = shared // segments
-    masters = [Master(b"", length, private + s * length, b"", True) for s in range(segments)]
+    masters = [
+        Master(b"", length, private + LONGER + s * length, b"", True) for s in range(segments)
+    ]
     taken = 0
 
     def take(count: int) -> np.ndarray:
@@ -83,13 +87,11 @@ def make_round(
     for master in masters if not dense else []:
         master.pages = take(pages_for(length, block_size))
     for agent in range(agents):
-        begin = private + agent * SHIFT
-        total = begin + segments * length
-        # Private rows stand before the shared ones, as many for every agent.
-        own = [np.arange(agent * SHIFT, begin)]
+        own = [np.arange(private)]
         uses = []
-        for s, master in enumerate(masters):
-            delta = begin + s * length
+        for i in range(segments):
+            master = masters[(agent + i) % segments]
+            delta = private + i * length
             if dense:
                 own.append(np.arange(delta, delta + length))
                 continue
@@ -99,18 +101,18 @@ def make_round(
             uses.append(use)
         position = np.concatenate(own).astype(np.int32)
         pages = take(pages_for(len(position), block_size))
-        mirrors.append(Mirror((), total, uses, pages, position, 0))
+        mirrors.append(Mirror((), private + segments * length, uses, pages, position, 0))
     shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
     pools = [torch.empty(shape, dtype=dtype).normal_() for _ in range(2 * num_layers)]
     row_agent = np.repeat(np.arange(agents, dtype=np.int32), rows)
-    last = np.array([mirror.length for mirror in mirrors], dtype=np.int32)
-    row_position = (last[:, None] - rows + np.arange(rows, dtype=np.int32)).ravel()
+    total = private + segments * length
+    row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
     arrays, extents = round_arrays(mirrors, block_size)
     arrays, extents = with_work(arrays, extents, row_agent, row_position, group, "cpu")
     return BenchRound(
         geometry,
         block_size,
-        td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=int(last.max())),
+        td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER),
         pools[0::2],
         pools[1::2],
         mirrors,
