@@ -311,7 +311,7 @@ class _Builder:
         repaired = 0
         if isinstance(self._selection, LeadingTokens) and not continues_run:
             repaired = min(self._selection.count, rows)
-            use.override(np.arange(repaired, dtype=np.int32), self._block_size)
+            use.override_first(repaired, self._block_size)
             if repaired:
                 layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
         if isinstance(self._selection, KeyDeviation):
