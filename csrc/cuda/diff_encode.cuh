@@ -332,7 +332,7 @@ __device__ __forceinline__ void diff_encode_compact(const DiffEncodeParams& p, c
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int32_t r = row + i * rows_at_once;
-          source[i] = r < stored ? from_row[r] : -1;
+          source[i] = i == 0 || r < stored ? from_row[r] : -1;
           if (source[i] >= 0) copy[i] = load_vector<T, V>(from + source[i]);
         }
 #pragma unroll
