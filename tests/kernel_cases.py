@@ -132,7 +132,7 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
     yield checked(module, "many heads", many)
     fresh = module.random_keys(3, agents=2, tokens=3, fresh_position=False, **sizes)
     yield checked(module, "fresh keys", fresh)
-    near = module.random_keys(4, agents=3, tokens=9, max_position=3, **sizes)
+    near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
     without_angles = module.random_keys(5, agents=1, rotary_dim=0, **sizes)
     without_angles[6] = without_angles[7] = torch.empty(1, 0)
@@ -142,6 +142,8 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
         variant.dtype, variant.interleaved, sizes["layout"]
     )
     yield Case("bad indices", lambda backend: module.check(backend, keys, expected))
+    stay = module.equal_keys_that_stay(**sizes)
+    yield Case("turned by nothing", lambda backend: module.check_equal(backend, stay))
     equal = module.equal_keys(**sizes)
     yield Case("equal keys", lambda backend: module.check_equal(backend, equal))
 

@@ -187,14 +187,16 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     limit = cos.shape[0]
     cached_position[1:] = torch.tensor([3, 5, 0, limit, limit - 1, 8, 0, 1])
     fresh_position[0, 3:6] = torch.tensor([limit, 0, 0])
-    fresh_position[1, 3:6] = torch.tensor([limit - 1, 1, limit - 1])
+    fresh_position[1, 3:6] = torch.tensor([limit, 1, limit - 1])
     fresh_position[2, 3:6] = torch.tensor([1, limit, 3])
     known = [item.clone() if isinstance(item, torch.Tensor) else item for item in arguments]
+    known[1][1, 3] = -1
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
-    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = -1
-    fresh_row[0, 6], fresh_row[2, 6] = -1, fresh.shape[0] * fresh.shape[1]
+    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = known[1][1, 7] = -1
+    beyond = fresh.shape[0] * fresh.shape[1]
+    fresh_row[0, 6], fresh_row[2, 6], fresh_row[1, 7] = -1, beyond, beyond
     expected = test_key_deviation.expectation(known)
     return arguments, expected
 

@@ -157,6 +157,21 @@ def test_equal_keys_at_equal_positions_have_no_deviation(backend, dtype):
     check_equal(backend, equal_keys(dtype=dtype))
 
 
+def equal_keys_that_stay(**options):
+    """Such keys, at other positions, and angles by which nothing turns."""
+    arguments = equal_keys(**options)
+    arguments[2][:] = arguments[5] + torch.tensor([[-1], [1]])
+    arguments[2].clamp_(0)
+    arguments[6].fill_(1.0)
+    arguments[7].fill_(0.0)
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turning_by_nothing_leaves_keys_as_they_are(backend, dtype):
+    check_equal(backend, equal_keys_that_stay(dtype=dtype))
+
+
 def check_equal(backend, arguments):
     assert (check(backend, arguments)[1:] == 0).all()
 

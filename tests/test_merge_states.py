@@ -98,9 +98,9 @@ def halfway_partials(dtype):
     lse = torch.full((5, len(pairs), 1), -torch.inf)
     steps = torch.arange(1, 65).double()
     for row, (a, b) in enumerate(pairs):
-        out[a, row], out[b, row] = steps, steps + 1
+        out[a, row] = 1 + steps * torch.finfo(dtype).eps
+        out[b, row] = 0.25 + torch.finfo(dtype).eps / 2
         lse[[a, b], row] = 0.25
-    out = 1 + out * torch.finfo(dtype).eps
     return out.nan_to_num(0.0).to(dtype), lse, out.nanmean(dim=0).to(dtype)
 
 

@@ -53,7 +53,7 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
       bool has_token[kAgentsAtOnce];
 #pragma unroll
       for (int i = 0; i < kAgentsAtOnce; ++i) {
-        has_token[i] = i == 0 || first + i < p.num_agents;
+        has_token[i] = first + i < p.num_agents;
         if (!has_token[i]) continue;
         const int64_t entry = (first + i) * p.num_tokens + token;
         const int64_t row = __ldg(p.fresh_row + entry);
