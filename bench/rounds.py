@@ -1,0 +1,195 @@
+"""Recorded rounds through all systems: prefill, decode, bytes and divergence, against agents.
+
+    python -m bench.rounds [town_square agentsociety ...] [--agents 2,4,6] [--rounds 1:2]
+                           [--repeat 3] [--threads 2] [--out build/rounds]
+
+Every number of agents is replayed ``--repeat`` times by fresh systems, one system after the other,
+so that all meet the same noise; times are the best of them. Beside the times stand the ratios that
+rows and FLOPs (linear layers and attention) promise, and what part of them was reached.
+
+Writes ``rounds.json`` and, with matplotlib, one picture per workload into the output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokendance.replay import SystemResult, make_system, replay_round, summarize
+from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
+
+SYSTEMS = ("full", "prefix", "pic", "tokendance")
+FASTEST = {"prefill_s": min, "decode_tokens_per_s": max}
+
+
+@dataclass
+class Cell:
+    """One workload with one number of agents.
+
+    Attributes:
+        agents, prompt_tokens: of all replayed rounds together; ``agents`` of one round.
+        systems: by name; times are the best of the repeats.
+    """
+
+    workload: str
+    agents: int
+    rounds: int
+    prompt_tokens: int
+    systems: dict[str, SystemResult]
+
+    def over(self, other: str, figure: str) -> float:
+        """How many times as much of ``figure`` the other system takes as tokendance."""
+        mine = getattr(self.systems["tokendance"], figure)
+        return float(getattr(self.systems[other], figure) / mine)
+
+
+def replay(
+    model_and_tokenizer: tuple[Any, Any],
+    workload: str,
+    agents: int,
+    rounds: tuple[int | None, int | None] | None,
+    repeat: int,
+    new_tokens: int,
+    **options: Any,
+) -> Cell:
+    model, tokenizer = model_and_tokenizer
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    recorded = read_rounds(find_workload(workload), agents=agents, rounds=rounds, **options)
+    recorded = [one for one in recorded if one.session == recorded[0].session]
+    prompts = [tokenize_round(one, encode) for one in recorded]
+    best: dict[str, SystemResult] = {}
+    results = []
+    for _ in range(repeat):
+        systems = [make_system(name, model) for name in SYSTEMS]
+        results = [
+            replay_round(systems, segments, new_tokens, one.session, one.round)
+            for one, segments in zip(recorded, prompts, strict=True)
+        ]
+        for name, total in summarize(results).items():
+            found = SystemResult(**total)  # type: ignore[arg-type]
+            for figure, fastest in FASTEST.items():
+                if name in best:
+                    value = fastest(getattr(best[name], figure), getattr(found, figure))
+                    setattr(found, figure, value)
+            best[name] = found
+    tokens = sum(result.prompt_tokens for result in results)
+    return Cell(workload, results[0].agents, len(results), tokens, best)
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown."""
+    lines = [
+        "| workload | agents | tokens | system | prefill s | rows | stored MiB | decode tokens/s "
+        "| siblings' KL | top-1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in cells:
+        for name, result in cell.systems.items():
+            kl = result.kl_siblings
+            lines.append(
+                f"| {cell.workload} | {cell.agents} | {cell.prompt_tokens} | {name} "
+                f"| {result.prefill_s:.2f} | {result.rows:.0f} "
+                f"| {result.kv_bytes_stored / 2**20:.1f} | {result.decode_tokens_per_s:.1f} "
+                f"| {'-' if kl is None else format(kl, '.4f')} "
+                f"| {'-' if result.top1 is None else format(result.top1, '.3f')} |"
+            )
+    lines += [
+        "",
+        "| workload | agents | prefill over full | rows promise | reached | prefill over pic "
+        "| FLOPs promise | reached | decode over full | bytes over full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in cells:
+        full, rows = cell.over("full", "prefill_s"), cell.over("full", "rows")
+        pic, flops = cell.over("pic", "prefill_s"), cell.over("pic", "flops")
+        decode = 1 / cell.over("full", "decode_tokens_per_s")
+        lines.append(
+            f"| {cell.workload} | {cell.agents} | {full:.2f}x | {rows:.2f}x | {full / rows:.2f} "
+            f"| {pic:.2f}x | {flops:.2f}x | {pic / flops:.2f} | {decode:.2f}x "
+            f"| {cell.over('full', 'kv_bytes_stored'):.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Prefill time and stored bytes against agents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    agents = [cell.agents for cell in cells]
+    for name in SYSTEMS:
+        results = [cell.systems[name] for cell in cells]
+        axes[0].plot(agents, [result.prefill_s for result in results], "o-", label=name)
+        stored = [result.kv_bytes_stored / 2**20 for result in results]
+        axes[1].plot(agents, stored, "o-", label=name)
+    for axis, title in zip(axes, ("prefill, seconds", "stored KV, MiB"), strict=True):
+        axis.set(title=f"{cells[0].workload}: {title}", xlabel="agents", ylim=(0, None))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from tokendance.models import load_model
+
+    parser = argparse.ArgumentParser(prog="python -m bench.rounds", description=__doc__)
+    parser.add_argument("workloads", nargs="*", default=["town_square"])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--agents", default="2,4,6", help="comma-separated")
+    parser.add_argument("--rounds", default="1:2", metavar="A:B", help="rounds A <= round < B")
+    parser.add_argument("--max-private", type=int)
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("build/rounds"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        loaded = load_model(options.model)
+        cells = [
+            replay(
+                loaded,
+                workload,
+                int(agents),
+                parse_rounds(options.rounds),
+                options.repeat,
+                options.new_tokens,
+                max_private=options.max_private,
+                chat=options.chat,
+            )
+            for workload in options.workloads
+            for agents in options.agents.split(",")
+        ]
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"bench.rounds: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.model}, {options.threads} threads, best of {options.repeat}\n")
+    print(table(cells))
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"model": options.model, "threads": options.threads, "repeat": options.repeat}
+    report["cells"] = [asdict(cell) for cell in cells]
+    (options.out / "rounds.json").write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        for workload in options.workloads:
+            own = [cell for cell in cells if cell.workload == workload]
+            draw(own, options.out / f"{Path(workload).stem}.png")
+    except ImportError:
+        print("bench.rounds: no pictures without matplotlib", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
