@@ -3,6 +3,8 @@
 python examples/round.py
 """
 
+import torch
+
 import tokendance as td
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
 from tokendance.models import load_model
@@ -19,6 +21,7 @@ model, tokenizer = load_model("smollm2")
 geometry = geometry_of(model)
 store = td.DiffStore(geometry, rope_of(model), capacity="512MiB", block_size=8)
 engine = TransformersEngine(model, td.KVCollector(store, source="producer"))
+sampling = {"temperature": 0.7, "top_p": 0.9, "generator": torch.Generator().manual_seed(0)}
 
 
 def ids(text: str) -> list[int]:
@@ -33,10 +36,11 @@ for number in (1, 2):
         heard = [said[other] for other in PERSONAS if other in said and other != name]
         heard += [said[name]] if name in said else []
         start = f"<|im_start|>system\nYou are {name}, {persona}.<|im_end|>\n<|im_start|>user\n"
-        end = f"\n{TOPIC}<|im_end|>\n<|im_start|>assistant\n{name}: "
+        end = f"\n{TOPIC}<|im_end|>\n<|im_start|>assistant\nI, {name}, say:"
         prompts[name] = [td.private(ids(start)), *heard, td.private(ids(end))]
     plan = engine.collector.plan(prompts)
-    output = engine.generate(plan, engine.prefill(plan), 40, stop=[tokenizer.eos_token_id])
+    logits = engine.prefill(plan)
+    output = engine.generate(plan, logits, 40, stop=[tokenizer.eos_token_id], **sampling)
     plan.commit()
     said = {name: td.shared(tokens) for name, tokens in output.items()}
 
