@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: build test demo lint format typecheck sanitize clean
+.PHONY: build test demo bench lint format typecheck sanitize mutate coverage-ptx sass clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,9 +24,25 @@ demo: build
 	$(BIN)/python -m tokendance simulate --audit --html build/demo.html
 	@echo "The page about this run: build/demo.html"
 
+# Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.
+bench: build
+	$(BIN)/python -m pytest -q -c bench/pytest.ini bench --benchmark-json build/bench.json $(BENCH_ARGS)
+
 # The CPU kernels and launch functions under AddressSanitizer + UBSan, and under ThreadSanitizer.
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/cpp/run.py
+
+# What the CUDA kernels' tests notice, what they do not reach, and what the assembler makes of the
+# kernels: needs nvcc, no GPU. MUTATE_ARGS: see tools/mutate.py.
+mutate: build
+	$(BIN)/python -m tools.mutate --jobs $$(nproc) $(MUTATE_ARGS)
+
+coverage-ptx: build
+	$(BIN)/python -m tools.coverage
+
+sass: build
+	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
+	$(BIN)/python -m tools.sass --jobs $$(nproc)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -12,10 +12,11 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -234,18 +235,29 @@ def sources_of(operator: str, part: str = "*") -> list[Path]:
     return [*(path for path in parts if path != merge), merge]
 
 
+@functools.cache
 def ptx_of(operator: str, arch: str = "80", part: str = "*") -> str:
     """nvcc's PTX of the sources of an operator, one after the other."""
-    return "\n".join(ptx_of_source(source, arch) for source in sources_of(operator, part))
+    texts = [ptx_of_source(source, arch) for source in sources_of(operator, part)]
+    # Every text numbers its files from 1.
+    return texts[0] + "".join(
+        _FILE_NUMBER.sub(lambda match, i=i: f"{match[1]}{1000 * i + int(match[2])}", text)
+        for i, text in enumerate(texts[1:], 1)
+    )
+
+
+_FILE_NUMBER = re.compile(r"(^\s*\.(?:file|loc)\s+|inlined_at\s+)(\d+)", re.M)
 
 
 @functools.cache
 def ptx_of_source(source: Path, arch: str) -> str:
     """nvcc's PTX of a source, kept in ``build/ptx`` until it or a header changes."""
-    kept = CACHE / f"{source.stem}-sm{arch}-{_digest(source.read_text(), arch)}.ptx"
+    options = ("-lineinfo", *INCLUDES)  # so that tools can tell the line of an instruction
+    digest = _digest(source.read_text(), arch, *options)
+    kept = CACHE / f"{source.stem}-sm{arch}-{digest}.ptx"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        _write_once(kept, compile_ptx(source, arch, INCLUDES).encode())
+        _write_once(kept, compile_ptx(source, arch, options).encode())
     return kept.read_text()
 
 
@@ -343,16 +355,22 @@ def _row_layout(x: Tensor) -> RowLayout:
     return RowLayout(x.shape[0], x.stride(0), 0, x.stride(1), 1)
 
 
-EXECUTED: dict[tuple[str, str], set[int]] = {}
-"""Positions of the instructions that any call has executed, by architecture and kernel."""
+@dataclass
+class Reached:
+    """Positions of the instructions of a kernel that calls have executed, and of its conditional
+    jumps with whether a thread jumped or went on."""
+
+    instructions: set[int] = field(default_factory=set)
+    branches: set[tuple[int, bool]] = field(default_factory=set)
 
 
 class PtxBackend:
     """The operators by executing their PTX; tensors are on the CPU and mutated in place.
 
     ``arch`` is the architecture that nvcc compiles for. ``ptx`` replaces the PTX of an operator
-    (mutated kernels). After a call, ``stats`` holds the interpreter's counters of each launch and
-    ``launched`` the plan.
+    (mutated kernels). ``options`` are those of ``ptxrun.Module.launch``. After a call, ``stats``
+    holds the interpreter's counters of each launch and ``launched`` the plan; ``reached`` is what
+    all calls reached of each kernel.
     """
 
     name = "ptx"
@@ -362,8 +380,9 @@ class PtxBackend:
         self.arch = arch
         self.stats: list[ptxrun.Stats] = []
         self.launched: LaunchPlan | None = None
+        self.reached: dict[str, Reached] = {}
         self._replaced = ptx or {}
-        self._options = {"race": True, **options}
+        self.options = {"race": True, **options}
         self._modules: dict[tuple[str, str], ptxrun.Module] = {}
         self._module: ptxrun.Module | None = None
         self._categories: dict[int, str] = {}
@@ -404,11 +423,12 @@ class PtxBackend:
                     [bytes(params), bytes(launch.tile)],
                     shared_bytes=launch.shared_bytes,
                     smem_limit=99 * 1024,
-                    **self._options,
+                    **self.options,
                 )
                 self.stats.append(stats)
-                if not self._replaced:
-                    EXECUTED.setdefault((self.arch, name), set()).update(stats.executed)
+                reached = self.reached.setdefault(name, Reached())
+                reached.instructions |= stats.executed
+                reached.branches |= stats.branches
         finally:
             module.reset()
 

@@ -69,8 +69,12 @@ def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
     attention, merge = plan()
     assert names([attention, merge]) == ["bf16_d128_wide", "merge_bf16_wide"]
     assert (list(attention.grid), list(attention.block)) == ([20, 1, 1], [128, 1, 1])
-    # 24 rows of 16 heads of 16 vectors, 256 at a time.
+    # 24 rows of 16 heads of 16 vectors.
     assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [256, 1, 1])
+    [_, merge] = plan(num_q_heads=20)
+    assert (list(merge.grid), list(merge.block)) == ([24, 2, 1], [256, 1, 1])
+    [_, merge] = plan(num_q_heads=4, head_dim=80)
+    assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [64, 1, 1])
     assert names(plan(extents={"partials": 0})) == ["bf16_d128_wide"]
     assert names(plan(extents={"work": 0})) == ["merge_bf16_wide"]
     assert names(plan(extents={"rows": 0})) == []

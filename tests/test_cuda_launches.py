@@ -12,6 +12,9 @@ from dataclasses import replace
 import pytest
 import test_diff_encode
 import test_diff_restore
+import test_key_deviation
+import test_merge_states
+import test_rope_rotate
 import torch
 from ptx_backend import PtxBackend
 
@@ -23,8 +26,9 @@ pytestmark = [
     pytest.mark.skipif(PtxBackend.missing() is not None, reason=PtxBackend.missing() or ""),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+for_all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 all_kernels = [
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    for_all_dtypes,
     pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"]),
     pytest.mark.parametrize("layout", ["separate", "unaligned"]),
 ]
@@ -85,6 +89,25 @@ def test_encode_with_agents_in_a_tile(ptx, dtype, interleaved, layout):
     assert ptx.launched.launches[0].tile.agents == case.round.extents.agents
 
 
+def encode_of_many_agents(**options):
+    """More rows than a block has threads, and more agents than it has warps."""
+    case = testing.random_round(
+        5, agents=12, masters=(35,), private_length=2, block_size=32, num_kv_heads=1, head_dim=128,
+        room_for_all=True, **options,
+    )  # fmt: skip
+    dense = test_diff_encode.restored(case)
+    for agent, length in enumerate(case.length.tolist()):
+        test_diff_encode.alter(dense, agent, range(agent, length, 5))
+    return with_capacity(case, master_pages=600), dense
+
+
+@for_all_dtypes
+def test_encode_of_many_agents_in_a_tile(ptx, dtype):
+    case, dense = encode_of_many_agents(dtype=dtype)
+    test_diff_encode.check(ptx, test_diff_encode.forget_mirrors(case), dense)
+    assert ptx.launched.launches[0].tile.agents > 8
+
+
 def test_more_agents_than_a_tile_has(ptx):
     """The last tile is not full, and the last blocks have fewer layers."""
     case = testing.random_round(
@@ -120,6 +143,165 @@ def test_rotation_of_rows_that_fill_a_block_or_take_several(ptx, heads):
             rows, None, to.long().flip(0), None, to, tables.cos, tables.sin, False, 1.0, out
         )
     testing.assert_same_bits(*outputs)
+
+
+# Indices that are not legal --------------------------------------------------------------------
+
+
+def moves_with_bad_indices(**options):
+    """Moves of which some have no row or no angles, and the same moves without those."""
+    moves = test_rope_rotate.random_moves(1, rows=9, destinations=2, **options)
+    rows_in, rows_out = (rows.shape[0] * rows.shape[1] for rows in (moves.x, moves.out))
+    moves.row_in[0], moves.row_in[3] = -1, rows_in
+    moves.row_out[4, 1] = rows_out
+    limit = moves.cos.shape[0]
+    moves.position_from[5:7] = torch.tensor([0, limit])
+    moves.position_to[5, 0], moves.position_to[6, 1] = limit, 0
+    moves.position_to[5, 1], moves.position_to[6, 0] = 1, limit + 1
+    skipped = moves.copy()
+    skipped.row_in[0] = skipped.row_in[3] = 0
+    skipped.row_out[0] = skipped.row_out[3] = -1
+    skipped.row_out[4, 1] = skipped.row_out[5, 0] = skipped.row_out[6, 1] = -1
+    return moves, test_rope_rotate.expectation(skipped)
+
+
+@for_all_dtypes
+def test_rotation_skips_indices_out_of_range(ptx, dtype):
+    """A host that checks contents refuses them; a kernel reads and writes nothing for them."""
+    moves, expected = moves_with_bad_indices(dtype=dtype, layout="padded", out_layout="padded")
+    test_rope_rotate.check(ptx, moves, expected)
+
+
+def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
+    """Keys of which some are not there or have no angles, and the deviation of the others."""
+    arguments = test_key_deviation.random_keys(
+        1, agents=3, tokens=9, dtype=dtype, interleaved=interleaved, lacking=0.0, layout=layout,
+        cached_layout=layout,
+    )  # fmt: skip
+    fresh, fresh_row, fresh_position, cached, cached_row, cached_position, cos = arguments[:7]
+    for rows, index in ((fresh, fresh_row[1]), (cached, cached_row)):
+        last = rows.shape[0] * rows.shape[1] - 1  # the first and the last row are there
+        for token, row in ((7, 0), (8, last)):
+            rows[row // rows.shape[1], row % rows.shape[1]] = 0.5
+            index[token] = row
+    limit = cos.shape[0]
+    cached_position[1:] = torch.tensor([3, 5, 0, limit, limit - 1, 8, 0, 1])
+    fresh_position[0, 3:6] = torch.tensor([limit, 0, 0])
+    fresh_position[1, 3:6] = torch.tensor([limit, 1, limit - 1])
+    fresh_position[2, 3:6] = torch.tensor([1, limit, 3])
+    known = [item.clone() if isinstance(item, torch.Tensor) else item for item in arguments]
+    known[1][1, 3] = -1
+    known[4][1:3] = 0  # tokens without a cached key have no deviation
+    known[1][:, 1:3] = -1
+    cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
+    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = known[1][1, 7] = -1
+    beyond = fresh.shape[0] * fresh.shape[1]
+    fresh_row[0, 6], fresh_row[2, 6], fresh_row[1, 7] = -1, beyond, beyond
+    expected = test_key_deviation.expectation(known)
+    return arguments, expected
+
+
+@for_all_dtypes
+def test_deviation_skips_indices_out_of_range(ptx, dtype):
+    test_key_deviation.check(ptx, *keys_with_bad_indices(dtype))
+
+
+def restore_with_bad_indices(layout="padded", **options):
+    """A round in which a page, a shift, slots and positions are not there, dense rows, and what is
+    restored of the rest."""
+    case = testing.random_round(
+        15, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, layout=layout,
+        **options,
+    )  # fmt: skip
+    dense = testing.dense_cache(case, 1, layout=layout)
+    known, known_dense = case.copy(), dense.copy()
+    size = case.filled.block_size
+    round, skipped = case.round, known_dense.slot_mapping
+    for use in range(case.filled.uses):
+        agent, master = (int(f[use]) for f in (round.use_agent, round.use_master))
+        delta = int(round.use_delta[use])
+        if master == 1:  # its second page does not exist
+            skipped[agent, delta + size : delta + 2 * size] = -1
+    round.master_pages[int(round.master_page_indptr[1]) + 1] = case.k_pool[0].shape[0]
+    delta, length = int(round.use_delta[0]), int(round.use_length[0])
+    round.use_shift[0] = -case.cos.shape[0]
+    skipped[int(round.use_agent[0]), delta : delta + length] = -1
+    used = known.round.own_length.nonzero().flatten().tolist()
+    for agent, illegal in zip(used, (-1, skipped.shape[1]), strict=False):
+        first = int(round.own_page_indptr[agent]) * size
+        skipped[agent, int(round.own_position[first])] = -1
+        round.own_position[first] = illegal
+    last = int(round.use_agent[case.filled.uses - 1])
+    position = int(round.use_delta[case.filled.uses - 1])
+    rows = dense.k[0].shape[0] * dense.k[0].shape[1]
+    dense.slot_mapping[last, position : position + 2] = torch.tensor([-1, rows])
+    skipped[last, position : position + 2] = -1
+    return case, dense, test_diff_restore.expectation(known, known_dense)
+
+
+@for_all_dtypes
+def test_restore_skips_indices_out_of_range(ptx, dtype):
+    test_diff_restore.check(ptx, *restore_with_bad_indices(dtype=dtype))
+
+
+def encode_with_bad_indices(layout="padded", **options):
+    """A round in which no row is its Master's: some have no slot or no page, one use has no angles,
+    another begins before position 0. And what is encoded of it."""
+    module = test_diff_encode
+    case = testing.random_round(
+        22, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, table_slack=5,
+        room_for_all=True, layout=layout, **options,
+    )  # fmt: skip
+    dense = module.restored(case, layout=layout)
+    for agent, length in enumerate(case.length.tolist()):
+        module.alter(dense, agent, range(length))
+    blank = module.forget_mirrors(case)
+    expected = module.expectation(blank, dense)
+    for round in (blank.round, expected.round):
+        round.use_shift[0] = case.cos.shape[0]
+    first = case.round.use_delta.tolist().index(0)
+    for round in (blank.round, expected.round):
+        round.use_delta[first] = -3
+    expected.round.use_masks[int(case.round.use_page_indptr[first])] &= ~7
+    size, rows = case.filled.block_size, dense.k[0].shape[0] * dense.k[0].shape[1]
+    for agent, position, slot in ((2, 6, -1), (1, 9, rows), (2, 40, rows)):
+        dense.slot_mapping[agent, position] = slot
+        page = int(case.round.own_pages[int(case.round.own_page_indptr[agent]) + position // size])
+        for pool in expected.k_pool + expected.v_pool:
+            pool[page, position % size] = torch.nan
+    for agent, illegal in ((1, -1), (2, case.k_pool[0].shape[0])):
+        index = int(case.round.own_page_indptr[agent]) + 2
+        for pool in expected.k_pool + expected.v_pool:
+            pool[int(case.round.own_pages[index])] = torch.nan
+        for round in (blank.round, expected.round):
+            round.own_pages[index] = illegal
+    return blank, dense, expected
+
+
+@for_all_dtypes
+def test_encode_skips_indices_out_of_range(ptx, dtype):
+    blank, dense, expected = encode_with_bad_indices(dtype=dtype)
+    test_diff_encode.check(ptx, blank, dense, expected=expected)
+
+
+def check_in_place(ptx, dtype, wide, interleaved=False):
+    """More rows than the interpreter runs together: a block that moved a row of another would move
+    what that one has moved already."""
+    rows = 340
+    x = torch.randn(rows, 5, 80).to(dtype)
+    x = x if wide else test_merge_states.unaligned(x)
+    tables = testing.random_round(0, agents=1, masters=(30,), whole_uses=True, head_dim=80)
+    to = torch.arange(rows, dtype=torch.int32) % 30
+    got, want = testing.StorageCopies()(x), x.clone()
+    for module, rotated in ((ptx, got), (reference, want)):
+        module.rope_rotate_(rotated, None, None, to, tables.cos, tables.sin, interleaved, 1.0)
+    testing.assert_same_bits(got, want)
+
+
+@for_all_dtypes
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_rotation_in_place_of_many_rows(ptx, dtype, wide):
+    check_in_place(ptx, dtype=dtype, wide=wide)
 
 
 # Offsets beyond 32 bits ----------------------------------------------------------------------

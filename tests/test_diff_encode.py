@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ties
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,10 +53,16 @@ def forget_mirrors(case):
     return blank
 
 
-def check(backend, blank, dense, atol=0.0, rtol=0.0):
-    """Compares all of every storage with the reference's; returns the encoded round."""
+def expectation(blank, dense, atol=0.0, rtol=0.0):
+    """The round that the reference encodes."""
     expected = blank.copy()
     encoded(reference, expected, dense, atol, rtol)
+    return expected
+
+
+def check(backend, blank, dense, atol=0.0, rtol=0.0, expected=None):
+    """Compares all of every storage with the reference's; returns the encoded round."""
+    expected = expected or expectation(blank, dense, atol, rtol)
     mine, given_dense = blank.copy(backend.device), dense.copy(backend.device)
     encoded(backend, mine, given_dense, atol, rtol)
     for name in blank.round.extents.shapes():
@@ -77,7 +84,8 @@ def alter(dense, agent, positions, layer=0):
         rows = (dense.k, dense.v)[index % 2][layer]
         slot = dense.slot_mapping[agent, position : position + 1]
         row = reference.gather_rows(rows, slot).clone()
-        element = (0, index % row.shape[1], (index * 31) % row.shape[2])
+        step = index // 2  # K and V in turn
+        element = (0, step % row.shape[1], (step * 31) % row.shape[2])
         row[element] += 1
         reference.scatter_rows(rows, slot, row)
 
@@ -174,8 +182,33 @@ def test_the_master_agent_has_no_override(backend):
     assert got.round.own_length.tolist() == private.tolist()
 
 
+def rows_at_the_tolerance(dtype, **options):
+    """Every element of every row is 0.5 off, up or down. Values have a last bit that is set."""
+    case = testing.random_round(
+        19, agents=1, masters=(20,), whole_uses=True, masks="none", private_length=0,
+        room_for_all=True, dtype=dtype, **options,
+    )  # fmt: skip
+    case.round.use_shift[0] = 0
+    eps = torch.finfo(dtype).eps
+    upper = torch.arange(case.k_pool[0].shape[1]) % 2 == 1
+    values = torch.where(upper, 1.5, 1.0) + eps
+    for pool in case.k_pool + case.v_pool:
+        pool.copy_(values.view(1, -1, 1, 1).expand(pool.shape).to(dtype))
+    dense = restored(case)
+    for rows in dense.k + dense.v:
+        rows.copy_(torch.where(rows >= 1.5, rows - 0.5, rows + 0.5))
+    return forget_mirrors(case), dense
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
+def test_rows_at_the_tolerance_are_the_same(backend, dtype):
+    got = check(backend, *rows_at_the_tolerance(dtype), atol=0.5)
+    assert int(got.round.own_length[0]) == 0
+
+
+def zeros_and_nans(dtype, **options):
+    """A Master with both zeros, NaN and infinity, the same as dense rows, and those with the sign
+    of a zero changed."""
     case = testing.random_round(
         6,
         agents=1,
@@ -185,6 +218,7 @@ def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
         private_length=0,
         dtype=dtype,
         room_for_all=True,
+        **options,
     )
     case.round.use_shift[0] = 0
     rows = case.round.master_pages[:2].long()
@@ -192,13 +226,19 @@ def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
     case.v_pool[0][rows[0], 4, 1, 6] = 0.0
     case.v_pool[0][rows[0], 5, 1, 6] = -0.0
     case.k_pool[0][rows[1], 1, 0, 0] = torch.inf
-    blank = forget_mirrors(case)
-    dense = restored(case)
-    assert check(backend, blank, dense).round.own_length[0] == 0
-    slots = dense.slot_mapping[0, 4:5]
-    row = reference.gather_rows(dense.v[0], slots).clone()
+    same = restored(case)
+    changed = same.copy()
+    slots = same.slot_mapping[0, 4:5]
+    row = reference.gather_rows(same.v[0], slots).clone()
     row[0, 1, 6] = -0.0
-    reference.scatter_rows(dense.v[0], slots, row)
+    reference.scatter_rows(changed.v[0], slots, row)
+    return forget_mirrors(case), same, changed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
+    blank, same, dense = zeros_and_nans(dtype)
+    assert check(backend, blank, same).round.own_length[0] == 0
     got = check(backend, blank, dense)
     first = int(got.round.own_page_indptr[0]) * 16
     assert got.round.own_length[0] == 1
@@ -206,6 +246,60 @@ def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
     # With a tolerance the zeros are the same and the NaN is not.
     got = check(backend, blank, dense, atol=1e-3)
     assert got.round.own_position[first] == 3
+
+
+def long_prompts(**options):
+    """Prompts of several blocks of the compaction: a use of more mask words than a warp has lanes,
+    more uses than a block has warps, uses of no rows, and one prompt with nothing of its own."""
+    lengths = (280, 5, 0, 9, 0, 3, 8, 7, 1, 6, 2, 4)
+    case = testing.random_round(
+        13, agents=3, masters=lengths, whole_uses=True, masks="none", block_size=8,
+        private_length=30, room_for_all=True, **options,
+    )  # fmt: skip
+    dense = restored(case)
+    for agent, length in enumerate(case.length.tolist()):
+        alter(dense, agent, range(agent, length, 7) if agent else ())
+    return case, dense
+
+
+def test_long_prompts(backend):
+    case, dense = long_prompts(dtype=torch.bfloat16)
+    assert (case.length[: case.filled.agents] > 256).all()
+    check(backend, forget_mirrors(case), dense)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 80), (5, 64), (9, 256)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_do_not_fill_a_block_or_take_several_passes(backend, dtype, heads, head_dim):
+    case = wide_rows(heads, head_dim, dtype=dtype)
+    check(backend, forget_mirrors(case), restored(case))
+
+
+def wide_rows(heads, head_dim, **options):
+    return testing.random_round(
+        14, agents=2, masters=(9,), num_q_heads=heads, num_kv_heads=heads, head_dim=head_dim,
+        room_for_all=True, slack=False, **options,
+    )  # fmt: skip
+
+
+def halfway_round(dtype, **options):
+    case = testing.random_round(
+        18, agents=2, masters=(19,), whole_uses=True, masks="none", table_slack=9, dtype=dtype,
+        room_for_all=True, **options,
+    )  # fmt: skip
+    for pool in case.k_pool + case.v_pool:
+        ties.fill_odd_even(pool)
+    ties.set_angles(case.cos, case.sin, dtype)
+    return case
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
+    case = halfway_round(dtype, interleaved=interleaved)
+    assert (case.round.use_shift[: case.filled.uses] != 0).any()
+    got = check(backend, forget_mirrors(case), restored(case))
+    assert (got.round.use_masks[: case.filled.use_pages] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -305,23 +399,22 @@ def test_rows_that_do_not_fit_are_counted_and_not_written(backend, room):
 
 def test_tokens_before_the_end_of_a_use_are_not_needed(backend):
     """A prompt that ends within its last use: the rows beyond count as the Master's."""
+    blank, dense = prompts_that_end_early()
+    got = check(backend, blank, dense)
+    assert got.round.own_length.tolist() == blank.length.tolist()
+
+
+def prompts_that_end_early(**options):
     case = testing.random_round(
-        10,
-        agents=3,
-        masters=(40, 40),
-        whole_uses=True,
-        masks="all",
-        private_length=3,
-        room_for_all=True,
-        slack=False,
-    )
+        10, agents=3, masters=(40, 40), whole_uses=True, masks="all", private_length=3,
+        room_for_all=True, slack=False, **options,
+    )  # fmt: skip
     dense = restored(case)
     shorter = torch.tensor([1, 13, 30], dtype=torch.int32)
     blank = replace(forget_mirrors(case), length=case.length - shorter)
     for agent, length in enumerate(blank.length.tolist()):
         dense.slot_mapping[agent, length:] = ABSURD_SLOT
-    got = check(backend, blank, dense)
-    assert got.round.own_length.tolist() == blank.length.tolist()
+    return blank, dense
 
 
 @settings(max_examples=50, deadline=None)

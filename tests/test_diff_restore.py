@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ties
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,10 +25,16 @@ def restored(module, case, dense):
     )
 
 
-def check(backend, case, dense):
-    """Compares all of every storage with the reference's; returns the reference's dense rows."""
+def expectation(case, dense):
+    """The dense rows that the reference makes."""
     expected = dense.copy()
     restored(reference, case, expected)
+    return expected
+
+
+def check(backend, case, dense, expected=None):
+    """Compares all of every storage with the reference's; returns the reference's dense rows."""
+    expected = expected or expectation(case, dense)
     mine, actual = case.copy(backend.device), dense.copy(backend.device)
     restored(backend, mine, actual)
     for name, got, want in (
@@ -134,6 +141,24 @@ def test_the_agent_that_made_a_master_gets_its_bits_back(backend, dtype):
     pages = case.round.master_pages[:3].long()
     rows = case.k_pool[0][pages].flatten(0, 1)[:40]
     testing.assert_same_bits(reference.gather_rows(expected.k[0], dense.slot_mapping[0, :40]), rows)
+
+
+def halfway_round(dtype, **options):
+    case = testing.random_round(
+        17, agents=2, masters=(19,), whole_uses=True, table_slack=9, dtype=dtype, **options
+    )
+    for pool in case.k_pool + case.v_pool:
+        ties.fill_odd_even(pool)
+    ties.set_angles(case.cos, case.sin, dtype)
+    return case
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
+    case = halfway_round(dtype, interleaved=interleaved)
+    assert (case.round.use_shift[: case.filled.uses] != 0).any()
+    check(backend, case, testing.dense_cache(case, 12))
 
 
 @settings(max_examples=50, deadline=None)

@@ -79,8 +79,12 @@ def run(backend, arguments):
     return out[:-2].cpu()
 
 
-def check(backend, arguments):
-    expected = reference.key_deviation(*arguments)
+def expectation(arguments):
+    return reference.key_deviation(*arguments)
+
+
+def check(backend, arguments, expected=None):
+    expected = expectation(arguments) if expected is None else expected
     got = run(backend, arguments)
     assert not got.isnan().any()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-8)
@@ -136,14 +140,39 @@ def test_heads(backend, heads):
     check(backend, random_keys(4, heads=heads, head_dim=96, dtype=torch.float16))
 
 
-def test_equal_keys_at_equal_positions_have_no_deviation(backend):
-    arguments = random_keys(5, agents=2, lacking=0.0, dtype=torch.bfloat16)
+def equal_keys(**options):
+    """Arguments of which every fresh key but the first token's is the cached one."""
+    arguments = random_keys(5, agents=2, lacking=0.0, **options)
     fresh, fresh_row, fresh_position, cached, cached_row, cached_position = arguments[:6]
     fresh_row[:, 0] = fresh_row[:, 1]
     fresh_position[:] = cached_position
     for agent in range(2):
         rows = reference.gather_rows(cached, cached_row)
         reference.scatter_rows(fresh, fresh_row[agent, 1:], rows[1:])
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_keys_at_equal_positions_have_no_deviation(backend, dtype):
+    check_equal(backend, equal_keys(dtype=dtype))
+
+
+def equal_keys_that_stay(**options):
+    """Such keys, at other positions, and angles by which nothing turns."""
+    arguments = equal_keys(**options)
+    arguments[2][:] = arguments[5] + torch.tensor([[-1], [1]])
+    arguments[2].clamp_(0)
+    arguments[6].fill_(1.0)
+    arguments[7].fill_(0.0)
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turning_by_nothing_leaves_keys_as_they_are(backend, dtype):
+    check_equal(backend, equal_keys_that_stay(dtype=dtype))
+
+
+def check_equal(backend, arguments):
     assert (check(backend, arguments)[1:] == 0).all()
 
 

@@ -150,7 +150,7 @@ def test_tenants_never_match() -> None:
 
 
 def test_alone_computes_segments_without_context() -> None:
-    collector = td.KVCollector(make_store(), source="alone")
+    collector = td.KVCollector(make_store(), source="alone", selection=td.LeadingTokens(4))
     plan = collector.plan(
         {
             "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
@@ -172,7 +172,7 @@ def test_alone_computes_segments_without_context() -> None:
 @pytest.mark.parametrize("source", ["master", "producer"])
 def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> None:
     store = make_store()
-    collector = td.KVCollector(store, source=source)
+    collector = td.KVCollector(store, source=source, selection=td.LeadingTokens(4))
     plan = collector.plan({"a": [td.private(MINE)], "b": [td.private(YOURS)]})
     run_prefill(collector, plan)
     said = [int(token) for token in tokens(20, 12)]
@@ -197,3 +197,39 @@ def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> No
     else:
         assert origins(again, "b")[1] == (29, 41, Origin.MASTER)
     assert origins(again, "b")[0] == (0, 29, Origin.EARLIER)
+
+
+def test_what_no_other_agent_has_is_not_reused_from_another_context() -> None:
+    store = make_store()
+    collector = td.KVCollector(store, selection=td.LeadingTokens(4))
+    first = {"a": [td.private(MINE), td.shared(A)], "b": [td.private(YOURS), td.shared(A)]}
+    run_round(collector, first)
+    history = [td.private(C), td.shared(A), td.private(MINE)]
+    plan = collector.plan({"b": history, "c": [td.private(YOURS)]})
+    assert origins(plan, "b") == [(0, 17, Origin.OWN), (17, 37, Origin.OWN), (37, 50, Origin.OWN)]
+    plan.abort()
+    # An agent alone cannot tell, two agents share.
+    assert origins(collector.plan({"b": history}), "b")[1] == (17, 21, Origin.REPAIRED)
+    plan = collector.plan({"b": history, "c": [td.private(YOURS), *history[1:]]})
+    assert origins(plan, "b")[1] == (17, 21, Origin.REPAIRED)
+
+
+def test_a_better_informed_agent_takes_over_the_first_segments() -> None:
+    """What the first agent has in front was computed without what others have there."""
+    a, b, c = td.shared(A), td.shared(B), td.shared(C)
+    prompts = {
+        "first": [td.private(tokens(30, 9)), a, b, c],
+        "second": [td.private(tokens(31, 9)), b, c, a],
+        "third": [td.private(tokens(32, 9)), c, b, a],
+        "fourth": [td.private(tokens(33, 9)), b, c, a],
+    }
+    plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(prompts)
+    assert plan.master_agents == ["first", "second"]
+    assert origins(plan, "first")[1:3] == [(9, 29, Origin.OWN), (29, 59, Origin.MASTER)]
+    assert origins(plan, "second")[-1] == (9 + 47, 9 + 67, Origin.MASTER)
+    plan.abort()
+    # Reused exactly by one of its users, a segment stays with the first agent.
+    prompts["fourth"] = list(prompts["first"])
+    plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(prompts)
+    assert plan.master_agents == ["first"]
+    assert origins(plan, "fourth")[1] == (9, 29, Origin.EXACT)

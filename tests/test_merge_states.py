@@ -28,12 +28,23 @@ def partials(seed, count, rows, heads, head_dim, dtype, blind=0.0, spread=3.0):
     return out.to(dtype), lse
 
 
-def check(backend, partial_out, partial_lse, sinks=None):
-    expected_out, expected_lse = reference.merge_states(partial_out, partial_lse, sinks)
+def unaligned(tensor):
+    """The same, one element behind the start of its storage."""
+    storage = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype)
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
+def expectation(partial_out, partial_lse, sinks=None):
+    return reference.merge_states(partial_out, partial_lse, sinks)
+
+
+def check(backend, partial_out, partial_lse, sinks=None, expected=None):
+    """Compares with the reference; the output is aligned as the partials are."""
+    expected_out, expected_lse = expected or expectation(partial_out, partial_lse, sinks)
     to = testing.StorageCopies(backend.device)
     out = torch.full(partial_out.shape[1:], torch.nan, dtype=partial_out.dtype)
-    lse = torch.full(partial_lse.shape[1:], torch.nan)
-    out, lse = to(out), to(lse)
+    out = to(unaligned(out) if partial_out.storage_offset() else out)
+    lse = to(torch.full(partial_lse.shape[1:], torch.nan))
     sinks = None if sinks is None else to(sinks)
     backend.merge_states_out(to(partial_out), to(partial_lse), sinks, out, lse)
     scale = max(1.0, float(partial_out.float().abs().max())) if partial_out.numel() else 1.0
@@ -52,7 +63,14 @@ def test_merging(backend, dtype, head_dim, with_sinks):
     check(backend, out, lse, torch.tensor([0.5, -2.0, 4.0]) if with_sinks else None)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["no_sinks", "sinks"])
+def test_tensors_that_are_not_aligned(backend, dtype, with_sinks):
+    out, lse = partials(7, 4, 6, 3, 80, dtype, blind=0.3)
+    check(backend, unaligned(out), lse, torch.tensor([0.5, -2.0, 4.0]) if with_sinks else None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 33])
 @pytest.mark.parametrize("rows", [0, 1, 40])
 def test_sizes(backend, count, rows):
     check(backend, *partials(1, count, rows, 2, 64, torch.float32, blind=0.2), torch.zeros(2))
@@ -70,6 +88,36 @@ def test_one_partial_passes_through(backend):
     merged, merged_lse = check(backend, out, lse)
     testing.assert_same_bits(merged, out[0])
     torch.testing.assert_close(merged_lse, lse[0], rtol=1e-6, atol=1e-6)
+
+
+def halfway_partials(dtype):
+    """In each row two of five partials saw something, and with equal weight. Their mean lies
+    halfway between neighbours of the dtype: it is the even one."""
+    pairs = [(a, b) for a in range(5) for b in range(5) if a != b]
+    out = torch.full((5, len(pairs), 1, 64), torch.nan, dtype=torch.float64)
+    lse = torch.full((5, len(pairs), 1), -torch.inf)
+    steps = torch.arange(1, 65).double()
+    for row, (a, b) in enumerate(pairs):
+        out[a, row] = 1 + steps * torch.finfo(dtype).eps
+        out[b, row] = 0.25 + torch.finfo(dtype).eps / 2
+        lse[[a, b], row] = 0.25
+    return out.nan_to_num(0.0).to(dtype), lse, out.nanmean(dim=0).to(dtype)
+
+
+def check_halfway(backend, partial_out, partial_lse, mean):
+    merged, _ = check(backend, partial_out, partial_lse)
+    testing.assert_same_bits(merged, mean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype):
+    check_halfway(backend, *halfway_partials(dtype))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 9])
+def test_any_partial_may_be_the_highest(backend, count):
+    """Far above the others: the exponential of anything but the difference would overflow."""
+    check(backend, *partials(8, count, 40, 3, 64, torch.float32, blind=0.2, spread=200.0))
 
 
 @pytest.mark.parametrize("middle", [-500.0, 0.0, 500.0])

@@ -66,8 +66,8 @@ def test_everything_and_prefix_caching_diverge_from_nothing() -> None:
 
 def test_our_counts_follow_from_the_plan() -> None:
     model = tiny_llama()
-    systems = [make_system("full", model), CollectiveReuse(model, capacity="64MiB")]
-    result = replay_round(systems, prompts(), 3)
+    ours = CollectiveReuse(model, selection=td.LeadingTokens(4), capacity="64MiB")
+    result = replay_round([make_system("full", model), ours], prompts(), 3)
     full, ours = result.systems["full"], result.systems["tokendance"]
     # x computes all 64 rows, y its private 21 and the first four of each of two broken runs.
     assert (full.rows, ours.rows, ours.rows_overridden) == (136, 64 + 21 + 8, 8)

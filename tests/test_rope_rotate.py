@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import ties
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,10 +113,17 @@ def random_moves(
     )
 
 
-def check(backend, moves):
-    """Runs the operator and the reference on copies and compares all of both storages."""
-    expected, actual = moves.copy(), moves.copy(backend.device)
+def expectation(moves):
+    """What the reference makes of a copy."""
+    expected = moves.copy()
     reference.rope_rotate_out(*expected.arguments())
+    return expected
+
+
+def check(backend, moves, expected=None):
+    """Runs the operator on a copy and compares all of the storages with the reference's."""
+    expected = expected or expectation(moves)
+    actual = moves.copy(backend.device)
     backend.rope_rotate_out(*actual.arguments())
     testing.assert_same_storage(actual.out, expected.out, "out")
     testing.assert_same_storage(actual.x, moves.x, "x")
@@ -255,6 +263,31 @@ def test_a_row_that_stays_keeps_every_bit(backend, dtype):
     reference.scatter_rows(moves.x, moves.row_in, pattern)
     actual = check(backend, moves)
     testing.assert_same_bits(reference.gather_rows(actual.out.cpu(), moves.row_out), pattern)
+
+
+def halfway_moves(dtype, **options):
+    moves = random_moves(43, dtype=dtype, **options)
+    moves.x.nan_to_num_(0.0)
+    ties.fill_odd_even(moves.x)
+    ties.set_angles(moves.cos, moves.sin, dtype)
+    return moves
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
+    actual = check(backend, halfway_moves(dtype, interleaved=interleaved))
+    moved = reference.gather_rows(actual.out.cpu(), actual.row_out.cpu())
+    assert dtype == torch.float32 or (moved[1, :, 1::2] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("step", [-1, 1])
+def test_one_position(backend, dtype, step):
+    moves = random_moves(47, dtype=dtype, rows=2)
+    moves.position_from = torch.tensor([5, 5], dtype=torch.int32)
+    moves.position_to = moves.position_from + step
+    check(backend, moves)
 
 
 def test_no_rows(backend):

@@ -39,7 +39,7 @@ class KVCollector:
         sources = [known.value for known in Source]
         if source not in sources:
             raise ValueError(f"source: expected one of {sources}, got {source!r}")
-        selection = LeadingTokens(4) if selection is None else selection
+        selection = LeadingTokens() if selection is None else selection
         if not isinstance(selection, LeadingTokens | KeyDeviation | Everything | Nothing):
             raise ValueError(
                 "selection: expected LeadingTokens, KeyDeviation, Everything or Nothing, "

@@ -124,7 +124,9 @@ def lay_out(
     }
     made: dict[bytes, Master] = {}
     layouts: list[AgentLayout] = []
-    builder = _Builder(find, made, selection, block_size, shortest)
+    repairs_runs = isinstance(selection, LeadingTokens) and source is not Source.ALONE
+    lone = _lone(tokens) if repairs_runs else frozenset[bytes]()
+    builder = _Builder(find, made, selection, block_size, shortest, lone)
     # Without context almost nothing is exact: under Everything no Master is worth computing alone.
     if source is Source.ALONE and not isinstance(selection, Everything):
         alone = {segment.digest: segment for segments in wanted.values() for segment in segments}
@@ -132,7 +134,9 @@ def lay_out(
             layouts.append(builder.build(None, (segment,), None, 0, {segment.digest}))
         order, makes = list(tokens), dict.fromkeys(tokens, frozenset[bytes]())
     else:
-        order, makes = _master_agents(wanted)
+        # Only where inexact rows are reused does it matter what a Master has seen.
+        repairs = isinstance(selection, LeadingTokens | KeyDeviation)
+        order, makes = _master_agents(wanted, tokens if repairs else {})
     for agent in order:
         layouts.append(
             builder.build(agent, tokens[agent], mirrors.get(agent), prefixes[agent], makes[agent])
@@ -172,13 +176,23 @@ def _own_prefix(segments: Sequence[Segment], mirror: Mirror | None) -> int:
     return min(prefix, max(total - 1, 0))
 
 
+def _lone(prompts: Mapping[str, Sequence[Segment]]) -> frozenset[bytes]:
+    """Segments that one agent of the round has, if there are several agents."""
+    users: dict[bytes, int] = {}
+    for segments in prompts.values():
+        for digest in {segment.digest for segment in segments}:
+            users[digest] = users.get(digest, 0) + 1
+    return frozenset(d for d, count in users.items() if count == 1 and len(prompts) > 1)
+
+
 def _master_agents(
-    wanted: Mapping[str, Sequence[Segment]],
+    wanted: Mapping[str, Sequence[Segment]], prompts: Mapping[str, Sequence[Segment]]
 ) -> tuple[list[str], dict[str, frozenset[bytes]]]:
     """Greedy cover: who computes which segment, and in which order the agents come.
 
     An agent that covers the most tokens which others want too comes first; then the next, over what
     is still uncovered. A segment that only one agent wants is computed by that agent, in place.
+    With ``prompts``, a second agent takes over what `_better_informed` says.
     """
     users: dict[bytes, int] = {}
     length: dict[bytes, int] = {}
@@ -200,9 +214,71 @@ def _master_agents(
         makes[best] |= covered
         uncovered -= covered
         order.append(best)
+        if len(order) == 1 and prompts:
+            second, taken = _better_informed(best, covered, digests, prompts)
+            if taken:
+                makes[best] -= taken
+                makes[second] |= taken | (digests[second] & uncovered)
+                uncovered -= digests[second]
+                order.append(second)
     leaders = set(order)
     order += [agent for agent in wanted if agent not in leaders]
     return order, {agent: frozenset(mine) for agent, mine in makes.items()}
+
+
+def _better_informed(
+    first: str,
+    covered: set[bytes],
+    digests: Mapping[str, set[bytes]],
+    prompts: Mapping[str, Sequence[Segment]],
+) -> tuple[str, set[bytes]]:
+    """The agent in whose prompt Masters of the first Master agent would have seen more, and which.
+
+    What a Master never attended to is missing from it, and a repair of its first rows does not
+    bring it back; what it has seen too much does far less harm. Where agents have the segments in
+    orders of their own, the first agent's first segments have seen nothing of what other prompts
+    have in front of them. The other agent's Masters cost their rows once more, whatever the number
+    of siblings: the first agent keeps a copy of its own.
+
+    A segment is taken over if its users' left contexts are unseen by more than a quarter on average
+    and the other agent brings that down by a third. One that a user has in the first agent's very
+    context, where it is reused exactly, stays.
+    """
+    left: dict[str, dict[bytes, tuple[bytes, dict[bytes, int]]]] = {}
+    for agent, segments in prompts.items():
+        context, before = b"", dict[bytes, int]()
+        left[agent] = {}
+        for segment in segments:
+            left[agent].setdefault(segment.digest, (context, dict(before)))
+            context = chain(context, segment.digest)
+            if segment.is_shared:
+                before[segment.digest] = segment.length
+
+    def unseen(maker: str, digest: bytes, users: Sequence[str]) -> float:
+        """Mean share of the shared tokens in front of the segment that its maker never saw."""
+        seen = left[maker][digest][1]
+        total = 0.0
+        for user in users:
+            before = left[user][digest][1]
+            lacking = sum(length for one, length in before.items() if one not in seen)
+            total += lacking / max(sum(before.values()), 1)
+        return total / len(users)
+
+    best, best_taken, best_gain = first, set[bytes](), 0.0
+    for agent in prompts:
+        taken, gain = set[bytes](), 0.0
+        for digest in covered & digests[agent] if agent != first else ():
+            users = [u for u in prompts if u not in (first, agent) and digest in digests[u]]
+            context = left[first][digest][0]
+            if not users or any(left[user][digest][0] == context for user in users):
+                continue
+            now, then = unseen(first, digest, users), unseen(agent, digest, users)
+            if now > 1 / 4 and then <= 2 / 3 * now:
+                taken.add(digest)
+                gain += now - then
+        if gain > best_gain:
+            best, best_taken, best_gain = agent, taken, gain
+    return best, best_taken
 
 
 class _Builder:
@@ -215,12 +291,14 @@ class _Builder:
         selection: Selection,
         block_size: int,
         shortest: int,
+        lone: frozenset[bytes],
     ) -> None:
         self._find = find
         self._made = made
         self._selection = selection
         self._block_size = block_size
         self._shortest = shortest
+        self._lone = lone
 
     def build(
         self,
@@ -266,12 +344,14 @@ class _Builder:
                 source_context = context
             else:
                 found = self._lookup(segment)
-                assert found is not None
-                master, rows = found
-                is_exact = exact and master.exact and master.context == context
-                if isinstance(self._selection, Everything) and not is_exact:
+                is_exact = (
+                    found is not None and exact and found[0].exact and found[0].context == context
+                )
+                computes = isinstance(self._selection, Everything) or segment.digest in self._lone
+                if found is None or (computes and not is_exact):
                     self._compute(layout, begin, end)
                 else:
+                    master, rows = found
                     self._reuse(layout, master, begin, rows, is_exact, master.context == run)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
@@ -311,7 +391,7 @@ class _Builder:
         repaired = 0
         if isinstance(self._selection, LeadingTokens) and not continues_run:
             repaired = min(self._selection.count, rows)
-            use.override(np.arange(repaired, dtype=np.int32), self._block_size)
+            use.override_first(repaired, self._block_size)
             if repaired:
                 layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
         if isinstance(self._selection, KeyDeviation):

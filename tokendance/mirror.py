@@ -96,6 +96,14 @@ class Use:
         bits = np.left_shift(np.uint32(1), (rows % block_size).astype(np.uint32))
         np.bitwise_or.at(self.masks, rows // block_size, bits)
 
+    def override_first(self, rows: int, block_size: int) -> None:
+        """Marks the first ``rows`` rows of the Master as replaced by own rows."""
+        full, rest = divmod(rows, block_size)
+        if full:
+            self.masks[:full] |= np.uint32((1 << block_size) - 1)
+        if rest:
+            self.masks[full] |= np.uint32((1 << rest) - 1)
+
     def overridden(self, block_size: int) -> IntArray:
         """The rows that own rows replace, ascending."""
         bits = (self.masks[:, None] >> np.arange(block_size, dtype=np.uint32)) & np.uint32(1)

@@ -16,10 +16,13 @@ class LeadingTokens:
     2410.15332).
 
     A run is a sequence of segments that stood next to each other, in this order, where their
-    Masters were computed: inside it the context does not break.
+    Masters were computed: inside it the context does not break. A segment that no other agent of
+    the round has (an agent's own history) is computed as a whole, unless it is exact: whoever
+    shares it with nobody would save its rows once and carry another context's traces from then on.
+    A round of one agent cannot tell, and reuses all that is stored.
     """
 
-    count: int = 4
+    count: int = 8
 
     def __post_init__(self) -> None:
         if self.count < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokendance import _planner, ops
 from tokendance.mirror import Use, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
-from tokendance.rounds import IntArray, RoundTensors
+from tokendance.rounds import IntArray, RoundExtents, RoundTensors
 from tokendance.selection import KeyDeviation
 
 # Query heads x rows that a work item may have: the height of the kernels' tiles.
@@ -230,36 +230,16 @@ class Step:
             block = self._store.block_size
             geometry = self._store.geometry
             arrays, extents = round_arrays([rows.state for rows in self._rows], block)
-            arrays["row_agent"] = self._row_agent
-            arrays["row_position"] = self._host_positions
             group = geometry.num_q_heads // geometry.num_kv_heads
-            work = _planner.plan_work(
-                arrays["row_agent"],
-                arrays["row_position"],
-                arrays["use_agent"],
-                arrays["use_master"],
-                arrays["use_delta"],
-                arrays["use_length"],
-                arrays["master_page_indptr"],
-                arrays["own_length"],
-                arrays["own_page_indptr"],
-                arrays["own_position"],
-                block_size=block,
-                max_tile_rows=max(1, _TILE_HEIGHT // group),
-                target_items=_TARGET_ITEMS.get(self._store.device.type, _TARGET_ITEMS["cuda"]),
-                max_splits=_MAX_SPLITS,
-                window=window,
-            )
-            extents = replace(
+            arrays, extents = with_work(
+                arrays,
                 extents,
-                rows=len(self._row_agent),
-                work=len(work["work"]),
-                work_rows=len(work["work_rows"]),
-                work_chunks=len(work["work_chunks"]),
-                partials=len(work["row_partials"]),
+                self._row_agent,
+                self._host_positions,
+                group,
+                self._store.device.type,
+                window,
             )
-            for name in ("work", "work_rows", "work_chunks", "row_partial_indptr", "row_partials"):
-                arrays[name] = work[name]
             self._rounds[window] = RoundTensors.from_arrays(
                 arrays, extents, device=self._store.device
             )
@@ -348,6 +328,61 @@ class Step:
             rows.positions = rows.positions[stays]
             rows.token_ids = rows.token_ids[stays]
         return np.concatenate(kept)
+
+
+def with_work(
+    arrays: Mapping[str, IntArray],
+    extents: RoundExtents,
+    row_agent: IntArray,
+    row_position: IntArray,
+    group: int,
+    device_type: str,
+    window: int = 0,
+) -> tuple[dict[str, IntArray], RoundExtents]:
+    """Adds the query rows of a step, and their work list, to the fields of a round.
+
+    Args:
+        arrays, extents: as `round_arrays` gives them.
+        row_agent, row_position: int32 ``[R]``; the rows of an agent are adjacent and ascend.
+        group: G, query heads per KV head.
+        device_type: of the device that the work is cut for.
+        window: sliding window that the work list may rely on; 0 = none.
+    """
+    work = _planner.plan_work(
+        row_agent,
+        row_position,
+        arrays["use_agent"],
+        arrays["use_master"],
+        arrays["use_delta"],
+        arrays["use_length"],
+        arrays["master_page_indptr"],
+        arrays["own_length"],
+        arrays["own_page_indptr"],
+        arrays["own_position"],
+        block_size=extents.block_size,
+        max_tile_rows=max(1, _TILE_HEIGHT // group),
+        target_items=_TARGET_ITEMS.get(device_type, _TARGET_ITEMS["cuda"]),
+        max_splits=_MAX_SPLITS,
+        window=window,
+    )
+    extents = replace(
+        extents,
+        rows=len(row_agent),
+        work=len(work["work"]),
+        work_rows=len(work["work_rows"]),
+        work_chunks=len(work["work_chunks"]),
+        partials=len(work["row_partials"]),
+    )
+    fields = {
+        "row_agent": row_agent,
+        "row_position": row_position,
+        "work": work["work"],
+        "work_rows": work["work_rows"],
+        "work_chunks": work["work_chunks"],
+        "row_partial_indptr": work["row_partial_indptr"],
+        "row_partials": work["row_partials"],
+    }
+    return {**arrays, **fields}, extents
 
 
 def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:

@@ -31,19 +31,26 @@ struct UsePage {
   int32_t rows;        // rows of the page that the use spans, from its first
 };
 
+// The part of use `use` (-1: none) of an agent in page `page` of its Master; no rows if it has
+// none.
+template <typename Round>
+TOKENDANCE_INLINE UsePage use_page(const Round& round, int64_t agent, int64_t use, int64_t page) {
+  const int64_t block_size = round.extents.block_size;
+  const int64_t left = use < 0 ? 0 : round.use_length[use] - page * block_size;
+  if (left <= 0) return {agent, 0, 0, 0, 0};
+  return {agent, round.use_shift[use], round.use_delta[use] + page * block_size,
+          round.use_page_indptr[use] + page,
+          static_cast<int32_t>(left < block_size ? left : block_size)};
+}
+
 // Calls visit(UsePage) for each agent that uses page `page` of Master `master`, in order.
 template <typename Round, typename Visit>
 inline void for_each_use_of_page(const Round& round, int64_t master, int64_t page,
                                  const Visit& visit) {
-  const int64_t block_size = round.extents.block_size;
   for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
     const int64_t use = round.agent_use[agent * round.extents.masters + master];
-    if (use < 0) continue;
-    const int64_t left = round.use_length[use] - page * block_size;
-    if (left <= 0) continue;
-    visit(UsePage{agent, round.use_shift[use], round.use_delta[use] + page * block_size,
-                  round.use_page_indptr[use] + page,
-                  static_cast<int32_t>(left < block_size ? left : block_size)});
+    const UsePage part = use_page(round, agent, use, page);
+    if (part.rows > 0) visit(part);
   }
 }
 

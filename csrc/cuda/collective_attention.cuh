@@ -83,14 +83,14 @@ __device__ __forceinline__ int32_t rows_up_to(const int32_t* positions, int32_t 
   // In decode all of them are.
   if (count == 0 || __ldg(positions + count - 1) <= position) return count;
   int32_t low = 0, high = count - 1;  // rows before `low` are, row `high` is not
-  while (low < high) {
+  do {
     const int32_t middle = (low + high) / 2;
     if (__ldg(positions + middle) <= position) {
       low = middle + 1;
     } else {
       high = middle;
     }
-  }
+  } while (low < high);
   return low;
 }
 
@@ -143,7 +143,6 @@ class AttentionTile {
   using Products = AttentionProducts<T, kHeadDim, kKeys>;
   using Rows = SwizzledRows<T, kHeadDim>;
   static constexpr int kElements = kKeys * kHeadDim;  // of a stage
-  static constexpr int kNobody = -2147483647 - 1;     // no source
   // Adjacent rows that a thread copies its piece of. More than one only where lanes that copy in
   // one phase are within a row: rows further apart would meet in the same banks.
   static constexpr int column_rows() {
@@ -153,8 +152,7 @@ class AttentionTile {
   }
   static constexpr int kColumnRows = column_rows();
 
-  // Shared memory
-  // ----------------------------------------------------------------------------------
+  // Shared memory -------------------------------------------------------------------------------
 
   template <typename Element>
   static __device__ __forceinline__ Element* shared_at(int32_t offset) {
@@ -180,8 +178,7 @@ class AttentionTile {
     return shared_at<int2>(kRowsAt + 2 * kShape.row_bytes) + set * kShape.warps;
   }
 
-  // What is seen
-  // -----------------------------------------------------------------------------------
+  // What is seen --------------------------------------------------------------------------------
 
   __device__ __forceinline__ Sight sight_of(const QueryRow& query, const int4& chunk) const {
     Sight sight = {0, -1, -1, kNoShift};
@@ -273,8 +270,7 @@ class AttentionTile {
     return visible;
   }
 
-  // Copies
-  // -----------------------------------------------------------------------------------------
+  // Copies --------------------------------------------------------------------------------------
 
   // Page ids of the next tile: lane i has that of its i-th page.
   __device__ __forceinline__ int32_t page_ids() const {
@@ -325,8 +321,7 @@ class AttentionTile {
     }
   }
 
-  // Queries
-  // ----------------------------------------------------------------------------------------
+  // Queries -------------------------------------------------------------------------------------
 
   // Rotates the warp's queries for a source, R(p) R(-shift), into shared memory. A lane has one
   // pair of dims of every row.
@@ -335,7 +330,9 @@ class AttentionTile {
     const int32_t half = p.rope.rotary_dim / 2;
     __syncwarp();  // all lanes are done with what stood there
 #pragma unroll 1
-    for (int32_t pair = lane; pair < kHeadDim / 2; pair += kWarpSize) {
+    for (int32_t first = 0; first < kHeadDim / 2; first += kWarpSize) {
+      const int32_t pair = first + lane;
+      if (kHeadDim / 2 % kWarpSize != 0 && pair >= kHeadDim / 2) break;
       // Dims that stay as they are make pairs of neighbours.
       const bool rotates = pair < half;
       const bool split = rotates && !p.rope.interleaved;
@@ -372,21 +369,20 @@ class AttentionTile {
   }
 
   // The next tile becomes this one. At the start of a chunk, the queries turn to its source.
-  __device__ __forceinline__ void take_next() {
-    if (next.chunk != tile.chunk) {
+  __device__ __forceinline__ void take_next(bool is_first) {
+    if (is_first || next.chunk != tile.chunk) {
       const Sight sight = load_whole(sights() + lane % kAttentionWarpRows);
       low = sight.low;
       high = sight.high;
       masks = sight.masks;
       const int32_t rotation = max(next.source, -1);
-      if (rotation != rotated_for) rotate_queries();
+      if (is_first || rotation != rotated_for) rotate_queries();
       rotated_for = rotation;
     }
     tile = next;
   }
 
-  // Attention
-  // --------------------------------------------------------------------------------------
+  // Attention -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void attend(int32_t chunk_begin) {
     find_chunk(chunk_begin);
@@ -400,7 +396,7 @@ class AttentionTile {
       copy_tile(p.v_pool, p.v_layout, page_id, values);
       cp_async_commit();
     }
-    take_next();
+    take_next(true);
 #pragma unroll 1
     while (true) {
       cp_async_wait<1>();
@@ -440,7 +436,7 @@ class AttentionTile {
       keys = following;
       following = values;
       values = free;
-      take_next();
+      take_next(false);
     }
   }
 
@@ -526,8 +522,7 @@ class AttentionTile {
     }
   }
 
-  // Results
-  // ----------------------------------------------------------------------------------------
+  // Results -------------------------------------------------------------------------------------
 
   // partial_begin < 0: rows of the output; else partials, from that of the item's first row on.
   __device__ __forceinline__ void write(int32_t partial_begin, int32_t first_query) const {
@@ -631,9 +626,9 @@ class AttentionTile {
   const int32_t chunk_end;
   const int32_t block_shift;  // log2 of the rows of a page
 
-  TileOfKeys tile = {-1, 0, 0, 0, nullptr};  // that is attended to
-  TileOfKeys next = {};                      // that is copied
-  int32_t rotated_for = kNobody;             // Master, or -1: own rows
+  TileOfKeys tile;      // that is attended to
+  TileOfKeys next;      // that is copied
+  int32_t rotated_for;  // Master, or -1: own rows
   // Sight of query row lane % 16, of the tile's chunk.
   int32_t low, high, masks;
 

@@ -14,54 +14,51 @@
 
 namespace tokendance::cuda {
 
-// A thread has one vector of one row and head. All threads of a head compute the same weights:
-// their loads of indices and LSEs are broadcasts.
+// A block has a row, or some of its heads; a thread one vector of one head. All threads of a head
+// compute the same weights: their loads of indices and LSEs are broadcasts.
 template <typename T, int V>
 __device__ __forceinline__ void merge_partials(const CollectiveAttentionParams& p) {
-  const int32_t vectors = p.head_dim / V;
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t row_head = static_cast<int64_t>(static_cast<uint64_t>(index) / vectors);
-  const int64_t row = static_cast<int64_t>(static_cast<uint64_t>(row_head) / p.num_q_heads);
-  if (row >= p.round.extents.rows) return;
+  const int64_t row = blockIdx.x;
   const int32_t begin = __ldg(p.round.row_partial_indptr + row);
   const int32_t end = __ldg(p.round.row_partial_indptr + row + 1);
-  if (begin == end) return;  // padding, or written by its only item
-  const int32_t dim = static_cast<int32_t>(static_cast<uint64_t>(index) % vectors) * V;
-  const int32_t head = static_cast<int32_t>(row_head - row * p.num_q_heads);
+  if (begin >= end) return;  // padding, or written by its only item
+  const uint32_t index = blockIdx.y * blockDim.x + threadIdx.x;
+  const uint32_t vectors = static_cast<uint32_t>(p.head_dim) / V;
+  const int32_t head = static_cast<int32_t>(index / vectors);
+  const int32_t dim = static_cast<int32_t>(index % vectors) * V;
+  if (head >= p.num_q_heads) return;
   const int64_t heads = p.round.extents.partials * p.num_q_heads;
   const float* const partial_lse = p.workspace + heads * p.head_dim;
   auto place_of = [&](int32_t i) {
     return int64_t{__ldg(p.round.row_partials + i)} * p.num_q_heads + head;
   };
 
-  float highest = -INFINITY;
-  for (int32_t i = begin; i < end; ++i) {
-    highest = fmaxf(highest, partial_lse[place_of(i)]);
-  }
+  float highest = partial_lse[place_of(begin)];
+#pragma unroll 1
+  for (int32_t i = begin + 1; i < end; ++i) highest = fmaxf(highest, partial_lse[place_of(i)]);
+  // Where nothing was seen, all weights are exp(-inf - 0) = 0.
+  const float base = highest == -INFINITY ? 0.0f : highest;
   float sum = 0.0f;
   float merged[V] = {};
 #pragma unroll 2
   for (int32_t i = begin; i < end; ++i) {
     const int64_t place = place_of(i);
-    const float lse = partial_lse[place];
-    if (lse == -INFINITY) continue;  // it saw nothing
-    const float weight = expf(lse - highest);
-    float value[V];
+    const float weight = expf(partial_lse[place] - base);
+    float value[V];  // zeros, of a partial that saw nothing
     load_floats<V>(p.workspace + place * p.head_dim + dim, value);
 #pragma unroll
     for (int j = 0; j < V; ++j) merged[j] = fmaf(weight, value[j], merged[j]);
     sum += weight;
   }
-  // Where nothing was seen, sum and output are 0.
-  float total = sum;
-  if (p.sinks && sum > 0.0f) total += expf(__ldg(p.sinks + head) - highest);
+  const float total = p.sinks ? sum + expf(__ldg(p.sinks + head) - base) : sum;
+  const float factor = sum > 0.0f ? 1.0f / total : 0.0f;
 #pragma unroll
-  for (int j = 0; j < V; ++j) merged[j] = sum > 0.0f ? merged[j] / total : 0.0f;
+  for (int j = 0; j < V; ++j) merged[j] *= factor;
   Vector<T, V> out;
   pack(merged, &out);
   store_vector<T, V>(
       static_cast<T*>(p.out) + row * p.out_row_stride + head * p.out_head_stride + dim, out);
-  if (dim == 0) p.lse[row_head] = sum > 0.0f ? highest + logf(sum) : -INFINITY;
+  if (dim == 0) p.lse[row * p.num_q_heads + head] = base + logf(sum);  // log(0) = -inf
 }
 
 }  // namespace tokendance::cuda

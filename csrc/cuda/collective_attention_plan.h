@@ -96,10 +96,11 @@ inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) 
   }
   if (e.partials > 0) {
     const int kernel = kNumAttentionKernels + static_cast<int>(p.dtype) * 2 + !out_aligned;
-    const int64_t vectors = p.head_dim / (out_aligned ? vector : 1);
-    add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel,
-               ceil_div(e.rows * p.num_q_heads * vectors, kAttentionMergeThreads), 1, 1,
-               kAttentionMergeThreads, 0, {});
+    const int64_t vectors = p.num_q_heads * (p.head_dim / (out_aligned ? vector : 1));
+    const int64_t threads =
+        vectors < kAttentionMergeThreads ? round_up(vectors, kWarpSize) : kAttentionMergeThreads;
+    add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.rows,
+               ceil_div(vectors, threads), 1, threads, 0, {});
   }
   return plan;
 }

@@ -17,7 +17,7 @@
 // most on sm_80 and 114 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
-// KB. The compaction: 62 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
+// KB. The compaction: 56 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
 // way per thread.
 #pragma once
 
@@ -332,7 +332,7 @@ __device__ __forceinline__ void diff_encode_compact(const DiffEncodeParams& p, c
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int32_t r = row + i * rows_at_once;
-          source[i] = r < stored ? from_row[r] : -1;
+          source[i] = i == 0 || r < stored ? from_row[r] : -1;
           if (source[i] >= 0) copy[i] = load_vector<T, V>(from + source[i]);
         }
 #pragma unroll

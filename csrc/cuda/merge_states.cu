@@ -8,8 +8,8 @@ namespace tokendance {
 #define TOKENDANCE_DEFINE(variant, T, V)                                             \
   extern "C" __global__ void __launch_bounds__(kMergeStatesThreads)                  \
       tokendance_merge_states_##variant(const __grid_constant__ MergeStatesParams p, \
-                                        const __grid_constant__ Tile) {              \
-    cuda::merge_states<T, V>(p);                                                     \
+                                        const __grid_constant__ Tile tile) {         \
+    cuda::merge_states<T, V>(p, tile);                                               \
   }
 TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_DEFINE)
 

@@ -13,15 +13,17 @@
 namespace tokendance::cuda {
 
 // A thread has one vector of one row and head. All threads of a head compute the same weights:
-// their loads of the LSEs are broadcasts.
+// their loads of the LSEs are broadcasts. Heads of all rows are counted in 32 bits, in which there
+// are more of them than any device's memory holds.
 template <typename T, int V>
-__device__ __forceinline__ void merge_states(const MergeStatesParams& p) {
+__device__ __forceinline__ void merge_states(const MergeStatesParams& p, const Tile& tile) {
   const int32_t vectors = p.head_dim / V;
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t heads = p.num_rows * p.num_heads;  // of all rows
-  const int64_t head = static_cast<int64_t>(static_cast<uint64_t>(index) / vectors);
-  if (head >= heads) return;
-  const int32_t vector = static_cast<int32_t>(static_cast<uint64_t>(index) % vectors);
+  const int32_t head_of_block = static_cast<int32_t>(threadIdx.x) / vectors;
+  const int32_t vector = static_cast<int32_t>(threadIdx.x) % vectors;
+  const uint32_t head_of_all = blockIdx.x * tile.heads + head_of_block;
+  const int64_t head = head_of_all;
+  const int64_t heads = p.num_rows * p.num_heads;
+  if (head_of_block >= tile.heads || head >= heads) return;
 
   float highest = -INFINITY;
   for (int64_t k = 0; k < p.num_partials; ++k) {
@@ -41,9 +43,9 @@ __device__ __forceinline__ void merge_states(const MergeStatesParams& p) {
     for (int i = 0; i < V; ++i) merged[i] = fmaf(weight, value[i], merged[i]);
     sum += weight;
   }
-  // Where nothing was seen, sum and output are 0.
+  // Where nothing was seen the sum is 0, and so is the output; elsewhere it is 1 at least.
   float total = sum;
-  if (p.sinks && sum > 0.0f) total += expf(__ldg(p.sinks + head % p.num_heads) - highest);
+  if (p.sinks) total += expf(__ldg(p.sinks + head_of_all % p.num_heads) - highest);
 #pragma unroll
   for (int i = 0; i < V; ++i) merged[i] = sum > 0.0f ? merged[i] / total : 0.0f;
   Vector<T, V> out;

@@ -26,9 +26,10 @@ inline LaunchPlan plan_merge_states(const MergeStatesParams& p) {
   const bool wide = is_aligned(p.partial_out) && is_aligned(p.out);
   const int64_t vector = wide ? kVectorBytes / element_bytes(p.dtype) : 1;
   const int kernel = static_cast<int>(p.dtype) * 2 + !wide;
+  Tile tile = {};
+  tile.heads = static_cast<int32_t>(kMergeStatesThreads / (p.head_dim / vector));  // of all rows
   add_launch(&plan, kMergeStatesKernels[kernel], kernel,
-             ceil_div(p.num_rows * p.num_heads * (p.head_dim / vector), kMergeStatesThreads), 1, 1,
-             kMergeStatesThreads, 0, {});
+             ceil_div(p.num_rows * p.num_heads, tile.heads), 1, 1, kMergeStatesThreads, 0, tile);
   return plan;
 }
 

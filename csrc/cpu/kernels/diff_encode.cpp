@@ -1,10 +1,11 @@
 // Dense rows stored as what differs from the Masters.
 //
-// First the masks: a work item is one page of a Master, through all layers, so that it alone writes
-// the mask words of that page's uses and reads a Master page once for all agents. A row that has
-// differed once is not read again in the layers above. Then each agent's own rows are listed in the
-// order of positions, and last they are copied, page by page: each row is read once more, the
-// others never.
+// First the masks: a work item is a few adjacent pages of a Master, through all layers, so that it
+// alone writes the mask words of those pages' uses, and the Master's rows stay in the caches near
+// the core for all agents. Of each agent it reads the keys of all these pages, then the values:
+// long stretches, for the hardware's prefetch. A row that has differed once is not read again in
+// the layers above. Then each agent's own rows are listed in the order of positions, and last they
+// are copied, page by page: each row is read once more, the others never.
 #include <algorithm>
 
 #include "cpu/move.h"
@@ -13,6 +14,9 @@
 
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
+
+constexpr int64_t kMaxPagesOfItem = 16;
+constexpr int64_t kWantedItems = 64;
 
 // Decides whether dense rows are what restore would give.
 template <bool kInterleaved, bool kExact, typename T>
@@ -109,41 +113,61 @@ class RowComparison {
   F32 atol_, rtol_;
 };
 
+// Sets in a mask word the bits of the rows of a page that differ.
+template <typename Same>
+TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePage& use,
+                                     const Same& same) {
+  const int64_t rows = std::min<int64_t>(use.rows, params.length[use.agent] - use.position);
+  const int64_t* slots = params.slot_mapping + use.agent * params.slot_stride + use.position;
+  uint32_t mask = static_cast<uint32_t>(params.round.use_masks[use.mask_index]);
+  uint32_t open = row_bits(0, rows) & ~mask;
+  while (open != 0) {
+    const int row = __builtin_ctz(open);
+    open &= open - 1;
+    if (!same(row, slots[row])) mask |= uint32_t{1} << row;
+  }
+  params.round.use_masks[use.mask_index] = static_cast<int32_t>(mask);
+}
+
+// The masks of pages `begin` .. `end` of a Master.
 template <bool kInterleaved, bool kExact, typename T>
-void encode_page(const DiffEncodeParams& params, int64_t index,
-                 LineAngles<T, kInterleaved>& angles) {
+void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin, int64_t end,
+                  LineAngles<T, kInterleaved>& angles) {
   const MutableRoundView& round = params.round;
-  const int64_t master = list_of(round.master_page_indptr, round.extents.masters, index);
-  const int64_t page = index - round.master_page_indptr[master];
-  const int64_t pool_page = round.master_pages[index];
+  const int32_t* pages = round.master_pages + round.master_page_indptr[master];
   const RowComparison<kInterleaved, kExact, T> comparison(params, angles);
-  for_each_use_of_page(round, master, page,
-                       [&](const UsePage& use) { round.use_masks[use.mask_index] = 0; });
+  const auto for_each_page = [&](int64_t agent, const auto& visit) {
+    const int64_t use = round.agent_use[agent * round.extents.masters + master];
+    for (int64_t page = begin; page < end; ++page) {
+      const UsePage part = use_page(round, agent, use, page);
+      if (part.rows == 0) break;
+      visit(part, int64_t{pages[page]});
+    }
+  };
+  for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
+    for_each_page(agent, [&](const UsePage& use, int64_t) { round.use_masks[use.mask_index] = 0; });
+  }
   for (int32_t layer = 0; layer < params.num_layers; ++layer) {
     const T* k_in = static_cast<const T*>(params.in.k[layer]);
     const T* v_in = static_cast<const T*>(params.in.v[layer]);
-    const T* k_page =
-        static_cast<const T*>(params.pool.k[layer]) + pool_page * params.pool_k_layout.page_stride;
-    const T* v_page =
-        static_cast<const T*>(params.pool.v[layer]) + pool_page * params.pool_v_layout.page_stride;
-    for_each_use_of_page(round, master, page, [&](const UsePage& use) {
-      const int64_t rows = std::min<int64_t>(use.rows, params.length[use.agent] - use.position);
-      const int64_t* slots = params.slot_mapping + use.agent * params.slot_stride + use.position;
-      uint32_t mask = static_cast<uint32_t>(round.use_masks[use.mask_index]);
-      uint32_t open = row_bits(0, rows) & ~mask;
-      while (open != 0) {
-        const int row = __builtin_ctz(open);
-        open &= open - 1;
-        const int64_t slot = slots[row];
-        const bool same =
-            comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
-                                k_page + row * params.pool_k_layout.row_stride, use.shift) &&
-            comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
-                                  v_page + row * params.pool_v_layout.row_stride);
-        if (!same) mask |= uint32_t{1} << row;
-      }
-      round.use_masks[use.mask_index] = static_cast<int32_t>(mask);
-    });
+    const T* k_pool = static_cast<const T*>(params.pool.k[layer]);
+    const T* v_pool = static_cast<const T*>(params.pool.v[layer]);
+    for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
+      for_each_page(agent, [&](const UsePage& use, int64_t page) {
+        const T* held = k_pool + page * params.pool_k_layout.page_stride;
+        add_differing(params, use, [&](int row, int64_t slot) {
+          return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
+                                     held + row * params.pool_k_layout.row_stride, use.shift);
+        });
+      });
+      for_each_page(agent, [&](const UsePage& use, int64_t page) {
+        const T* held = v_pool + page * params.pool_v_layout.page_stride;
+        add_differing(params, use, [&](int row, int64_t slot) {
+          return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
+                                       held + row * params.pool_v_layout.row_stride);
+        });
+      });
+    }
   }
 }
 
@@ -210,13 +234,26 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
   with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     constexpr bool kInterleaved = decltype(interleaved)::value;
-    parallel_items(parallel_for, master_pages, [&](const auto& next) {
+    const int64_t pages_of_item =
+        std::clamp<int64_t>(master_pages / kWantedItems, 1, kMaxPagesOfItem);
+    const int64_t items = (master_pages + pages_of_item - 1) / pages_of_item;
+    parallel_items(parallel_for, items, [&](const auto& next) {
       LineAngles<T, kInterleaved> angles;
       for (int64_t item = next(); item >= 0; item = next()) {
-        if (exact) {
-          encode_page<kInterleaved, true, T>(params, item, angles);
-        } else {
-          encode_page<kInterleaved, false, T>(params, item, angles);
+        int64_t begin = item * pages_of_item;
+        const int64_t end = std::min(begin + pages_of_item, master_pages);
+        while (begin < end) {
+          const int64_t master = list_of(params.round.master_page_indptr, extents.masters, begin);
+          const int64_t first = params.round.master_page_indptr[master];
+          const int64_t last = std::min<int64_t>(end, params.round.master_page_indptr[master + 1]);
+          if (exact) {
+            encode_pages<kInterleaved, true, T>(params, master, begin - first, last - first,
+                                                angles);
+          } else {
+            encode_pages<kInterleaved, false, T>(params, master, begin - first, last - first,
+                                                 angles);
+          }
+          begin = last;
         }
       }
     });

@@ -2,9 +2,11 @@
 //
 // Reads every fresh and cached row once and writes one float per token: bound by memory reads.
 // Tokens are taken in groups, agent by agent: while an agent's tokens keep one shift its angles are
-// made once, and the cached rows of a group stay in the first-level cache for all agents. Each
-// token sums over agents, heads and dims in an order that depends on neither threads nor vector
-// length.
+// made once, and the cached rows of a group stay in the caches near the core for all agents. Long
+// groups let the hardware's prefetch get going on each agent's rows; short rounds have short ones,
+// to keep all threads busy. Each token sums over agents, heads and dims in an order that depends on
+// neither threads nor vector length nor group.
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/move.h"
@@ -13,7 +15,8 @@
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
 
-constexpr int64_t kTokensOfGroup = 8;
+constexpr int64_t kMaxTokensOfGroup = 256;
+constexpr int64_t kWantedGroups = 32;
 
 // Adds up the squared distance of two lines per vector of a line, so that no sum waits for another.
 template <typename T>
@@ -34,14 +37,15 @@ TOKENDANCE_INLINE Wide<T> load_wide(const T* p, int n) {
 }
 
 // Elements beyond n of a line are 0 in both keys: rotating zeros by any angle gives zeros.
-template <typename T, bool kInterleaved>
+template <bool kScaled, typename T, bool kInterleaved>
 TOKENDANCE_INLINE void add_head(SquaredDistance<T>& sum, const T* fresh, const T* cached,
                                 const LineAngles<T, kInterleaved>& angles, bool rotated, F32 scale,
                                 const KeyDeviationParams& params) {
   constexpr int kElements = kLineElements<T>;
   const auto add_scaled = [&](int dim, const Wide<T>& value, int n) {
-    sum.add(per_vector<T>([&](int v) { return mul(value.v[v], scale); }),
-            load_wide(cached + dim, n));
+    const Wide<T> scaled =
+        kScaled ? per_vector<T>([&](int v) { return mul(value.v[v], scale); }) : value;
+    sum.add(scaled, load_wide(cached + dim, n));
   };
   const auto lines_of = [](int begin, int end, const auto& visit) {
     for (; begin + kElements <= end; begin += kElements) visit(begin, kElements);
@@ -57,15 +61,15 @@ TOKENDANCE_INLINE void add_head(SquaredDistance<T>& sum, const T* fresh, const T
            [&](int i, int n) { sum.add(load_wide(fresh + i, n), load_wide(cached + i, n)); });
 }
 
-template <bool kInterleaved, typename T>
+template <bool kScaled, bool kInterleaved, typename T>
 void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t end,
                         LineAngles<T, kInterleaved>& angles) {
   const T* fresh = static_cast<const T*>(params.fresh);
   const T* cached = static_cast<const T*>(params.cached);
   const F32 scale = broadcast(params.scale);
-  SquaredDistance<T> sums[kTokensOfGroup];
-  for (SquaredDistance<T>& sum : sums) {
-    for (F32& part : sum.v) part = broadcast(0.0f);
+  SquaredDistance<T> sums[kMaxTokensOfGroup];
+  for (int64_t token = begin; token < end; ++token) {
+    for (F32& part : sums[token - begin].v) part = broadcast(0.0f);
   }
   for (int64_t agent = 0; agent < params.num_agents; ++agent) {
     for (int64_t token = begin; token < end; ++token) {
@@ -79,9 +83,9 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
       if (rotated) angles.set(params.rope, shift);
       SquaredDistance<T> sum = sums[token - begin];
       for (int32_t head = 0; head < params.num_heads; ++head) {
-        add_head(sum, fresh_row + head * params.fresh_layout.head_stride,
-                 cached_row + head * params.cached_layout.head_stride, angles, rotated, scale,
-                 params);
+        add_head<kScaled>(sum, fresh_row + head * params.fresh_layout.head_stride,
+                          cached_row + head * params.cached_layout.head_stride, angles, rotated,
+                          scale, params);
       }
       sums[token - begin] = sum;
     }
@@ -99,14 +103,19 @@ void key_deviation(const KeyDeviationParams& params, ParallelFor parallel_for) {
   with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     constexpr bool kInterleaved = decltype(interleaved)::value;
-    const int64_t groups = (params.num_tokens + kTokensOfGroup - 1) / kTokensOfGroup;
+    const int64_t tokens_of_group =
+        std::clamp<int64_t>(params.num_tokens / kWantedGroups, 1, kMaxTokensOfGroup);
+    const int64_t groups = (params.num_tokens + tokens_of_group - 1) / tokens_of_group;
     parallel_ranges(parallel_for, groups, 1, [&](int64_t begin, int64_t end) {
       LineAngles<T, kInterleaved> angles;
       for (int64_t group = begin; group < end; ++group) {
-        const int64_t first = group * kTokensOfGroup;
-        const int64_t last = first + kTokensOfGroup;
-        deviation_of_group<kInterleaved, T>(
-            params, first, last < params.num_tokens ? last : params.num_tokens, angles);
+        const int64_t first = group * tokens_of_group;
+        const int64_t last = std::min(first + tokens_of_group, params.num_tokens);
+        if (params.scale == 1.0f) {
+          deviation_of_group<false, kInterleaved, T>(params, first, last, angles);
+        } else {
+          deviation_of_group<true, kInterleaved, T>(params, first, last, angles);
+        }
       }
     });
   });

@@ -217,6 +217,7 @@ class Module:
                 scheduler.run()
                 warps += scheduler.warp_executions
                 threads += scheduler.thread_executions
+                result.steps = max(result.steps, scheduler.steps)
                 if race:
                     _describe_races(chunk, result)
         result.seconds = time.perf_counter() - started

@@ -5,6 +5,8 @@ diverged join again. One that waits for others (a spin loop) would keep those th
 from running; such loops and long waits let the oldest group have a turn.
 """
 
+import functools
+
 import numpy as np
 
 from .barriers import BlockBarriers
@@ -21,7 +23,9 @@ SPINS = 16  # executions of blocks that look like spin loops before the oldest g
 TURN = 100  # steps of such a turn
 
 
+@functools.lru_cache(maxsize=256)
 def _poisoned_registers(dtype, count):
+    """Shared by registers: results replace arrays, never write into them."""
     if dtype == "pred":
         return np.zeros(count, bool)
     scalar = np.dtype(BY_NAME[dtype])
@@ -119,6 +123,11 @@ class Scheduler:
             turn -= 1
             index = following
 
+    @property
+    def steps(self):
+        """Blocks of code that sets of threads have executed."""
+        return self._step
+
     def _count_step(self, index, lanes):
         self._step += 1
         if self._step > self.max_steps:
@@ -131,12 +140,7 @@ class Scheduler:
 
     # ---- registers ----
     def _allocate_registers(self, count):
-        values = {}
-        self.registers = []
-        for dtype in self.code.register_dtypes:
-            if dtype not in values:
-                values[dtype] = _poisoned_registers(dtype, count)
-            self.registers.append(values[dtype])  # results replace arrays, never write into them
+        self.registers = [_poisoned_registers(dtype, count) for dtype in self.code.register_dtypes]
 
     def _compact(self, lanes, index):
         """All threads that live are in one set: keep registers for those only."""
@@ -189,6 +193,10 @@ class Scheduler:
             return block.target
         if ending == "conditional":
             taken = int(np.count_nonzero(returned))
+            if taken:
+                self.chunk.stats.branches.add((block.last.position, True))
+            if taken < lanes.count:
+                self.chunk.stats.branches.add((block.last.position, False))
             if taken == lanes.count or block.target == following:
                 return block.target
             if taken == 0:

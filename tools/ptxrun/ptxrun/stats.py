@@ -13,7 +13,9 @@ class Stats:
     `phases` and `wavefronts`. `buffers` holds `load_bytes`, `store_bytes`, `sectors` and `ideal` of
     every array, keyed by its device address (`Module.ptr`; the array that a slice was cut from).
     Sectors are 32 bytes. Traffic is 0 when it was not counted. `executed` are the positions of the
-    instructions that some thread reached.
+    instructions that some thread reached, `branches` those of conditional jumps with whether some
+    thread jumped (True) or went on (False). `steps` counts what `max_steps` limits: blocks of code
+    that sets of threads executed, of the thread blocks that ran together and took the most.
     """
 
     warp_instructions: int = 0
@@ -27,6 +29,8 @@ class Stats:
     shared_instr: dict[int, dict] = field(default_factory=dict)
     buffers: dict[int, dict] = field(default_factory=dict)
     executed: set[int] = field(default_factory=set)
+    branches: set[tuple[int, bool]] = field(default_factory=set)
+    steps: int = 0
     barriers: int = 0
     races: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -1,8 +1,10 @@
 """Basic blocks of a kernel, which registers live between them, and their compiled functions."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -88,7 +90,7 @@ def compile_kernel(kernel: Kernel) -> CompiledKernel:
             emitter.emit(instruction)
         emitters.append(emitter)
     live_in = _liveness(blocks, emitters)
-    functions = []
+    functions: list[str] = []
     for block, emitter in zip(blocks, emitters, strict=True):
         live_out = set().union(*(live_in[successor] for successor in block.successors))
         emitter.write_back(live_out)
@@ -96,12 +98,17 @@ def compile_kernel(kernel: Kernel) -> CompiledKernel:
         block.writes = sorted(emitter.defs & live_out)
         body = "".join(f" {line}\n" for line in emitter.lines)
         functions.append(f"def block{block.index}(lanes,R):\n{body} return {emitter.returned}\n")
-    source = "\n".join(functions)
-    exec(compile(source, f"<ptx {kernel.name}>", "exec"), environment)
-    for block in blocks:
+        exec(_code(functions[-1], kernel.name), environment)
         block.run = environment[f"block{block.index}"]
+    source = "\n".join(functions)
     dtypes = [register_dtype(register) for register in kernel.registers]
     return CompiledKernel(kernel, blocks, instructions, dtypes, live_in, source)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _code(function: str, kernel: str) -> CodeType:
+    """Compiled source of a block's function: a kernel and its mutants have most of them alike."""
+    return compile(function, f"<ptx {kernel}>", "exec")
 
 
 def _environment() -> dict[str, Any]:

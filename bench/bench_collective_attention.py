@@ -1,0 +1,130 @@
+"""`collective_attention` against its roofline, and against attention over copies per agent.
+
+The floor is the sum of the shared and the own part, each the longer of its bytes at the rate of
+reading and its FLOPs at the rate of fp32 matrix products. Beside it: our own kernel over a dense
+cache per agent, torch's scaled_dot_product_attention agent by agent and batched, and the bound on
+what sharing can give where bytes decide, N (S + P) / (S + N P).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import ceilings
+from bench.mirrors import BenchRound, make_round
+from tokendance import ops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# (Hk, G, D), N, S, P
+DECODE = [
+    ((3, 3, 64), 16, 4096, 256),
+    ((4, 7, 128), 16, 4096, 256),
+    ((8, 4, 128), 16, 4096, 256),
+    ((8, 4, 128), 32, 4096, 256),
+    ((8, 1, 128), 64, 16384, 64),
+    ((8, 8, 128), 8, 1024, 1024),
+    ((3, 3, 64), 64, 1024, 64),
+]
+PREFILL = [((3, 3, 64), 4, 2048, 64), ((4, 7, 128), 2, 2048, 64), ((8, 4, 128), 2, 2048, 64)]
+
+
+def _attend(case: BenchRound) -> Any:
+    out = torch.empty_like(case.q)
+    lse = torch.empty(case.q.shape[:2], dtype=torch.float32)
+    heads, head_dim = case.q.shape[1:]
+    workspace = torch.empty(case.round.extents.partials * heads * (head_dim + 1))
+    scale = head_dim**-0.5
+    return lambda: ops.collective_attention_out(
+        *(case.q, case.k_pools[0], case.v_pools[0], *case.tables, case.round),
+        *(scale, 0, 0.0, None, 1.0, workspace, out, lse),
+    )
+
+
+def _sdpa(heads: tuple[int, int, int], agents: int, length: int, dtype: torch.dtype) -> Any:
+    num_kv_heads, group, head_dim = heads
+    q = torch.randn(agents, num_kv_heads * group, 1, head_dim, dtype=dtype)
+    k, v = torch.randn(2, agents, num_kv_heads, length, head_dim, dtype=dtype)
+    options = {"enable_gqa": group > 1}
+
+    def per_agent() -> None:
+        for a in range(agents):
+            F.scaled_dot_product_attention(q[a : a + 1], k[a : a + 1], v[a : a + 1], **options)
+
+    return per_agent, lambda: F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.fixture(scope="module")
+def gemm() -> ceilings.Ceiling:
+    return ceilings.gemm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "agents", "shared", "private"), DECODE)
+def bench_decode(
+    measure: Any, gemm: Any, heads: Any, agents: int, shared: int, private: int, dtype: str
+) -> None:
+    num_kv_heads, group, head_dim = heads
+    options = {
+        "num_kv_heads": num_kv_heads,
+        "group": group,
+        "head_dim": head_dim,
+        "dtype": DTYPES[dtype],
+    }
+    case = make_round(agents=agents, shared=shared, private=private, **options)
+    copies = make_round(agents=agents, shared=shared, private=private, dense=True, **options)
+    per_agent, batched = _sdpa(heads, agents, shared + private, DTYPES[dtype])
+    row_bytes = 2 * num_kv_heads * head_dim * DTYPES[dtype].itemsize
+    row_flops = 4 * agents * num_kv_heads * group * head_dim  # of one row that all agents see
+
+    def floor(rates: Any) -> float:
+        shared_part = max(
+            shared * row_bytes / rates["read"],
+            shared * row_flops / rates["gemm"],
+        )
+        own_part = max(
+            agents * private * row_bytes / rates["read"],
+            private * row_flops / rates["gemm"],
+        )
+        return shared_part + own_part
+
+    moved = (shared + agents * private) * row_bytes
+    measure(
+        _attend(case),
+        ceilings={"read": ceilings.read(moved), "gemm": gemm},
+        floor=floor,
+        bytes=moved,
+        peers={"copies": _attend(copies), "sdpa": per_agent, "sdpa_batched": batched},
+        facts=lambda _: {"bound": agents * (shared + private) / (shared + agents * private)},
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "agents", "shared", "private"), PREFILL)
+def bench_prefill(
+    measure: Any, gemm: Any, heads: Any, agents: int, shared: int, private: int, dtype: str
+) -> None:
+    """Every agent computes the second half of its prompt."""
+    num_kv_heads, group, head_dim = heads
+    rows = shared // 2
+    case = make_round(
+        agents=agents,
+        shared=shared,
+        private=private,
+        rows=rows,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+    )
+    seen = private + shared - rows + (rows + 1) / 2  # rows that a query row sees, on average
+    flops = 4 * agents * rows * seen * num_kv_heads * group * head_dim
+    measure(
+        _attend(case),
+        ceilings={"gemm": gemm},
+        floor=lambda rates: flops / rates["gemm"],
+        flops=flops,
+    )

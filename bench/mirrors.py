@@ -1,0 +1,121 @@
+"""Rounds of any size to measure operators with: pools, Mirrors, and the work list of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tokendance as td
+from tokendance.mirror import Master, Mirror, Use, empty_masks, pages_for, round_arrays
+from tokendance.rounds import RoundTensors
+from tokendance.step import with_work
+
+LONGER = 3  # private tokens that the agent which made the Masters had more than these
+
+
+@dataclass
+class BenchRound:
+    """A round on the CPU whose agents use the same Masters, in different orders.
+
+    Attributes:
+        k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
+        mirrors: of the agents.
+        q: ``[R, Hq, D]``, the agents' last rows.
+    """
+
+    geometry: td.KVGeometry
+    block_size: int
+    rope: td.Rope
+    k_pools: list[Tensor]
+    v_pools: list[Tensor]
+    mirrors: list[Mirror]
+    round: RoundTensors
+    q: Tensor
+
+    @property
+    def length(self) -> int:
+        """Rows of every agent's KV."""
+        return self.mirrors[0].length
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, bool]:
+        return self.rope.cos, self.rope.sin, self.rope.interleaved
+
+
+def make_round(
+    *,
+    agents: int,
+    shared: int,
+    private: int,
+    rows: int = 1,
+    segments: int = 4,
+    overridden: int = 0,
+    num_layers: int = 1,
+    num_kv_heads: int = 8,
+    group: int = 1,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.float32,
+    block_size: int = 16,
+    dense: bool = False,
+) -> BenchRound:
+    """A round of ``agents`` prompts: ``private`` own rows, then ``shared`` rows in ``segments``.
+
+    Agent a has the segments in the order a, a + 1, ...; no use has shift 0.
+
+    Args:
+        rows: query rows of every agent, its last ones.
+        overridden: rows at the start of every segment that agents keep themselves.
+        group: G.
+        dense: every agent has all of its rows as own rows, as engines without sharing do.
+    """
+    geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
+    length = shared // segments
+    masters = [
+        Master(b"", length, private + LONGER + s * length, b"", True) for s in range(segments)
+    ]
+    taken = 0
+
+    def take(count: int) -> np.ndarray:
+        nonlocal taken
+        taken += count
+        return np.arange(taken - count, taken, dtype=np.int32)
+
+    mirrors = []
+    for master in masters if not dense else []:
+        master.pages = take(pages_for(length, block_size))
+    for agent in range(agents):
+        own = [np.arange(private)]
+        uses = []
+        for i in range(segments):
+            master = masters[(agent + i) % segments]
+            delta = private + i * length
+            if dense:
+                own.append(np.arange(delta, delta + length))
+                continue
+            use = Use(master, delta, length, empty_masks(length, block_size))
+            use.override(np.arange(overridden), block_size)
+            own.append(np.arange(delta, delta + overridden))
+            uses.append(use)
+        position = np.concatenate(own).astype(np.int32)
+        pages = take(pages_for(len(position), block_size))
+        mirrors.append(Mirror((), private + segments * length, uses, pages, position, 0))
+    shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
+    pools = [torch.empty(shape, dtype=dtype).normal_() for _ in range(2 * num_layers)]
+    row_agent = np.repeat(np.arange(agents, dtype=np.int32), rows)
+    total = private + segments * length
+    row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
+    arrays, extents = round_arrays(mirrors, block_size)
+    arrays, extents = with_work(arrays, extents, row_agent, row_position, group, "cpu")
+    return BenchRound(
+        geometry,
+        block_size,
+        td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER),
+        pools[0::2],
+        pools[1::2],
+        mirrors,
+        RoundTensors.from_arrays(arrays, extents),
+        torch.randn(agents * rows, group * num_kv_heads, head_dim, dtype=dtype),
+    )

@@ -1,0 +1,369 @@
+"""A compact set of cases per operator that executes every instruction of its kernels.
+
+``tools/mutate.py`` runs them against mutated kernels and ``tools/coverage.py`` looks for what they
+do not reach. A case is one of the operators' own tests with its data, so that it compares with the
+reference as those do; the reference is computed once. ``CASES`` has an entry per operator: a
+function of a variant of its kernels. By default some variants stand for all, since the kernels of
+an operator are one template.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import test_collective_attention
+import test_cuda_launches
+import test_diff_encode
+import test_diff_restore
+import test_key_deviation
+import test_merge_states
+import test_rope_rotate
+import torch
+
+from tokendance import testing
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What tells kernels of an operator apart. ``wide``: accesses of 16 bytes."""
+
+    dtype: torch.dtype
+    interleaved: bool
+    wide: bool
+
+
+REPRESENTATIVE = (
+    Variant(BF16, interleaved=False, wide=True),
+    Variant(F16, interleaved=True, wide=False),
+    Variant(F32, interleaved=True, wide=True),
+)
+ALL = tuple(
+    Variant(*chosen) for chosen in itertools.product((F32, F16, BF16), (False, True), (True, False))
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``run(backend)`` raises where the backend's results are not what the reference says."""
+
+    name: str
+    run: Callable[[Any], object]
+
+
+def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> Case:
+    """The check of an operator's test module, with the reference's results known beforehand."""
+    expected = module.expectation(*arguments, **options)
+    return Case(
+        name, lambda backend: module.check(backend, *arguments, **options, expected=expected)
+    )
+
+
+def _known(name: str, module: ModuleType, case: Any, dense: Any, expected: Any) -> Case:
+    """A check whose results come from elsewhere."""
+    return Case(name, lambda backend: module.check(backend, case, dense, expected=expected))
+
+
+def rope_rotate(variant: Variant) -> Iterator[Case]:
+    module = test_rope_rotate
+    sizes = {
+        "dtype": variant.dtype,
+        "interleaved": variant.interleaved,
+        "layout": "padded" if variant.wide else "unaligned",
+        "out_layout": "heads_first" if variant.wide else "unaligned",
+    }
+    several = module.random_moves(
+        5, rows=7, heads=3, rotary_dim=32, destinations=3, skip=0.3, scale=1.25, **sizes
+    )
+    yield checked(module, "several destinations", several)
+    yield checked(module, "one destination", module.random_moves(6, rows=40, **sizes))
+    wide_rows = module.random_moves(7, rows=3, heads=18, head_dim=256, block_size=1, **sizes)
+    yield checked(module, "rows of several blocks", wide_rows)
+    yield checked(module, "halfway", module.halfway_moves(**sizes))
+    near = module.random_moves(9, rows=40, max_position=3, **sizes)
+    yield checked(module, "by one position", near)
+    moves, expected = test_cuda_launches.moves_with_bad_indices(**sizes)
+    yield Case("bad indices", lambda backend: module.check(backend, moves, expected))
+    yield Case(
+        "in place",
+        lambda backend: test_cuda_launches.check_in_place(
+            backend, variant.dtype, variant.wide, variant.interleaved
+        ),
+    )
+    yield from copies(variant)
+    in_order = module.random_moves(9, rows=5, rotary_dim=32, **sizes)
+    in_order.x.copy_(torch.randn(in_order.x.shape))
+    rows = in_order.x.shape[0] * in_order.x.shape[1]
+    in_order.row_in = in_order.row_out = in_order.position_from = None
+    in_order.position_to = torch.arange(rows, dtype=torch.int32).flip(0)
+    in_order.out = module.row_tensor(rows, 2, 64, variant.dtype, sizes["out_layout"], 8)
+    yield checked(module, "all rows in order", in_order)
+
+
+def copies(variant: Variant) -> Iterator[Case]:
+    """rope_rotate where nothing is rotated."""
+    copied = test_rope_rotate.random_moves(
+        8, destinations=2, skip=0.3, dtype=variant.dtype, interleaved=variant.interleaved,
+        layout="padded" if variant.wide else "unaligned",
+        out_layout="heads_first" if variant.wide else "unaligned",
+    )  # fmt: skip
+    copied.position_from = copied.position_to = None
+    yield checked(test_rope_rotate, "copies", copied)
+
+
+def key_deviation(variant: Variant) -> Iterator[Case]:
+    module = test_key_deviation
+    sizes = {
+        "dtype": variant.dtype,
+        "interleaved": variant.interleaved,
+        "layout": "padded" if variant.wide else "unaligned",
+        "cached_layout": "heads_first" if variant.wide else "unaligned",
+    }
+    some = module.random_keys(1, rotary_dim=32, heads=6 if variant.wide else 2, scale=1.3, **sizes)
+    yield checked(module, "some agents", some)
+    many = module.random_keys(
+        2, agents=4, tokens=19, head_dim=128, heads=6, block_size=16, lacking=0.0, **sizes
+    )
+    yield checked(module, "many heads", many)
+    fresh = module.random_keys(3, agents=2, tokens=3, fresh_position=False, **sizes)
+    yield checked(module, "fresh keys", fresh)
+    near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
+    yield checked(module, "by one position", near)
+    without_angles = module.random_keys(5, agents=1, rotary_dim=0, **sizes)
+    without_angles[6] = without_angles[7] = torch.empty(1, 0)
+    yield checked(module, "no rotation", without_angles)
+    yield checked(module, "no agents", module.random_keys(6, agents=0, tokens=3, **sizes))
+    keys, expected = test_cuda_launches.keys_with_bad_indices(
+        variant.dtype, variant.interleaved, sizes["layout"]
+    )
+    yield Case("bad indices", lambda backend: module.check(backend, keys, expected))
+    stay = module.equal_keys_that_stay(**sizes)
+    yield Case("turned by nothing", lambda backend: module.check_equal(backend, stay))
+    equal = module.equal_keys(**sizes)
+    yield Case("equal keys", lambda backend: module.check_equal(backend, equal))
+
+
+def merge_states(variant: Variant) -> Iterator[Case]:
+    module = test_merge_states
+    sinks = torch.tensor([0.5, -2.0, 4.0])
+    aligned = (lambda tensor: tensor) if variant.wide else module.unaligned
+    for count in (0, 1, 2, 3, 4, 7, 9):
+        for spread in (3.0, 200.0):
+            out, lse = module.partials(
+                count, count, 7, 3, 80, variant.dtype, blind=0.3, spread=spread
+            )
+            few = sinks if spread == 3.0 else None
+            yield checked(module, f"{count} partials, spread {spread}", aligned(out), lse, few)
+    out, lse, mean = module.halfway_partials(variant.dtype)
+    halfway = aligned(out), lse, mean
+    yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway))
+
+
+def _round_options(variant: Variant) -> dict[str, Any]:
+    return {
+        "dtype": variant.dtype,
+        "interleaved": variant.interleaved,
+        "layout": "padded" if variant.wide else "unaligned",
+    }
+
+
+def _by_one_position(case: testing.RandomRound) -> testing.RandomRound:
+    """The same round in which uses are moved by one position up or down."""
+    near = case.copy()
+    uses = case.filled.uses
+    near.round.use_shift[:uses] = torch.tensor([1, -1]).repeat(uses)[:uses]
+    return near
+
+
+def diff_restore(variant: Variant) -> Iterator[Case]:
+    module = test_diff_restore
+    rotary_dim = 32 if variant.wide else 34
+    sizes = _round_options(variant)
+    out_layout = "heads_first" if variant.wide else "unaligned"
+    small = testing.random_round(
+        1, agents=3, masters=(9, 20), num_layers=2, rotary_dim=rotary_dim, block_size=8, **sizes
+    )
+    dense = testing.dense_cache(small, 1, layout=out_layout, skip=0.1)
+    yield checked(module, "some agents", small, dense)
+    near = testing.dense_cache(small, 1, layout=out_layout)
+    yield checked(module, "by one position", _by_one_position(small), near)
+    for pool, out in (
+        (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
+    ):
+        mixed = testing.random_round(7, agents=2, masters=(20,), **{**sizes, "layout": pool})
+        yield checked(module, f"{pool} and {out}", mixed, testing.dense_cache(mixed, 1, layout=out))
+    large = testing.random_round(
+        1, agents=5, masters=(20, 16), whole_uses=True, num_layers=5, **sizes
+    )
+    large = test_cuda_launches.with_capacity(large, own_pages=600)
+    dense = testing.dense_cache(large, 1, layout=sizes["layout"], page_size=None)
+    yield checked(module, "agents and layers in a block", large, dense)
+    halfway = module.halfway_round(**sizes)
+    yield checked(module, "halfway", halfway, testing.dense_cache(halfway, 1, layout=out_layout))
+    case, dense, expected = test_cuda_launches.restore_with_bad_indices(**sizes)
+    yield _known("bad indices", module, case, dense, expected)
+    many = testing.random_round(
+        3, agents=12, masters=(35,), private_length=2, block_size=32, num_kv_heads=1, **sizes
+    )
+    dense = testing.dense_cache(many, 1, layout=out_layout)
+    yield checked(module, "many agents", many, dense)
+    one = testing.random_round(
+        4, agents=1, masters=(9,), whole_uses=True, num_kv_heads=3 if variant.wide else 1,
+        head_dim=96, slack=False, **sizes,
+    )  # fmt: skip
+    dense = testing.dense_cache(one, 1, layout=out_layout)
+    yield checked(module, "one agent", one, dense)
+    alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
+    alone = test_cuda_launches.with_capacity(alone, master_pages=2)
+    yield checked(module, "no Masters", alone, testing.dense_cache(alone, 1, layout=out_layout))
+    heads = testing.random_round(
+        2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256,
+        block_size=8 if variant.dtype == F32 else 16, cut=True, holes=True, **sizes,
+    )  # fmt: skip
+    dense = testing.dense_cache(heads, 1, layout=out_layout, spare_columns=0)
+    dense = replace(dense, slot_mapping=dense.slot_mapping[:, :-4])
+    yield checked(module, "several groups of heads", heads, dense)
+
+
+def diff_encode(variant: Variant) -> Iterator[Case]:
+    module = test_diff_encode
+    rotary_dim = 32 if variant.wide else 34
+    sizes = {**_round_options(variant), "room_for_all": True}
+    in_layout = "heads_first" if variant.wide else "unaligned"
+
+    def altered(case, every, **options):
+        dense = module.restored(case, layout=in_layout, **options)
+        for agent, length in enumerate(case.length.tolist()):
+            module.alter(dense, agent, range(agent, length, every), layer=agent % len(dense.k))
+        return dense
+
+    small = testing.random_round(
+        1, agents=3, masters=(9, 20), num_layers=2, rotary_dim=rotary_dim, block_size=8, **sizes
+    )
+    dense = altered(small, 5)
+    yield checked(module, "some agents", module.forget_mirrors(small), dense)
+    large = testing.random_round(2, agents=6, masters=(20, 16), num_layers=3, **sizes)
+    dense = altered(large, 5, page_size=None)
+    large = test_cuda_launches.with_capacity(large, master_pages=600)
+    yield checked(module, "agents in a tile", module.forget_mirrors(large), dense)
+    halfway = module.halfway_round(**_round_options(variant))
+    dense = module.restored(halfway, layout=in_layout)
+    yield checked(module, "halfway", module.forget_mirrors(halfway), dense)
+    near = module.forget_mirrors(small)
+    long, dense = module.long_prompts(**_round_options(variant))
+    yield checked(module, "long prompts", module.forget_mirrors(long), dense)
+    yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
+    for heads, head_dim in ((3, 80), (9, 256) if variant.wide else (5, 64)):
+        rows = module.wide_rows(heads, head_dim, **_round_options(variant))
+        dense = module.restored(rows, layout=in_layout)
+        yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
+    blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
+    yield _known("bad indices", module, blank, dense, expected)
+    yield checked(module, "tolerances", near, altered(small, 3), atol=0.02, rtol=0.5)
+    plain = testing.random_round(
+        4, agents=1, masters=(130,), whole_uses=True, masks="none", private_length=0, slack=False,
+        num_kv_heads=1,
+        **sizes,
+    )  # fmt: skip
+    near = _by_one_position(small)
+    dense = altered(near, 9)
+    yield checked(module, "by one position", module.forget_mirrors(near), dense)
+    blank, dense = module.rows_at_the_tolerance(**_round_options(variant))
+    yield checked(module, "at the tolerance", blank, dense, atol=0.5)
+    blank, same, changed = module.zeros_and_nans(**_round_options(variant))
+    yield checked(module, "bits", blank, same)
+    yield checked(module, "bits of a zero", blank, changed)
+    yield checked(module, "absolute tolerance", blank, changed, atol=1e-3)
+    yield checked(module, "relative tolerance", blank, changed, rtol=1e-3)
+    for pool, dense_rows in (
+        (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
+    ):
+        options = {**sizes, "layout": pool}
+        mixed = testing.random_round(7, agents=2, masters=(20,), **options)
+        dense = module.restored(mixed, layout=dense_rows)
+        module.alter(dense, 0, range(0, int(mixed.length[0]), 3))
+        yield checked(module, f"{pool} and {dense_rows}", module.forget_mirrors(mixed), dense)
+    blank = module.forget_mirrors(plain)
+    yield checked(module, "any element", blank, altered(plain, 1), atol=0.02, rtol=0.02)
+    unmoved = testing.random_round(
+        5, agents=2, masters=(9,), whole_uses=True, rotary_dim=0, **sizes
+    )
+    blank = module.forget_mirrors(unmoved)
+    yield checked(module, "no rotation", blank, module.restored(unmoved))
+    alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
+    alone = test_cuda_launches.with_capacity(alone, master_pages=2)
+    yield checked(module, "no Masters", module.forget_mirrors(alone), module.restored(alone))
+    many, dense = test_cuda_launches.encode_of_many_agents(**_round_options(variant))
+    yield checked(module, "many agents", module.forget_mirrors(many), dense)
+
+
+def collective_attention(variant: Variant) -> Iterator[Case]:
+    module = test_collective_attention
+    sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
+    sizes = _round_options(variant)
+
+    def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
+        case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
+        return Case(name, lambda backend: module.check(backend, case, **check))
+
+    plain = module.demanding_round(1, **sizes)
+    yield Case("demanding", lambda backend: module.check(backend, plain))
+    for check in ({}, {"sinks": sinks}):
+        yield attention(
+            "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
+            check=check,
+        )  # fmt: skip
+    yield attention(
+        "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
+        check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "rotary_scale": 1.2},
+    )  # fmt: skip
+    for block_size in (8, 32):
+        yield attention(
+            f"pages of {block_size}", 3, block_size=block_size, agents=4, repeat=True, rows=2,
+            masters=(70, 40, 30), check={"window": 40 if block_size == 8 else 0},
+        )  # fmt: skip
+    yield attention(
+        "rows of several tiles", 22, num_q_heads=2, num_kv_heads=1, rows=40, rows_per_item=80,
+        check={"sinks": sinks[:2]},
+    )  # fmt: skip
+    for seed in (1000, 1023):  # in one item, and in several
+        yield attention(
+            "rows that see nothing", seed, masters=(33, 20, 9), whole_uses=False, agents=5,
+            cut=True, holes=True, private_length=3, check={"window": 2, "sinks": sinks},
+        )  # fmt: skip
+    yield attention(
+        "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
+        rows_per_item=2, masters=(300,), check={},
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Variant], Iterable[Case]]] = {
+    "rope_rotate": rope_rotate,
+    "key_deviation": key_deviation,
+    "merge_states": merge_states,
+    "diff_restore": diff_restore,
+    "diff_encode": diff_encode,
+    "collective_attention": collective_attention,
+}
+
+
+def cases_of(operator: str, variants: Iterable[Variant] = REPRESENTATIVE) -> list[Case]:
+    """The cases of an operator for these variants of its kernels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [
+            Case(f"{variant_name(variant)}: {case.name}", case.run)
+            for variant in variants
+            for case in CASES[operator](variant)
+        ]
+
+
+def variant_name(variant: Variant) -> str:
+    names = {F32: "f32", F16: "f16", BF16: "bf16"}
+    style = "interleaved" if variant.interleaved else "half"
+    return f"{names[variant.dtype]}_{style}_{'wide' if variant.wide else 'narrow'}"
