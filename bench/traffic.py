@@ -5,10 +5,10 @@
 One line per kernel and shape. ``read`` and ``written``: bytes of keys, values and other rows, and
 their ratio to the fewest that the operator can do with. ``sectors``: 32-byte sectors that warps'
 requests touched, relative to what their bytes would fill; caches may merge them, so that memory
-sees fewer. ``tables``, ``indices`` (with the packed round): further bytes that loads asked for,
-relative to the rows; nearly all of them are answered by caches. ``conflicts``: extra wavefronts of
-shared memory. ``instr/B``: PTX instructions of threads per byte of rows. Kernel params are constant
-memory and not counted.
+sees fewer. ``tables``, ``indices`` (with the packed round), ``queries`` (of attention, with partial
+results and their log-sum-exps): further bytes that threads asked for, relative to the rows; nearly
+all of them are answered by caches. ``conflicts``: extra wavefronts of shared memory. ``instr/B``:
+PTX instructions of threads per byte of rows. Kernel params are constant memory and not counted.
 
 Rounds are small but are planned with the capacity of large ones, so that a block has as many agents
 and layers as it would have there. Instructions of blocks that find nothing to do are not counted.
@@ -45,17 +45,18 @@ class Measurement:
     traffic: dict[str, Traffic]
     conflicts: int
     instructions: int
+    rows: tuple[str, ...] = ROWS  # categories of buffers that hold them
 
     def _total(self, names: tuple[str, ...], counter: str) -> int:
         return sum(getattr(self.traffic.get(name, Traffic()), counter) for name in names)
 
     @property
     def read(self) -> int:
-        return self._total(ROWS, "load_bytes")
+        return self._total(self.rows, "load_bytes")
 
     @property
     def written(self) -> int:
-        return self._total(ROWS, "store_bytes")
+        return self._total(self.rows, "store_bytes")
 
     @property
     def bytes_ratio(self) -> float:
@@ -65,7 +66,12 @@ class Measurement:
     @property
     def sector_ratio(self) -> float:
         """Sectors of rows, relative to the fewest that hold what the requests asked for."""
-        return self._total(ROWS, "sectors") / self._total(ROWS, "ideal")
+        return self._total(self.rows, "sectors") / self._total(self.rows, "ideal")
+
+    @property
+    def _others(self) -> int:
+        names = tuple({"q", "partials", "lse"} - set(self.rows))
+        return self._total(names, "load_bytes") + self._total(names, "store_bytes")
 
     def line(self) -> str:
         moved = self.read + self.written
@@ -73,9 +79,10 @@ class Measurement:
         share = {
             "tables": self._total(("tables",), "load_bytes") / moved,
             "indices": self._total(("indices", "round"), "load_bytes") / moved,
+            "queries": self._others / moved,
         }
         return (
-            f"{self.operator:14} {self.shape:44} {self.read:9} {self.read / self.fewest_read:6.3f}"
+            f"{self.operator:20} {self.shape:50} {self.read:9} {self.read / self.fewest_read:6.3f}"
             f" {self.written:9} {written:>6} {self.sector_ratio:7.3f}"
             + "".join(f" {value:7.1%}" for value in share.values())
             + f" {self.conflicts:9} {32 * self.instructions / moved:7.2f}"
@@ -84,8 +91,9 @@ class Measurement:
 
 def header() -> str:
     return (
-        f"{'operator':14} {'shape':44} {'read':>9} {'ratio':>6} {'written':>9} {'ratio':>6}"
-        f" {'sectors':>7} {'tables':>7} {'indices':>7} {'conflicts':>9} {'instr/B':>7}"
+        f"{'operator':20} {'shape':50} {'read':>9} {'ratio':>6} {'written':>9} {'ratio':>6}"
+        f" {'sectors':>7} {'tables':>7} {'indices':>7} {'queries':>7}"
+        f" {'conflicts':>9} {'instr/B':>7}"
     )
 
 
@@ -100,6 +108,7 @@ def _measured(
     fewest_read: int,
     fewest_written: int,
     idle_instructions: int = 0,
+    rows: tuple[str, ...] = ROWS,
 ) -> Measurement:
     return Measurement(
         operator,
@@ -109,6 +118,7 @@ def _measured(
         ptx.traffic(),
         sum(stats.bank_conflicts for stats in ptx.stats),
         _instructions(ptx) - idle_instructions,
+        rows,
     )
 
 
@@ -283,6 +293,81 @@ def diff_encode(
     return _measured(ptx, "diff_encode", shape, read * nbytes, own * nbytes, idle)
 
 
+def _keys_read(case: testing.RandomRound, window: int) -> int:
+    """Stored rows that work items have to read: each that a query row of the item sees, once."""
+    arrays, size, total = case.arrays, case.filled.block_size, 0
+    uses = {
+        (agent, master): (delta, length)
+        for agent, master, delta, length in zip(
+            *(arrays[f"use_{name}"].tolist() for name in ("agent", "master", "delta", "length")),
+            strict=True,
+        )
+    }
+    for row_begin, row_end, chunk_begin, chunk_end, *_ in arrays["work"].tolist():
+        rows = arrays["work_rows"][row_begin:row_end]
+        queries = [(int(arrays["row_agent"][i]), int(arrays["row_position"][i])) for i in rows]
+        for source, first, last, _ in arrays["work_chunks"][chunk_begin:chunk_end].tolist():
+            seen: set[int] = set()
+            for agent, position in queries:
+                if source >= 0:
+                    delta, length = uses.get((agent, source), (0, 0))
+                    positions = [delta + i for i in range(min(length, last * size))]
+                elif agent == -1 - source:
+                    begin = int(arrays["own_page_indptr"][agent]) * size
+                    count = min(int(arrays["own_length"][agent]), last * size)
+                    positions = arrays["own_position"][begin : begin + count].tolist()
+                else:
+                    continue
+                seen.update(
+                    i
+                    for i, key in enumerate(positions)
+                    if i >= first * size and 0 <= position - key < (window or 1 << 31)
+                )
+            total += len(seen)
+    return total
+
+
+def collective_attention(
+    ptx: PtxBackend,
+    dtype: torch.dtype,
+    heads: int,
+    group: int,
+    head_dim: int,
+    agents: int,
+    window: int = 0,
+) -> Measurement:
+    """Decode: a row of each agent over one Master, at different shifts, and over its own rows."""
+    case = testing.random_round(
+        31,
+        agents=agents,
+        masters=(1024,),
+        private_length=40,
+        rows=1,
+        whole_uses=True,
+        masks="none",
+        num_kv_heads=heads,
+        num_q_heads=heads * group,
+        head_dim=head_dim,
+        dtype=dtype,
+        work="planned",
+        rows_per_item=64 // group,
+        window=window,
+        slack=False,
+    )
+    rows, num_q_heads, _ = case.q.shape
+    out, lse = torch.empty(case.q.shape, dtype=dtype), torch.empty(rows, num_q_heads)
+    partials = case.round.extents.partials
+    ptx.collective_attention_out(
+        case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved,
+        case.round.buffer, case.extents, case.scale, window, 0.0, None, 1.0,
+        torch.empty(partials * num_q_heads * (head_dim + 1)), out, lse,
+    )  # fmt: skip
+    text = f"{rows} rows in {case.filled.work} items" + (f", window {window}" if window else "")
+    shape = _shape(dtype, heads, head_dim, case.interleaved, f"G {group}, {text}")
+    read = 2 * _keys_read(case, window) * _row_bytes(dtype, heads, head_dim)
+    return _measured(ptx, "collective_attention", shape, read, out.nbytes, rows=("pool", "rows"))
+
+
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (rope_rotate, (bf16, 4, 128, False, 1)),
@@ -312,6 +397,13 @@ SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (diff_restore, (f32, 2, 128, False)),
     (merge_states, (bf16, 4, 128)),
     (merge_states, (f32, 4, 128)),
+    (collective_attention, (bf16, 2, 4, 128, 8)),
+    (collective_attention, (f16, 4, 1, 64, 8)),
+    (collective_attention, (bf16, 1, 8, 256, 6)),
+    (collective_attention, (f16, 2, 7, 96, 8)),
+    (collective_attention, (bf16, 2, 2, 80, 8)),
+    (collective_attention, (bf16, 2, 4, 128, 8, 700)),
+    (collective_attention, (f32, 2, 2, 64, 4)),
 ]
 
 

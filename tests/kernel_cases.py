@@ -304,16 +304,42 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
 
 def collective_attention(variant: Variant) -> Iterator[Case]:
     module = test_collective_attention
-    if not variant.wide:
-        return
-    plain = module.demanding_round(1, dtype=variant.dtype, interleaved=variant.interleaved)
-    yield Case("demanding", lambda backend: module.check(backend, plain))
     sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
-    windowed = module.demanding_round(2, dtype=variant.dtype, interleaved=variant.interleaved)
-    yield Case(
-        "window, cap and sinks",
-        lambda backend: module.check(backend, windowed, window=70, soft_cap=20.0, sinks=sinks),
-    )
+    sizes = _round_options(variant)
+
+    def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
+        case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
+        return Case(name, lambda backend: module.check(backend, case, **check))
+
+    plain = module.demanding_round(1, **sizes)
+    yield Case("demanding", lambda backend: module.check(backend, plain))
+    for check in ({}, {"sinks": sinks}):
+        yield attention(
+            "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
+            check=check,
+        )  # fmt: skip
+    yield attention(
+        "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
+        check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "rotary_scale": 1.2},
+    )  # fmt: skip
+    for block_size in (8, 32):
+        yield attention(
+            f"pages of {block_size}", 3, block_size=block_size, agents=4, repeat=True, rows=2,
+            masters=(70, 40, 30), check={"window": 40 if block_size == 8 else 0},
+        )  # fmt: skip
+    yield attention(
+        "rows of several tiles", 22, num_q_heads=2, num_kv_heads=1, rows=40, rows_per_item=80,
+        check={"sinks": sinks[:2]},
+    )  # fmt: skip
+    for seed in (1000, 1023):  # in one item, and in several
+        yield attention(
+            "rows that see nothing", seed, masters=(33, 20, 9), whole_uses=False, agents=5,
+            cut=True, holes=True, private_length=3, check={"window": 2, "sinks": sinks},
+        )  # fmt: skip
+    yield attention(
+        "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
+        rows_per_item=2, masters=(300,), check={},
+    )  # fmt: skip
 
 
 CASES: dict[str, Callable[[Variant], Iterable[Case]]] = {

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -224,13 +225,36 @@ def _write_once(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def sources_of(operator: str, part: str = "*") -> list[Path]:
+    """The sources of an operator's kernels: ``<operator>.cu``, or several of which a call needs the
+    ``part`` of its kernel (``d64``) and the one that merges."""
+    if operator != "collective_attention":
+        return [CUDA_SOURCES / f"{operator}.cu"]
+    parts = sorted(CUDA_SOURCES.glob(f"{operator}_{part}.cu"))
+    merge = CUDA_SOURCES / f"{operator}_merge.cu"
+    return [*(path for path in parts if path != merge), merge]
+
+
 @functools.cache
-def ptx_of(operator: str, arch: str = "80") -> str:
-    """nvcc's PTX of ``csrc/cuda/<operator>.cu``, kept in ``build/ptx`` until a source changes."""
-    source = CUDA_SOURCES / f"{operator}.cu"
+def ptx_of(operator: str, arch: str = "80", part: str = "*") -> str:
+    """nvcc's PTX of the sources of an operator, one after the other."""
+    texts = [ptx_of_source(source, arch) for source in sources_of(operator, part)]
+    # Every text numbers its files from 1.
+    return texts[0] + "".join(
+        _FILE_NUMBER.sub(lambda match, i=i: f"{match[1]}{1000 * i + int(match[2])}", text)
+        for i, text in enumerate(texts[1:], 1)
+    )
+
+
+_FILE_NUMBER = re.compile(r"(^\s*\.(?:file|loc)\s+|inlined_at\s+)(\d+)", re.M)
+
+
+@functools.cache
+def ptx_of_source(source: Path, arch: str) -> str:
+    """nvcc's PTX of a source, kept in ``build/ptx`` until it or a header changes."""
     options = ("-lineinfo", *INCLUDES)  # so that tools can tell the line of an instruction
     digest = _digest(source.read_text(), arch, *options)
-    kept = CACHE / f"{operator}-sm{arch}-{digest}.ptx"
+    kept = CACHE / f"{source.stem}-sm{arch}-{digest}.ptx"
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         _write_once(kept, compile_ptx(source, arch, options).encode())
@@ -359,7 +383,8 @@ class PtxBackend:
         self.reached: dict[str, Reached] = {}
         self._replaced = ptx or {}
         self.options = {"race": True, **options}
-        self._modules: dict[str, ptxrun.Module] = {}
+        self._modules: dict[tuple[str, str], ptxrun.Module] = {}
+        self._module: ptxrun.Module | None = None
         self._categories: dict[int, str] = {}
 
     @staticmethod
@@ -369,20 +394,23 @@ class PtxBackend:
             None if find_nvcc() else "nvcc is not on PATH, and neither NVCC nor CUDA_HOME names one"
         )
 
-    def module(self, operator: str) -> ptxrun.Module:
-        """The operator's PTX, loaded."""
-        if operator not in self._modules:
-            text = self._replaced.get(operator) or ptx_of(operator, self.arch)
-            self._modules[operator] = ptxrun.Module(text)
-        return self._modules[operator]
+    def module(self, operator: str, part: str = "*") -> ptxrun.Module:
+        """The operator's PTX, loaded; ``part``: see :func:`sources_of`."""
+        key = operator, part
+        if key not in self._modules:
+            text = self._replaced.get(operator) or ptx_of(operator, self.arch, part)
+            self._modules[key] = ptxrun.Module(text)
+        return self._modules[key]
 
-    def _buffers(self, operator: str) -> Buffers:
-        buffers = Buffers(self.module(operator))
+    def _buffers(self, operator: str, part: str = "*") -> Buffers:
+        self._module = self.module(operator, part)
+        buffers = Buffers(self._module)
         self._categories = buffers.categories
         return buffers
 
     def _run(self, operator: str, params: ctypes.Structure) -> None:
-        module = self.module(operator)
+        module = self._module
+        assert module is not None, "the params hold addresses of buffers"
         self.launched = plan(operator, params)
         self.stats = []
         try:
@@ -607,7 +635,7 @@ class PtxBackend:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        address = self._buffers("collective_attention")
+        address = self._buffers("collective_attention", f"d{q.shape[-1]}")
         self._run(
             "collective_attention",
             CollectiveAttentionParams(

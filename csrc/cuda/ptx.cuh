@@ -10,6 +10,23 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Reads 16 bytes of shared memory in one access, even if only some of them are used.
+__device__ __forceinline__ int4 load_shared_16(const void* shared) {
+  int4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(shared_address(shared))
+               : "memory");
+  return words;
+}
+
+// Writes 16 bytes of global memory in one access.
+__device__ __forceinline__ void store_global_16(void* global, const int4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Copies 16 bytes from global to shared memory past the registers and L1, asynchronously: they are
 // there after the wait for their group, for other threads after a barrier behind that wait.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
@@ -34,6 +51,21 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// The same value, which is below kBound, unknown to the compiler: addresses that are made of it are
+// made where they are used, instead of occupying registers from before the loop around them on.
+template <uint32_t kBound>
+__device__ __forceinline__ uint32_t recomputed(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value % kBound;
+}
+
+// 2^x, to two units in the last place; 0 for -inf, and for results below 2^-126.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 }  // namespace tokendance::cuda

@@ -1,0 +1,138 @@
+// The two products of attention, of a warp's 16 query rows with a tile of keys or values.
+//
+// Scores and outputs stand in registers as an mma leaves them: lane i has, of rows i / 4 (elements
+// 0 and 1) and i / 4 + 8 (elements 2 and 3), two adjacent columns of each group of 8. So the rows
+// of a lane are known without its products, and a row's maximum is one over four lanes.
+#pragma once
+
+#include "cuda/ptx.cuh"
+#include "cuda/tensor_core.cuh"
+
+namespace tokendance::cuda {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// On tensor cores. Weights are rounded to T, sums are fp32.
+template <typename T, int kHeadDim, int kKeys>
+struct AttentionProducts {
+  using Rows = SwizzledRows<T, kHeadDim>;
+
+  // scores = queries [16, kHeadDim] * keys [kKeys, kHeadDim]^T
+  static __device__ __forceinline__ void score(const T* queries, const T* keys, int32_t lane,
+                                               float (&scores)[kKeys / 8][4]) {
+    const uint32_t query_row = lane % 16, query_piece = lane / 16;
+    const uint32_t key_row = lane / 16 * 8 + lane % 8, key_piece = lane / 8 % 2;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t query[4];
+      load_matrices(query, shared_address(queries + Rows::piece(query_row, k, query_piece)));
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t key[4];
+        load_matrices(
+            key, shared_address(keys + 16 * n * kHeadDim + Rows::piece(key_row, k, key_piece)));
+        multiply_add<T>(scores[2 * n], query, key[0], key[1]);
+        multiply_add<T>(scores[2 * n + 1], query, key[2], key[3]);
+      }
+    }
+  }
+
+  // sums [16, kHeadDim] += weights [16, kKeys] * values [kKeys, kHeadDim]
+  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
+                                                    const T* values, int32_t lane,
+                                                    float (&sums)[kHeadDim / 8][4]) {
+    const uint32_t value_row = lane % 16, value_piece = lane / 16;
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      const uint32_t weight[4] = {pack_pair<T>(weights[2 * k][0], weights[2 * k][1]),
+                                  pack_pair<T>(weights[2 * k][2], weights[2 * k][3]),
+                                  pack_pair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
+                                  pack_pair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t value[4];
+        load_transposed_matrices(value, shared_address(values + 16 * k * kHeadDim +
+                                                       Rows::piece(value_row, n, value_piece)));
+        multiply_add<T>(sums[2 * n], weight, value[0], value[1]);
+        multiply_add<T>(sums[2 * n + 1], weight, value[2], value[3]);
+      }
+    }
+  }
+
+  // The first of the two adjacent dims that sums[n] has.
+  static __device__ __forceinline__ int32_t dim(int n, int32_t lane) {
+    return n * 8 + lane % 4 * 2;
+  }
+};
+
+// In fp32 on CUDA cores. The sums of a lane are 4 adjacent dims of each 16, for loads of 16 bytes.
+template <int kHeadDim, int kKeys>
+struct AttentionProducts<float, kHeadDim, kKeys> {
+  using Rows = SwizzledRows<float, kHeadDim>;
+
+  static __device__ __forceinline__ float4 load(const float* rows, int32_t row, int32_t piece) {
+    return *reinterpret_cast<const float4*>(rows + Rows::piece(row, piece));
+  }
+
+  static __device__ __forceinline__ void score(const float* queries, const float* keys,
+                                               int32_t lane, float (&scores)[kKeys / 8][4]) {
+    const int32_t row = lane / 4, key_row = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+    }
+#pragma unroll 2
+    for (int piece = 0; piece < kHeadDim / 4; ++piece) {
+      const float4 query[2] = {load(queries, row, piece), load(queries, row + 8, piece)};
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) {
+        const float4 key = load(keys, i / 2 * 8 + key_row + i % 2, piece);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[i / 2][2 * j + i % 2];
+          score = fmaf(query[j].x, key.x, score);
+          score = fmaf(query[j].y, key.y, score);
+          score = fmaf(query[j].z, key.z, score);
+          score = fmaf(query[j].w, key.w, score);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
+                                                    const float* values, int32_t lane,
+                                                    float (&sums)[kHeadDim / 8][4]) {
+    // The weights of a key are in one lane of the four that share its row.
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) {
+#pragma unroll 1
+      for (int32_t owner = 0; owner < 4; ++owner) {
+        const float weight[2] = {
+            __shfl_sync(kAllLanes, weights[i / 2][i % 2], lane / 4 * 4 + owner),
+            __shfl_sync(kAllLanes, weights[i / 2][2 + i % 2], lane / 4 * 4 + owner)};
+        const int32_t row = i / 2 * 8 + owner * 2 + i % 2;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          const float4 value = load(values, row, n * 4 + lane % 4);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            sums[2 * n][2 * j] = fmaf(weight[j], value.x, sums[2 * n][2 * j]);
+            sums[2 * n][2 * j + 1] = fmaf(weight[j], value.y, sums[2 * n][2 * j + 1]);
+            sums[2 * n + 1][2 * j] = fmaf(weight[j], value.z, sums[2 * n + 1][2 * j]);
+            sums[2 * n + 1][2 * j + 1] = fmaf(weight[j], value.w, sums[2 * n + 1][2 * j + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int32_t dim(int n, int32_t lane) {
+    return n / 2 * 16 + lane % 4 * 4 + n % 2 * 2;
+  }
+};
+
+}  // namespace tokendance::cuda

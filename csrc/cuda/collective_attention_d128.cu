@@ -1,0 +1,3 @@
+#include "cuda/collective_attention_kernels.cuh"
+
+TOKENDANCE_DEFINE_ATTENTION_OF(128)

@@ -1,0 +1,64 @@
+// The second launch of collective_attention: partial results of a row become one, and sinks enter.
+//
+// In the order of row_partials, so that the result does not depend on which block came first.
+//
+// Bytes: 4 * (D + 1) per partial, row and head, and the output. FLOPs: 2 per element read, below
+// one per byte: bound by memory (A100: 19.5 TFLOPS fp32, 2039 GB/s; H100: 67 TFLOPS, 3350 GB/s;
+// datasheets). 40 registers at most, no spills, no shared memory: six blocks of 256 threads and
+// more, at least 48 of 64 warps.
+#pragma once
+
+#include "cuda/collective_attention_plan.h"
+#include "cuda/vector_io.cuh"
+#include "tokendance/params.h"
+
+namespace tokendance::cuda {
+
+// A block has a row, or some of its heads; a thread one vector of one head. All threads of a head
+// compute the same weights: their loads of indices and LSEs are broadcasts.
+template <typename T, int V>
+__device__ __forceinline__ void merge_partials(const CollectiveAttentionParams& p) {
+  const int64_t row = blockIdx.x;
+  const int32_t begin = __ldg(p.round.row_partial_indptr + row);
+  const int32_t end = __ldg(p.round.row_partial_indptr + row + 1);
+  if (begin >= end) return;  // padding, or written by its only item
+  const uint32_t index = blockIdx.y * blockDim.x + threadIdx.x;
+  const uint32_t vectors = static_cast<uint32_t>(p.head_dim) / V;
+  const int32_t head = static_cast<int32_t>(index / vectors);
+  const int32_t dim = static_cast<int32_t>(index % vectors) * V;
+  if (head >= p.num_q_heads) return;
+  const int64_t heads = p.round.extents.partials * p.num_q_heads;
+  const float* const partial_lse = p.workspace + heads * p.head_dim;
+  auto place_of = [&](int32_t i) {
+    return int64_t{__ldg(p.round.row_partials + i)} * p.num_q_heads + head;
+  };
+
+  float highest = partial_lse[place_of(begin)];
+#pragma unroll 1
+  for (int32_t i = begin + 1; i < end; ++i) highest = fmaxf(highest, partial_lse[place_of(i)]);
+  // Where nothing was seen, all weights are exp(-inf - 0) = 0.
+  const float base = highest == -INFINITY ? 0.0f : highest;
+  float sum = 0.0f;
+  float merged[V] = {};
+#pragma unroll 2
+  for (int32_t i = begin; i < end; ++i) {
+    const int64_t place = place_of(i);
+    const float weight = expf(partial_lse[place] - base);
+    float value[V];  // zeros, of a partial that saw nothing
+    load_floats<V>(p.workspace + place * p.head_dim + dim, value);
+#pragma unroll
+    for (int j = 0; j < V; ++j) merged[j] = fmaf(weight, value[j], merged[j]);
+    sum += weight;
+  }
+  const float total = p.sinks ? sum + expf(__ldg(p.sinks + head) - base) : sum;
+  const float factor = sum > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+  for (int j = 0; j < V; ++j) merged[j] *= factor;
+  Vector<T, V> out;
+  pack(merged, &out);
+  store_vector<T, V>(
+      static_cast<T*>(p.out) + row * p.out_row_stride + head * p.out_head_stride + dim, out);
+  if (dim == 0) p.lse[row * p.num_q_heads + head] = base + logf(sum);  // log(0) = -inf
+}
+
+}  // namespace tokendance::cuda

@@ -1,0 +1,108 @@
+// How collective_attention is launched: one launch over the work items, one that merges partials.
+#pragma once
+
+#include "cuda/launch_plan.h"
+#include "tokendance/params.h"
+#include "tokendance/rope.h"
+
+// One kernel per head dim, dtype and width of copies: the wide ones copy keys and values 16 bytes
+// at a time, the narrow ones element by element, for tensors that are not aligned. Calls X(variant,
+// element type, head dim, wide) in the order of attention_kernel().
+#define TOKENDANCE_ATTENTION_KERNELS_OF(X, head_dim)        \
+  X(f32_d##head_dim##_wide, float, head_dim, true)          \
+  X(f32_d##head_dim##_narrow, float, head_dim, false)       \
+  X(f16_d##head_dim##_wide, __half, head_dim, true)         \
+  X(f16_d##head_dim##_narrow, __half, head_dim, false)      \
+  X(bf16_d##head_dim##_wide, __nv_bfloat16, head_dim, true) \
+  X(bf16_d##head_dim##_narrow, __nv_bfloat16, head_dim, false)
+#define TOKENDANCE_ATTENTION_KERNELS(X)   \
+  TOKENDANCE_ATTENTION_KERNELS_OF(X, 64)  \
+  TOKENDANCE_ATTENTION_KERNELS_OF(X, 80)  \
+  TOKENDANCE_ATTENTION_KERNELS_OF(X, 96)  \
+  TOKENDANCE_ATTENTION_KERNELS_OF(X, 128) \
+  TOKENDANCE_ATTENTION_KERNELS_OF(X, 256)
+
+// The kernels that merge; calls X(variant, element type, elements of a vector).
+#define TOKENDANCE_ATTENTION_MERGE_KERNELS(X) \
+  X(f32_wide, float, 4)                       \
+  X(f32_narrow, float, 1)                     \
+  X(f16_wide, __half, 8)                      \
+  X(f16_narrow, __half, 1)                    \
+  X(bf16_wide, __nv_bfloat16, 8)              \
+  X(bf16_narrow, __nv_bfloat16, 1)
+
+namespace tokendance {
+
+#define TOKENDANCE_ATTENTION_NAME(variant, ...) "tokendance_collective_attention_" #variant,
+#define TOKENDANCE_ATTENTION_MERGE_NAME(variant, ...) \
+  "tokendance_collective_attention_merge_" #variant,
+constexpr const char* kCollectiveAttentionKernels[] = {TOKENDANCE_ATTENTION_KERNELS(
+    TOKENDANCE_ATTENTION_NAME) TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_ATTENTION_MERGE_NAME)};
+
+constexpr int kAttentionHeadDims[] = {64, 80, 96, 128, 256};
+constexpr int kNumAttentionKernels = 5 * 6;
+constexpr int kAttentionWarpRows = 16;  // query rows of a warp: the M of an mma
+constexpr int kAttentionStages = 3;     // tiles of keys or values: one in use, two on their way
+constexpr int kAttentionMergeThreads = 256;
+
+inline int attention_kernel(DType dtype, int32_t head_dim, bool wide) {
+  int dim = 0;
+  while (kAttentionHeadDims[dim] != head_dim) ++dim;
+  return dim * 6 + static_cast<int>(dtype) * 2 + !wide;
+}
+
+// Sizes of a block. A query row here is one row of the round and one head of the group.
+struct AttentionShape {
+  int32_t warps;
+  int32_t rows;  // query rows that meet one tile of keys
+  int32_t keys;  // keys of a tile: a stage is 16 KB, or less
+  int32_t threads;
+  int32_t blocks;  // on a multiprocessor, that registers are to suffice for
+  int32_t query_bytes;
+  int32_t stage_bytes;
+  int32_t row_bytes;  // of what is known of the query rows, once and for a chunk
+  int32_t shared_bytes;
+
+  TOKENDANCE_HOST_DEVICE constexpr AttentionShape(int32_t element_bytes, int32_t head_dim)
+      : warps(head_dim * element_bytes > 512 ? 2 : 4),
+        rows(warps * kAttentionWarpRows),
+        keys((head_dim > 128 ? 128 : 256) / element_bytes / 2),
+        threads(warps * kWarpSize),
+        blocks(head_dim * element_bytes <= 192 ? 3
+               : head_dim <= 128               ? 2
+                                               : 1),
+        query_bytes(rows * head_dim * element_bytes),
+        stage_bytes(keys * head_dim * element_bytes),
+        row_bytes(rows * 4 * static_cast<int32_t>(sizeof(int32_t))),
+        shared_bytes(query_bytes + kAttentionStages * stage_bytes + 2 * row_bytes +
+                     2 * warps * 2 * static_cast<int32_t>(sizeof(int32_t))) {}
+};
+
+inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) {
+  LaunchPlan plan = {};
+  const RoundExtents& e = p.round.extents;
+  if (e.rows == 0 || p.num_q_heads == 0) return plan;
+  const int64_t vector = kVectorBytes / element_bytes(p.dtype);
+  const bool out_aligned = is_aligned(p.out) && is_aligned(p.workspace) &&
+                           p.out_row_stride % vector == 0 && p.out_head_stride % vector == 0;
+  if (e.work > 0) {
+    const bool wide = out_aligned && is_aligned(p.k_pool) && is_aligned(p.v_pool) &&
+                      is_aligned(p.k_layout, p.dtype) && is_aligned(p.v_layout, p.dtype);
+    const int kernel = attention_kernel(p.dtype, p.head_dim, wide);
+    const AttentionShape shape(static_cast<int32_t>(element_bytes(p.dtype)), p.head_dim);
+    // KV heads of an item are neighbours: they read the same pages.
+    add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.work * p.num_kv_heads, 1, 1,
+               shape.threads, shape.shared_bytes, {});
+  }
+  if (e.partials > 0) {
+    const int kernel = kNumAttentionKernels + static_cast<int>(p.dtype) * 2 + !out_aligned;
+    const int64_t vectors = p.num_q_heads * (p.head_dim / (out_aligned ? vector : 1));
+    const int64_t threads =
+        vectors < kAttentionMergeThreads ? round_up(vectors, kWarpSize) : kAttentionMergeThreads;
+    add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.rows,
+               ceil_div(vectors, threads), 1, threads, 0, {});
+  }
+  return plan;
+}
+
+}  // namespace tokendance

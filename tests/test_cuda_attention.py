@@ -1,0 +1,223 @@
+"""What the CUDA launches of collective_attention do beyond the operator's own tests: every kernel,
+tiles and pages that those are too small for, and what is launched at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import ptx_backend
+import pytest
+import test_collective_attention
+import torch
+from ptx_backend import PtxBackend
+from test_collective_attention import attention_round, check
+
+from tokendance import testing
+from tokendance.rounds import RoundTensors
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(PtxBackend.missing() is not None, reason=PtxBackend.missing() or ""),
+]
+DTYPES = test_collective_attention.DTYPES
+HEAD_DIMS = test_collective_attention.HEAD_DIMS
+ALIGNED = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    return PtxBackend()
+
+
+# What is launched ------------------------------------------------------------------------------
+
+
+def plan(head_dim=128, dtype=2, **changes):
+    heads, size = 4, 16
+    extents = {"rows": 24, "work": 5, "partials": 30, "block_size": size}
+    extents |= changes.pop("extents", {})
+    row = heads * head_dim
+    members = {
+        "q": ALIGNED,
+        "out": ALIGNED,
+        "k_pool": ALIGNED,
+        "v_pool": ALIGNED,
+        "workspace": ALIGNED,
+        "q_row_stride": 4 * row,
+        "q_head_stride": head_dim,
+        "out_row_stride": 4 * row,
+        "out_head_stride": head_dim,
+        "k_layout": ptx_backend.RowLayout(1 << 16, size * row, row, head_dim, size),
+        "v_layout": ptx_backend.RowLayout(1 << 16, size * row, row, head_dim, size),
+        "round": ptx_backend.RoundView(extents=ptx_backend.Extents(**extents)),
+        "num_q_heads": 4 * heads,
+        "num_kv_heads": heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+    }
+    params = ptx_backend.CollectiveAttentionParams(**(members | changes))
+    planned = ptx_backend.plan("collective_attention", params)
+    return planned.launches[: planned.num_launches]
+
+
+def names(launches):
+    prefix = "tokendance_collective_attention_"
+    return [launch.name.decode().removeprefix(prefix) for launch in launches]
+
+
+def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
+    attention, merge = plan()
+    assert names([attention, merge]) == ["bf16_d128_wide", "merge_bf16_wide"]
+    assert (list(attention.grid), list(attention.block)) == ([20, 1, 1], [128, 1, 1])
+    # 24 rows of 16 heads of 16 vectors.
+    assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [256, 1, 1])
+    [_, merge] = plan(num_q_heads=20)
+    assert (list(merge.grid), list(merge.block)) == ([24, 2, 1], [256, 1, 1])
+    [_, merge] = plan(num_q_heads=4, head_dim=80)
+    assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [64, 1, 1])
+    assert names(plan(extents={"partials": 0})) == ["bf16_d128_wide"]
+    assert names(plan(extents={"work": 0})) == ["merge_bf16_wide"]
+    assert names(plan(extents={"rows": 0})) == []
+
+
+def test_the_launch_depends_on_capacities_only():
+    """So that it can be captured in a CUDA graph."""
+    filled = ptx_backend.RoundView(
+        extents=ptx_backend.Extents(rows=24, work=5, partials=30, block_size=16),
+        work=ALIGNED,
+        row_partials=ALIGNED,
+    )
+    assert [bytes(x) for x in plan(round=filled)] == [bytes(x) for x in plan()]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", range(3))
+def test_every_kernel_has_its_name_and_fits(dtype, head_dim):
+    short = ("f32", "f16", "bf16")[dtype]
+    for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 4}, "narrow")):
+        attention, merge = plan(head_dim, dtype, **changes)
+        assert names([attention, merge]) == [f"{short}_d{head_dim}_{width}", f"merge_{short}_wide"]
+        assert attention.shared_bytes <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"v_pool": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16_wide"]),
+        ({"out": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
+        ({"workspace": ALIGNED + 4}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
+        ({"out_head_stride": 129}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
+        ({"out_row_stride": 2050}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
+        ({"q": ALIGNED + 2}, ["bf16_d128_wide", "merge_bf16_wide"]),
+        ({"q_head_stride": 129}, ["bf16_d128_wide", "merge_bf16_wide"]),
+        (
+            {"k_layout": ptx_backend.RowLayout(1 << 16, 16 * 513, 513, 128, 16)},
+            ["bf16_d128_narrow", "merge_bf16_wide"],
+        ),
+    ],
+)
+def test_wide_copies_only_where_everything_is_aligned(changes, expected):
+    assert names(plan(**changes)) == expected
+
+
+# What is computed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_kernels(ptx, dtype, head_dim):
+    case = attention_round(
+        20, head_dim=head_dim, dtype=dtype, layout="unaligned", masters=(150, 20), rows=2
+    )
+    check(ptx, case, wide=True)
+    assert ptx.launched.launches[0].name.decode().endswith(f"_d{head_dim}_narrow")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_that_are_not_aligned(ptx, dtype):
+    """The merge, too, writes element by element."""
+    case = attention_round(21, dtype=dtype, head_dim=80, masters=(100, 20))
+    rows, heads, head_dim = case.q.shape
+    padded = torch.full((rows, heads, head_dim + 1), torch.nan, dtype=dtype)
+    expected = torch.full((rows, heads, head_dim), torch.nan, dtype=dtype)
+    for out in (expected, padded[:, :, :head_dim]):
+        run(ptx, case, out)
+    assert ptx.launched.num_launches == 2
+    testing.assert_close(padded[:, :, :head_dim], expected.double(), dtype)
+    assert padded[:, :, head_dim:].isnan().all()
+
+
+def run(ptx, case, out):
+    rows, heads, head_dim = case.q.shape
+    ptx.collective_attention_out(
+        case.q,
+        case.k_pool[0],
+        case.v_pool[0],
+        *(case.cos, case.sin, case.interleaved, case.round.buffer, case.extents),
+        *(case.scale, 0, 0.0, None, 1.0),
+        torch.empty(case.round.extents.partials * heads * (head_dim + 1)),
+        out,
+        torch.empty(rows, heads),
+    )
+
+
+@pytest.mark.parametrize(("group", "rows_per_item"), [(2, 80), (70, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_items_with_more_query_rows_than_a_tile(ptx, dtype, group, rows_per_item):
+    case = attention_round(
+        22,
+        num_q_heads=group,
+        num_kv_heads=1,
+        rows=40 if group == 2 else 2,
+        rows_per_item=rows_per_item,
+        masters=(150, 20),
+        dtype=dtype,
+    )
+    most = max(item[1] - item[0] for item in case.arrays["work"].tolist())
+    assert most * group > 64
+    check(ptx, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sources_that_take_turns(ptx, dtype):
+    """Queries turn to every Master and back; own rows of all agents share a rotation."""
+    case = attention_round(
+        23, masters=(70, 40, 90, 30), agents=4, rows=2, dtype=dtype, block_size=8, repeat=True
+    )
+    chunks = case.arrays["work_chunks"][:, 0]
+    assert (chunks[1:] != chunks[:-1]).sum() > 8
+    check(ptx, case)
+
+
+@pytest.mark.parametrize("layout", ["separate", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages_that_lie_far_apart(ptx, dtype, layout):
+    """Offsets beyond 2^32 bytes; the narrow kernels, too."""
+    near = attention_round(24, agents=2, masters=(40,), whole_uses=True, dtype=dtype, rows=2)
+    stride = 1_100_000_000 + (layout == "unaligned")
+    far = replace(
+        near,
+        round=RoundTensors(near.round.buffer.clone(), near.round.extents),
+        k_pool=[testing.far_apart(near.k_pool[0], stride)],
+        v_pool=[testing.far_apart(near.v_pool[0], stride)],
+    )
+    outputs = [torch.full(near.q.shape, torch.nan, dtype=dtype) for _ in range(2)]
+    for case, out in zip((near, far), outputs, strict=True):
+        run(ptx, case, out)
+    assert outputs[0][near.real_rows].isfinite().all()
+    testing.assert_same_bits(outputs[0], outputs[1])
+
+
+def test_twice_gives_the_same_bits(ptx):
+    case = attention_round(25, dtype=torch.bfloat16, masters=(150, 20))
+    outputs = [torch.full(case.q.shape, torch.nan, dtype=case.q.dtype) for _ in range(2)]
+    for out in outputs:
+        run(ptx, case, out)
+    testing.assert_same_bits(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sm_90(dtype):
+    """nvcc's PTX for another architecture does the same; a subset, for the source is one."""
+    case = attention_round(26, dtype=dtype, masters=(150, 20))
+    check(PtxBackend("90"), case, window=100, soft_cap=3.0, sinks=torch.linspace(-1, 1, 4))
