@@ -25,8 +25,8 @@
 // No spills. Blocks of 128 threads at 16 bits, as tools/sass_table.txt has them for A100 and H100:
 //
 //   D          registers   shared memory   blocks of a multiprocessor
-//   64         149         34 KB           3 and 3, held by registers
-//   80, 96     158 - 167   42, 50 KB       3 and 3
+//   64         148         34 KB           3 and 3, held by registers
+//   80, 96     159 - 167   42, 50 KB       3 and 3
 //   128        185 - 189   66 KB           2 and 2
 //   256        242 - 246   82 KB           1 and 2; tiles of 32 keys
 //
