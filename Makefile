@@ -5,7 +5,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: build test demo bench lint format typecheck sanitize mutate coverage-ptx sass clean
+.PHONY: build test test-gpu demo bench lint format typecheck sanitize sanitize-gpu mutate coverage-ptx \
+  sass clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,26 @@ build: $(VENV)/ready
 
 test: build
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The operators on the GPU of this machine, then a few of their cases under compute-sanitizer.
+test-gpu: build
+	$(BIN)/python -m pytest -q --backend cuda $(PYTEST_ARGS)
+	$(MAKE) sanitize-gpu
+
+# Every access in bounds (memory is not pooled, so that bounds are those of tensors), no races in
+# shared memory, all threads at every barrier.
+SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1 \
+  --kernel-name kernel_substring=tokendance
+SANITIZED := $(BIN)/python -m pytest -q --backend cuda tests/test_gpu.py -k compact_cases
+sanitize-gpu: build
+	@if ! command -v compute-sanitizer > /dev/null; then \
+	  echo "Not sanitized: compute-sanitizer is not on PATH; it comes with the CUDA toolkit."; \
+	else \
+	  set -ex; export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
+	  $(SANITIZER) --tool memcheck --report-api-errors no $(SANITIZED); \
+	  $(SANITIZER) --tool racecheck $(SANITIZED); \
+	  $(SANITIZER) --tool synccheck $(SANITIZED); \
+	fi
 
 demo: build
 	$(BIN)/python -m tokendance simulate --audit --html build/demo.html

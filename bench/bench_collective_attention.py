@@ -15,33 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from bench import ceilings
-from bench.mirrors import BenchRound, make_round
-from tokendance import ops
+from bench.mirrors import DECODE, make_round
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # (Hk, G, D), N, S, P
-DECODE = [
-    ((3, 3, 64), 16, 4096, 256),
-    ((4, 7, 128), 16, 4096, 256),
-    ((8, 4, 128), 16, 4096, 256),
-    ((8, 4, 128), 32, 4096, 256),
-    ((8, 1, 128), 64, 16384, 64),
-    ((8, 8, 128), 8, 1024, 1024),
-    ((3, 3, 64), 64, 1024, 64),
-]
 PREFILL = [((3, 3, 64), 4, 2048, 64), ((4, 7, 128), 2, 2048, 64), ((8, 4, 128), 2, 2048, 64)]
-
-
-def _attend(case: BenchRound) -> Any:
-    out = torch.empty_like(case.q)
-    lse = torch.empty(case.q.shape[:2], dtype=torch.float32)
-    heads, head_dim = case.q.shape[1:]
-    workspace = torch.empty(case.round.extents.partials * heads * (head_dim + 1))
-    scale = head_dim**-0.5
-    return lambda: ops.collective_attention_out(
-        *(case.q, case.k_pools[0], case.v_pools[0], *case.tables, case.round),
-        *(scale, 0, 0.0, None, 1.0, workspace, out, lse),
-    )
 
 
 def _sdpa(heads: tuple[int, int, int], agents: int, length: int, dtype: torch.dtype) -> Any:
@@ -93,11 +71,11 @@ def bench_decode(
 
     moved = (shared + agents * private) * row_bytes
     measure(
-        _attend(case),
+        case.attention(),
         ceilings={"read": ceilings.read(moved), "gemm": gemm},
         floor=floor,
         bytes=moved,
-        peers={"copies": _attend(copies), "sdpa": per_agent, "sdpa_batched": batched},
+        peers={"copies": copies.attention(), "sdpa": per_agent, "sdpa_batched": batched},
         facts=lambda _: {"bound": agents * (shared + private) / (shared + agents * private)},
     )
 
@@ -123,7 +101,7 @@ def bench_prefill(
     seen = private + shared - rows + (rows + 1) / 2  # rows that a query row sees, on average
     flops = 4 * agents * rows * seen * num_kv_heads * group * head_dim
     measure(
-        _attend(case),
+        case.attention(),
         ceilings={"gemm": gemm},
         floor=lambda rates: flops / rates["gemm"],
         flops=flops,

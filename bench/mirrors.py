@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,16 +10,27 @@ import torch
 from torch import Tensor
 
 import tokendance as td
+from tokendance import ops
 from tokendance.mirror import Master, Mirror, Use, empty_masks, pages_for, round_arrays
 from tokendance.rounds import RoundTensors
 from tokendance.step import with_work
 
+# (Hk, G, D), N, S, P of decode steps.
+DECODE = [
+    ((3, 3, 64), 16, 4096, 256),
+    ((4, 7, 128), 16, 4096, 256),
+    ((8, 4, 128), 16, 4096, 256),
+    ((8, 4, 128), 32, 4096, 256),
+    ((8, 1, 128), 64, 16384, 64),
+    ((8, 8, 128), 8, 1024, 1024),
+    ((3, 3, 64), 64, 1024, 64),
+]
 LONGER = 3  # private tokens that the agent which made the Masters had more than these
 
 
 @dataclass
 class BenchRound:
-    """A round on the CPU whose agents use the same Masters, in different orders.
+    """A round whose agents use the same Masters, in different orders.
 
     Attributes:
         k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
@@ -44,6 +56,19 @@ class BenchRound:
     def tables(self) -> tuple[Tensor, Tensor, bool]:
         return self.rope.cos, self.rope.sin, self.rope.interleaved
 
+    def attention(self) -> Callable[[], None]:
+        """`collective_attention` of the agents' last rows, into memory of its own."""
+        rows, heads, head_dim = self.q.shape
+        floats = self.round.extents.partials * heads * (head_dim + 1)
+        out = torch.empty_like(self.q)
+        lse, workspace = (
+            torch.empty(*shape, device=self.q.device) for shape in ((rows, heads), (floats,))
+        )
+        return lambda: ops.collective_attention_out(
+            *(self.q, self.k_pools[0], self.v_pools[0], *self.tables, self.round),
+            *(head_dim**-0.5, 0, 0.0, None, 1.0, workspace, out, lse),
+        )
+
 
 def make_round(
     *,
@@ -60,6 +85,7 @@ def make_round(
     dtype: torch.dtype = torch.float32,
     block_size: int = 16,
     dense: bool = False,
+    device: torch.device | str = "cpu",
 ) -> BenchRound:
     """A round of ``agents`` prompts: ``private`` own rows, then ``shared`` rows in ``segments``.
 
@@ -103,19 +129,23 @@ def make_round(
         pages = take(pages_for(len(position), block_size))
         mirrors.append(Mirror((), private + segments * length, uses, pages, position, 0))
     shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
-    pools = [torch.empty(shape, dtype=dtype).normal_() for _ in range(2 * num_layers)]
+    pools = [
+        torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2 * num_layers)
+    ]
     row_agent = np.repeat(np.arange(agents, dtype=np.int32), rows)
     total = private + segments * length
     row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
     arrays, extents = round_arrays(mirrors, block_size)
-    arrays, extents = with_work(arrays, extents, row_agent, row_position, group, "cpu")
+    kind = torch.device(device).type
+    arrays, extents = with_work(arrays, extents, row_agent, row_position, group, kind)
+    rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)
     return BenchRound(
         geometry,
         block_size,
-        td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER),
+        rope.to(device),
         pools[0::2],
         pools[1::2],
         mirrors,
-        RoundTensors.from_arrays(arrays, extents),
-        torch.randn(agents * rows, group * num_kv_heads, head_dim, dtype=dtype),
+        RoundTensors.from_arrays(arrays, extents, device=device),
+        torch.randn(agents * rows, group * num_kv_heads, head_dim, dtype=dtype, device=device),
     )

@@ -64,7 +64,11 @@ class TorchBackend:
 def missing(name: str) -> str | None:
     """Why a backend cannot run here, or None."""
     if name == "cuda":
-        return None if torch.cuda.is_available() else "torch finds no CUDA device"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        from tokendance import ops
+
+        return None if ops.registered("CUDA") else "the library was built without CUDA kernels"
     if name == "ptx":
         from ptx_backend import PtxBackend
 

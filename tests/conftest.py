@@ -16,6 +16,13 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """A backend that is asked for by name must exist: where nothing runs, nothing fails."""
+    for name in config.getoption("--backend") or ():
+        if reason := backends.missing(name):
+            raise pytest.UsageError(f"--backend {name}: {reason}")
+
+
 def pytest_report_header(config):
     lines = []
     for name in backends.NAMES:

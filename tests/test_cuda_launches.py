@@ -284,7 +284,7 @@ def test_encode_skips_indices_out_of_range(ptx, dtype):
     test_diff_encode.check(ptx, blank, dense, expected=expected)
 
 
-def check_in_place(ptx, dtype, wide, interleaved=False):
+def check_in_place(backend, dtype, wide, interleaved=False):
     """More rows than the interpreter runs together: a block that moved a row of another would move
     what that one has moved already."""
     rows = 340
@@ -292,10 +292,14 @@ def check_in_place(ptx, dtype, wide, interleaved=False):
     x = x if wide else test_merge_states.unaligned(x)
     tables = testing.random_round(0, agents=1, masters=(30,), whole_uses=True, head_dim=80)
     to = torch.arange(rows, dtype=torch.int32) % 30
-    got, want = testing.StorageCopies()(x), x.clone()
-    for module, rotated in ((ptx, got), (reference, want)):
-        module.rope_rotate_(rotated, None, None, to, tables.cos, tables.sin, interleaved, 1.0)
-    testing.assert_same_bits(got, want)
+    results = []
+    for module, device in ((backend, backend.device), (reference, "cpu")):
+        copies = testing.StorageCopies(device)
+        rotated = copies(x)
+        arguments = copies(to), copies(tables.cos), copies(tables.sin)
+        module.rope_rotate_(rotated, None, None, *arguments, interleaved, 1.0)
+        results.append(rotated)
+    testing.assert_same_bits(*results)
 
 
 @for_all_dtypes

@@ -1,0 +1,247 @@
+"""What only a GPU can show: CUDA graphs, streams, a second device; and all of the kernels on one.
+
+``make test-gpu`` runs this with the operators' own tests, ``make sanitize-gpu`` its compact cases
+under compute-sanitizer. What is captured or put on a stream here is also run on the CPU, call by
+call: so it is known that rounds, arguments and comparisons are right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import fields, replace
+
+import backends
+import kernel_cases
+import pytest
+import torch
+from test_collective_attention import attention_round
+
+from tokendance import ops, reference, testing
+from tokendance.rounds import RoundExtents, RoundTensors
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WITHOUT_GPU = backends.missing("cuda")
+needs_gpu = pytest.mark.skipif(WITHOUT_GPU is not None, reason=WITHOUT_GPU or "")
+NUM_GPUS = torch.cuda.device_count()
+for_two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SLEEP = 20_000_000  # cycles of a GPU: far longer than the host takes to enqueue two calls
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+# Calls whose contents change ---------------------------------------------------------------------
+
+
+def of_one_size(cases):
+    """The rounds in buffers, pools, queries and tables of one size, so that each may stand where
+    another stood."""
+    names = [field.name for field in fields(RoundExtents)]
+    most = {name: max(getattr(case.round.extents, name) for case in cases) for name in names}
+    extents = RoundExtents(**most)
+    num_pages = max(len(case.k_pool[0]) for case in cases)
+    longest = max(cases, key=lambda case: len(case.cos))
+
+    def grown(x, length):
+        result = torch.full((length, *x.shape[1:]), torch.nan, dtype=x.dtype)
+        result[: len(x)] = x
+        return result
+
+    return [
+        replace(
+            case,
+            round=RoundTensors.from_arrays(case.arrays, case.filled, extents),
+            k_pool=[grown(pool, num_pages) for pool in case.k_pool],
+            v_pool=[grown(pool, num_pages) for pool in case.v_pool],
+            q=grown(case.q, extents.rows),
+            cos=longest.cos,
+            sin=longest.sin,
+        )
+        for case in cases
+    ]
+
+
+class Call:
+    """A call of an operator in memory that stays where it is."""
+
+    def __init__(self, case, device):
+        self.case = case.copy(device)
+
+    def load(self, case):
+        """The contents of another round of this size; all results become NaN."""
+        pairs = [(self.case.round.buffer, case.round.buffer), (self.case.q, case.q)]
+        pairs += zip(self.case.k_pool, case.k_pool, strict=True)
+        pairs += zip(self.case.v_pool, case.v_pool, strict=True)
+        for mine, other in pairs:
+            mine.copy_(other)
+        for result in self.results:
+            result.fill_(torch.nan)
+
+
+class Attention(Call):
+    """`collective_attention`."""
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        rows, heads, head_dim = case.q.shape
+        floats = case.round.extents.partials * heads * (head_dim + 1)
+        self.workspace = torch.empty(floats, device=device)
+        self.out = torch.empty(case.q.shape, dtype=case.q.dtype, device=device)
+        self.lse = torch.empty(rows, heads, device=device)
+        self.results = [self.workspace, self.out, self.lse]
+
+    def __call__(self):
+        case = self.case
+        ops.collective_attention_out(
+            *(case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved),
+            *(case.round, case.scale, 0, 0.0, None, 1.0, self.workspace, self.out, self.lse),
+        )
+
+    def check(self, case):
+        expected, expected_lse = reference.collective_attention(
+            *(case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved),
+            *(case.round, case.scale, 0, 0.0, None, 1.0),
+        )
+        out, lse, real = self.out.cpu(), self.lse.cpu(), case.real_rows
+        testing.assert_close(out[real], expected[real], case.q.dtype, "out")
+        tolerance = testing.tolerance(case.q.dtype)
+        torch.testing.assert_close(
+            lse[real].double(), expected_lse[real], rtol=tolerance, atol=tolerance
+        )
+        padding = case.round.row_agent < 0
+        assert out[padding].isnan().all()
+        assert lse[padding].isnan().all()
+
+
+class Restore(Call):
+    """`diff_restore` into the rows of every agent, one agent after the other."""
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        agents, length = case.round.extents.agents, len(case.cos)
+        self.slots = torch.arange(agents * length, device=device).view(agents, length)
+        shape = (agents * length, *case.k_pool[0].shape[2:])
+        layers = range(len(case.k_pool))
+        self.k = [torch.empty(shape, dtype=case.q.dtype, device=device) for _ in layers]
+        self.v = [torch.empty(shape, dtype=case.q.dtype, device=device) for _ in layers]
+        self.results = self.k + self.v
+
+    def __call__(self):
+        case = self.case
+        ops.diff_restore(
+            *(case.k_pool, case.v_pool, case.cos, case.sin, case.interleaved, case.round),
+            *(self.slots, self.k, self.v),
+        )
+
+    def check(self, case):
+        k = [torch.full_like(rows, torch.nan, device="cpu") for rows in self.k]
+        v = [torch.full_like(rows, torch.nan, device="cpu") for rows in self.v]
+        reference.diff_restore(
+            *(case.k_pool, case.v_pool, case.cos, case.sin, case.interleaved, case.round),
+            *(self.slots.cpu(), k, v),
+        )
+        for got, want in zip(self.results, k + v, strict=True):
+            testing.assert_same_bits(got, want)
+
+
+def rounds(dtype):
+    """Rounds that have little in common, the last of no agents at all."""
+    options = {"dtype": dtype, "num_layers": 2}
+    return of_one_size(
+        [
+            attention_round(1, **options),
+            attention_round(2, agents=5, masters=(70, 200, 20), rows=1, work="planned", **options),
+            attention_round(3, agents=1, masters=(33,), rows=40, **options),
+            attention_round(4, agents=0, **options),
+        ]
+    )
+
+
+# CUDA graphs -------------------------------------------------------------------------------------
+
+
+def recorded(call, device):
+    """What repeats a call: the replay of a graph, on the CPU the call itself."""
+    if device.type == "cpu":
+        return call
+    with stream_of_its_own(device):
+        call()  # kernels are loaded by their first launch, which a capture would not allow
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@for_two_dtypes
+@pytest.mark.parametrize("operator", [Attention, Restore])
+def test_a_graph_serves_rounds_of_other_contents(device, operator, dtype):
+    cases = rounds(dtype)
+    call = operator(cases[0], device)
+    repeat = recorded(call, device)
+    for case in [*cases, cases[0]]:
+        call.load(case)
+        repeat()
+        call.check(case)
+
+
+# Streams -----------------------------------------------------------------------------------------
+
+
+def stream_of_its_own(device):
+    """A new stream to work on; there is none on the CPU."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+@for_two_dtypes
+@pytest.mark.parametrize("operator", [Attention, Restore])
+def test_two_streams(device, operator, dtype):
+    """Each call waits for what its stream does before: the stream sleeps, then changes the round.
+
+    On another stream it would have seen the round that stood there, and lost its results.
+    """
+    before, *cases = rounds(dtype)[:3]
+    calls = [operator(before, device) for _ in cases]
+    contents = [case.copy(device) for case in cases]
+    for call, content in zip(calls, contents, strict=True):
+        with stream_of_its_own(device):
+            if device.type == "cuda":
+                torch.cuda._sleep(SLEEP)
+            call.load(content)
+            call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for call, case in zip(calls, cases, strict=True):
+        call.check(case)
+
+
+# Kernels on devices ------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_every_operator_has_kernels():
+    assert set(backends.METHODS) <= set(ops.registered("CUDA"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("operator", backends.OPERATORS)
+def test_compact_cases(operator):
+    """The cases that reach every instruction, of kernels that stand for all."""
+    for case in kernel_cases.cases_of(operator):
+        case.run(backends.backend("cuda"))
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two CUDA devices, torch finds {NUM_GPUS}")
+@pytest.mark.parametrize("operator", backends.OPERATORS)
+def test_a_device_that_is_not_the_current_one(operator):
+    current = torch.cuda.current_device()
+    backend = backends.TorchBackend(f"cuda:{(current + 1) % NUM_GPUS}")
+    for case in kernel_cases.cases_of(operator, kernel_cases.REPRESENTATIVE[:1]):
+        case.run(backend)
+    assert torch.cuda.current_device() == current
