@@ -55,7 +55,8 @@ def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
     caches = [torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]
     k_out, v_out = caches[0::2], caches[1::2]
     own = AGENTS * (PRIVATE + SEGMENTS * OVERRIDDEN)
-    moved = (shared + own + slots.numel()) * row_bytes
+    read = shared - SEGMENTS * OVERRIDDEN + own  # no agent reads the rows that all override
+    moved = (read + slots.numel()) * row_bytes
     peers = {
         "dense": lambda: _dense(case, slots, k_out, v_out),
         "torch": lambda: _torch(case, slots, k_out, v_out),
