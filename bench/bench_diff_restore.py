@@ -11,6 +11,7 @@ result into the cache; and the same by torch's operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,8 +59,8 @@ def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
     read = shared - SEGMENTS * OVERRIDDEN + own  # no agent reads the rows that all override
     moved = (read + slots.numel()) * row_bytes
     peers = {
-        "dense": lambda: _dense(case, slots, k_out, v_out),
-        "torch": lambda: _torch(case, slots, k_out, v_out),
+        "dense": lambda: _dense(case, slots, caches),
+        "torch": lambda: _torch(case, slots, caches),
     }
     written = slots.numel() * row_bytes
     copy, fill = ceilings.copy(moved), ceilings.fill(written)
@@ -75,44 +76,51 @@ def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
     )
 
 
-def _dense(case: BenchRound, slots: Tensor, k_out: list[Tensor], v_out: list[Tensor]) -> None:
-    """Materialise, rotate, scatter: agent by agent, each pass as fast as we can make it."""
+Move = Callable[[Tensor, Tensor], Tensor]  # (rows, their shifts) -> moved rows
+Scatter = Callable[[Tensor, Tensor, Tensor], object]  # (cache, slots, rows)
+
+
+def _restore_densely(
+    case: BenchRound, slots: Tensor, caches: list[Tensor], move: Move, scatter: Scatter
+) -> None:
+    """Materialise, rotate, scatter: agent by agent. ``caches``: K and V of each layer in turn."""
     for agent, mirror in enumerate(case.mirrors):
-        targets = slots[agent, PRIVATE:]
-        for layer, (k_to, v_to) in enumerate(zip(k_out, v_out, strict=True)):
-            for pools, cache, rotates in (
-                (case.k_pools, k_to, True),
-                (case.v_pools, v_to, False),
-            ):
-                pool = pools[layer].flatten(0, 1)
+        for layer, pools in enumerate(zip(case.k_pools, case.v_pools, strict=True)):
+            for part, pages in enumerate(pools):
+                pool, cache = pages.flatten(0, 1), caches[2 * layer + part]
                 dense = torch.cat([pool[_rows(use, case)] for use in mirror.uses])
-                if rotates:
-                    to = torch.arange(PRIVATE, case.length, dtype=torch.int32)
-                    ops.rope_rotate_(dense, None, to - _shifts(mirror), to, *case.tables)
+                if part == 0:
+                    dense = move(dense, _shifts(mirror))
                 _put_own_rows(case, agent, pool, dense)
-                ops.rope_rotate_out(dense, None, targets, None, None, *case.tables, 1.0, cache)
+                scatter(cache, slots[agent, PRIVATE:], dense)
                 _write_private(case, agent, pool, slots, cache)
 
 
-def _torch(case: BenchRound, slots: Tensor, k_out: list[Tensor], v_out: list[Tensor]) -> None:
-    """The same with torch's operators only."""
-    cos, sin = case.rope.cos, case.rope.sin
-    for agent, mirror in enumerate(case.mirrors):
-        targets = slots[agent, PRIVATE:]
-        for layer, (k_to, v_to) in enumerate(zip(k_out, v_out, strict=True)):
-            for pools, cache, rotates in (
-                (case.k_pools, k_to, True),
-                (case.v_pools, v_to, False),
-            ):
-                pool = pools[layer].flatten(0, 1)
-                dense = torch.cat([pool[_rows(use, case)] for use in mirror.uses])
-                if rotates:
-                    shift = _shifts(mirror).long()
-                    angles = cos[shift.abs()], sin[shift.abs()] * shift.sign()[:, None]
-                    dense = _rotated(dense, *angles)
-                _put_own_rows(case, agent, pool, dense)
-                cache.index_copy_(0, targets, dense)
-                _write_private(case, agent, pool, slots, cache)
+def _dense(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
+    """Each pass as fast as we can make it."""
+
+    def move(rows: Tensor, shift: Tensor) -> Tensor:
+        to = torch.arange(PRIVATE, case.length, dtype=torch.int32)
+        ops.rope_rotate_(rows, None, to - shift, to, *case.tables)
+        return rows
+
+    def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
+        ops.rope_rotate_out(rows, None, targets, None, None, *case.tables, 1.0, cache)
+
+    _restore_densely(case, slots, caches, move, scatter)
+
+
+def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
+    """By torch's operators only."""
+
+    def move(rows: Tensor, shift: Tensor) -> Tensor:
+        at = shift.long().abs()
+        return _rotated(rows, case.rope.cos[at], case.rope.sin[at] * shift.sign()[:, None])
+
+    def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
+        cache.index_copy_(0, targets, rows)
+
+    _restore_densely(case, slots, caches, move, scatter)
 
 
 def _rows(use: Use, case: BenchRound) -> slice:
