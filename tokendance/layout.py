@@ -21,6 +21,9 @@ Find = Callable[[Segment], tuple[Master, int] | None]
 """The stored Master of a segment and how many of the segment's rows it has, or None."""
 
 
+_ROUNDING = 1e-9  # of shares that are compared
+
+
 class Source(Enum):
     """Where the Master of a segment that is not stored comes from.
 
@@ -244,41 +247,48 @@ def _better_informed(
     and the other agent brings that down by a third. One that a user has in the first agent's very
     context, where it is reused exactly, stays.
     """
-    left: dict[str, dict[bytes, tuple[bytes, dict[bytes, int]]]] = {}
-    for agent, segments in prompts.items():
-        context, before = b"", dict[bytes, int]()
-        left[agent] = {}
-        for segment in segments:
-            left[agent].setdefault(segment.digest, (context, dict(before)))
-            context = chain(context, segment.digest)
-            if segment.is_shared:
-                before[segment.digest] = segment.length
+    agents = list(prompts)
+    shared = {s.digest: s.length for segments in prompts.values() for s in segments if s.is_shared}
+    index = {digest: e for e, digest in enumerate(shared)}
+    length = np.array(list(shared.values()), dtype=np.float64)
+    # Where a segment first stands in a prompt, and what stands left of it there, as a number.
+    place = np.full((len(agents), len(index)), np.iinfo(np.int32).max, dtype=np.int32)
+    context = np.full((len(agents), len(index)), -1, dtype=np.int32)
+    wanted = np.zeros((len(agents), len(index)), dtype=bool)
+    contexts: dict[tuple[int, bytes], int] = {}
+    for a, agent in enumerate(agents):
+        left = 0
+        for i, segment in enumerate(prompts[agent]):
+            if segment.is_shared and context[a, index[segment.digest]] < 0:
+                place[a, index[segment.digest]] = i
+                context[a, index[segment.digest]] = left
+            left = contexts.setdefault((left, segment.digest), len(contexts) + 1)
+        wanted[a, [index[digest] for digest in digests[agent]]] = True
 
-    def unseen(maker: str, digest: bytes, users: Sequence[str]) -> float:
-        """Mean share of the shared tokens in front of the segment that its maker never saw."""
-        seen = left[maker][digest][1]
-        total = 0.0
-        for user in users:
-            before = left[user][digest][1]
-            lacking = sum(length for one, length in before.items() if one not in seen)
-            total += lacking / max(sum(before.values()), 1)
-        return total / len(users)
-
-    best, best_taken, best_gain = first, set[bytes](), 0.0
-    for agent in prompts:
-        taken, gain = set[bytes](), 0.0
-        for digest in covered & digests[agent] if agent != first else ():
-            users = [u for u in prompts if u not in (first, agent) and digest in digests[u]]
-            context = left[first][digest][0]
-            if not users or any(left[user][digest][0] == context for user in users):
-                continue
-            now, then = unseen(first, digest, users), unseen(agent, digest, users)
-            if now > 1 / 4 and then <= 2 / 3 * now:
-                taken.add(digest)
-                gain += now - then
-        if gain > best_gain:
-            best, best_taken, best_gain = agent, taken, gain
-    return best, best_taken
+    maker = agents.index(first)
+    takes = np.zeros_like(wanted)
+    gain = np.zeros(len(agents))
+    for digest in covered:
+        d = index[digest]
+        users = wanted[:, d].copy()
+        users[maker] = False
+        before = (place < place[:, d : d + 1]) & wanted[:, d : d + 1]
+        tokens = before * length
+        total = tokens.sum(axis=1, keepdims=True)
+        # [user, maker]: share of the shared tokens in front of the segment that the maker never saw
+        unseen = (total - tokens @ before.T) / np.maximum(total, 1)
+        alike = users & (context[:, d] == context[maker, d])
+        # What follows holds for each agent as the other maker, who is no user of its own Masters.
+        others = users.sum() - users
+        now = (unseen[users, maker].sum() - unseen[:, maker] * users) / np.maximum(others, 1)
+        then = unseen[users].sum(axis=0) / np.maximum(others, 1)
+        takes[:, d] = users & (others > 0) & (alike.sum() - alike == 0)
+        takes[:, d] &= (now > 1 / 4 + _ROUNDING) & (then <= 2 / 3 * now + _ROUNDING)
+        gain += (now - then) * takes[:, d]
+    best = int(np.argmax(gain >= gain.max() - _ROUNDING))  # the first of equals
+    if gain[best] <= 0:
+        return first, set()
+    return agents[best], {digest for digest in covered if takes[best, index[digest]]}
 
 
 class _Builder:
