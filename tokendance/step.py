@@ -19,8 +19,10 @@ from tokendance.selection import KeyDeviation
 
 # Query heads x rows that a work item may have: the height of the kernels' tiles.
 _TILE_HEIGHT = 64
-# Items per KV head: enough for the threads of a CPU, or two waves on a large GPU, to share evenly.
-_TARGET_ITEMS = {"cpu": 32, "cuda": 264}
+# Items per KV head: two waves on a large GPU. On a CPU a few per thread share the work evenly; more
+# would only split tiles further, and each part loads and rotates its queries again.
+_GPU_ITEMS = 264
+_ITEMS_PER_THREAD = 4
 _MAX_SPLITS = 16
 
 
@@ -361,7 +363,7 @@ def with_work(
         arrays["own_position"],
         block_size=extents.block_size,
         max_tile_rows=max(1, _TILE_HEIGHT // group),
-        target_items=_TARGET_ITEMS.get(device_type, _TARGET_ITEMS["cuda"]),
+        target_items=_target_items(device_type),
         max_splits=_MAX_SPLITS,
         window=window,
     )
@@ -383,6 +385,10 @@ def with_work(
         "row_partials": work["row_partials"],
     }
     return {**arrays, **fields}, extents
+
+
+def _target_items(device_type: str) -> int:
+    return _ITEMS_PER_THREAD * torch.get_num_threads() if device_type == "cpu" else _GPU_ITEMS
 
 
 def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
