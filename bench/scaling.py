@@ -1,0 +1,129 @@
+"""What one more agent costs, from 2 agents to 64: seconds of a decode step's attention, and bytes.
+
+    python -m bench.scaling [--shared 4096] [--private 256] [--dtype fp32] [--calls 9]
+                            [--threads 2] [--out build/scaling]
+
+Beside `collective_attention` over Masters and own rows stands the same kernel over a dense cache
+per agent, and what an agent's own rows cost alone. The shared part's bytes do not grow with the
+agents; its FLOPs do, so that where arithmetic binds, as on CPUs, one more agent costs what they
+take at the rate of matrix products, which is printed beside. Writes ``scaling.json`` and, with
+matplotlib, ``scaling.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import ceilings
+from bench.mirrors import BenchRound, make_round
+
+AGENTS = (2, 4, 8, 16, 32, 64)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADS: dict[str, Any] = {"num_kv_heads": 3, "group": 3, "head_dim": 64}  # of SmolLM2-135M
+WAYS = ("shared", "dense", "own rows alone")
+
+
+def stored_bytes(case: BenchRound) -> int:
+    """Of the pages that the round's agents hold, in one layer."""
+    pool = case.k_pools[0]
+    return 2 * pool.numel() * pool.element_size()
+
+
+def measure(
+    agents: int, shared: int, private: int, dtype: torch.dtype, calls: int
+) -> dict[str, dict[str, float]]:
+    """Seconds and bytes of every way; the ways take turns."""
+    cases = {
+        "shared": make_round(agents=agents, shared=shared, private=private, dtype=dtype, **HEADS),
+        "dense": make_round(
+            agents=agents, shared=shared, private=private, dtype=dtype, dense=True, **HEADS
+        ),
+        "own rows alone": make_round(
+            agents=agents, shared=0, private=private, segments=1, dtype=dtype, **HEADS
+        ),
+    }
+    attend = {way: case.attention() for way, case in cases.items()}
+    best = dict.fromkeys(WAYS, float("inf"))
+    for _ in range(calls + 1):
+        for way, call in attend.items():
+            best[way] = min(best[way], ceilings.seconds(call))
+    return {way: {"seconds": best[way], "bytes": stored_bytes(cases[way])} for way in WAYS}
+
+
+def draw(found: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axis, what, unit in zip(axes, ("seconds", "bytes"), (1e-3, 2**20), strict=True):
+        for way in WAYS:
+            axis.plot(list(found), [found[n][way][what] / unit for n in found], "o-", label=way)
+        axis.set(xlabel="agents", ylim=(0, None))
+        axis.legend()
+    axes[0].set_title("attention of a decode step, ms per layer")
+    axes[1].set_title("keys and values, MiB per layer")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser.add_argument("--shared", type=int, default=4096)
+    parser.add_argument("--private", type=int, default=256)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--calls", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("build/scaling"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    found = {
+        agents: measure(agents, options.shared, options.private, dtype, options.calls)
+        for agents in AGENTS
+    }
+    print(
+        f"S = {options.shared}, P = {options.private}, {options.dtype}, {HEADS}, "
+        f"{options.threads} threads, best of {options.calls + 1}\n"
+    )
+    print("| agents | ms | dense | own rows alone | MiB | dense | own rows alone |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for agents, ways in found.items():
+        cells = [f"{ways[way]['seconds'] * 1e3:.2f}" for way in WAYS]
+        cells += [f"{ways[way]['bytes'] / 2**20:.1f}" for way in WAYS]
+        print(f"| {agents} | {' | '.join(cells)} |")
+    few, many = AGENTS[0], AGENTS[-1]
+    gemm = ceilings.gemm()
+    for _ in range(options.calls):
+        gemm.sample()
+    heads = HEADS["num_kv_heads"] * HEADS["group"] * HEADS["head_dim"]
+    flops = 4 * (options.shared + options.private) * heads
+    print(f"\nThe FLOPs of one agent take {flops / gemm.rate * 1e6:.1f} us in matrix products.")
+    print("One more agent costs, between these numbers of agents:")
+    for what, unit, name in (("seconds", 1e-6, "us"), ("bytes", 2**10, "KiB")):
+        cost = [(found[many][way][what] - found[few][way][what]) / (many - few) for way in WAYS]
+        print(
+            f"{cost[0] / unit:.1f} {name} (dense {cost[1] / unit:.1f}, own rows alone "
+            f"{cost[2] / unit:.1f}): {cost[0] / cost[2]:.2f} of its own rows, "
+            f"{cost[1] / cost[0]:.1f}x less than dense"
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        draw(found, options.out / "scaling.png")
+    except ImportError:
+        print("bench.scaling: no picture without matplotlib", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
