@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance import ops
+from tokendance import ops, persistence
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.layout import AgentLayout, Source, lay_out
 from tokendance.mirror import (
@@ -547,6 +548,67 @@ class DiffStore:
                             f"dense[{agent!r}] {name}[{layer}]: expected {self.geometry.dtype} on "
                             f"{self.device}, got {tensor.dtype} on {tensor.device}"
                         )
+
+    # Persistence ----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes Masters, Mirrors and their pages to one file, in one step.
+
+        Of plans that have not ended nothing is written. Agents, prompts' token ids and keys and
+        values are in the file as they are: keep it as safe as the conversations.
+
+        Raises:
+            OSError: the file cannot be written; an earlier one of this name is as it was.
+        """
+        state = persistence.pack(
+            self.geometry, self.pool, self._ropes, self._masters.values(), self._mirrors
+        )
+        persistence.write_state(path, state)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        rope: Rope | Sequence[Rope | None],
+        capacity: int | str | None = None,
+        device: torch.device | str = "cpu",
+        pool: PagePool | None = None,
+    ) -> DiffStore:
+        """A store with what `save` wrote, which continues where that one was.
+
+        Args:
+            path: of the file. It holds data only; loading it runs no code.
+            rope, capacity, device, pool: as of a new store. Geometry and block size are the file's.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no saved store or one of another version; the rotation tables are
+                others, as far as rows were rotated with them; or arguments that do not fit.
+            OutOfPagesError: capacity or pool has fewer pages than the file.
+        """
+        state = persistence.read_state(path)
+        store = cls(
+            persistence.geometry_in(state), rope, capacity, device, state["block_size"], pool
+        )
+        if store.block_size != state["block_size"]:
+            raise ValueError(
+                f"pool: expected block_size {state['block_size']}, got {store.block_size}"
+            )
+        if state["positions"] > store.max_position:
+            raise ValueError(
+                f"rope: expected at least {state['positions']} positions, got {store.max_position}"
+            )
+        if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
+            raise ValueError("rope: expected the tables that the store was saved with, got others")
+        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages)
+        for master in masters:
+            store._clock += 1
+            master.last_used = store._clock
+            if master.stored:
+                store._masters[master.digest] = master
+        for agent, mirror in mirrors.items():
+            store.put(agent, mirror)
+        return store
 
     # Statistics -----------------------------------------------------------------------------------
 
