@@ -1,9 +1,10 @@
 // Mirrors written out as dense rows.
 //
-// A work item is one page of one layer's keys or values. A Master page is read once and written for
+// A work item is one page of one layer, keys and values. A Master page is read once and written for
 // every agent that uses it while it is in cache, so that N agents cost N writes and one read: a
 // restore that copies the Master per agent first would read N times and write twice. Nothing dense
-// is kept in between: a row goes from its page through registers to its slot.
+// is kept in between: a row goes from its page through registers to its slot. Its key is turned
+// while the value that was written before it drains to memory.
 #include <algorithm>
 
 #include "cpu/move.h"
@@ -17,7 +18,7 @@ struct Restore {
   const DiffRestoreParams& params;
   MoveContext keys;
   RowShape values;
-  Writing key_writing, value_writing;
+  Writing writing;
   int64_t master_pages;  // pages of all Masters
   int64_t pages;         // and of all own rows
 };
@@ -72,37 +73,31 @@ void restore_own_page(const Restore& restore, int64_t index, const Write& write)
 }
 
 template <bool kInterleaved, typename T>
-void restore_page(const Restore& restore, int64_t layer, bool is_key, int64_t index,
+void restore_page(const Restore& restore, int64_t layer, int64_t index,
                   LineAngles<T, kInterleaved>& angles) {
   const DiffRestoreParams& params = restore.params;
-  const RowLayout& pool_layout = is_key ? params.pool_k_layout : params.pool_v_layout;
-  const RowLayout& out_layout = is_key ? params.out_k_layout : params.out_v_layout;
   const bool is_own = index >= restore.master_pages;
   const int64_t list_index = is_own ? index - restore.master_pages : index;
   const int64_t page =
       is_own ? params.round.own_pages[list_index] : params.round.master_pages[list_index];
-  const T* rows = static_cast<const T*>(is_key ? params.pool.k[layer] : params.pool.v[layer]) +
-                  page * pool_layout.page_stride;
-  T* out = static_cast<T*>(is_key ? params.out.k[layer] : params.out.v[layer]);
-  const auto restore_rows = [&](const auto& write) {
+  const T* keys =
+      static_cast<const T*>(params.pool.k[layer]) + page * params.pool_k_layout.page_stride;
+  const T* values =
+      static_cast<const T*>(params.pool.v[layer]) + page * params.pool_v_layout.page_stride;
+  T* out_k = static_cast<T*>(params.out.k[layer]);
+  T* out_v = static_cast<T*>(params.out.v[layer]);
+  with_writing(restore.writing, [&](auto how) {
+    constexpr Writing kWriting = decltype(how)::value;
+    const auto write = [&](int64_t row, int64_t slot, int64_t shift) {
+      move_row<kWriting>(out_k + row_offset(params.out_k_layout, slot),
+                         keys + row * params.pool_k_layout.row_stride, shift, restore.keys, angles);
+      copy_row<kWriting>(out_v + row_offset(params.out_v_layout, slot),
+                         values + row * params.pool_v_layout.row_stride, restore.values);
+    };
     if (is_own) {
       restore_own_page(restore, list_index, write);
     } else {
       restore_master_page(restore, list_index, write);
-    }
-  };
-  with_writing(is_key ? restore.key_writing : restore.value_writing, [&](auto how) {
-    constexpr Writing kWriting = decltype(how)::value;
-    if (is_key) {
-      restore_rows([&](int64_t row, int64_t slot, int64_t shift) {
-        move_row<kWriting>(out + row_offset(out_layout, slot), rows + row * pool_layout.row_stride,
-                           shift, restore.keys, angles);
-      });
-    } else {
-      restore_rows([&](int64_t row, int64_t slot, int64_t) {
-        copy_row<kWriting>(out + row_offset(out_layout, slot), rows + row * pool_layout.row_stride,
-                           restore.values);
-      });
     }
     if constexpr (kWriting != Writing::kStore) finish_streaming();
   });
@@ -130,8 +125,7 @@ void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
                            1.0f},
                   .values = {params.num_heads, params.head_dim, params.pool_v_layout.head_stride,
                              params.out_v_layout.head_stride},
-                  .key_writing = Writing::kStream,
-                  .value_writing = Writing::kStream,
+                  .writing = Writing::kStream,
                   .master_pages = master_pages,
                   .pages = master_pages + params.round.own_page_indptr[extents.agents]};
   with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
@@ -140,19 +134,17 @@ void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
         int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
     const int64_t bytes = restored_rows(params.round) * row_bytes * 2 * params.num_layers;
     for (int32_t layer = 0; layer < params.num_layers; ++layer) {
-      restore.key_writing =
-          std::max(restore.key_writing,
-                   choose_writing<T>(params.out.k[layer], params.out_k_layout, restore.keys.shape,
-                                     written_part(params.rope), bytes));
-      restore.value_writing = std::max(restore.value_writing,
-                                       choose_writing<T>(params.out.v[layer], params.out_v_layout,
-                                                         restore.values, params.head_dim, bytes));
+      restore.writing =
+          std::max({restore.writing,
+                    choose_writing<T>(params.out.k[layer], params.out_k_layout, restore.keys.shape,
+                                      written_part(params.rope), bytes),
+                    choose_writing<T>(params.out.v[layer], params.out_v_layout, restore.values,
+                                      params.head_dim, bytes)});
     }
-    parallel_items(parallel_for, 2 * params.num_layers * restore.pages, [&](const auto& next) {
+    parallel_items(parallel_for, params.num_layers * restore.pages, [&](const auto& next) {
       LineAngles<T, decltype(interleaved)::value> angles;
       for (int64_t item = next(); item >= 0; item = next()) {
-        const int64_t part = item / restore.pages;
-        restore_page<decltype(interleaved)::value, T>(restore, part / 2, part % 2 == 0,
+        restore_page<decltype(interleaved)::value, T>(restore, item / restore.pages,
                                                       item % restore.pages, angles);
       }
     });
