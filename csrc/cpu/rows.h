@@ -15,6 +15,19 @@ TOKENDANCE_INLINE int64_t row_offset(const RowLayout& layout, int64_t row) {
   return page * layout.page_stride + (row - page * layout.block_size) * layout.row_stride;
 }
 
+// Rows that are read one after another and compared are fetched so far ahead in 16 bits, where
+// arithmetic leaves memory idle in between; in fp32 the hardware's own prefetch does better alone.
+constexpr int64_t kBytesAhead = 4096;
+template <typename T>
+constexpr bool kFetchesAhead = sizeof(T) == 2;
+
+template <typename T>
+TOKENDANCE_INLINE void fetch_head_ahead(const T* head, int head_dim) {
+  if constexpr (kFetchesAhead<T>) {
+    for (int i = 0; i < head_dim; i += kLineElements<T>) prefetch_far(head + i);
+  }
+}
+
 // The shape of a row and how its heads stand in two tensors.
 struct RowShape {
   int32_t num_heads;

@@ -486,6 +486,8 @@ TOKENDANCE_INLINE float sum_of_lanes(F32 a) {
 }
 
 TOKENDANCE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache, which has more misses in flight than the first.
+TOKENDANCE_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Makes streamed values visible to other threads.
 TOKENDANCE_INLINE void finish_streaming() {

@@ -114,9 +114,13 @@ class RowComparison {
 };
 
 // Sets in a mask word the bits of the rows of a page that differ.
-template <typename Same>
+template <typename T, typename Same>
 TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePage& use,
-                                     const Same& same) {
+                                     const T* dense, const RowLayout& layout, const Same& same) {
+  const int64_t row_bytes =
+      int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
+  const int64_t rows_ahead = std::max<int64_t>(kBytesAhead / row_bytes, 1);
+  const int64_t last = params.length[use.agent] - use.position - 1;
   const int64_t rows = std::min<int64_t>(use.rows, params.length[use.agent] - use.position);
   const int64_t* slots = params.slot_mapping + use.agent * params.slot_stride + use.position;
   uint32_t mask = static_cast<uint32_t>(params.round.use_masks[use.mask_index]);
@@ -124,6 +128,10 @@ TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePa
   while (open != 0) {
     const int row = __builtin_ctz(open);
     open &= open - 1;
+    const T* ahead = dense + row_offset(layout, slots[std::min(row + rows_ahead, last)]);
+    for (int32_t head = 0; head < params.num_heads; ++head) {
+      fetch_head_ahead(ahead + head * layout.head_stride, params.head_dim);
+    }
     if (!same(row, slots[row])) mask |= uint32_t{1} << row;
   }
   params.round.use_masks[use.mask_index] = static_cast<int32_t>(mask);
@@ -155,14 +163,14 @@ void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin,
     for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = k_pool + page * params.pool_k_layout.page_stride;
-        add_differing(params, use, [&](int row, int64_t slot) {
+        add_differing(params, use, k_in, params.in_k_layout, [&](int row, int64_t slot) {
           return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
                                      held + row * params.pool_k_layout.row_stride, use.shift);
         });
       });
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = v_pool + page * params.pool_v_layout.page_stride;
-        add_differing(params, use, [&](int row, int64_t slot) {
+        add_differing(params, use, v_in, params.in_v_layout, [&](int row, int64_t slot) {
           return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
                                        held + row * params.pool_v_layout.row_stride);
         });

@@ -67,6 +67,10 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
   const T* fresh = static_cast<const T*>(params.fresh);
   const T* cached = static_cast<const T*>(params.cached);
   const F32 scale = broadcast(params.scale);
+  const int64_t row_bytes =
+      int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
+  const int64_t rows_ahead = std::max<int64_t>(kBytesAhead / row_bytes, 1);
+  const int64_t last_entry = int64_t{params.num_agents} * params.num_tokens - 1;
   SquaredDistance<T> sums[kMaxTokensOfGroup];
   for (int64_t token = begin; token < end; ++token) {
     for (F32& part : sums[token - begin].v) part = broadcast(0.0f);
@@ -81,8 +85,11 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
                             (params.fresh_position ? params.fresh_position[entry] : 0);
       const bool rotated = shift != 0 && params.rope.rotary_dim > 0;
       if (rotated) angles.set(params.rope, shift);
+      const int64_t later = params.fresh_row[std::min(entry + rows_ahead, last_entry)];
+      const T* ahead = later < 0 ? fresh_row : fresh + row_offset(params.fresh_layout, later);
       SquaredDistance<T> sum = sums[token - begin];
       for (int32_t head = 0; head < params.num_heads; ++head) {
+        fetch_head_ahead(ahead + head * params.fresh_layout.head_stride, params.head_dim);
         add_head<kScaled>(sum, fresh_row + head * params.fresh_layout.head_stride,
                           cached_row + head * params.cached_layout.head_stride, angles, rotated,
                           scale, params);
