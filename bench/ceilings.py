@@ -41,6 +41,7 @@ def _library() -> ctypes.CDLL:
     loaded.fill_past_caches.restype = None
     loaded.read_all.argtypes = [pointer, size, ctypes.c_int]
     loaded.read_all.restype = ctypes.c_uint64
+    loaded.add_one_by_one.argtypes, loaded.add_one_by_one.restype = [size], ctypes.c_uint64
     return loaded
 
 
@@ -54,7 +55,7 @@ class Ceiling:
     """The best of several ways to do ``work`` units of something.
 
     Attributes:
-        unit: of the rate: ``"B/s"`` or ``"FLOP/s"``.
+        unit: of the rate: ``"B/s"``, ``"FLOP/s"`` or ``"cycles/s"``.
     """
 
     def __init__(self, unit: str, work: float, ways: list[Callable[[], object]]) -> None:
@@ -128,6 +129,12 @@ def gemm() -> Ceiling:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE) for _ in range(2))
     out = torch.empty(GEMM_SIZE, GEMM_SIZE)
     return Ceiling("FLOP/s", 2.0 * GEMM_SIZE**3, [lambda: torch.mm(a, b, out=out)])
+
+
+def clock() -> Ceiling:
+    """Cycles per second of one core, from additions that wait for each other (x86-64)."""
+    count = 1 << 26
+    return Ceiling("cycles/s", count, [lambda: _library().add_one_by_one(count)])
 
 
 def _pages(size: int) -> torch.Tensor:
