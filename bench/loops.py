@@ -1,13 +1,12 @@
-"""What the arithmetic of the moving operators allows, whatever memory does.
+"""What the arithmetic of `rope_rotate` allows, whatever memory does.
 
     python -m bench.loops [--cpu znver4] [--mca llvm-mca-16]
 
-Takes the inner loops out of the built library (AVX-512) where the compiler has left them in
-functions of their own, counts their instructions per cache line,
+Takes the inner loops out of the built library (AVX-512), counts their instructions per cache line,
 and asks llvm-mca (Debian's llvm-16 or newer; older ones do not know Zen 4) for the cycles of an
 iteration if every operand were in the first-level cache. With the clock that a chain of additions
 shows, that is the most bytes per second that the threads can move: where it lies near or below the
-ceiling of copying or reading, arithmetic binds and not memory.
+ceiling of copying, arithmetic binds and not memory.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from bench import ceilings
 
 LIBRARY = Path(__file__).resolve().parent.parent / "tokendance" / "_C.so"
 FOOTPRINT = 8 << 20  # of the operators' benchmarks inside the cache
-LINES = 2  # of a head that an iteration takes: one of the first halves of pairs, one of the second
 LINE_BYTES = 64
 
 
@@ -36,22 +34,20 @@ class Kernel:
 
     Attributes:
         symbol: regular expression of the demangled name, after ``tokendance::avx512::``.
-        ceiling: what memory does meanwhile.
-        lines: read and written from and to memory for each line that is taken.
+        moved: lines read from and written to memory for each line of keys that is taken.
+        fused: multiplications fused with an addition that a line takes.
     """
 
     name: str
     symbol: str
-    ceiling: str
-    lines: int
+    moved: int
+    fused: int
 
 
 KERNELS = [
-    Kernel("rope_rotate fp32", r"rotate_rows<false, \(.*Writing\)2, float>", "copy", 2),
-    Kernel("rope_rotate bf16", r"rotate_rows<false, \(.*Writing\)2, .*::BFloat16>", "copy", 2),
-    Kernel("rope_rotate fp16", r"rotate_rows<false, \(.*Writing\)2, .*::Float16>", "copy", 2),
-    Kernel("key_deviation bf16", "deviation_of_group<false, false, .*::BFloat16>", "read", 1),
-    Kernel("key_deviation fp16", "deviation_of_group<false, false, .*::Float16>", "read", 1),
+    Kernel("rope_rotate fp32", r"rotate_rows<false, \(.*Writing\)2, float>", 2, 1),
+    Kernel("rope_rotate bf16", r"rotate_rows<false, \(.*Writing\)2, .*::BFloat16>", 2, 2),
+    Kernel("rope_rotate fp16", r"rotate_rows<false, \(.*Writing\)2, .*::Float16>", 2, 2),
 ]
 
 
@@ -87,18 +83,13 @@ def inner_loops(body: Sequence[tuple[int, str]]) -> list[list[str]]:
     return [[text for _, text in body[a:b]] for a, b in inner]
 
 
-def rotation_loop(body: Sequence[tuple[int, str]]) -> list[str]:
-    """The loop that rotates whole lines, unscaled: the shortest that multiplies and fuses."""
+def rotation_loops(body: Sequence[tuple[int, str]]) -> list[list[str]]:
+    """The loops that rotate keys: they multiply, and fuse multiplications with additions."""
+    return [loop for loop in inner_loops(body) if count(loop, "vmulps") and count(loop, "vfm")]
 
-    def counts(loop: Sequence[str], operation: str) -> int:
-        return sum("zmm" in text and text.startswith(operation) for text in loop)
 
-    loops = [
-        loop for loop in inner_loops(body) if min(counts(loop, "vmulps"), counts(loop, "vfm")) >= 2
-    ]
-    if not loops:
-        raise RuntimeError("no loop of AVX-512 rotations")
-    return min(loops, key=len)
+def count(loop: Sequence[str], operation: str) -> int:
+    return sum("zmm" in text and text.startswith(operation) for text in loop)
 
 
 def cycles(loop: Sequence[str], mca: str, cpu: str) -> float:
@@ -120,27 +111,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    memory = {"copy": ceilings.copy(FOOTPRINT), "read": ceilings.read(FOOTPRINT)}
-    clock = ceilings.clock()
+    copy, clock = ceilings.copy(FOOTPRINT), ceilings.clock()
     for _ in range(20):
-        for ceiling in (*memory.values(), clock):
-            ceiling.sample()
+        copy.sample()
+        clock.sample()
     print(
-        f"{clock.rate / 1e9:.2f} GHz, {options.threads} threads; {FOOTPRINT >> 20} MiB: "
-        + ", ".join(f"{name} {ceiling.rate / 1e9:.0f} GB/s" for name, ceiling in memory.items())
+        f"{clock.rate / 1e9:.2f} GHz, {options.threads} threads; copying {FOOTPRINT >> 20} MiB: "
+        f"{copy.rate / 1e9:.0f} GB/s"
     )
     try:
         functions = disassemble(LIBRARY)
         for kernel in KERNELS:
             pattern = re.compile(rf"tokendance::avx512::.*{kernel.symbol}")
             body = next(body for name, body in functions.items() if pattern.search(name))
-            loop = rotation_loop(body)
-            per_line = cycles(loop, options.mca, options.cpu) / LINES
-            rate = kernel.lines * LINE_BYTES / per_line * clock.rate * options.threads
+            fastest = (float("inf"), 0.0)  # cycles and instructions of a line
+            for loop in rotation_loops(body):
+                lines = count(loop, "vfm") / kernel.fused
+                found = (cycles(loop, options.mca, options.cpu) / lines, len(loop) / lines)
+                fastest = min(fastest, found)
+            per_line, instructions = fastest
+            rate = kernel.moved * LINE_BYTES / per_line * clock.rate * options.threads
             print(
-                f"{kernel.name:<20} {len(loop) / LINES:4.1f} instructions and {per_line:5.2f} "
+                f"{kernel.name:<20} {instructions:4.1f} instructions and {per_line:5.2f} "
                 f"cycles a line: at most {rate / 1e9:4.0f} GB/s, "
-                f"{rate / memory[kernel.ceiling].rate:.2f} of {kernel.ceiling}"
+                f"{rate / copy.rate:.2f} of copying"
             )
     except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
         print(f"bench.loops: {error!r}", file=sys.stderr)

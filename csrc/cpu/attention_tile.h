@@ -12,8 +12,6 @@
 
 #include "cpu/lanes.h"
 
-#define TOKENDANCE_UNROLL _Pragma("GCC unroll 32")
-
 namespace tokendance::TOKENDANCE_ISA {
 
 constexpr int kKeyGroup = 8;        // keys that the tall form takes at a time

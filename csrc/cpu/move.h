@@ -81,6 +81,53 @@ class LineAngles {
   alignas(kCacheLine) float sin_[kMaxElements];
 };
 
+// The same angles in registers, for heads whose halves are kHalfLines lines and nothing else: a
+// loop over heads that writes nothing in between then loads them once.
+template <typename T, int kHalfLines>
+class RegisterAngles {
+ public:
+  static constexpr int kHalf = kHalfLines * kLineElements<T>;
+
+  TOKENDANCE_INLINE explicit RegisterAngles(const LineAngles<T, false>& angles) {
+    TOKENDANCE_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      cos_[i] = angles.cos(i * kLanes);
+      sin_[i] = angles.sin(i * kLanes);
+    }
+  }
+  TOKENDANCE_INLINE F32 cos(int at) const { return cos_[at / kLanes]; }
+  TOKENDANCE_INLINE F32 sin(int at) const { return sin_[at / kLanes]; }
+
+ private:
+  static constexpr int kVectors = kHalf / kLanes;
+  F32 cos_[kVectors], sin_[kVectors];
+};
+
+// A pair of lines of a half-split head: elements i of the first and of the second half.
+template <typename T, typename Angles>
+TOKENDANCE_INLINE void rotate_pair(const Wide<T>& x, const Wide<T>& y, const Angles& angles, int i,
+                                   Wide<T>& first, Wide<T>& second) {
+  for (int v = 0; v < kLineVectors<T>; ++v) {
+    const F32 cos = angles.cos(i + v * kLanes), sin = angles.sin(i + v * kLanes);
+    first.v[v] = fma_sub(x.v[v], cos, mul(y.v[v], sin));
+    second.v[v] = fma_add(y.v[v], cos, mul(x.v[v], sin));
+  }
+}
+
+template <typename T, int kHalfLines, typename Emit>
+TOKENDANCE_INLINE void rotate_lines(const T* in, const RegisterAngles<T, kHalfLines>& angles,
+                                    const Emit& emit) {
+  constexpr int kHalf = RegisterAngles<T, kHalfLines>::kHalf;
+  TOKENDANCE_UNROLL
+  for (int i = 0; i < kHalf; i += kLineElements<T>) {
+    Wide<T> first, second;
+    rotate_pair(widen(load_line(in + i)), widen(load_line(in + kHalf + i)), angles, i, first,
+                second);
+    emit(i, first, kLineElements<T>);
+    emit(kHalf + i, second, kLineElements<T>);
+  }
+}
+
 // Rotates the rotary dims of a head; emit(dim, value, n) takes the first n elements of `value`, in
 // the order of lines, as those from `dim` on. What lies in a pair is loaded before either is
 // emitted, so that emit may write over it.
@@ -121,12 +168,8 @@ TOKENDANCE_INLINE void rotate_lines(const T* in, const LineAngles<T, kInterleave
     const int half = rotary_dim / 2;
     const auto rotate = [&](int i, int n) {
       const Wide<T> x = load_part(in + i, n), y = load_part(in + half + i, n);
-      const Wide<T> first = per_vector<T>([&](int v) {
-        return fma_sub(x.v[v], angles.cos(i + v * kLanes), mul(y.v[v], angles.sin(i + v * kLanes)));
-      });
-      const Wide<T> second = per_vector<T>([&](int v) {
-        return fma_add(y.v[v], angles.cos(i + v * kLanes), mul(x.v[v], angles.sin(i + v * kLanes)));
-      });
+      Wide<T> first, second;
+      rotate_pair(x, y, angles, i, first, second);
       emit(i, first, n);
       emit(half + i, second, n);
     };

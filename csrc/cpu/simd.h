@@ -24,6 +24,7 @@
 #endif
 
 #define TOKENDANCE_INLINE inline __attribute__((always_inline))
+#define TOKENDANCE_UNROLL _Pragma("GCC unroll 32")
 
 namespace tokendance::TOKENDANCE_ISA {
 

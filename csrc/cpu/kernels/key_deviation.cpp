@@ -36,40 +36,85 @@ TOKENDANCE_INLINE Wide<T> load_wide(const T* p, int n) {
   return widen(n == kLineElements<T> ? load_line(p) : load_line(p, n));
 }
 
-// Elements beyond n of a line are 0 in both keys: rotating zeros by any angle gives zeros.
-template <bool kScaled, typename T, bool kInterleaved>
-TOKENDANCE_INLINE void add_head(SquaredDistance<T>& sum, const T* fresh, const T* cached,
-                                const LineAngles<T, kInterleaved>& angles, bool rotated, F32 scale,
-                                const KeyDeviationParams& params) {
-  constexpr int kElements = kLineElements<T>;
-  const auto add_scaled = [&](int dim, const Wide<T>& value, int n) {
-    const Wide<T> scaled =
-        kScaled ? per_vector<T>([&](int v) { return mul(value.v[v], scale); }) : value;
-    sum.add(scaled, load_wide(cached + dim, n));
-  };
-  const auto lines_of = [](int begin, int end, const auto& visit) {
-    for (; begin + kElements <= end; begin += kElements) visit(begin, kElements);
-    if (begin < end) visit(begin, end - begin);
-  };
-  const int rotary_dim = params.rope.rotary_dim;
-  if (rotated) {
-    rotate_lines(fresh, angles, rotary_dim, add_scaled);
-  } else {
-    lines_of(0, rotary_dim, [&](int i, int n) { add_scaled(i, load_wide(fresh + i, n), n); });
+// What one row of fresh keys adds. Elements beyond n of a line are 0 in both keys: rotating zeros
+// by any angle gives zeros.
+template <bool kScaled, typename T>
+class RowDeviation {
+ public:
+  RowDeviation(const KeyDeviationParams& params, const T* fresh, const T* cached, const T* ahead)
+      : params_(params),
+        fresh_(fresh),
+        cached_(cached),
+        ahead_(ahead),
+        scale_(broadcast(params.scale)) {}
+
+  // Heads that are not rotated.
+  TOKENDANCE_INLINE void add(SquaredDistance<T>& sum) const {
+    for_each_head(sum, [&](const T* fresh, const auto& add_scaled) {
+      for_each_line(0, params_.rope.rotary_dim,
+                    [&](int i, int n) { add_scaled(i, load_wide(fresh + i, n), n); });
+    });
   }
-  lines_of(rotary_dim, params.head_dim,
-           [&](int i, int n) { sum.add(load_wide(fresh + i, n), load_wide(cached + i, n)); });
-}
+  template <bool kInterleaved>
+  TOKENDANCE_INLINE void add_rotated(SquaredDistance<T>& sum,
+                                     const LineAngles<T, kInterleaved>& angles) const {
+    for_each_head(sum, [&](const T* fresh, const auto& add_scaled) {
+      rotate_lines(fresh, angles, params_.rope.rotary_dim, add_scaled);
+    });
+  }
+  template <int kHalfLines>
+  TOKENDANCE_INLINE void add_rotated(SquaredDistance<T>& sum,
+                                     const RegisterAngles<T, kHalfLines>& angles) const {
+    for_each_head(sum, [&](const T* fresh, const auto& add_scaled) {
+      rotate_lines(fresh, angles, add_scaled);
+    });
+  }
+
+ private:
+  // Calls add_rotary(fresh head, add_scaled) per head, then adds what stands beyond rotary_dim.
+  template <typename AddRotary>
+  TOKENDANCE_INLINE void for_each_head(SquaredDistance<T>& total,
+                                       const AddRotary& add_rotary) const {
+    SquaredDistance<T> sum = total;
+    for (int32_t head = 0; head < params_.num_heads; ++head) {
+      const T* fresh = fresh_ + head * params_.fresh_layout.head_stride;
+      const T* cached = cached_ + head * params_.cached_layout.head_stride;
+      fetch_head_ahead(ahead_ + head * params_.fresh_layout.head_stride, params_.head_dim);
+      add_rotary(fresh, [&](int dim, const Wide<T>& value, int n) {
+        const Wide<T> scaled =
+            kScaled ? per_vector<T>([&](int v) { return mul(value.v[v], scale_); }) : value;
+        sum.add(scaled, load_wide(cached + dim, n));
+      });
+      for_each_line(params_.rope.rotary_dim, params_.head_dim, [&](int i, int n) {
+        sum.add(load_wide(fresh + i, n), load_wide(cached + i, n));
+      });
+    }
+    total = sum;
+  }
+  template <typename Visit>
+  TOKENDANCE_INLINE static void for_each_line(int begin, int end, const Visit& visit) {
+    for (; begin + kLineElements<T> <= end; begin += kLineElements<T>) {
+      visit(begin, kLineElements<T>);
+    }
+    if (begin < end) visit(begin, end - begin);
+  }
+
+  const KeyDeviationParams& params_;
+  const T *fresh_, *cached_, *ahead_;
+  const F32 scale_;
+};
 
 template <bool kScaled, bool kInterleaved, typename T>
 void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t end,
                         LineAngles<T, kInterleaved>& angles) {
   const T* fresh = static_cast<const T*>(params.fresh);
   const T* cached = static_cast<const T*>(params.cached);
-  const F32 scale = broadcast(params.scale);
   const int64_t row_bytes =
       int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
   const int64_t rows_ahead = std::max<int64_t>(kBytesAhead / row_bytes, 1);
+  // Of half of a head's rotary dims, if they are whole lines.
+  const int half = params.rope.rotary_dim / 2;
+  const int half_lines = half % kLineElements<T> == 0 ? half / kLineElements<T> : 0;
   const int64_t last_entry = int64_t{params.num_agents} * params.num_tokens - 1;
   SquaredDistance<T> sums[kMaxTokensOfGroup];
   for (int64_t token = begin; token < end; ++token) {
@@ -87,14 +132,27 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
       if (rotated) angles.set(params.rope, shift);
       const int64_t later = params.fresh_row[std::min(entry + rows_ahead, last_entry)];
       const T* ahead = later < 0 ? fresh_row : fresh + row_offset(params.fresh_layout, later);
-      SquaredDistance<T> sum = sums[token - begin];
-      for (int32_t head = 0; head < params.num_heads; ++head) {
-        fetch_head_ahead(ahead + head * params.fresh_layout.head_stride, params.head_dim);
-        add_head<kScaled>(sum, fresh_row + head * params.fresh_layout.head_stride,
-                          cached_row + head * params.cached_layout.head_stride, angles, rotated,
-                          scale, params);
+      const RowDeviation<kScaled, T> row(params, fresh_row, cached_row, ahead);
+      SquaredDistance<T>& sum = sums[token - begin];
+      if (!rotated) {
+        row.add(sum);
+        continue;
       }
-      sums[token - begin] = sum;
+      if constexpr (!kInterleaved) {
+        if (half_lines == 1) {
+          row.add_rotated(sum, RegisterAngles<T, 1>(angles));
+          continue;
+        }
+        if (half_lines == 2) {
+          row.add_rotated(sum, RegisterAngles<T, 2>(angles));
+          continue;
+        }
+        if (half_lines == 4) {
+          row.add_rotated(sum, RegisterAngles<T, 4>(angles));
+          continue;
+        }
+      }
+      row.add_rotated(sum, angles);
     }
   }
   for (int64_t token = begin; token < end; ++token) {
