@@ -26,6 +26,7 @@ from bench import ceilings
 LIBRARY = Path(__file__).resolve().parent.parent / "tokendance" / "_C.so"
 FOOTPRINT = 8 << 20  # of the operators' benchmarks inside the cache
 LINE_BYTES = 64
+MOVED = 2  # lines read and written for each line of keys
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,18 @@ class Kernel:
 
     Attributes:
         symbol: regular expression of the demangled name, after ``tokendance::avx512::``.
-        moved: lines read from and written to memory for each line of keys that is taken.
         fused: multiplications fused with an addition that a line takes.
     """
 
     name: str
     symbol: str
-    moved: int
     fused: int
 
 
 KERNELS = [
-    Kernel("rope_rotate fp32", r"rotate_rows<false, \(.*Writing\)2, float>", 2, 1),
-    Kernel("rope_rotate bf16", r"rotate_rows<false, \(.*Writing\)2, .*::BFloat16>", 2, 2),
-    Kernel("rope_rotate fp16", r"rotate_rows<false, \(.*Writing\)2, .*::Float16>", 2, 2),
+    Kernel("rope_rotate fp32", r"rotate_rows<false, \(.*Writing\)2, float>", 1),
+    Kernel("rope_rotate bf16", r"rotate_rows<false, \(.*Writing\)2, .*::BFloat16>", 2),
+    Kernel("rope_rotate fp16", r"rotate_rows<false, \(.*Writing\)2, .*::Float16>", 2),
 ]
 
 
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = (cycles(loop, options.mca, options.cpu) / lines, len(loop) / lines)
                 fastest = min(fastest, found)
             per_line, instructions = fastest
-            rate = kernel.moved * LINE_BYTES / per_line * clock.rate * options.threads
+            rate = MOVED * LINE_BYTES / per_line * clock.rate * options.threads
             print(
                 f"{kernel.name:<20} {instructions:4.1f} instructions and {per_line:5.2f} "
                 f"cycles a line: at most {rate / 1e9:4.0f} GB/s, "
