@@ -58,7 +58,7 @@ sanitize: $(VENV)/ready
 coverage: coverage-python coverage-cpp
 
 coverage-python: build
-	$(BIN)/python -m pytest -q --backend cpu --cov tests
+	$(BIN)/python -m pytest -q --backend cpu -m "not slow and not model" --cov tests
 
 coverage-cpp: $(VENV)/ready
 	$(BIN)/python tests/cpp/coverage.py
@@ -89,6 +89,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
 	  | xargs $(BIN)/clang-format -i
+
+# An sdist and, out of it, a wheel for this Python with the CUDA kernels of a release, in dist/; then the
+# wheel is installed without a toolkit beside this torch (WHEEL_ARGS="--torch 'torch ...'": another one).
+wheel: export TOKENDANCE_CUDA_ARCHS = 80;86;89;90;100;120
+wheel: $(VENV)/ready
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tools.check_wheel $(WHEEL_ARGS)
 
 # The site in build/site. A dead link is an error.
 docs: $(VENV)/ready

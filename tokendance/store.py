@@ -83,7 +83,7 @@ class StoreStats:
 
 
 class DiffStore:
-    """Keeps the KV of many agents as Masters and Mirrors (DESIGN.md sections 2 and 5).
+    """Keeps the KV of many agents as Masters and Mirrors.
 
     Args:
         geometry: of the model.
@@ -312,8 +312,7 @@ class DiffStore:
             ValueError: an unknown layer, or lists of different lengths.
             RuntimeError: wrong shapes, dtypes or devices, naming the argument.
 
-        Source: the fused restore of TokenDance (arXiv 2604.03143), for Mirrors of section 2 of
-            DESIGN.md.
+        Source: the fused restore of TokenDance (arXiv 2604.03143).
         """
         names = [agents] if isinstance(agents, str) else list(agents)
         which = [layers] if isinstance(layers, int) else list(layers)
