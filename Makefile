@@ -57,8 +57,11 @@ sanitize: $(VENV)/ready
 # target, which stands in pyproject.toml and in tests/cpp/coverage.py.
 coverage: coverage-python coverage-cpp
 
+# Without the tests that execute PTX or run a model, which reach no line of their own.
+PTX_TESTS := cuda_attention cuda_launches cuda_traffic coverage mutants sass
 coverage-python: build
-	$(BIN)/python -m pytest -q --backend cpu -m "not slow and not model" --cov tests
+	$(BIN)/python -m pytest -q --backend cpu -m "not slow and not model" --cov \
+	  $(PTX_TESTS:%=--ignore=tests/test_%.py) tests
 
 coverage-cpp: $(VENV)/ready
 	$(BIN)/python tests/cpp/coverage.py
