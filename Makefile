@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet "setuptools>=68" wheel cmake ninja pybind11 numpy
+	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 numpy
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev,docs,transformers]"
 	touch $@
 
