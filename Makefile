@@ -5,14 +5,14 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: build test test-gpu demo bench lint format typecheck sanitize sanitize-gpu mutate coverage-ptx \
-  sass clean
+.PHONY: build test test-gpu demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
+  coverage-python coverage-cpp mutate coverage-ptx sass clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet "setuptools>=68" wheel cmake ninja pybind11 numpy
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev,transformers]"
+	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 numpy
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev,docs,transformers]"
 	touch $@
 
 build: $(VENV)/ready
@@ -53,6 +53,19 @@ bench: build
 sanitize: $(VENV)/ready
 	$(BIN)/python tests/cpp/run.py
 
+# Which lines the tests reach: of Python, and of the C++ that runs without a GPU. Each fails below its
+# target, which stands in pyproject.toml and in tests/cpp/coverage.py.
+coverage: coverage-python coverage-cpp
+
+# Without the tests that execute PTX or run a model, which reach no line of their own.
+PTX_TESTS := cuda_attention cuda_launches cuda_traffic coverage mutants sass
+coverage-python: build
+	$(BIN)/python -m pytest -q --backend cpu -m "not slow and not model" --cov \
+	  $(PTX_TESTS:%=--ignore=tests/test_%.py) tests
+
+coverage-cpp: $(VENV)/ready
+	$(BIN)/python tests/cpp/coverage.py
+
 # What the CUDA kernels' tests notice, what they do not reach, and what the assembler makes of the
 # kernels: needs nvcc, no GPU. MUTATE_ARGS: see tools/mutate.py.
 mutate: build
@@ -79,6 +92,17 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
 	  | xargs $(BIN)/clang-format -i
+
+# An sdist and, out of it, a wheel for this Python with the CUDA kernels of a release, in dist/; then the
+# wheel is installed without a toolkit beside this torch (WHEEL_ARGS="--torch 'torch ...'": another one).
+wheel: export TOKENDANCE_CUDA_ARCHS = 80;86;89;90;100;120
+wheel: $(VENV)/ready
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tools.check_wheel $(WHEEL_ARGS)
+
+# The site in build/site. A dead link is an error.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf build dist *.egg-info tokendance/*.so

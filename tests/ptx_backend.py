@@ -251,6 +251,11 @@ _FILE_NUMBER = re.compile(r"(^\s*\.(?:file|loc)\s+|inlined_at\s+)(\d+)", re.M)
 
 @functools.cache
 def ptx_of_source(source: Path, arch: str) -> str:
+    """nvcc's PTX of a source."""
+    return ptx_file(source, arch).read_text()
+
+
+def ptx_file(source: Path, arch: str) -> Path:
     """nvcc's PTX of a source, kept in ``build/ptx`` until it or a header changes."""
     options = ("-lineinfo", *INCLUDES)  # so that tools can tell the line of an instruction
     digest = _digest(source.read_text(), arch, *options)
@@ -258,7 +263,7 @@ def ptx_of_source(source: Path, arch: str) -> str:
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         _write_once(kept, compile_ptx(source, arch, options).encode())
-    return kept.read_text()
+    return kept
 
 
 def _static_asserts(mirror: type[ctypes.Structure]) -> Iterable[str]:

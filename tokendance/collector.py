@@ -17,7 +17,7 @@ from tokendance.store import DiffStore
 
 
 class KVCollector:
-    """Decides what a round reuses and recomputes, and runs it step by step (DESIGN.md section 4).
+    """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
     Args:
         store: where Masters and Mirrors are kept.

@@ -27,7 +27,7 @@ _ROUNDING = 1e-9  # of shares that are compared
 class Source(Enum):
     """Where the Master of a segment that is not stored comes from.
 
-    MASTER: an agent of the round computes it in its own prompt (DESIGN.md section 4).
+    MASTER: an agent of the round computes it in its own prompt (docs/guide.md).
     ALONE: it is computed without any context, as position-independent caching does (PIC).
     PRODUCER: as MASTER, but the decoded output of an agent becomes a stored Master at commit, as
         the agent that wrote it computed it.

@@ -1,4 +1,4 @@
-"""Masters, uses and Mirrors: what a store holds and what operators read (DESIGN.md section 2)."""
+"""Masters, uses and Mirrors: what a store holds and what operators read (terms: docs/index.md)."""
 
 from __future__ import annotations
 

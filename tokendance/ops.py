@@ -11,6 +11,8 @@ or paged ``[pages, block_size, heads, D]`` where row ``r`` is row ``r % block_si
 all of one dtype. ``cos`` and ``sin`` are fp32 contiguous ``[max_position, rotary_dim / 2]`` (see
 :class:`~tokendance.rope.Rope`); ``interleaved`` pairs dims ``(2i, 2i+1)`` instead of
 ``(i, i + rotary_dim/2)``. All tensors are on one device, and work is queued on its current stream.
+Every tensor may as well be an array of another library that exports itself by DLPack: see
+:mod:`tokendance.arrays`.
 
 Errors: ``RuntimeError`` before anything is launched, naming the argument, what was expected and
 what came. On the CPU that includes every index, position and page id; CUDA kernels skip rows that
@@ -26,6 +28,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tokendance.arrays import Array, as_output, as_tensor, is_array
 from tokendance.rounds import RoundTensors
 
 __all__ = [
@@ -77,16 +80,27 @@ def registered(device: str) -> list[str]:
     return [name for name in OPERATORS if has_kernel(f"tokendance::{name}", device)]
 
 
+def _call(operator: Callable[..., object], *arguments: object) -> object:
+    """Calls an operator with its arrays, and those of its lists, as tensors."""
+    return operator(*[_taken(argument) for argument in arguments])
+
+
+def _taken(argument: object) -> object:
+    if isinstance(argument, list | tuple):
+        return [_taken(item) for item in argument]
+    return as_tensor(argument) if is_array(argument) else argument
+
+
 # Rotation ---------------------------------------------------------------------------------------
 
 
 def rope_rotate(
-    x: Tensor,
-    row_in: Tensor | None,
-    position_from: Tensor | None,
-    position_to: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    x: Array,
+    row_in: Array | None,
+    position_from: Array | None,
+    position_to: Array | None,
+    cos: Array,
+    sin: Array,
     interleaved: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
@@ -107,21 +121,23 @@ def rope_rotate(
     """
     return cast(
         Tensor,
-        _ops.rope_rotate(x, row_in, position_from, position_to, cos, sin, interleaved, scale),
+        _call(
+            _ops.rope_rotate, x, row_in, position_from, position_to, cos, sin, interleaved, scale
+        ),
     )
 
 
 def rope_rotate_out(
-    x: Tensor,
-    row_in: Tensor | None,
-    row_out: Tensor | None,
-    position_from: Tensor | None,
-    position_to: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    x: Array,
+    row_in: Array | None,
+    row_out: Array | None,
+    position_from: Array | None,
+    position_to: Array | None,
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     scale: float,
-    out: Tensor,
+    out: Array,
 ) -> None:
     """:func:`rope_rotate` into the rows ``row_out`` of ``out``, one or several per row of ``x``.
 
@@ -131,18 +147,28 @@ def rope_rotate_out(
         position_to: int32 of the shape of ``row_out`` (``[n]`` without it); None copies the rows.
         out: row tensor, mutated. It may share memory with ``x`` if no row written is one read.
     """
-    _ops.rope_rotate_out(
-        x, row_in, row_out, position_from, position_to, cos, sin, interleaved, scale, out
+    _call(
+        _ops.rope_rotate_out,
+        x,
+        row_in,
+        row_out,
+        position_from,
+        position_to,
+        cos,
+        sin,
+        interleaved,
+        scale,
+        as_output(out),
     )
 
 
 def rope_rotate_(
-    x: Tensor,
-    rows: Tensor | None,
-    position_from: Tensor | None,
-    position_to: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    x: Array,
+    rows: Array | None,
+    position_from: Array | None,
+    position_to: Array | None,
+    cos: Array,
+    sin: Array,
     interleaved: bool = False,
     scale: float = 1.0,
 ) -> None:
@@ -152,18 +178,28 @@ def rope_rotate_(
         x: row tensor, mutated.
         rows: int64 ``[n]``, distinct; None for all.
     """
-    _ops.rope_rotate_(x, rows, position_from, position_to, cos, sin, interleaved, scale)
+    _call(
+        _ops.rope_rotate_,
+        as_output(x),
+        rows,
+        position_from,
+        position_to,
+        cos,
+        sin,
+        interleaved,
+        scale,
+    )
 
 
 def key_deviation(
-    fresh: Tensor,
-    fresh_row: Tensor,
-    fresh_position: Tensor | None,
-    cached: Tensor,
-    cached_row: Tensor,
-    cached_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    fresh: Array,
+    fresh_row: Array,
+    fresh_position: Array | None,
+    cached: Array,
+    cached_row: Array,
+    cached_position: Array,
+    cos: Array,
+    sin: Array,
     interleaved: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
@@ -187,7 +223,8 @@ def key_deviation(
     """
     return cast(
         Tensor,
-        _ops.key_deviation(
+        _call(
+            _ops.key_deviation,
             fresh,
             fresh_row,
             fresh_position,
@@ -203,20 +240,21 @@ def key_deviation(
 
 
 def key_deviation_out(
-    fresh: Tensor,
-    fresh_row: Tensor,
-    fresh_position: Tensor | None,
-    cached: Tensor,
-    cached_row: Tensor,
-    cached_position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    fresh: Array,
+    fresh_row: Array,
+    fresh_position: Array | None,
+    cached: Array,
+    cached_row: Array,
+    cached_position: Array,
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     scale: float,
-    out: Tensor,
+    out: Array,
 ) -> None:
     """:func:`key_deviation` into ``out``: fp32 contiguous ``[tokens]``, mutated."""
-    _ops.key_deviation_out(
+    _call(
+        _ops.key_deviation_out,
         fresh,
         fresh_row,
         fresh_position,
@@ -227,7 +265,7 @@ def key_deviation_out(
         sin,
         interleaved,
         scale,
-        out,
+        as_output(out),
     )
 
 
@@ -235,14 +273,14 @@ def key_deviation_out(
 
 
 def diff_encode(
-    k_in: Sequence[Tensor],
-    v_in: Sequence[Tensor],
-    slot_mapping: Tensor,
-    length: Tensor,
-    k_pool: Sequence[Tensor],
-    v_pool: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    k_in: Sequence[Array],
+    v_in: Sequence[Array],
+    slot_mapping: Array,
+    length: Array,
+    k_pool: Sequence[Array],
+    v_pool: Sequence[Array],
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     round: RoundTensors,
     atol: float = 0.0,
@@ -266,13 +304,14 @@ def diff_encode(
             ``length`` on are not compared and keep mask bit 0.
         atol, rtol: tolerances; NaN never lies within one.
     """
-    _ops.diff_encode(
+    _call(
+        _ops.diff_encode,
         k_in,
         v_in,
         slot_mapping,
         length,
-        k_pool,
-        v_pool,
+        [as_output(pool) for pool in k_pool],
+        [as_output(pool) for pool in v_pool],
         cos,
         sin,
         interleaved,
@@ -284,15 +323,15 @@ def diff_encode(
 
 
 def diff_restore(
-    k_pool: Sequence[Tensor],
-    v_pool: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
+    k_pool: Sequence[Array],
+    v_pool: Sequence[Array],
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     round: RoundTensors,
-    slot_mapping: Tensor,
-    k_out: Sequence[Tensor],
-    v_out: Sequence[Tensor],
+    slot_mapping: Array,
+    k_out: Sequence[Array],
+    v_out: Sequence[Array],
 ) -> None:
     """Writes Mirrors out as dense rows, the inverse of :func:`diff_encode` (2604.03143).
 
@@ -307,7 +346,8 @@ def diff_restore(
         k_out, v_out: per layer a row tensor, of one shape and with the same strides; the rows that
             the mapping names are mutated.
     """
-    _ops.diff_restore(
+    _call(
+        _ops.diff_restore,
         k_pool,
         v_pool,
         cos,
@@ -316,8 +356,8 @@ def diff_restore(
         round.buffer,
         round.extents.as_list(),
         slot_mapping,
-        k_out,
-        v_out,
+        [as_output(rows) for rows in k_out],
+        [as_output(rows) for rows in v_out],
     )
 
 
@@ -325,17 +365,17 @@ def diff_restore(
 
 
 def collective_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    q: Array,
+    k_pool: Array,
+    v_pool: Array,
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     round: RoundTensors,
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-    sinks: Tensor | None = None,
+    sinks: Array | None = None,
     rotary_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a round's rows over Masters and Mirrors as they are stored.
@@ -359,7 +399,8 @@ def collective_attention(
     """
     return cast(
         tuple[Tensor, Tensor],
-        _ops.collective_attention(
+        _call(
+            _ops.collective_attention,
             q,
             k_pool,
             v_pool,
@@ -378,21 +419,21 @@ def collective_attention(
 
 
 def collective_attention_out(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    q: Array,
+    k_pool: Array,
+    v_pool: Array,
+    cos: Array,
+    sin: Array,
     interleaved: bool,
     round: RoundTensors,
     scale: float,
     window: int,
     soft_cap: float,
-    sinks: Tensor | None,
+    sinks: Array | None,
     rotary_scale: float,
-    workspace: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    workspace: Array,
+    out: Array,
+    lse: Array,
 ) -> None:
     """:func:`collective_attention` without an allocation.
 
@@ -401,7 +442,8 @@ def collective_attention_out(
         out: ``[R, Hq, D]`` of the dtype of ``q``, mutated.
         lse: fp32 contiguous ``[R, Hq]``, mutated.
     """
-    _ops.collective_attention_out(
+    _call(
+        _ops.collective_attention_out,
         q,
         k_pool,
         v_pool,
@@ -415,14 +457,14 @@ def collective_attention_out(
         soft_cap,
         sinks,
         rotary_scale,
-        workspace,
-        out,
-        lse,
+        as_output(workspace),
+        as_output(out),
+        as_output(lse),
     )
 
 
 def merge_states(
-    partial_out: Tensor, partial_lse: Tensor, sinks: Tensor | None = None
+    partial_out: Array, partial_lse: Array, sinks: Array | None = None
 ) -> tuple[Tensor, Tensor]:
     """Combines attention over disjoint sets of keys (Milakov and Gimelshein, 1805.02867).
 
@@ -435,14 +477,14 @@ def merge_states(
         ``out`` ``[R, H, D]`` of the dtype of ``partial_out`` and ``lse`` fp32 ``[R, H]``. Rows that
         no partial saw anything for have output 0 and LSE -inf.
     """
-    return cast(tuple[Tensor, Tensor], _ops.merge_states(partial_out, partial_lse, sinks))
+    return cast(tuple[Tensor, Tensor], _call(_ops.merge_states, partial_out, partial_lse, sinks))
 
 
 def merge_states_out(
-    partial_out: Tensor, partial_lse: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor
+    partial_out: Array, partial_lse: Array, sinks: Array | None, out: Array, lse: Array
 ) -> None:
     """:func:`merge_states` into ``out`` and ``lse``, contiguous, mutated."""
-    _ops.merge_states_out(partial_out, partial_lse, sinks, out, lse)
+    _call(_ops.merge_states_out, partial_out, partial_lse, sinks, as_output(out), as_output(lse))
 
 
 # Fakes ------------------------------------------------------------------------------------------

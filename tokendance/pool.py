@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from tokendance.arrays import Array, as_output
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 
 Pages = NDArray[np.int32]
@@ -21,9 +21,9 @@ class OutOfPagesError(RuntimeError):
 class PagePool:
     """Pages of keys and values, one strided tensor of each per layer, the same page ids in all.
 
-    The pool may be the engine's own KV cache: pass its tensors (views of any strides whose
-    innermost stride is 1) and the two functions by which pages are taken from and given back to the
-    engine's allocator.
+    The pool may be the engine's own KV cache: pass its tensors or other arrays (views of any
+    strides whose innermost stride is 1) and the two functions by which pages are taken from and
+    given back to the engine's allocator.
 
     Args:
         k_pools, v_pools: per layer ``[num_pages, block_size, Hk, D]``.
@@ -37,20 +37,22 @@ class PagePool:
 
     def __init__(
         self,
-        k_pools: Sequence[Tensor],
-        v_pools: Sequence[Tensor],
+        k_pools: Sequence[Array],
+        v_pools: Sequence[Array],
         allocate: Callable[[int], Sequence[int]],
         free: Callable[[Sequence[int]], None],
     ) -> None:
         if not k_pools or len(k_pools) != len(v_pools):
             raise ValueError(f"v_pools: expected {max(len(k_pools), 1)} layers, got {len(v_pools)}")
-        first = k_pools[0]
+        self.k_pools = [as_output(pool) for pool in k_pools]
+        self.v_pools = [as_output(pool) for pool in v_pools]
+        first = self.k_pools[0]
         if first.dim() != 4 or first.shape[1] not in BLOCK_SIZES:
             raise ValueError(
                 f"k_pools[0]: expected [num_pages, block_size in {BLOCK_SIZES}, Hk, D], "
                 f"got {list(first.shape)}"
             )
-        for name, pools in (("k_pools", k_pools), ("v_pools", v_pools)):
+        for name, pools in (("k_pools", self.k_pools), ("v_pools", self.v_pools)):
             for layer, pool in enumerate(pools):
                 if (pool.shape, pool.dtype, pool.device) != (
                     first.shape,
@@ -70,8 +72,6 @@ class PagePool:
                         f"{name}[{layer}]: expected strides {pools[0].stride()} of layer 0, "
                         f"got {pool.stride()}"
                     )
-        self.k_pools = list(k_pools)
-        self.v_pools = list(v_pools)
         self._allocate = allocate
         self._free = free
 

@@ -138,7 +138,7 @@ class Rope:
 
         Raises:
             ValueError: ``rotary_dim`` is odd or outside ``2 .. head_dim``, or ``theta`` is not
-            positive.
+                positive.
         """
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim > head_dim:

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokendance.arrays import Array, as_tensor
+
 WORK_FIELDS = 8
 CHUNK_FIELDS = 4
 FIELD_ALIGNMENT = 4
@@ -127,7 +129,8 @@ class RoundTensors:
     attribute: a view of the buffer (``round.use_masks``: ``[use_pages]``).
     """
 
-    def __init__(self, buffer: Tensor, extents: RoundExtents) -> None:
+    def __init__(self, buffer: Array, extents: RoundExtents) -> None:
+        buffer = as_tensor(buffer)
         ranges, total = extents.offsets()
         if buffer.dtype != torch.int32 or buffer.shape != (total,) or not buffer.is_contiguous():
             raise ValueError(

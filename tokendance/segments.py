@@ -15,12 +15,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from tokendance.arrays import Array, as_tensor, is_array
 
 __all__ = ["Segment", "TokenIds", "chain", "private", "shared", "split_round"]
 
-TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
-"""One-dimensional token ids, each in ``0 .. 2**31 - 1``: a list, a numpy array or a tensor."""
+TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | Array
+"""One-dimensional token ids, each in ``0 .. 2**31 - 1``: a list, a tensor or another array."""
 
 _DIGEST_SIZE = 16
 _MAX_TOKEN_ID = np.iinfo(np.int32).max
@@ -197,8 +198,8 @@ def _frozen(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 def _as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
     """A read-only int32 copy of the caller's token ids, checked."""
-    if isinstance(token_ids, torch.Tensor):
-        ids: npt.NDArray[Any] = token_ids.detach().cpu().numpy()
+    if is_array(token_ids) and not isinstance(token_ids, np.ndarray):
+        ids: npt.NDArray[Any] = as_tensor(token_ids).detach().cpu().numpy()
     else:
         try:
             ids = np.asarray(token_ids)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokendance import _planner, ops
+from tokendance.arrays import Array, as_tensor, as_tensors
 from tokendance.mirror import Use, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray, RoundExtents, RoundTensors
@@ -109,14 +110,14 @@ class Step:
     def attend(
         self,
         layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Array,
+        k: Array,
+        v: Array,
         *,
         scale: float | None = None,
         window: int = 0,
         soft_cap: float = 0.0,
-        sinks: Tensor | None = None,
+        sinks: Array | None = None,
     ) -> Tensor:
         """Rotates, stores and attends for one layer.
 
@@ -142,23 +143,23 @@ class Step:
             raise ValueError(f"layer: expected {self._layer}, got {layer}")
         if self._kept is not None:
             raise ValueError("step: expected keep() after the layer that dropped rows")
-        q = self._checked("q", q, geometry.num_q_heads)
-        k = self._checked("k", k, geometry.num_kv_heads)
-        v = self._checked("v", v, geometry.num_kv_heads)
+        queries = self._checked("q", q, geometry.num_q_heads)
+        keys = self._checked("k", k, geometry.num_kv_heads)
+        values = self._checked("v", v, geometry.num_kv_heads)
         self._layer += 1
         if not self._decode:
             pairs = int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
             self._plan.count_prefill(self.num_rows, pairs)
         if self._choosing:
-            q, k, v = self._choose(layer, q, k, v)
-        self._write(layer, k, v, self._slots, self.positions)
+            queries, keys, values = self._choose(layer, queries, keys, values)
+        self._write(layer, keys, values, self._slots, self.positions)
         rope = self._store.layer_rope(layer)
         round_ = self._round(window)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        lse = queries.new_empty(queries.shape[:2], dtype=torch.float32)
         floats = round_.extents.partials * geometry.num_q_heads * (geometry.head_dim + 1)
         ops.collective_attention_out(
-            q,
+            queries,
             self._store.pool.k_pools[layer],
             self._store.pool.v_pools[layer],
             rope.cos,
@@ -170,26 +171,27 @@ class Step:
             soft_cap,
             sinks,
             rope.attention_factor,
-            q.new_empty(floats, dtype=torch.float32),
+            queries.new_empty(floats, dtype=torch.float32),
             out,
             lse,
         )
         return out
 
-    def keep(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def keep(self, *tensors: Array) -> tuple[Tensor, ...]:
         """The rows of ``tensors`` (first dim R) that are still in the step.
 
-        Rows are dropped in one layer at the most; everywhere else the tensors come back as they
-        are.
+        Rows are dropped in one layer at the most; everywhere else the same rows come back, not
+        copied.
         """
         if self._kept is None:
-            return tensors
+            return tuple(as_tensors(tensors))
         kept, self._kept = self._kept, None
-        return tuple(tensor[kept] for tensor in tensors)
+        return tuple(tensor[kept] for tensor in as_tensors(tensors))
 
     # ----------------------------------------------------------------------------------------------
 
-    def _checked(self, name: str, x: Tensor, heads: int) -> Tensor:
+    def _checked(self, name: str, array: Array, heads: int) -> Tensor:
+        x = as_tensor(array)
         geometry = self._store.geometry
         shape = (self.num_rows, heads, geometry.head_dim)
         if x.dim() == 2 and tuple(x.shape) == (shape[0], shape[1] * shape[2]):

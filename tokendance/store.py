@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokendance import ops, persistence
+from tokendance.arrays import Array, as_tensor, as_tensors, is_array
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.layout import AgentLayout, Source, lay_out
 from tokendance.mirror import (
@@ -83,7 +84,7 @@ class StoreStats:
 
 
 class DiffStore:
-    """Keeps the KV of many agents as Masters and Mirrors (DESIGN.md sections 2 and 5).
+    """Keeps the KV of many agents as Masters and Mirrors.
 
     Args:
         geometry: of the model.
@@ -293,15 +294,15 @@ class DiffStore:
         self,
         agents: str | Sequence[str],
         layers: int | Sequence[int],
-        k_cache: Tensor | Sequence[Tensor],
-        v_cache: Tensor | Sequence[Tensor],
-        slot_mapping: Tensor,
+        k_cache: Array | Sequence[Array],
+        v_cache: Array | Sequence[Array],
+        slot_mapping: Array,
     ) -> None:
         """Writes agents' KV, keys at the agents' own positions, into an engine's cache.
 
         Args:
             agents: one agent or N.
-            layers: one layer or several; then a tensor of ``k_cache`` and ``v_cache`` for each.
+            layers: one layer or several; then an array of ``k_cache`` and ``v_cache`` for each.
             k_cache, v_cache: written: ``[rows, Hk, D]`` or ``[num_pages, block, Hk, D]``.
             slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p
                 goes to, page * block + row of the page; -1 = leave out. Positions from T on are
@@ -312,13 +313,12 @@ class DiffStore:
             ValueError: an unknown layer, or lists of different lengths.
             RuntimeError: wrong shapes, dtypes or devices, naming the argument.
 
-        Source: the fused restore of TokenDance (arXiv 2604.03143), for Mirrors of section 2 of
-            DESIGN.md.
+        Source: the fused restore of TokenDance (arXiv 2604.03143).
         """
         names = [agents] if isinstance(agents, str) else list(agents)
         which = [layers] if isinstance(layers, int) else list(layers)
-        keys = [k_cache] if isinstance(k_cache, Tensor) else list(k_cache)
-        values = [v_cache] if isinstance(v_cache, Tensor) else list(v_cache)
+        keys = [k_cache] if is_array(k_cache) else list(k_cache)
+        values = [v_cache] if is_array(v_cache) else list(v_cache)
         if len(keys) != len(which) or len(values) != len(which):
             raise ValueError(
                 f"k_cache: expected {len(which)} tensors of k_cache and v_cache, "
@@ -327,7 +327,8 @@ class DiffStore:
         for layer in which:
             if not 0 <= layer < self.geometry.num_layers:
                 raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
-        slots = slot_mapping if slot_mapping.dim() == 2 else slot_mapping[None]
+        slots = as_tensor(slot_mapping)
+        slots = slots if slots.dim() == 2 else slots[None]
         round_ = self._restore_round([self._mirror(name) for name in names])
         for same in _same_rope(which, self._ropes):
             rope = self._ropes[which[same[0]]]
@@ -357,7 +358,7 @@ class DiffStore:
 
     def put_round(
         self,
-        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
+        dense: Mapping[str, tuple[Sequence[Array], Sequence[Array]]],
         layout: Mapping[str, Sequence[Segment]],
         atol: float = 0.0,
         rtol: float = 0.0,
@@ -368,7 +369,7 @@ class DiffStore:
         them.
 
         Args:
-            dense: per agent its keys and values, a tensor ``[tokens, Hk, D]`` per layer, keys
+            dense: per agent its keys and values, an array ``[tokens, Hk, D]`` per layer, keys
                 rotated at the agent's own positions 0, 1, ...
             layout: per agent the segments of its prompt.
             atol, rtol: a row is not stored again if its Master row, moved to its position, is
@@ -380,12 +381,13 @@ class DiffStore:
             ValueError: agents, layers or lengths do not fit each other; the store is as it was.
             OutOfPagesError: the store is as it was, but for evictions.
         """
-        self._check_dense(dense, layout)
+        tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
+        self._check_dense(tensors, layout)
         layouts = lay_out(layout, self.find, {}, Nothing(), Source.MASTER, self.block_size)
         held: list[Master] = []
         taken: list[Pages] = []
         try:
-            self._encode(layouts, dense, atol, rtol, held, taken)
+            self._encode(layouts, tensors, atol, rtol, held, taken)
         except BaseException:
             for pages in taken:
                 self.drop_pages(pages)

@@ -4,7 +4,7 @@
 // means one host-to-device copy per step and one stable address for a CUDA graph; fields are padded
 // to their capacities, so that a launch does not depend on how full a round is.
 //
-// Terms are DESIGN.md's. A *Master of the round* is a page list that uses refer to; a Master that
+// Terms: docs/index.md. A *Master of the round* is a page list that uses refer to; a Master that
 // one prompt uses twice stands twice in the list, so (agent, Master) names at most one use.
 #pragma once
 

@@ -1,0 +1,99 @@
+"""Which lines of the C++ that runs without a GPU the tests reach.
+
+Builds the library with counters into ``build/coverage``, runs tests/cpp/launches.cpp on every
+instruction set there is and the tests of the operators and of the planner on the CPU, and reports
+what they reached. The exit status is 1 when it is less than ``TARGET`` percent.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "coverage"
+TARGET = 90
+TESTS = (
+    "arrays",
+    "checks",
+    "collective_attention",
+    "diff_encode",
+    "diff_restore",
+    "far_pages",
+    "key_deviation",
+    "merge_states",
+    "operator_arguments",
+    "planner",
+    "rope_rotate",
+    "stored_rows",
+)
+
+
+def build(environment: dict[str, str]) -> None:
+    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DTOKENDANCE_CUDA=OFF"]
+    configure += ["-DTOKENDANCE_COVERAGE=ON"]
+    subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    make = ["cmake", "--build", str(BUILD), "-j", jobs]
+    subprocess.run(make, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def package() -> Path:
+    """A folder in which ``tokendance`` is the project's Python and the modules that count."""
+    folder = BUILD / "package"
+    inside = folder / "tokendance"
+    inside.mkdir(parents=True, exist_ok=True)
+    for link in inside.iterdir():
+        link.unlink()
+    sources = [path for path in (ROOT / "tokendance").iterdir() if path.suffix != ".so"]
+    for path in (*sources, *(BUILD / "modules").glob("*.so")):
+        (inside / path.name).symlink_to(path)
+    return folder
+
+
+def run_launches(environment: dict[str, str]) -> None:
+    for isa in ("portable", "avx2", "avx512"):
+        run = subprocess.run(
+            [str(BUILD / "cpu_launches")],
+            env={**environment, "TOKENDANCE_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode and "TOKENDANCE_CPU_ISA" in run.stderr:
+            print(f"NOT RUN on {isa}: this machine lacks it")
+        elif run.returncode:
+            sys.exit(run.stderr)
+
+
+def main() -> int:
+    scripts = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
+    build(environment)
+    for counters in BUILD.rglob("*.gcda"):
+        counters.unlink()
+    run_launches(environment)
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-p", "no:cacheprovider"]
+    # Where it starts comes first on Python's path.
+    subprocess.run(
+        [*command, "-c", str(ROOT / "pyproject.toml"), *tests],
+        check=True,
+        cwd=package(),
+        env={**environment, "PYTHONPATH": ""},
+    )
+    report = [sys.executable, "-m", "gcovr", "--root", str(ROOT), "--object-directory", str(BUILD)]
+    report += ["--filter", "csrc/", "--exclude", "csrc/cuda/", "--sort", "uncovered-percent"]
+    # A line counts once, however many templates and instruction sets it is compiled for.
+    report += ["--merge-mode-functions", "separate", "--merge-lines"]
+    report += ["--fail-under-line", str(TARGET), str(BUILD)]
+    # Counts that threads have spoiled: lost and negative ones count as lines that never ran.
+    for spoiled in ("negative_hits", "suspicious_hits"):
+        report += ["--gcov-ignore-parse-errors", f"{spoiled}.warn_once_per_file"]
+    return subprocess.run(report, env=environment, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

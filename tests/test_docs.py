@@ -1,0 +1,63 @@
+"""The documentation: its code runs, its commands exist, its pictures and pages are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+LANGUAGES = {"python", "sh", ""}  # what is run, commands, and drawings
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """``(line, text)`` of the blocks of a language."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, match.start(2)), match[2])
+        for match in _BLOCK.finditer(text)
+        if match[1] == language
+    ]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run(page, request, capsys):
+    """One after the other, in one namespace."""
+    found = blocks(page, "python")
+    if any("load_model" in text for _, text in found):
+        request.getfixturevalue("smollm2")  # skips where the model cannot be had
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, text in found:
+        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+
+
+def test_blocks_are_of_known_languages():
+    used = {(match[1], name(page)) for page in PAGES for match in _BLOCK.finditer(page.read_text())}
+    assert {language for language, _ in used} <= LANGUAGES, used
+
+
+def test_make_targets_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    for page in PAGES:
+        commands = "\n".join(text for _, text in blocks(page, "sh"))
+        commands += "\n".join(re.findall(r"`(make [^`]*)`", page.read_text()))
+        named = {
+            word for line in re.findall(r"\bmake ([a-z -]+)", commands) for word in line.split()
+        }
+        assert named <= targets, (name(page), named - targets)
+
+
+def test_hooks_before_a_commit_are_checks_of_ci():
+    """And the other way round, as far as they take seconds."""
+    hooks = re.findall(r"entry: make (\w+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    ci = re.findall(r"^make (.+)", (ROOT / ".ci" / "run").read_text(), re.M)
+    checks = {target for line in ci for target in line.split()} - {"build", "sanitize", "test"}
+    assert set(hooks) == checks

@@ -1,0 +1,59 @@
+"""What mkdocs is told beyond mkdocs.yml: pages from the repository's root, links out of docs/.
+
+CONTRIBUTING.md and CHANGELOG.md are pages of the site. A link to any other file of the repository
+is checked, and becomes its text, since the site does not hold the sources.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+FROM_ROOT = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_ROLE = re.compile(r":(?:class|func|mod|meth|attr):<code>~?(?:[\w.]*\.)?(\w+)")
+
+
+def on_config(config: Any) -> Any:
+    """Pages that have not been written are not in the navigation."""
+    known = {path.name for path in DOCS.glob("*.md")} | set(FROM_ROOT)
+    config.nav = [entry for entry in config.nav if set(entry.values()) <= known]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for name, path in FROM_ROOT.items():
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    source = FROM_ROOT.get(page.file.src_uri, DOCS / page.file.src_uri)
+    return _LINK.sub(lambda link: _inside_site(link, source), markdown)
+
+
+def _inside_site(link: re.Match[str], source: Path) -> str:
+    text, target, anchor = link[1], link[2], link[3] or ""
+    if re.match(r"\w+:", target):
+        return link[0]
+    path = (source.parent / target).resolve()
+    if not path.exists():
+        raise PluginError(f"{source.name}: expected a file for the link {target!r}, got none")
+    for name, root in FROM_ROOT.items():
+        if path == root:
+            return f"[{text}]({name}{anchor})"
+    if path.parent == DOCS:
+        return f"[{text}]({path.name}{anchor})"
+    return text
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings may name things by reST's roles; the name is what is shown."""
+    return _ROLE.sub(r"<code>\1", html)
