@@ -204,6 +204,10 @@ class Plan:
             raise ValueError(f"agent: expected one that has not ended, got {agent!r}")
         return state
 
+    def is_active(self, agent: str) -> bool:
+        """Whether an agent of the plan has not ended."""
+        return self._by_name[agent].phase is not Phase.ENDED
+
     def begin_prefill(self) -> None:
         if self._prefilling:
             raise ValueError("plan: expected one that has not been prefilled, got one that has")
