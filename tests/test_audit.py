@@ -364,6 +364,17 @@ def test_whoever_has_opted_out_has_full_recomputes_rows_bit_for_bit(
         assert torch.equal(a[1], b[1])
 
 
+def test_everything_takes_over_no_inexact_row_of_an_earlier_round() -> None:
+    collector = collector_of(selection=td.Nothing())
+    finished(collector).commit()
+    collector.selection = td.Everything()
+    plan = collector.plan(prompts())
+    logits = prefill(collector, plan)
+    for agent, row in expected_logits(prompts()).items():
+        torch.testing.assert_close(logits[agent], row, rtol=1e-5, atol=1e-5)
+    plan.abort()
+
+
 def test_exact_rows_are_reused_by_those_who_have_opted_out() -> None:
     collector = collector_of()
     collector.opt_out(["x", "y"], [A])

@@ -12,7 +12,14 @@ from tokendance.layout import OptedOut, Source, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment
-from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Nothing, Selection
+from tokendance.selection import (
+    DEFAULT,
+    Everything,
+    KeyDeviation,
+    LeadingTokens,
+    Nothing,
+    Selection,
+)
 from tokendance.step import AgentRows, Step, rows_for_prefill
 from tokendance.store import DiffStore
 
@@ -28,7 +35,7 @@ class KVCollector:
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
             Masters as their agents computed them.
-        selection: which reused rows are recomputed.
+        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=6)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
     Raises:
@@ -45,7 +52,7 @@ class KVCollector:
         sources = [known.value for known in Source]
         if source not in sources:
             raise ValueError(f"source: expected one of {sources}, got {source!r}")
-        selection = LeadingTokens() if selection is None else selection
+        selection = DEFAULT if selection is None else selection
         if not isinstance(selection, LeadingTokens | KeyDeviation | Everything | Nothing):
             raise ValueError(
                 "selection: expected LeadingTokens, KeyDeviation, Everything or Nothing, "

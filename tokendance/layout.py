@@ -134,6 +134,8 @@ def lay_out(
         agent: tuple(segment for segment in segments if segment.length)
         for agent, segments in prompts.items()
     }
+    if isinstance(selection, Everything):
+        opted_out = OptedOut(frozenset(tokens))
     shortest = block_size // 2
     prefixes = {
         agent: _own_prefix(agent, segments, mirrors.get(agent), opted_out)
@@ -385,6 +387,7 @@ class _Builder:
         # `run` is the context in which the last reused Master was computed, followed by what has
         # come since: a Master of that very context continues a run. `context` is the prompt's own.
         context = run = b""
+        left: dict[bytes, int] = {}  # shared tokens so far, by digest
         for segment, begin in _with_positions(segments):
             end = begin + segment.length
             source_context = run
@@ -395,7 +398,8 @@ class _Builder:
             elif not _may_share(segment, self._shortest):
                 self._compute(layout, begin, end)
             elif segment.digest in makes and segment.digest not in self._made:
-                master = Master(segment.digest, segment.length, begin, context, exact)
+                seen = frozenset(left)
+                master = Master(segment.digest, segment.length, begin, context, exact, seen)
                 self._made[segment.digest] = master
                 use = Use(master, begin, segment.length, empty_masks(end - begin, self._block_size))
                 layout.uses.append(use)
@@ -407,21 +411,23 @@ class _Builder:
                 is_exact = (
                     found is not None and exact and found[0].exact and found[0].context == context
                 )
-                computes = (
-                    isinstance(self._selection, Everything)
-                    or segment.digest in self._lone
-                    or self._opted_out.holds(agent, segment)
-                )
+                computes = segment.digest in self._lone or self._opted_out.holds(agent, segment)
                 if found is None or (computes and not is_exact):
                     self._compute(layout, begin, end)
                 else:
                     master, rows = found
-                    self._reuse(layout, master, begin, rows, is_exact, master.context == run)
+                    repaired = 0
+                    if isinstance(self._selection, LeadingTokens) and master.context != run:
+                        known = sum(left[digest] for digest in left.keys() & master.seen)
+                        repaired = self._selection.rows_of(sum(left.values()) - known)
+                    self._reuse(layout, master, begin, rows, is_exact, repaired)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
                     source_context = master.context
             if exact:
                 layout.exact_length = end
+            if segment.is_shared:
+                left[segment.digest] = left.get(segment.digest, 0) + segment.length
             context = chain(context, segment.digest)
             run = chain(source_context, segment.digest)
         layout.context = context
@@ -445,19 +451,17 @@ class _Builder:
         delta: int,
         rows: int,
         is_exact: bool,
-        continues_run: bool,
+        repaired: int,
     ) -> None:
         use = Use(master, delta, rows, empty_masks(rows, self._block_size))
         layout.uses.append(use)
         if is_exact:
             layout.spans.append(Span(delta, delta + rows, Origin.EXACT))
             return
-        repaired = 0
-        if isinstance(self._selection, LeadingTokens) and not continues_run:
-            repaired = min(self._selection.count, rows)
+        repaired = min(repaired, rows)
+        if repaired:
             use.override_first(repaired, self._block_size)
-            if repaired:
-                layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
+            layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
         if isinstance(self._selection, KeyDeviation):
             layout.candidates.append(use)
         if repaired < rows:

@@ -226,7 +226,8 @@ class Plan:
         fresh = self.store.take_pages(pages_for(length, block) - len(pages))
         if state.output is None:
             exact = state.exact_length == state.length
-            master = Master(b"", 0, state.length, state.layout.context, exact)
+            seen = frozenset(one.digest for one in state.segments if one.is_shared)
+            master = Master(b"", 0, state.length, state.layout.context, exact, seen)
             self.store.hold(master)
             state.output = Use(master, state.length, 0, empty_masks(0, block))
             state.uses.append(state.output)
