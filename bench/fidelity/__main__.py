@@ -5,6 +5,8 @@
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
     drift [--agents 4] [--rounds 12]
     leakage [town_square]
+    tolerance [town_square]
+    audits [town_square]
     answers [--sessions 4]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from bench.fidelity import answers, drift, front, leakage
+from bench.fidelity import answers, audits, drift, front, leakage, tolerance
 from tokendance.workloads import find_workload, read_rounds
 
 
@@ -41,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
     one.add_argument("--rounds", type=int, default=12)
-    one = commands.add_parser("leakage")
-    one.add_argument("workload", nargs="?", default="town_square")
+    for name in ("leakage", "tolerance", "audits"):
+        one = commands.add_parser(name)
+        one.add_argument("workload", nargs="?", default="town_square")
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
     options = parser.parse_args(arguments)
@@ -53,16 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _front(loaded, options)
         return 0
     if options.command == "drift":
-        result = drift.run(*loaded, options.agents, options.rounds)
-        text = drift.text(result)
+        result, write = drift.run(*loaded, options.agents, options.rounds), drift.text
     elif options.command == "leakage":
-        result = leakage.run(*loaded, options.workload)
-        text = leakage.text(result)
+        result, write = leakage.run(*loaded, options.workload), leakage.text
+    elif options.command == "tolerance":
+        result, write = tolerance.run(*loaded, options.workload), tolerance.text
+    elif options.command == "audits":
+        result, write = audits.run(*loaded, options.workload), audits.text
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
-        result = answers.run(*loaded, sessions)
-        text = answers.text(result)
+        result, write = answers.run(*loaded, sessions), answers.text
+    text = write(result)
     print(text)
     (options.out / f"{options.command}.md").write_text(text + "\n")
     (options.out / f"{options.command}.json").write_text(json.dumps(result, indent=1) + "\n")

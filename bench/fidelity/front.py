@@ -21,7 +21,7 @@ from bench.fidelity.replays import (
 REFERENCE = f"{PIC}:0.15"
 WAYS = (
     REFERENCE,
-    "master/leading:4:6",
+    "master/leading:4:6:24",
     *(f"master/leading:{count}" for count in (8, 16, 4, 32, 12, 2, 24, 1)),
     "alone/deviation:0.15",
     "master/deviation:0.15",
@@ -160,10 +160,12 @@ def draw(workload: str, points: dict[str, list[Figures]], path: Path) -> None:
         name, _, budget = way.partition(":")
         if name.endswith("/nothing"):
             name, budget = name.replace("nothing", "leading"), "0"
+        if ":" in budget and "leading" in name:
+            name = name.replace("leading", "leading by unseen")
         series.setdefault(name, []).append((one["computed"], one["kl"], budget))
     figure, axis = pyplot.subplots(figsize=(7, 4.2))
     for name, line in series.items():
-        line.sort(key=lambda point: float(point[2]))
+        line.sort()
         x, y, budgets = zip(*line, strict=True)
         axis.plot([100 * value for value in x], y, "o-", label=name, markersize=4, linewidth=1)
         for at, kl, budget in zip(x, y, budgets, strict=True):

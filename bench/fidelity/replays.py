@@ -99,7 +99,7 @@ def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
         one.logits = {agent: torch.stack(parts) for agent, parts in rows.items()}
 
 
-def make_engine(model: Any, source: str = "master", selection: str = "leading:8") -> Any:
+def make_engine(model: Any, source: str, selection: str) -> Any:
     """A collector over an empty store of its own, and the engine that runs it."""
     store = DiffStore(
         geometry_of(model),
