@@ -8,6 +8,7 @@ import pytest
 
 from bench import compare
 from bench.ceilings import Ceiling
+from bench.fidelity import answers, drift, front, leakage, replays
 from bench.rounds import Cell, table
 from tokendance.replay import SystemResult
 
@@ -60,3 +61,49 @@ def test_rounds_are_held_against_what_rows_and_flops_promise():
     assert cell.over("full", "prefill_s") == pytest.approx(4.0)
     last = table([cell]).splitlines()[-1]
     assert last == "| tiny | 3 | 4.00x | 3.00x | 1.33 | 2.00x | 2.00x | 1.00 | 2.00x | 4.00x |"
+
+
+def figures(rows, kl, makers=()):
+    agents = dict(zip("abc", kl, strict=True))
+    return replays.Figures(100, rows, 5, list(makers), agents, dict.fromkeys(agents, 0.5))
+
+
+def points():
+    return {
+        front.REFERENCE: [figures(50, (0.1, 0.2, 0.4)), figures(40, (0.1, 0.1, 0.1))],
+        "master/leading:8": [
+            figures(30, (0, 0.02, 0.04), "a"),
+            figures(44, (0.01, 0.0, 0.01), "b"),
+        ],
+    }
+
+
+def test_the_front_compares_the_same_siblings():
+    found = front.figures_of(points(), "master/leading:8")
+    assert found["kl"] == pytest.approx((0.02 + 0.04 + 0.01 + 0.01) / 4)
+    assert found["ratio"] == pytest.approx(found["kl"] / ((0.2 + 0.4 + 0.1 + 0.1) / 4))
+    assert found["computed"] == pytest.approx(0.37)
+    assert found["overridden"] == pytest.approx(0.05)
+    assert found["rows_over_pic"] == pytest.approx(1.1)
+    lines = front.text({"x": points(), "y": points()}).splitlines()
+    assert lines[4].startswith("| master/leading:8 | 37.0% | 5.0% |")  # fewest rows first
+    assert lines[-1].split(" | ")[1:] == ["0.1000", "0.1000", "0.1000", "0.82 |"]
+
+
+def test_the_front_goes_on_where_it_was_stopped(tmp_path):
+    path = tmp_path / "front.json"
+    path.write_text(json.dumps({"x": {k: [vars(f) for f in v] for k, v in points().items()}}))
+    table = front.run(None, None, path, ["x"], list(points()), 12)  # nothing is left to measure
+    assert table == {"x": points()}
+
+
+def test_other_tables_of_fidelity():
+    rounds = [{"kl": kl, "top1": 1.0, "computed": 0.5} for kl in (0.1, 0.3, 0.2, 0.4)]
+    assert drift.text({"master": rounds}).endswith("| 0.2000 | 0.3000 | 50.0% |")
+    full = {"secret": -9.0, "control": -9.5, "first agent": -1.0}
+    reuse = {"secret": -8.0, "control": -9.25, "first agent": -1.0}
+    told = leakage.text({"master/everything": full, "master/nothing": reuse}).splitlines()
+    assert told[-1] == "| master/nothing | -8.000 | -9.250 | +0.750 | -1.000 |"
+    one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
+    said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
+    assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]

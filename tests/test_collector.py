@@ -87,6 +87,30 @@ def test_rows_are_counted_exactly() -> None:
     assert stats.row_bytes == (stats.master_rows + stats.own_rows) * GEOMETRY.row_bytes
 
 
+def test_more_rows_are_repaired_of_what_a_master_saw_less_in_front() -> None:
+    round_ = {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(A), td.shared(B), td.private(C)],
+    }
+
+    def repaired(**options: int) -> list[int]:
+        collector = td.KVCollector(make_store(), selection=td.LeadingTokens(**options))
+        plan = collector.plan(round_)
+        assert plan.spans("a")[1].origin.value == "master"
+        result = [len(use.overridden(8)) for use in plan.state("b").uses]
+        plan.abort()
+        return result
+
+    # B's Master has seen A. A's has not seen the 30 tokens of B; the second B continues A's run.
+    assert repaired(count=4) == [4, 4, 0]
+    assert repaired(count=4, unseen=6) == [4, 4 + 5, 0]
+    assert repaired(count=0, unseen=30) == [0, 1, 0]
+    assert repaired(count=4, unseen=1) == [4, 20, 0]  # A has no more
+    assert repaired(count=4, unseen=2) == [4, 4 + 15, 0]
+    assert repaired(count=4, unseen=1, most=11) == [4, 11, 0]
+    assert repaired(count=6, unseen=1, most=2) == [6, 6, 0]
+
+
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
 def test_abort_and_exceptions_leave_the_store_as_it_was(selection: object) -> None:
     store = make_store()

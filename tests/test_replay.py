@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import tokendance as td
+from tokendance.audit import divergence_of
 from tokendance.cli import main
 from tokendance.replay import (
     SYSTEMS,
     CollectiveReuse,
     RoundResult,
-    divergence_of,
     make_system,
     replay_round,
     summarize,

@@ -13,6 +13,7 @@ from tokendance.selection import parse_selection
     [
         ("leading:4", LeadingTokens(4)),
         ("leading:0", LeadingTokens(0)),
+        ("leading:4:6", LeadingTokens(4, unseen=6)),
         ("deviation:0.15", KeyDeviation(0.15, 1)),
         ("deviation:0.3:2", KeyDeviation(0.3, 2)),
         ("everything", Everything()),
@@ -30,6 +31,7 @@ def test_names(text: str, selection: object) -> None:
         ("leading", "expected leading:COUNT, .* got 'leading'"),
         ("everything:1", "expected leading:COUNT, .* got 'everything:1'"),
         ("leading:-1", "selection: count: expected at least 0, got -1, in 'leading:-1'"),
+        ("leading:4:0", "selection: unseen: expected at least 1, got 0, in 'leading:4:0'"),
         ("leading:x", "selection: invalid literal .*'x', in 'leading:x'"),
         ("deviation:1.5", "selection: ratio: expected 0 < ratio <= 1, got 1.5"),
         ("deviation:0.5:-1", "selection: layer: expected at least 0, got -1"),

@@ -234,6 +234,26 @@ def test_what_does_not_fit_is_refused() -> None:
         TransformersEngine(model, td.KVCollector(store))
 
 
+def test_audit_compares_with_the_models_own_logits() -> None:
+    model = tiny("llama")
+    one = engine(model, td.LeadingTokens(4))
+    plan = one.collector.plan(prompts())
+    logits = one.prefill(plan)
+    rest = one.decode(plan, {agent: [3, 4] for agent in prompts()})
+    rows = {agent: torch.cat([row[None], rest[agent]]) for agent, row in logits.items()}
+    report = one.audit(plan, rows, max_rows=50)
+    assert list(report.agents) == ["a", "b", "c"]  # "d" shares nothing
+    for agent, found in report.agents.items():
+        segments = prompts()[agent]
+        full = [own_logits(model, [*segments, td.private([3, 4][:n])]) for n in range(3)]
+        p, q = torch.stack(full).double().log_softmax(-1), rows[agent].double().log_softmax(-1)
+        assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2)
+        assert (found.tokens, found.rows) == (3, plan.length(agent))
+    only = one.audit(plan, rows, agents="c", fraction=1.0, seed=3, tokens=0)
+    assert [found.tokens for found in only.agents.values()] == [1]
+    plan.commit()
+
+
 @pytest.mark.model
 def test_smollm2_everything_equals_transformers_over_1500_tokens(smollm2: Any) -> None:
     model, tokenizer = smollm2

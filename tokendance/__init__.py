@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from tokendance.audit import Audit, AuditReport, CollectorStats, Gate, ReuseWarning
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
 from tokendance.plan import Plan
@@ -19,8 +20,12 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Audit",
+    "AuditReport",
+    "CollectorStats",
     "DiffStore",
     "Everything",
+    "Gate",
     "KVCollector",
     "KVGeometry",
     "KeyDeviation",
@@ -29,6 +34,7 @@ __all__ = [
     "OutOfPagesError",
     "PagePool",
     "Plan",
+    "ReuseWarning",
     "Rope",
     "RoundExtents",
     "RoundTensors",

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
-from tokendance.layout import Source, lay_out
+from tokendance.audit import Audit, AuditReport, CollectorStats, Gate, Record, is_drawn, judge, tell
+from tokendance.layout import OptedOut, Source, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment
-from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Nothing, Selection
+from tokendance.selection import (
+    DEFAULT,
+    Everything,
+    KeyDeviation,
+    LeadingTokens,
+    Nothing,
+    Selection,
+)
 from tokendance.step import AgentRows, Step, rows_for_prefill
 from tokendance.store import DiffStore
 
@@ -27,27 +35,38 @@ class KVCollector:
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
             Masters as their agents computed them.
-        selection: which reused rows are recomputed.
+        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=6)``.
+        gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
     Raises:
-        ValueError: an unknown source or selection.
+        ValueError: an unknown source, selection or gate.
     """
 
     def __init__(
-        self, store: DiffStore, source: str = "master", selection: Selection | None = None
+        self,
+        store: DiffStore,
+        source: str = "master",
+        selection: Selection | None = None,
+        gate: Gate | None = None,
     ) -> None:
         sources = [known.value for known in Source]
         if source not in sources:
             raise ValueError(f"source: expected one of {sources}, got {source!r}")
-        selection = LeadingTokens() if selection is None else selection
+        selection = DEFAULT if selection is None else selection
         if not isinstance(selection, LeadingTokens | KeyDeviation | Everything | Nothing):
             raise ValueError(
                 "selection: expected LeadingTokens, KeyDeviation, Everything or Nothing, "
                 f"got {selection!r}"
             )
+        if gate is not None and not isinstance(gate, Gate):
+            raise ValueError(f"gate: expected a Gate, got {gate!r}")
         self.store = store
         self.source = Source(source)
         self.selection = selection
+        self.gate = gate
+        self._opted_out = OptedOut()
+        self._record = Record()
+        self._audits = 0
 
     def plan(self, prompts: Mapping[str, Sequence[Segment]]) -> Plan:
         """Matches the prompts with the store and with each other, and leases the round's pages.
@@ -82,6 +101,7 @@ class KVCollector:
             self.selection,
             self.source,
             self.store.block_size,
+            self._opted_out,
         )
         return Plan(self.store, layouts, prompts, self.selection, self.source)
 
@@ -159,6 +179,115 @@ class KVCollector:
             return rows
 
         return Step(plan, make_rows, decode=True)
+
+    # The gate ------------------------------------------------------------------------------------
+
+    def opt_out(
+        self, agents: str | Iterable[str] = (), segments: Iterable[Segment | bytes] = ()
+    ) -> None:
+        """From the next plan on, computes agents or segments as `Everything` does.
+
+        An agent that has opted out takes over only exact rows, its own earlier ones too; a segment
+        is computed in every prompt in which it would not be reused exactly. What such an agent
+        computes may still become a Master that others reuse: an agent that must not give either
+        has its segments made by `private`.
+
+        Args:
+            agents: names, known or not yet.
+            segments: or their digests.
+        """
+        names, digests = _names_and_digests(agents, segments)
+        opted = self._opted_out
+        self._opted_out = OptedOut(opted.agents | names, opted.segments | digests)
+
+    def opt_in(
+        self, agents: str | Iterable[str] = (), segments: Iterable[Segment | bytes] = ()
+    ) -> None:
+        """Ends `opt_out`, also where the gate has called it; who has not opted out stays in."""
+        names, digests = _names_and_digests(agents, segments)
+        opted = self._opted_out
+        self._opted_out = OptedOut(opted.agents - names, opted.segments - digests)
+
+    @property
+    def opted_out(self) -> OptedOut:
+        """The agents and the segments' digests that are computed."""
+        return self._opted_out
+
+    def audit(
+        self,
+        plan: Plan,
+        agents: str | Iterable[str] | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
+        tokens: int = 16,
+    ) -> Audit:
+        """Full recompute of a sample of a plan's agents, to be run like a prefill.
+
+        It computes all rows of a sampled prompt, so that audits cost ``fraction`` of full prefill
+        on average, and leases the pages of one prompt at a time. Neither the plan nor the store
+        changes, but for evictions.
+
+        Args:
+            plan: prefilled before the audit is run, and not committed or aborted.
+            agents: whom to draw from; None: those whose prompts hold inexact rows.
+            fraction: the chance of each to be drawn. 1 draws all.
+            seed: the same draws for the same seed, collector history and names.
+            tokens: decoded tokens of each agent that are compared as well, at most.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent that has ended, or a number that is out of range.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction: expected 0 < fraction <= 1, got {fraction}")
+        if seed < 0:
+            raise ValueError(f"seed: expected at least 0, got {seed}")
+        if tokens < 0:
+            raise ValueError(f"tokens: expected at least 0, got {tokens}")
+        if plan.store is not self.store:
+            raise ValueError("plan: expected one of this collector's store, got another's")
+        if agents is None:
+            active = [name for name in plan.agents if plan.is_active(name)]
+            states = {name: plan.state(name) for name in active}
+            names = [n for n, state in states.items() if state.exact_length < state.length]
+        else:
+            wanted = [agents] if isinstance(agents, str) else list(agents)
+            states = {name: plan.state(name) for name in wanted}
+            names = [name for name in plan.agents if name in states]
+        drawn = [name for name in names if is_drawn(name, fraction, seed, self._audits)]
+        self._audits += 1
+        return Audit(self, plan, drawn, tokens, self._finish_audit)
+
+    def _finish_audit(self, report: AuditReport) -> AuditReport:
+        if self.gate is not None:
+            report = judge(self.gate, report.agents)
+        self.opt_out(report.fallen_agents, report.fallen_segments)
+        self._record.add(report)
+        tell(report)
+        return report
+
+    def stats(self) -> CollectorStats:
+        """What audits have cost and found, and who is computed because of it."""
+        return self._record.stats(len(self._opted_out.agents), len(self._opted_out.segments))
+
+
+def _names_and_digests(
+    agents: str | Iterable[str], segments: Iterable[Segment | bytes]
+) -> tuple[frozenset[str], frozenset[bytes]]:
+    names = [agents] if isinstance(agents, str) else list(agents)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"agents: expected names, got {type(name).__name__}")
+    if isinstance(segments, Segment | bytes):
+        segments = [segments]
+    digests = []
+    for segment in segments:
+        if not isinstance(segment, Segment | bytes):
+            raise TypeError(
+                f"segments: expected segments or their digests, got {type(segment).__name__}"
+            )
+        digests.append(segment.digest if isinstance(segment, Segment) else segment)
+    return frozenset(names), frozenset(digests)
 
 
 def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArray]]]:

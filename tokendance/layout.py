@@ -50,6 +50,23 @@ class Origin(Enum):
 
 
 @dataclass(frozen=True)
+class OptedOut:
+    """Who and what takes part in no reuse but the exact one, as under `Everything`.
+
+    Attributes:
+        agents: names. Such an agent takes over no inexact row; others may reuse what it computes.
+        segments: digests. Such a segment is computed in every prompt.
+    """
+
+    agents: frozenset[str] = frozenset()
+    segments: frozenset[bytes] = frozenset()
+
+    def holds(self, agent: str | None, segment: Segment) -> bool:
+        """Whether the agent computes the segment."""
+        return agent in self.agents or segment.digest in self.segments
+
+
+@dataclass(frozen=True)
 class Span:
     """Rows ``begin .. end - 1`` of a prompt and where they come from."""
 
@@ -74,6 +91,7 @@ class AgentLayout:
         spans: they tile the prompt.
         context: chained digest of the whole prompt.
         exact_length: rows before the first inexact one.
+        logit_rows: how many of the last rows the engine wants logits of.
     """
 
     agent: str | None
@@ -88,6 +106,7 @@ class AgentLayout:
     spans: list[Span] = field(default_factory=list)
     context: bytes = b""
     exact_length: int = 0
+    logit_rows: int = 1
 
 
 def lay_out(
@@ -97,6 +116,7 @@ def lay_out(
     selection: Selection,
     source: Source,
     block_size: int,
+    opted_out: OptedOut = OptedOut(),
 ) -> list[AgentLayout]:
     """Decides a round. The layouts come in the order in which they must be computed.
 
@@ -108,14 +128,18 @@ def lay_out(
         source: where Masters that are not stored come from.
         block_size: rows of a page. A shared segment shorter than half a page is not worth a page of
             its own: every agent computes it.
+        opted_out: who and what is computed whatever the selection.
     """
     tokens = {
         agent: tuple(segment for segment in segments if segment.length)
         for agent, segments in prompts.items()
     }
+    if isinstance(selection, Everything):
+        opted_out = OptedOut(frozenset(tokens))
     shortest = block_size // 2
     prefixes = {
-        agent: _own_prefix(segments, mirrors.get(agent)) for agent, segments in tokens.items()
+        agent: _own_prefix(agent, segments, mirrors.get(agent), opted_out)
+        for agent, segments in tokens.items()
     }
     wanted = {
         agent: [
@@ -129,10 +153,15 @@ def lay_out(
     layouts: list[AgentLayout] = []
     repairs_runs = isinstance(selection, LeadingTokens) and source is not Source.ALONE
     lone = _lone(tokens) if repairs_runs else frozenset[bytes]()
-    builder = _Builder(find, made, selection, block_size, shortest, lone)
+    builder = _Builder(find, made, selection, block_size, shortest, lone, opted_out)
     # Without context almost nothing is exact: under Everything no Master is worth computing alone.
     if source is Source.ALONE and not isinstance(selection, Everything):
-        alone = {segment.digest: segment for segments in wanted.values() for segment in segments}
+        alone = {
+            segment.digest: segment
+            for agent, segments in wanted.items()
+            for segment in segments
+            if not opted_out.holds(agent, segment)
+        }
         for segment in alone.values():
             layouts.append(builder.build(None, (segment,), None, 0, {segment.digest}))
         order, makes = list(tokens), dict.fromkeys(tokens, frozenset[bytes]())
@@ -159,8 +188,24 @@ def _may_share(segment: Segment, shortest: int) -> bool:
     return segment.is_shared and segment.length >= shortest
 
 
-def _own_prefix(segments: Sequence[Segment], mirror: Mirror | None) -> int:
-    """Rows of the agent's earlier KV that the prompt begins with; never its last row."""
+def foreign_uses(mirror: Mirror) -> list[Use]:
+    """Uses whose Master was computed in another context than the agent's own."""
+    contexts, context, position = {}, b"", 0
+    for segment in mirror.segments:
+        contexts[position] = context
+        context = chain(context, segment.digest)
+        position += segment.length
+    contexts[position] = context
+    return [use for use in mirror.uses if use.master.context != contexts[use.delta]]
+
+
+def _own_prefix(
+    agent: str, segments: Sequence[Segment], mirror: Mirror | None, opted_out: OptedOut
+) -> int:
+    """Rows of the agent's earlier KV that the prompt begins with; never its last row.
+
+    It ends before whatever has opted out since it was reused.
+    """
     if mirror is None:
         return 0
     prefix = 0
@@ -175,6 +220,11 @@ def _own_prefix(segments: Sequence[Segment], mirror: Mirror | None) -> int:
             differs = np.flatnonzero(new.token_ids[:length] != old.token_ids[:length])
             prefix += int(differs[0]) if len(differs) else length
         break
+    if agent in opted_out.agents:
+        prefix = min(prefix, mirror.exact_length)
+    elif opted_out.segments:
+        foreign = [u.delta for u in foreign_uses(mirror) if u.master.digest in opted_out.segments]
+        prefix = min([prefix, *foreign])
     total = sum(segment.length for segment in segments)
     return min(prefix, max(total - 1, 0))
 
@@ -302,6 +352,7 @@ class _Builder:
         block_size: int,
         shortest: int,
         lone: frozenset[bytes],
+        opted_out: OptedOut,
     ) -> None:
         self._find = find
         self._made = made
@@ -309,6 +360,7 @@ class _Builder:
         self._block_size = block_size
         self._shortest = shortest
         self._lone = lone
+        self._opted_out = opted_out
 
     def build(
         self,
@@ -335,6 +387,7 @@ class _Builder:
         # `run` is the context in which the last reused Master was computed, followed by what has
         # come since: a Master of that very context continues a run. `context` is the prompt's own.
         context = run = b""
+        left: dict[bytes, int] = {}  # shared tokens so far, by digest
         for segment, begin in _with_positions(segments):
             end = begin + segment.length
             source_context = run
@@ -345,7 +398,8 @@ class _Builder:
             elif not _may_share(segment, self._shortest):
                 self._compute(layout, begin, end)
             elif segment.digest in makes and segment.digest not in self._made:
-                master = Master(segment.digest, segment.length, begin, context, exact)
+                seen = frozenset(left)
+                master = Master(segment.digest, segment.length, begin, context, exact, seen)
                 self._made[segment.digest] = master
                 use = Use(master, begin, segment.length, empty_masks(end - begin, self._block_size))
                 layout.uses.append(use)
@@ -357,17 +411,23 @@ class _Builder:
                 is_exact = (
                     found is not None and exact and found[0].exact and found[0].context == context
                 )
-                computes = isinstance(self._selection, Everything) or segment.digest in self._lone
+                computes = segment.digest in self._lone or self._opted_out.holds(agent, segment)
                 if found is None or (computes and not is_exact):
                     self._compute(layout, begin, end)
                 else:
                     master, rows = found
-                    self._reuse(layout, master, begin, rows, is_exact, master.context == run)
+                    repaired = 0
+                    if isinstance(self._selection, LeadingTokens) and master.context != run:
+                        known = sum(left[digest] for digest in left.keys() & master.seen)
+                        repaired = self._selection.rows_of(sum(left.values()) - known)
+                    self._reuse(layout, master, begin, rows, is_exact, repaired)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
                     source_context = master.context
             if exact:
                 layout.exact_length = end
+            if segment.is_shared:
+                left[segment.digest] = left.get(segment.digest, 0) + segment.length
             context = chain(context, segment.digest)
             run = chain(source_context, segment.digest)
         layout.context = context
@@ -391,19 +451,17 @@ class _Builder:
         delta: int,
         rows: int,
         is_exact: bool,
-        continues_run: bool,
+        repaired: int,
     ) -> None:
         use = Use(master, delta, rows, empty_masks(rows, self._block_size))
         layout.uses.append(use)
         if is_exact:
             layout.spans.append(Span(delta, delta + rows, Origin.EXACT))
             return
-        repaired = 0
-        if isinstance(self._selection, LeadingTokens) and not continues_run:
-            repaired = min(self._selection.count, rows)
+        repaired = min(repaired, rows)
+        if repaired:
             use.override_first(repaired, self._block_size)
-            if repaired:
-                layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
+            layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
         if isinstance(self._selection, KeyDeviation):
             layout.candidates.append(use)
         if repaired < rows:

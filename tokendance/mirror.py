@@ -44,6 +44,7 @@ class Master:
         origin: position at which row 0 was computed.
         context: chained digest of all that stood left of it.
         exact: every row was computed with only exact rows to its left.
+        seen: digests of the shared segments that stood left of it.
         pages: ``ceil(length / block_size)`` page ids.
         holders: Mirrors and plans that use it.
         stored: whether the store can find it by its digest.
@@ -55,6 +56,7 @@ class Master:
     origin: int
     context: bytes
     exact: bool
+    seen: frozenset[bytes] = frozenset()
     pages: Pages = field(default_factory=no_pages)
     holders: int = 0
     stored: bool = False

@@ -204,6 +204,10 @@ class Plan:
             raise ValueError(f"agent: expected one that has not ended, got {agent!r}")
         return state
 
+    def is_active(self, agent: str) -> bool:
+        """Whether an agent of the plan has not ended."""
+        return self._by_name[agent].phase is not Phase.ENDED
+
     def begin_prefill(self) -> None:
         if self._prefilling:
             raise ValueError("plan: expected one that has not been prefilled, got one that has")
@@ -222,7 +226,8 @@ class Plan:
         fresh = self.store.take_pages(pages_for(length, block) - len(pages))
         if state.output is None:
             exact = state.exact_length == state.length
-            master = Master(b"", 0, state.length, state.layout.context, exact)
+            seen = frozenset(one.digest for one in state.segments if one.is_shared)
+            master = Master(b"", 0, state.length, state.layout.context, exact, seen)
             self.store.hold(master)
             state.output = Use(master, state.length, 0, empty_masks(0, block))
             state.uses.append(state.output)

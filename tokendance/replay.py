@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokendance.audit import divergence_of
 from tokendance.baselines import (
     FullPrefill,
     ModelFlops,
@@ -266,13 +267,6 @@ def _result(
         kl_siblings=kl_siblings,
         top1=top1,
     )
-
-
-def divergence_of(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || logits) in nats of each row: two ``[rows, vocabulary]``, fp64 ``[rows]``."""
-    p = torch.log_softmax(reference.double(), -1)
-    q = torch.log_softmax(logits.double(), -1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def _mean(parts: Iterable[Tensor]) -> float:

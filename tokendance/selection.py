@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LeadingTokens:
-    """The first ``count`` rows of every run of reused segments (the rule of EPIC, arXiv
-    2410.15332).
+    """The first rows of every run of reused segments (the rule of EPIC, arXiv 2410.15332).
+
+    ``count`` of them, and with ``unseen`` one more for every so many tokens of shared segments that
+    stand left of the run and never stood left of its Master, up to ``most`` rows: what a Master
+    has not seen is missing from it, and the first rows of a run are what later tokens look at
+    most.
 
     A run is a sequence of segments that stood next to each other, in this order, where their
     Masters were computed: inside it the context does not break. A segment that no other agent of
@@ -23,10 +27,20 @@ class LeadingTokens:
     """
 
     count: int = 8
+    unseen: int | None = None
+    most: int = 24
 
     def __post_init__(self) -> None:
         if self.count < 0:
             raise ValueError(f"count: expected at least 0, got {self.count}")
+        if self.unseen is not None and self.unseen < 1:
+            raise ValueError(f"unseen: expected at least 1, got {self.unseen}")
+
+    def rows_of(self, unseen_tokens: int) -> int:
+        """Rows that are recomputed of a run behind so many tokens that its Master never saw."""
+        if self.unseen is None:
+            return self.count
+        return max(self.count, min(self.count + unseen_tokens // self.unseen, self.most))
 
 
 @dataclass(frozen=True)
@@ -64,18 +78,23 @@ class Nothing:
 
 Selection = LeadingTokens | KeyDeviation | Everything | Nothing
 
+DEFAULT = LeadingTokens(4, unseen=6)
+"""What a collector recomputes unless told otherwise; docs/fidelity.md says why."""
+
 
 def parse_selection(text: str) -> Selection:
-    """``leading:4``, ``deviation:0.15``, ``deviation:0.15:1`` (ratio and layer), ``everything`` or
-    ``nothing`` as a selection.
+    """A selection by its name.
+
+    ``leading:4``, ``leading:4:6:24`` (count, unseen and most), ``deviation:0.15``,
+    ``deviation:0.15:1`` (ratio and layer), ``everything`` or ``nothing``.
 
     Raises:
         ValueError: ``text`` is none of them, or a number is out of range.
     """
     kind, *numbers = text.split(":")
     try:
-        if kind == "leading" and len(numbers) == 1:
-            return LeadingTokens(int(numbers[0]))
+        if kind == "leading" and 1 <= len(numbers) <= 3:
+            return LeadingTokens(*map(int, numbers))
         if kind == "deviation" and len(numbers) == 1:
             return KeyDeviation(float(numbers[0]))
         if kind == "deviation" and len(numbers) == 2:
@@ -85,6 +104,6 @@ def parse_selection(text: str) -> Selection:
     except ValueError as error:
         raise ValueError(f"selection: {error}, in {text!r}") from error
     raise ValueError(
-        "selection: expected leading:COUNT, deviation:RATIO, deviation:RATIO:LAYER, everything or "
-        f"nothing, got {text!r}"
+        "selection: expected leading:COUNT, leading:COUNT:UNSEEN:MOST, deviation:RATIO, "
+        f"deviation:RATIO:LAYER, everything or nothing, got {text!r}"
     )

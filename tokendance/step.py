@@ -48,8 +48,8 @@ class Step:
         positions: int32 ``[R]`` absolute positions.
         agents: name of every row's agent; None for a segment that is computed alone.
         logit_rows: int64, rows whose logits the engine wants: the last row of each prompt in a
-            prefill step, every row in a decode step. They count the rows that are there after the
-            last layer.
+            prefill step, every row in a decode step, and in an audit's step the rows that are
+            compared. They count the rows that are there after the last layer.
         logit_agents: the agents of ``logit_rows``.
     """
 
@@ -220,10 +220,11 @@ class Step:
         if self._decode:
             wanted = np.arange(len(self._row_agent), dtype=np.int64)
         else:
-            last = np.array([rows.state.layout.length - 1 for rows in self._rows], dtype=np.int32)
-            named = np.array([rows.state.layout.agent is not None for rows in self._rows])
+            layouts = [rows.state.layout for rows in self._rows]
+            first = np.array([one.length - one.logit_rows for one in layouts], dtype=np.int32)
+            named = np.array([one.agent is not None for one in layouts])
             wanted = np.flatnonzero(
-                (self._host_positions == last[self._row_agent]) & named[self._row_agent]
+                (self._host_positions >= first[self._row_agent]) & named[self._row_agent]
             )
         self.logit_rows = torch.from_numpy(wanted).to(device)
         self.logit_agents = [name for row in wanted if (name := self.agents[row]) is not None]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
 from tokendance.plan import Plan
@@ -160,6 +161,32 @@ class TransformersEngine:
             }
             rows = {agent: row[-1] for agent, row in self.decode(plan, fed).items()} if fed else {}
         return output
+
+    def audit(
+        self,
+        plan: Plan,
+        logits: Mapping[str, Tensor] | None = None,
+        agents: str | Sequence[str] | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
+        tokens: int = 16,
+        max_rows: int = 8192,
+    ) -> AuditReport:
+        """Compares a sample of the plan's agents with full recompute; see `KVCollector.audit`.
+
+        Args:
+            plan: prefilled, and not committed yet.
+            logits: see `Audit.report`: what `prefill` returned, or those rows with `decode`'s
+                below them.
+            agents, fraction, seed, tokens: see `KVCollector.audit`.
+            max_rows: rows of a step at most.
+        """
+        audit = self.collector.audit(plan, agents, fraction, seed, tokens)
+        for step in audit.steps(max_rows):
+            with step:
+                rows = self._forward(step)
+            audit.add(rows)
+        return audit.report(logits)
 
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor:

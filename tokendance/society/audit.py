@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokendance.audit import divergence_of
 from tokendance.baselines import FullPrefill
-from tokendance.replay import divergence_of
 from tokendance.segments import Segment
 
 __all__ = ["Audit", "AuditResult"]

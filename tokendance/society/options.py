@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tokendance.selection import LeadingTokens, Selection
+from tokendance.selection import DEFAULT, Selection
 
 __all__ = ["Options"]
 
@@ -27,7 +27,7 @@ class Options:
     top_p: float = 0.9
     seed: int = 0
     source: str = "master"
-    selection: Selection = field(default_factory=LeadingTokens)
+    selection: Selection = DEFAULT
     block_size: int = 8
     capacity: int | str = "8GiB"
 

@@ -66,7 +66,12 @@ class Society:
     @property
     def store(self) -> DiffStore:
         """Where the society's KV is kept."""
-        return self._engine.collector.store
+        return self.collector.store
+
+    @property
+    def collector(self) -> KVCollector:
+        """What decides which rows are reused."""
+        return self._engine.collector
 
     def hold_round(self, on_message: Callable[[str, str], None] | None = None) -> RoundReport:
         """Runs the meeting's next round, and hands its messages to everybody.

@@ -1,0 +1,182 @@
+"""Recorded rounds, what full recompute makes of them, and ways of reuse run against that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokendance.baselines import FullPrefill, PerRequestBlend
+from tokendance.collector import KVCollector
+from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
+from tokendance.replay import divergence_of
+from tokendance.segments import Segment
+from tokendance.selection import parse_selection
+from tokendance.store import DiffStore
+from tokendance.workloads import find_workload, read_rounds, tokenize_round
+
+Prompts = Mapping[str, Sequence[Segment]]
+
+# What is replayed of each workload: whole rounds, the same for every way of reuse.
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "town_square": {"rounds": (1, 4)},
+    "debate": {"session": "gsm_qwen3-14b/00", "rounds": (1, 3), "chat": True},
+    "agentsociety": {"rounds": (1, 2), "agents": 8},
+    "generative_agents_25": {"rounds": (2, 3), "agents": 8, "max_private": 2},
+    "generative_agents_3": {"rounds": (1, 3)},
+}
+PIC = "pic"
+NEUTRAL = "neutral"
+
+
+@dataclass
+class Round:
+    """One recorded round and what full recompute makes of it.
+
+    Attributes:
+        prompts: per agent its segments.
+        outputs: per agent the tokens that the recording says it wrote, where a later round has
+            them.
+        fed: per agent full recompute's greedy continuation, without its last token.
+        logits: per agent ``[len(fed) + 1, vocabulary]``: of the prompt's last row and of ``fed``.
+    """
+
+    session: str
+    number: int
+    prompts: Prompts
+    outputs: dict[str, list[int]]
+    fed: dict[str, list[int]] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Figures:
+    """One way of reuse in one round; ``kl`` and ``top1`` are against full recompute, per agent."""
+
+    prompt_rows: int
+    rows: float
+    overridden: int
+    master_agents: list[str]
+    kl: dict[str, float]
+    top1: dict[str, float]
+
+
+def read_workload(name: str, tokenizer: Any) -> list[Round]:
+    """The rounds of `WORKLOADS`, without full recompute's part."""
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    options = WORKLOADS[name]
+    path = find_workload(name)
+    recorded = read_rounds(path, **options)
+    recorded = [one for one in recorded if one.session == recorded[0].session]
+    later = read_rounds(path, **{**options, "session": recorded[0].session, "rounds": None})
+    texts = {b.block_id: b.text for one in later for a in one.agents for b in a.blocks}
+    return [
+        Round(
+            one.session,
+            one.round,
+            tokenize_round(one, encode),
+            {a.name: encode(texts[a.output_id]) for a in one.agents if a.output_id in texts},
+        )
+        for one in recorded
+    ]
+
+
+def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
+    """Fills in what full recompute says."""
+    full = FullPrefill(model)
+    for one in rounds:
+        rows = {agent: [row] for agent, row in full.prefill_round(one.prompts).items()}
+        one.fed = {agent: [] for agent in rows}
+        for _ in range(new_tokens - 1):
+            for agent, so_far in rows.items():
+                one.fed[agent].append(int(so_far[-1].argmax()))
+            for agent, found in full.decode({a: ids[-1:] for a, ids in one.fed.items()}).items():
+                rows[agent].append(found[0])
+        one.logits = {agent: torch.stack(parts) for agent, parts in rows.items()}
+
+
+def make_engine(model: Any, source: str, selection: str) -> Any:
+    """A collector over an empty store of its own, and the engine that runs it."""
+    store = DiffStore(
+        geometry_of(model),
+        rope_of(model, model.config.max_position_embeddings),
+        "16GiB",
+        block_size=8,
+    )
+    return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
+
+
+def measure(model: Any, way: str, rounds: Sequence[Round]) -> list[Figures]:
+    """Runs a session's rounds, one after the other, by one way of reuse.
+
+    Args:
+        way: ``pic:RATIO``, ``SOURCE/SELECTION`` (as `KVCollector` and `parse_selection` name them),
+            or ``neutral/SELECTION``: the source ``"master"`` with one more prompt in front that
+            holds the first agent's shared segments alone, so that no agent's private context is in
+            any Master. Its rows count.
+    """
+    kind, _, rest = way.partition(":" if way.startswith(PIC) else "/")
+    if kind == PIC:
+        return _measure_pic(PerRequestBlend(model, float(rest)), rounds)
+    engine = make_engine(model, "master" if kind == NEUTRAL else kind, rest)
+    return [_measure_round(engine, one, kind == NEUTRAL) for one in rounds]
+
+
+def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figures]:
+    result = []
+    for one in rounds:
+        first = system.prefill_round(one.prompts)
+        rest = system.decode(one.fed)
+        logits = {agent: torch.cat([row[None], rest[agent]]) for agent, row in first.items()}
+        stats = system.stats
+        result.append(
+            Figures(
+                stats.prompt_rows,
+                stats.rows,
+                stats.rows_overridden,
+                [],
+                *compare(one.logits, logits),
+            )
+        )
+    return result
+
+
+def _measure_round(engine: Any, one: Round, neutral: bool) -> Figures:
+    prompts = dict(one.prompts)
+    if neutral:
+        first = next(iter(prompts.values()))
+        prompts = {NEUTRAL: [segment for segment in first if segment.is_shared], **prompts}
+    plan = engine.collector.plan(prompts)
+    first = engine.prefill(plan)
+    rest = engine.decode(plan, one.fed)
+    figures = Figures(
+        sum(segment.length for prompt in one.prompts.values() for segment in prompt),
+        plan.rows_computed,
+        plan.rows_overridden,
+        [agent for agent in plan.master_agents if agent != NEUTRAL],
+        *compare(one.logits, {a: torch.cat([first[a][None], rest[a]]) for a in one.prompts}),
+    )
+    for agent, ids in one.fed.items():
+        plan.truncate(agent, plan.length(agent) - len(ids))
+    if one.outputs and engine.collector.source.value == "producer":
+        engine.decode(plan, one.outputs)
+    plan.commit()
+    if neutral:
+        engine.collector.store.release(NEUTRAL)
+    return figures
+
+
+def compare(
+    reference: Mapping[str, Tensor], logits: Mapping[str, Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Per agent KL(reference || logits) in nats and the share of equal likeliest tokens."""
+    kl = {a: float(divergence_of(rows, logits[a]).mean()) for a, rows in reference.items()}
+    top1 = {
+        a: float((rows.argmax(-1) == logits[a].argmax(-1)).double().mean())
+        for a, rows in reference.items()
+    }
+    return kl, top1
