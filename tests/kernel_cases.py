@@ -309,10 +309,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
 
     def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
         case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
-        return Case(name, lambda backend: module.check(backend, case, **check))
+        return checked(module, name, case, **check)
 
-    plain = module.demanding_round(1, **sizes)
-    yield Case("demanding", lambda backend: module.check(backend, plain))
+    yield checked(module, "demanding", module.demanding_round(1, **sizes))
     for check in ({}, {"sinks": sinks}):
         yield attention(
             "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),

@@ -54,17 +54,34 @@ def demanding_round(seed, **options):
     )
 
 
-def check(
-    backend, case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None, wide=False
-):
-    """Compares with the reference; nothing but rows that are not padding may be written."""
-    dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
+def expectation(case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None):
+    """What the reference makes of a case, (out, lse)."""
     scale = case.scale if scale is None else scale
     tables = (case.cos, case.sin, case.interleaved)
     options = (scale, window, soft_cap, sinks, rotary_scale)
-    expected, expected_lse = reference.collective_attention(
+    return reference.collective_attention(
         case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
     )
+
+
+def check(
+    backend,
+    case,
+    *,
+    window=0,
+    soft_cap=0.0,
+    sinks=None,
+    rotary_scale=1.0,
+    scale=None,
+    wide=False,
+    expected=None,
+):
+    """Compares with the reference; nothing but rows that are not padding may be written."""
+    dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
+    options = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
+    options |= {"rotary_scale": rotary_scale, "scale": scale}
+    expected, expected_lse = expected or expectation(case, **options)
+    scale = case.scale if scale is None else scale
     mine = case.copy(backend.device)
     to = testing.StorageCopies(backend.device)
     out = to(torch.full((rows, num_q_heads + wide, head_dim + 16 * wide), torch.nan, dtype=dtype))
