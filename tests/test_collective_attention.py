@@ -179,8 +179,10 @@ def lacking_round(**options):
 
 
 def first_keys_hidden_round(**options):
-    """Uses of which the first row of every page of 32 is hidden, and no other."""
-    case = attention_round(18, masters=(130,), masks="none", block_size=32, **options)
+    """Uses of which the first row of every page of 32 is hidden, and no other, to whole warps."""
+    case = attention_round(
+        18, num_q_heads=16, num_kv_heads=1, masters=(130,), masks="none", block_size=32, **options
+    )
     case.round.use_masks[: case.filled.use_pages] = 1
     return case
 
@@ -189,7 +191,7 @@ def by_one_position(case):
     """The same round in which uses are moved by one position up or down."""
     near = case.copy()
     uses = case.filled.uses
-    near.round.use_shift[:uses] = torch.tensor([1, -1]).repeat(uses)[:uses]
+    near.round.use_shift[:uses] = torch.tensor([1, -1, -1]).repeat(uses)[:uses]
     return near
 
 
