@@ -74,9 +74,10 @@ mutate: build
 coverage-ptx: build
 	$(BIN)/python -m tools.coverage
 
+# SASS_ARGS: see tools/sass.py; without them, every architecture of a release.
 sass: build
 	$(BIN)/pip install --quiet nvidia-cuda-nvdisasm
-	$(BIN)/python -m tools.sass --jobs $$(nproc)
+	$(BIN)/python -m tools.sass --jobs $$(nproc) $(SASS_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

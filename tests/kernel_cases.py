@@ -309,10 +309,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
 
     def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
         case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
-        return Case(name, lambda backend: module.check(backend, case, **check))
+        return checked(module, name, case, **check)
 
-    plain = module.demanding_round(1, **sizes)
-    yield Case("demanding", lambda backend: module.check(backend, plain))
+    yield checked(module, "demanding", module.demanding_round(1, **sizes))
     for check in ({}, {"sinks": sinks}):
         yield attention(
             "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
@@ -336,6 +335,25 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
             "rows that see nothing", seed, masters=(33, 20, 9), whole_uses=False, agents=5,
             cut=True, holes=True, private_length=3, check={"window": 2, "sinks": sinks},
         )  # fmt: skip
+    for own_first, window in ((False, 64), (True, 64), (False, 1)):
+        case = module.boundary_round(64, own_first, **sizes)
+        yield checked(module, "first and last keys", case, window=window)
+    hidden = module.first_keys_hidden_round(**sizes)
+    yield checked(module, "hidden first keys of pages", hidden)
+    yield attention(
+        "masks of small pages", 19, agents=6, masters=(70,), masks="half", rows=2, block_size=8,
+        check={},
+    )  # fmt: skip
+    yield attention("windows of one row", 15, masters=(40, 20), work="planned", check={"window": 1})
+    yield checked(module, "nothing for the first rows", module.blind_tile_round(**sizes))
+    lonely = module.lonely_round(**sizes)
+    for window in (0, 3):
+        yield checked(module, "single own rows", lonely, window=window)
+    yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
+    for work in ("random", "planned"):
+        case = module.neighbours_round(work=work, **sizes)
+        yield checked(module, "a head for each agent", case)
+        yield checked(module, "by one position", module.by_one_position(case))
     yield attention(
         "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), check={},

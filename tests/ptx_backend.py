@@ -387,7 +387,7 @@ class PtxBackend:
         self.launched: LaunchPlan | None = None
         self.reached: dict[str, Reached] = {}
         self._replaced = ptx or {}
-        self.options = {"race": True, **options}
+        self.options = {"race": "warp", **options}
         self._modules: dict[tuple[str, str], ptxrun.Module] = {}
         self._module: ptxrun.Module | None = None
         self._categories: dict[int, str] = {}

@@ -47,24 +47,182 @@ def is_demanding(case):
 
 def demanding_round(seed, **options):
     """The first of these rounds that is, from a seed on."""
+    return first_round(is_demanding, seed, **options)
+
+
+def first_round(wanted, seed, **options):
+    """The first round, from a seed on, that is as wanted."""
     return next(
         case
-        for candidate in range(seed, seed + 50)
-        if is_demanding(case := attention_round(candidate, **options))
+        for candidate in range(seed, seed + 1000)
+        if wanted(case := attention_round(candidate, **options))
+    )
+
+
+def items_of(case):
+    """``(positions of the query rows, sources of the chunks)`` of every item."""
+    arrays = case.arrays
+    return [
+        (
+            arrays["row_position"][arrays["work_rows"][item[0] : item[1]]].tolist(),
+            arrays["work_chunks"][item[2] : item[3], 0].tolist(),
+        )
+        for item in arrays["work"].tolist()
+    ]
+
+
+def boundary_round(window, own_first=False, **options):
+    """A warp for each query row of an agent whose Master follows its own rows.
+
+    With this window, what rows see of the Master begins with its first key, its second or the last
+    of a tile, and ends with the first or the last of a tile; one tile has a single key. The first
+    and the last key that any row sees are those of rows in the second half of a tile of query rows.
+    The last own row is the first of a row's window, and just before that of another. All is one
+    item: the Master, then own rows, or the other way around.
+    """
+
+    def wanted(case):
+        [delta, *_], own = case.arrays["use_delta"].tolist(), case.arrays["own_position"]
+        count = case.arrays["own_length"][0]
+        return (
+            count > 1
+            and own[count - 1] == delta - 1
+            and case.filled.rows == 8
+            and [0, 0, -(-129 // case.filled.block_size), 0] in case.arrays["work_chunks"].tolist()
+        )
+
+    case = first_round(
+        wanted, 0, agents=1, masters=(150,), masks="none", rows=8, private_length=20,
+        num_q_heads=16, num_kv_heads=1, rows_per_item=8, work="planned", **options,
+    )  # fmt: skip
+    reach = [window + 30, window + 62, 128, window, window - 1, window - 2, 63, 64]
+    positions = torch.tensor(reach) + int(case.arrays["use_delta"][0])
+    case.round.row_position[:8] = positions
+    if own_first:
+        case.round.work_chunks[:2] = case.round.work_chunks[:2].flip(0)
+    return case
+
+
+def blind_tile_round(**options):
+    """An item whose first tile of query rows sees nothing of its only chunk.
+
+    What a tile leaves in shared memory is still there when the next one begins.
+    """
+
+    def wanted(case):
+        return (
+            case.filled.rows == 5
+            and any(
+                len(positions) == 5 and len(chunks) == 1 for positions, chunks in items_of(case)
+            )
+            and case.arrays["use_delta"][0] > 4
+        )
+
+    case = first_round(
+        wanted, 0, agents=1, masters=(40,), masks="none", private_length=0, rows=5, start=90,
+        num_q_heads=16, num_kv_heads=1, rows_per_item=5, **options,
+    )  # fmt: skip
+    case.round.row_position[:4] = torch.arange(4)
+    return case
+
+
+def lonely_round(**options):
+    """Agents with a single own row, before and after it; agent 0's is all of an item."""
+
+    def wanted(case):
+        arrays = case.arrays
+        if arrays["own_length"][0] != 1 or not (arrays["own_length"][1:] == 1).any():
+            return False
+        own = arrays["own_position"][arrays["own_page_indptr"][0] * case.filled.block_size]
+        positions = arrays["row_position"][arrays["row_agent"] == 0]
+        return (
+            (positions < own).any()
+            and (positions >= own).any()
+            and any(rows and chunks == [-1] for rows, chunks in items_of(case))
+        )
+
+    return first_round(
+        wanted, 0, agents=4, masters=(20, 9), masks="none", private_length=1, rows=4,
+        room_for_all=True, **options,
+    )  # fmt: skip
+
+
+def lacking_round(**options):
+    """An item that begins with a Master which one of its agents has, and another has not."""
+
+    def wanted(case):
+        arrays, size = case.arrays, case.filled.block_size
+        if case.filled.uses == case.round.extents.uses:  # no absurd numbers beside the uses
+            return False
+        for item in arrays["work"].tolist():
+            if item[0] == item[1] or item[2] == item[3]:
+                continue
+            master, first, last, _ = arrays["work_chunks"][item[2]].tolist()
+            if (
+                master < 0
+                or first > 0
+                or last == 0
+                or case.filled.uses == len(case.round.use_delta)
+            ):
+                continue
+            rows = arrays["work_rows"][item[0] : item[1]]
+            uses = arrays["agent_use"][arrays["row_agent"][rows], master]
+            held = uses >= 0
+            reach = arrays["row_position"][rows] - arrays["use_delta"][uses]
+            if (~held).any() and (held & (reach >= size)).any():
+                return True
+        return False
+
+    return first_round(
+        wanted, 0, agents=5, masters=(40, 30), masks="none", rows=4, whole_uses=False, **options
+    )
+
+
+def first_keys_hidden_round(**options):
+    """Uses of which the first row of every page of 32 is hidden, and no other, to whole warps."""
+    case = attention_round(
+        18, num_q_heads=16, num_kv_heads=1, masters=(130,), masks="none", block_size=32, **options
+    )
+    case.round.use_masks[: case.filled.use_pages] = 1
+    return case
+
+
+def by_one_position(case):
+    """The same round in which uses are moved by one position up or down."""
+    near = case.copy()
+    uses = case.filled.uses
+    near.round.use_shift[:uses] = torch.tensor([1, -1, -1]).repeat(uses)[:uses]
+    return near
+
+
+def expectation(case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None):
+    """What the reference makes of a case, (out, lse)."""
+    scale = case.scale if scale is None else scale
+    tables = (case.cos, case.sin, case.interleaved)
+    options = (scale, window, soft_cap, sinks, rotary_scale)
+    return reference.collective_attention(
+        case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
     )
 
 
 def check(
-    backend, case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None, wide=False
+    backend,
+    case,
+    *,
+    window=0,
+    soft_cap=0.0,
+    sinks=None,
+    rotary_scale=1.0,
+    scale=None,
+    wide=False,
+    expected=None,
 ):
     """Compares with the reference; nothing but rows that are not padding may be written."""
     dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
+    options = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
+    options |= {"rotary_scale": rotary_scale, "scale": scale}
+    expected, expected_lse = expected or expectation(case, **options)
     scale = case.scale if scale is None else scale
-    tables = (case.cos, case.sin, case.interleaved)
-    options = (scale, window, soft_cap, sinks, rotary_scale)
-    expected, expected_lse = reference.collective_attention(
-        case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
-    )
     mine = case.copy(backend.device)
     to = testing.StorageCopies(backend.device)
     out = to(torch.full((rows, num_q_heads + wide, head_dim + 16 * wide), torch.nan, dtype=dtype))
@@ -208,6 +366,68 @@ def test_rows_before_position_0_holes_and_rows_that_see_nothing(backend, dtype):
             _, lse = check(backend, case, sinks=sinks, window=2)
         seen_nothing += int((lse == -torch.inf).sum())
     assert seen_nothing > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_and_last_keys(backend, dtype):
+    for own_first in (False, True):
+        case = boundary_round(64, own_first, dtype=dtype)
+        check(backend, case, window=64)
+    check(backend, boundary_round(64, dtype=dtype), window=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_first_keys_of_pages(backend, dtype):
+    check(backend, first_keys_hidden_round(dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_small_pages(backend, dtype):
+    """A page of 8 rows after the other, each with half of them hidden."""
+    case = attention_round(
+        19, agents=6, masters=(70,), masks="half", rows=2, block_size=8, dtype=dtype
+    )
+    check(backend, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows_of_one_row(backend, dtype):
+    check(backend, attention_round(15, masters=(40, 20), dtype=dtype, work="planned"), window=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_rows_that_see_nothing_before_others_that_do(backend, dtype):
+    _, lse = check(backend, blind_tile_round(dtype=dtype))
+    assert (lse == -torch.inf).all(dim=1).sum() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_single_own_rows(backend, dtype):
+    case = lonely_round(dtype=dtype)
+    check(backend, case)
+    check(backend, case, window=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masters_that_some_agents_lack(backend, dtype):
+    check(backend, lacking_round(dtype=dtype))
+
+
+def neighbours_round(**options):
+    """Neighbours in a tile have their own agent, position and shift: there is a head per group."""
+    return attention_round(
+        17, num_q_heads=1, num_kv_heads=1, agents=40, masters=(20, 40), private_length=3, rows=1,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("work", ["random", "planned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_query_row_is_of_another_agent(backend, dtype, work):
+    case = neighbours_round(dtype=dtype, work=work)
+    assert case.filled.rows > 16
+    check(backend, case)
+    check(backend, by_one_position(case))
 
 
 @pytest.mark.parametrize("kind", ["no_agents", "no_masters", "empty_masters", "no_rows", "no_page"])

@@ -66,8 +66,61 @@ def test_kernels_apart_keep_their_lines():
     assert "entry a" not in kernel_ptx.only_kernels(ptx, {"b"})
 
 
-def test_explanations():
-    assert all(entry.reason and entry.change for entry in EQUIVALENT)
+KERNEL = """\
+.visible .entry k()
+{
+mov.u32 %r1, %tid.x;
+shl.b32 %r2, %r1, 3;
+mov.u32 %r3, 0;
+$L:
+add.s32 %r3, %r3, 4;
+or.b32 %r4, %r2, %r3;
+and.b32 %r5, %r4, MASK;
+setp.eq.s32 %p1, %r1, 0;
+@%p1 bra $L;
+sub.s32 %r6, %r1, %r5;
+setp.eq.s32 %p2, %r6, 0;
+ret;
+}
+"""
+
+
+def masked(old, new):
+    """A mutant of the mask of a number whose last two bits are 0."""
+    ptx = KERNEL.replace("MASK", str(new))
+    description = f"change immediate: and.b32 %r5, %r4, {old} -> and.b32 %r5, %r4, {new}"
+    return Mutation(description, 9, ptx)
+
+
+def test_explanations_look_at_change_and_source():
+    assert all(entry.reason and entry.change and entry.source for entry in EQUIVALENT)
     swapped = Mutation("swap operands: sub.f32 %f1, %f2, %f3 -> sub.f32 %f1, %f3, %f2", 1, "")
-    assert "distance" in explanation("key_deviation_f32", swapped, "x_difference = a - b;")
+    assert "distance" in explanation("key_deviation_f32", swapped, "x_difference = fresh_x[j]")
     assert explanation("rope_rotate_f32", swapped, "float x = a - b;") == ""
+
+
+def test_masks_of_zeros_are_found_through_loops():
+    for old, new in ((-8, -7), (60, 61), (28, 31), (28, 30)):
+        assert "mask" in explanation("k", masked(old, new), "")
+    for old, new in ((60, 56), (28, 27), (-4, -5), (4, 3)):
+        assert explanation("k", masked(old, new), "") == ""
+
+
+def test_explanations_look_at_what_is_compared():
+    source = "file.cuh:1: if (lane == 0) range[warp] = make_int2(low, high);"
+    flipped = Mutation("flip predicate: @%p1 bra $L -> @!%p1 bra $L", 11, KERNEL)
+    assert "every lane" in explanation("k", flipped, source)
+    other = Mutation(
+        flipped.description,
+        11,
+        KERNEL.replace("setp.eq.s32 %p1, %r1, 0", "setp.lt.s32 %p1, %r1, 9"),
+    )
+    assert explanation("k", other, source) == ""
+    for changed, known in (("setp.eq.s32 %p1, %r1, 1", True), ("setp.eq.s32 %p1, %r1, -1", False)):
+        mutant = Mutation(f"change immediate: setp.eq.s32 %p1, %r1, 0 -> {changed}", 10, KERNEL)
+        assert bool(explanation("k", mutant, source)) is known
+    source = "key_deviation.cuh:29: const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32;"
+    swapped = "swap operands: sub.s32 %r6, %r1, %r5 -> sub.s32 %r6, %r5, %r1"
+    assert "lane 0" in explanation("key_deviation_f32", Mutation(swapped, 12, KERNEL), source)
+    used = KERNEL.replace("ret;", "add.s32 %r7, %r6, 1;\nret;")
+    assert explanation("key_deviation_f32", Mutation(swapped, 12, used), source) == ""

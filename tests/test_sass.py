@@ -93,3 +93,11 @@ def test_plans_give_every_kernel_a_block():
         "tokendance_merge_states_f16_narrow",
     } <= set(demands)
     assert all(demand.shared_bytes <= sass.MAX_SHARED_BYTES for demand in demands.values())
+
+
+def test_the_table_has_every_kernel_for_both_architectures_and_they_are_few():
+    _, _, *lines = sass.TABLE.read_text().splitlines()
+    compiled = {(name, arch) for name, arch, *_ in map(str.split, lines)}
+    names = {name.removeprefix("tokendance_") for name in sass.demands()}
+    assert compiled == {(name, arch) for name in names for arch in ("80", "90")}
+    assert len(names) <= 100

@@ -600,6 +600,11 @@ _UNSPECIFIED = (
 
 
 def _spoil_unfilled(round: RoundTensors, filled: RoundExtents) -> None:
+    ranges, _ = round.extents.offsets()
+    ends = [at + length for at, length in ranges.values()]
+    for end, (following, _) in zip(ends, [*ranges.values()][1:], strict=False):
+        round.buffer[end:following] = ABSURD  # between fields
+    round.buffer[ends[-1] :] = ABSURD
     for name in _UNSPECIFIED:
         getattr(round, name)[filled.shapes()[name][0] :] = ABSURD
 

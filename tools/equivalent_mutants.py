@@ -2,7 +2,8 @@
 
 ``tools/mutate.py`` asks about mutants that survived. An entry matches by kernel, change and line of
 the source, never by a number of a line or a register, so that it holds when the code around it
-changes.
+changes. What the mutated instruction works on is looked up in the PTX: ``operands`` are the
+instructions that define its registers.
 """
 
 from __future__ import annotations
@@ -11,62 +12,49 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tools import kernel_ptx
+
+from ptxrun.lexer import parse_literal  # isort: skip
+from ptxrun.program import Integer  # isort: skip
+
 
 @dataclass(frozen=True)
 class Equivalent:
-    """Patterns that a mutant's kernel, change and source are searched for, and the reason."""
+    """Patterns that a mutant's kernel, change, source and operands are searched for, and why."""
 
     reason: str
+    change: str
+    source: str
     kernel: str = ""
-    change: str = ""
-    source: str = ""
+    operands: str = ""
+    only_compared_with_0: bool = False  # the result is used for nothing else
 
+
+IS_0 = r"setp\.(ne|eq)\.s32 %\w+, %\w+, 0"
+OTHER_THAN_0 = (
+    r"(setp\.ne\.s32 (\S+ \S+), 0 -> (setp\.eq\.s32\s+\2, 0|setp\.ne\.s32\s+\2, 1)"
+    r"|setp\.eq\.s32 (\S+ \S+), 0 -> (setp\.ne\.s32\s+\4, 0|setp\.eq\.s32\s+\4, 1))$"
+)
+ONE_WRITES = r"if \((lane|vector) == 0[ )]|&& thread == 0\)|if \(lane % 4 == 0\) "
 
 EQUIVALENT = (
+    # Loops and bounds
     Equivalent(
-        "guards a loop that runs once at least, or does nothing where it runs for nothing",
-        change=r"setp\.lt\.s(32|64) .*, 1 -> .*, 0$",
+        "the loop runs once at least: with nothing to do plans launch nothing, and blocks leave",
+        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
+        source=r"for \(int32_t (layer = 0; layer < p\.num_layers|j = 0; j < p\.destinations"
+        r"|agent = 0; agent < source\.num_agents|pass = 0; pass < shape\.passes)"
+        r"|if \(item < items\) load",
     ),
     Equivalent(
-        "zero has no sign: its magnitude and its angle are the same either way",
-        change=r"setp\.lt\.s(32|64) .*, 0 -> (setp\.le|.*, 1$)",
-        source=r"\babs\(|llabs\(|shift < 0",
+        "a tile of no query rows finds no chunk that one sees, and writes nothing",
+        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
+        source=r"for \(int32_t first = 0; first < queries;",
     ),
     Equivalent(
-        "a distance, which is squared or made positive",
-        change=r"swap operands: sub\.f32",
-        source=r"difference = |fabsf\(",
-    ),
-    Equivalent(
-        "every lane or thread has the same value, and any of them may write it",
-        change=r"flip predicate|setp\.(ne|eq)\.s32 .*, 0 -> (setp\.(eq|ne)|.*, 1$)",
-        source=r"\((lane|vector) == 0|thread == 0\)",
-    ),
-    Equivalent(
-        "tells whether this is lane 0, and after the sum over the warp any lane may write it",
-        kernel="key_deviation",
-        change=r"and\.b32 .*, -32 -> .*, -31|sub\.s32|and\.b64 .*, 2305843009213693948 -> ",
-        source=r"int32_t lane = |int64_t token = ",
-    ),
-    Equivalent(
-        "where expf and logf part their argument; the parts make up for one another",
-        change=r"swap operands: fma|change (immediate|comparison): (add|and|setp)\b",
-        source=r"= expf\(|\+= expf\(|logf\(",
-    ),
-    Equivalent(
-        "one more round of a loop whose body finds that there is nothing left",
-        change=r"setp\.lt\.s32 .* -> setp\.le",
+        "one more round, whose rows are beyond the page and whose agents beyond the last",
+        change=r"setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
         source=r"first < p\.num_agents|pass < shape\.passes",
-    ),
-    Equivalent(
-        "wide kernels have halves of the rotary dims of whole vectors: nothing to round up",
-        kernel="_wide$",
-        change=r"add\.s32 .*, 3 -> .*, 2$",
-    ),
-    Equivalent(
-        "keeps a bit that is 0: the number is even",
-        change=r"and\.b32 .*, -8 -> .*, -7$",
-        source=r"\(rotary_dim / 2 \+ 3\)",
     ),
     Equivalent(
         "threads left over would do what others do as well, with the same result",
@@ -74,24 +62,34 @@ EQUIVALENT = (
         source=r"first_row >= (shape\.rows_of_pass|rows_at_once)|head_of_block >= tile\.heads",
     ),
     Equivalent(
+        "there are not more warps than rows, nor more columns than vectors: none begins at the end",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"int32_t (row = thread / kWarpSize; row < block_size|vector = thread % columns;)",
+    ),
+    Equivalent(
+        "threads or warps that do again what their neighbours do, with the same result",
+        kernel="diff_encode_compare",
+        change=r"add\.s32 .*, (256 -> .*, 255|8 -> .*, 7|32 -> .*, 31)$",
+        source=r"\+= kEncodeThreads|index < tasks; index \+= kWarpSize",
+    ),
+    Equivalent(
+        "lanes that compute the angle of a pair again",
+        change=r"add\.s32 .*, 32 -> .*, 31$",
+        source=r"for \(int32_t pair = lane; pair < half; pair \+= 32\)",
+    ),
+    Equivalent(
         "no bit of a row beyond the page is set",
         change=r"setp\.ge\.s32 .* -> setp\.gt",
         source=r"row >= block_size \|\|",
     ),
     Equivalent(
-        "saves work for rows that nobody needs, for agents without any and for shifts of nothing",
-        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
-        source=r"needed == 0|needed >> row|rows_of_agent == 0|rows\[agent\] == 0"
-        r"|shifts\[agent\] == 0|own_rows == 0|num_agents == 0",
+        "the page after the last range holds no row of it",
+        change=r"setp\.le\.s32 .* -> setp\.lt",
+        source=r"value >= __ldg\(indptr \+ count\)",
     ),
     Equivalent(
         "without ranges the last bound is 0, which no value is below",
         change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
-        source=r"count == 0",
-    ),
-    Equivalent(
-        "the page after the last range holds no row of it",
-        change=r"setp\.le\.s32 .* -> setp\.lt",
         source=r"value >= __ldg\(indptr \+ count\)",
     ),
     Equivalent(
@@ -100,30 +98,254 @@ EQUIVALENT = (
         source=r"high - low > 1",
     ),
     Equivalent(
-        "warps that go over the same rows or agents twice, or lanes over the same words",
-        change=r"add\.s32 .*, (256 -> .*, 255|8 -> .*, 7|32 -> .*, 31)$",
-        source=r"kEncodeThreads|for \(",
+        "an agent without own rows has no page that a chunk could name",
+        kernel="collective_attention",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"count == 0 \|\| __ldg\(positions \+ count - 1\) <= position",
     ),
     Equivalent(
-        "warps, lanes and threads begin below the number of rows, tasks or vectors",
-        change=r"setp\.ge\.s32 .* -> setp\.gt",
-        source=r"(row = thread / kWarpSize|index = lane|vector = thread % columns);|tasks = p\.num",
+        "a search that begins with one candidate more, the number of rows, and never asks about it",
+        kernel="collective_attention",
+        change=r"add\.s32 .*, -1 -> .*, 0$",
+        source=r"int32_t low = 0, high = count - 1;",
     ),
+    # What only saves work
+    Equivalent(
+        "saves work for rows that nobody needs, for agents without any and for shifts of nothing",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"needed == 0\)|needed >> row|rows_of_agent == 0\)"
+        r"|shifts\[agent\] == 0|source\.num_agents == 0",
+    ),
+    Equivalent(
+        "a barrier more, before the first tile",
+        kernel="collective_attention",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -?1$",
+        source=r"if \(first > 0\) __syncthreads\(\)",
+    ),
+    Equivalent(
+        "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
+        kernel="collective_attention",
+        change=r"add\.s32 .*, (63 -> .*, 64|31 -> .*, 32|15 -> .*, 16)$",
+        source=r"const bool sees = low <= min\(tile\.last, tile\.first \+ kKeys - 1\)",
+    ),
+    Equivalent(
+        "one key more is read, whose scores are hidden; of values the test is another instruction",
+        kernel="collective_attention",
+        change=r"setp\.lt\.s32 .* -> setp\.le",
+        source=r"tile_row \+ j < count",
+    ),
+    Equivalent(
+        "after the last tile its keys are read once more, to where nobody looks",
+        kernel="collective_attention",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"const bool more = next\.chunk < chunk_end",
+    ),
+    # Signs and bits
+    Equivalent(
+        "zero has no sign: its magnitude and its angle are the same either way",
+        change=r"setp\.lt\.s(32|64) .*, 0 -> (setp\.le|.*, 1$)",
+        source=r"\babs\(|llabs\(|shift < 0 \? -shift",
+    ),
+    Equivalent(
+        "a distance, which is squared or made positive",
+        change=r"swap operands: sub\.f32",
+        source=r"_difference = fresh|fabsf\(in_values\[i\] - moved_values\[i\]\)",
+    ),
+    Equivalent(
+        "every lane or thread has the same value, and any other than the first may write it",
+        change=OTHER_THAN_0,
+        source=ONE_WRITES,
+    ),
+    Equivalent(
+        "every lane or thread has the same value, and all but the first may write it",
+        change=r"flip predicate",
+        operands=IS_0,
+        source=ONE_WRITES,
+    ),
+    Equivalent(
+        "the upper lanes have the sights of the lower ones",
+        kernel="collective_attention",
+        change=r"flip predicate|setp\.gt\.u32 .*, 15 -> .*, 16$",
+        source=r"if \(lane < kAttentionWarpRows\) sights\(\)\[query\] = sight",
+    ),
+    Equivalent(
+        "asks whether this is lane 0, and after the sum over the warp any lane may write it",
+        kernel="key_deviation",
+        change=r"and\.b32 .*, -32 -> .*, -31$|sub\.s32",
+        source=r"int32_t lane = ",
+        only_compared_with_0=True,
+    ),
+    Equivalent(
+        "pages have 8, 16 or 32 rows",
+        kernel="collective_attention",
+        change=r"setp\.gt\.s64 .*, (8 -> .*, 9|16 -> .*, 17)$",
+        source=r"thread\(static_cast<int32_t>\(threadIdx\.x\)\),|block_shift\(3",
+    ),
+    Equivalent(
+        "a shift by 32 or more leaves no bit either way, and pages begin at multiples of 8 keys",
+        kernel="collective_attention",
+        change=r"setp\.gt\.s32 .*, 31 -> .*, 32$",
+        source=r"from > 31 \? 0 : kAllLanes <<",
+    ),
+    Equivalent(
+        "a shift by 32 leaves no bit either way",
+        kernel="collective_attention",
+        change=r"setp\.lt\.s32 .*, 0 -> .*, -1$",
+        source=r"to < 0 \? 0 : kAllLanes >>",
+    ),
+    Equivalent(
+        "a page begins at a multiple of 8 keys of the word: at 32 a shift leaves no bit either way",
+        kernel="collective_attention",
+        change=r"setp\.lt\.s32 .*, 32 -> (setp\.le|.*, 3[13]$)",
+        source=r"int32_t key = base \+ at;|at < 32 \? kAllLanes",
+    ),
+    Equivalent(
+        "keys where a word or a page begins are multiples of 8: lower bits are 0",
+        kernel="collective_attention",
+        change=r"add\.s32 .*, -1 -> .*, -2$|and\.b32 .*, (30 -> .*, (29|31)|28 -> .*, (27|29))$",
+        source=r"static_cast<uint32_t>\(mask\) >> \(key & \(size - 1\)\) << \(at & 31\)",
+    ),
+    Equivalent(
+        "wide kernels have halves of the rotary dims of whole vectors: nothing to round up",
+        kernel="_wide$",
+        change=r"add\.s32 .*, 3 -> .*, 2$",
+        source=r"\(rotary_dim / 2 \+ 3\) / 4 \* 4",
+    ),
+    # expf and logf
+    Equivalent(
+        "where expf parts its argument; the whole part is added again, whatever it is",
+        change=r"swap operands: fma\.rn\.f32",
+        operands=r"mov\.f32 %\w+, 0f3BBB989D",  # log2(e) / 252
+        source=r"expf\(",
+    ),
+    Equivalent(
+        "where logf parts mantissa and exponent, a unit in the last place more or less",
+        change=r"add\.s32 .*, -1059760811 -> |and\.b32 .*, -8388608 -> .*, -8388607$",
+        source=r"logf\(",
+    ),
+    Equivalent(
+        "logf of less than a normal number, of infinity or NaN: the sum is 1 at least and finite",
+        change=r"setp\.lt\.f32 .*, 0f00800000 -> setp\.le|setp\.lt\.u32 .*, 2139095040 -> ",
+        source=r"logf\(",
+    ),
+    # Copies
     Equivalent(
         "narrow kernels have no copies under way: their commits and waits are for none",
         kernel="_narrow$",
-        change=r"async (commit|wait)",
+        change=r"(drop|loosen) async (commit|wait)",
+        source=r"cp\.async\.(commit|wait)_group",
     ),
 )
 
 
 def explanation(kernel: str, mutation: Any, source: str) -> str:
     """Why no test can notice this mutant; "" if that is not known."""
+    code = _Code(mutation.ptx, mutation.line)
+    if _changes_a_bit_of_zeros(mutation, code):
+        return "the bits that a mask has more or less are 0 in what it masks"
     for entry in EQUIVALENT:
         if (
             re.search(entry.kernel, kernel)
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
+            and re.search(entry.operands, code.operands())
+            and (not entry.only_compared_with_0 or code.is_only_compared_with_0())
         ):
             return entry.reason
     return ""
+
+
+class _Code:
+    """What stands around an instruction of a kernel's PTX: `line` counts from 1."""
+
+    def __init__(self, ptx: str, line: int) -> None:
+        lines = ptx.split("\n")
+        begin = max((i for i in range(line) if kernel_ptx.is_entry(lines[i])), default=0)
+        end = next((i for i in range(line, len(lines)) if kernel_ptx.is_entry(lines[i])), None)
+        self._statements = [" ".join(text.split()).rstrip(";") for text in lines[begin:end]]
+        self._here = line - 1 - begin
+
+    @property
+    def statement(self) -> str:
+        return self._statements[self._here] if self._statements else ""
+
+    def operands(self) -> str:
+        """The instructions above that define what this one reads, one a line."""
+        read = re.findall(r"%\w+", self.statement)
+        if not self.statement.startswith("@"):
+            read = read[1:]
+        found = []
+        for register in read:
+            above = [each for each in self._statements[: self._here] if _result(each) == register]
+            found += above[-1:]
+        return "\n".join(found)
+
+    def is_only_compared_with_0(self) -> bool:
+        result = re.escape(_result(self.statement))
+        used = re.compile(rf"{result}\b")
+        uses = [each for each in self._statements if used.search(each)]
+        return all(
+            each == self.statement or re.fullmatch(rf"setp\.(ne|eq)\.s32 %\w+, {result}, 0", each)
+            for each in uses
+        )
+
+    def zeros(self, operand: str, known: dict[str, int] | None = None) -> int:
+        """Bits that are 0 in an operand whatever the kernel is given, the lowest first."""
+        literal = parse_literal(operand)
+        if isinstance(literal, Integer):
+            return ~literal.value
+        known = known or {}
+        if operand in known or len(known) > DEEPEST:
+            return known.get(operand, 0)
+        definitions = [each for each in self._statements if _result(each) == operand]
+        found = -1 if definitions else 0
+        while True:  # in a loop a register may depend on itself: what holds if it holds before
+            before = found
+            for definition in definitions:
+                found &= self._zeros_of(definition, {**known, operand: before})
+            if found == before:
+                return found
+
+    def _zeros_of(self, definition: str, known: dict[str, int]) -> int:
+        opcode, _, rest = definition.partition(" ")
+        name = opcode.split(".")[0]
+        inputs = [text.strip() for text in rest.split(",")][1:]
+        if name not in ("mov", "and", "or", "xor", "add", "shl", "mul"):
+            return 0
+        zeros = [self.zeros(text, known) for text in inputs]
+        if name == "mov":
+            return zeros[0]
+        if name == "and":
+            return zeros[0] | zeros[1]
+        if name in ("or", "xor"):
+            return zeros[0] & zeros[1]
+        if name == "add":
+            return _lowest(zeros[0] & zeros[1])
+        amount = parse_literal(inputs[1])
+        if not isinstance(amount, Integer):
+            return 0
+        if name == "shl":
+            return zeros[0] << amount.value | (1 << amount.value) - 1
+        return _lowest(~amount.value)
+
+
+DEEPEST = 12
+
+
+def _lowest(bits: int) -> int:
+    """The bits below the lowest that is not set."""
+    return (bits ^ bits + 1) >> 1 if bits != -1 else -1
+
+
+def _result(statement: str) -> str:
+    """The register that an instruction writes, "" if it writes none or several."""
+    written = re.match(r"(?:@!?%\w+ )?(?!st\.|bra|red\.)[a-z][\w.]* (%\w+),", statement)
+    return written[1] if written else ""
+
+
+def _changes_a_bit_of_zeros(mutation: Any, code: _Code) -> bool:
+    masks = re.search(r"and\.b(?:32|64) \S+ (\S+), (-?\d+) -> .*, (-?\d+)$", mutation.description)
+    if masks is None:
+        return False
+    changed = int(masks[2]) ^ int(masks[3])
+    return changed & ~code.zeros(masks[1]) == 0

@@ -21,6 +21,11 @@ _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?",
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
 
 
+def is_entry(line: str) -> bool:
+    """Whether a kernel begins on a line of PTX."""
+    return _ENTRY.match(line) is not None
+
+
 def operators() -> list[str]:
     """Operators that have a plan and kernels in csrc/cuda."""
     plans = ptx_backend.CUDA_SOURCES.glob("*_plan.h")
@@ -47,9 +52,10 @@ class SourceLines:
         self._files = {
             number: path for number, path in files.items() if (ROOT / "csrc") in path.parents
         }
+        self._lines = ptx.split("\n")
         self._locations: list[tuple[int, int] | None] = []
         current: tuple[int, int] | None = None
-        for line in ptx.split("\n"):
+        for line in self._lines:
             if location := _LOC.match(line):
                 file, number, outer_file, outer_number = location.groups()
                 if int(file) in self._files:
@@ -64,10 +70,25 @@ class SourceLines:
         """`file:line: text` for a line of the PTX, from 1; the caller of an inlined function that
         is not the project's. Empty where nothing is known."""
         location = self._locations[line - 1]
+        if location is not None and location[1] == 0:  # the compiler moved it here
+            location = self._location_of_use(line)
         if location is None:
             return ""
         path, number = self._files[location[0]], location[1]
         return f"{path.name}:{number}: {_source(path)[number - 1].strip()}"
+
+    def _location_of_use(self, line: int) -> tuple[int, int] | None:
+        """Where the result of an instruction is used first."""
+        result = re.search(r"%\w+", self._lines[line - 1])
+        if result is None:
+            return None
+        used = re.compile(re.escape(result.group()) + r"\b")
+        for text, location in zip(self._lines[line:], self._locations[line:], strict=True):
+            if _ENTRY.match(text):
+                return None
+            if location is not None and location[1] > 0 and used.search(text):
+                return location
+        return None
 
 
 @functools.cache

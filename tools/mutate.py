@@ -17,7 +17,7 @@ some operator.
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import random
 import sys
 import time
@@ -33,7 +33,7 @@ from tools.equivalent_mutants import explanation
 
 import kernel_cases  # isort: skip
 import ptx_backend  # isort: skip
-from ptxrun.mutate import Mutation, mutations  # isort: skip
+from ptxrun.mutate import Mutation, Mutations, mutations  # isort: skip
 
 WANTED = 0.95
 
@@ -59,7 +59,8 @@ class Kernel:
     def short_name(self) -> str:
         return self.name.removeprefix(kernel_ptx.PREFIX)
 
-    def mutations(self) -> Iterator[Mutation]:
+    @functools.cached_property
+    def mutations(self) -> Mutations:
         return mutations(self.ptx, self.name)
 
 
@@ -133,7 +134,7 @@ def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, 
             (kernel.name, index)
             for kernel in kernels
             if kernel.operator == operator
-            for index, _ in enumerate(kernel.mutations())
+            for index in range(len(kernel.mutations))
         ]
         for name, index in generator.sample(every, min(share, len(every))):
             chosen[name].append(index)
@@ -145,7 +146,7 @@ _here: tuple[Kernel, kernel_ptx.SourceLines]  # of a process that runs mutants
 
 def _judge_one(index: int) -> Verdict:
     kernel, lines = _here
-    return judge(kernel, next(itertools.islice(kernel.mutations(), index, None)), lines)
+    return judge(kernel, kernel.mutations[index], lines)
 
 
 def verdicts(kernel: Kernel, indices: Iterable[int], jobs: int = 1) -> Iterator[Verdict]:
@@ -183,6 +184,12 @@ def outcome(verdict: Verdict) -> str:
     return "equivalent" if verdict.explanation else "survived"
 
 
+def described(verdict: Verdict) -> str:
+    """A survivor."""
+    reason = f"equivalent: {verdict.explanation}" if verdict.explanation else "SURVIVED"
+    return f"{verdict.kernel}: {verdict.change}\n    {verdict.source}\n    {reason}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.mutate", description=__doc__.split("\n")[0]
@@ -206,25 +213,23 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kernel in kernel.name
     ]
     if options.sample is None:
-        chosen = [(kernel, list(range(sum(1 for _ in kernel.mutations())))) for kernel in kernels]
+        chosen = [(kernel, list(range(len(kernel.mutations)))) for kernel in kernels]
     else:
         chosen = sampled(kernels, options.sample, options.seed)
 
-    print(header(), flush=True)
     of_operator: dict[str, Counter[str]] = {operator: Counter() for operator in options.operator}
-    survivors: list[Verdict] = []
+    lines: list[str] = []
     for kernel, indices in chosen:
-        found = list(verdicts(kernel, indices, options.jobs))
-        counts = Counter(map(outcome, found))
-        survivors += [verdict for verdict in found if not verdict.killed]
+        counts: Counter[str] = Counter()
+        for verdict in verdicts(kernel, indices, options.jobs):
+            counts[outcome(verdict)] += 1
+            if not verdict.killed:
+                print(described(verdict), flush=True)
         of_operator[kernel.operator] += counts
-        print(summary(kernel.short_name, counts), flush=True)
-    print()
+        lines.append(summary(kernel.short_name, counts))
+    print(header(), *lines, "", sep="\n")
     for operator, counts in of_operator.items():
         print(summary(operator, counts))
-    for verdict in survivors:
-        print(f"\n{verdict.kernel}: {verdict.change}\n    {verdict.source}")
-        print(f"    {verdict.explanation and 'equivalent: '}{verdict.explanation or 'SURVIVED'}")
     judged = [(c["killed"], c["killed"] + c["survived"]) for c in of_operator.values()]
     return 1 if any(killed < WANTED * total for killed, total in judged) else 0
 

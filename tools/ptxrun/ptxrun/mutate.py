@@ -11,7 +11,7 @@ interpreter refuses whatever the test.
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .errors import PtxError
@@ -64,15 +64,30 @@ _IMMEDIATE_OPS = {"add", "sub", "and", "xor", "shl", "setp"}
 _MEMORY_OPS = {"ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix"}
 
 
-def mutations(ptx_text: str, entry_name: str) -> Iterator[Mutation]:
+class Mutations(Sequence[Mutation]):
+    """Mutants of a kernel; the PTX of each is made when it is asked for."""
+
+    def __init__(self, text: str, edits: list[_Edit]):
+        self._text = text
+        self._edits = edits
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Mutations(self._text, self._edits[index])
+        return _apply(self._text, self._edits[index])
+
+
+def mutations(ptx_text: str, entry_name: str) -> Mutations:
     """Every mutant of the kernel, one change each, in the order of the PTX.
 
     `entry_name` is the kernel's name or a part of it that names no other kernel, as for
     `Module.launch`. Functions that the kernel calls are left alone. Lines keep their numbers.
     Raises PtxError when the kernel is not in the text.
     """
-    for edit in _edits(ptx_text, entry_name):
-        yield _apply(ptx_text, edit)
+    return Mutations(ptx_text, list(_edits(ptx_text, entry_name)))
 
 
 def sample(ptx_text: str, entry_name: str, count: int, seed: int) -> list[Mutation]:
@@ -117,7 +132,7 @@ def run_mutants(
     if count is None:
         chosen = mutations(ptx_text, entry_name)
     else:
-        chosen = iter(sample(ptx_text, entry_name, count, seed))
+        chosen = sample(ptx_text, entry_name, count, seed)
     report = MutationReport([], [])
     for mutation in chosen:
         reason = None

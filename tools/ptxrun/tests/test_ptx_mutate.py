@@ -162,10 +162,18 @@ def test_statements_that_share_or_span_lines():
 
 def test_entry_must_be_named():
     with pytest.raises(PtxError, match=r"entry_name: .*'nothing'"):
-        next(mutations(MIRROR, "nothing"))
+        mutations(MIRROR, "nothing")
     with pytest.raises(PtxError, match="entry_name"):
-        next(mutations(MIRROR, "mirr"))
-    assert len(list(mutations(MIRROR, "other"))) == 1
+        mutations(MIRROR, "mirr")
+    assert len(mutations(MIRROR, "other")) == 1
+
+
+def test_mutants_are_made_one_by_one():
+    mutants = mutations(MIRROR, "mirror")
+    every = list(mutants)
+    assert len(mutants) == len(every)
+    assert [mutants[i] for i in (0, -1)] == [every[0], every[-1]]
+    assert list(mutants[3:9:2]) == every[3:9:2]
 
 
 def test_sample_is_repeatable_and_balanced():
