@@ -102,6 +102,7 @@ def pack(
                 "origin": master.origin,
                 "context": master.context.hex(),
                 "exact": master.exact,
+                "seen": sorted(digest.hex() for digest in master.seen),
                 "stored": master.stored,
                 "pages": _tensor(np.searchsorted(pages, master.pages)),
             }
@@ -159,6 +160,7 @@ def unpack(
             origin=saved["origin"],
             context=bytes.fromhex(saved["context"]),
             exact=saved["exact"],
+            seen=frozenset(bytes.fromhex(digest) for digest in saved["seen"]),
             pages=pages[saved["pages"].numpy()],
             stored=saved["stored"],
         )
