@@ -6,13 +6,16 @@ changes a store; `KVCollector.plan` leases pages for what this decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tokendance.mirror import Master, Mirror, Use, empty_masks
+from tokendance.mirror import Master, Mirror, Use, masks_of_first
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment, chain
 from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Selection
@@ -21,7 +24,8 @@ Find = Callable[[Segment], tuple[Master, int] | None]
 """The stored Master of a segment and how many of the segment's rows it has, or None."""
 
 
-_ROUNDING = 1e-9  # of shares that are compared
+_ROUNDING = 1e-6  # of shares that are compared
+_COMPARED_AT_ONCE = 1 << 22  # (segment, agent, segment) triples
 
 
 class Source(Enum):
@@ -66,8 +70,7 @@ class OptedOut:
         return agent in self.agents or segment.digest in self.segments
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Rows ``begin .. end - 1`` of a prompt and where they come from."""
 
     begin: int
@@ -88,8 +91,7 @@ class AgentLayout:
         made: uses among ``uses`` whose Master this agent computes.
         candidates: uses whose rows `KeyDeviation` chooses while the round runs.
         own: int32, positions that the agent computes and keeps, ascending.
-        spans: they tile the prompt.
-        context: chained digest of the whole prompt.
+        ends, origins: of the spans that tile the prompt: where each ends, where its rows come from.
         exact_length: rows before the first inexact one.
         logit_rows: how many of the last rows the engine wants logits of.
     """
@@ -103,10 +105,27 @@ class AgentLayout:
     made: list[Use] = field(default_factory=list)
     candidates: list[Use] = field(default_factory=list)
     own: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    spans: list[Span] = field(default_factory=list)
-    context: bytes = b""
+    ends: list[int] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
     exact_length: int = 0
     logit_rows: int = 1
+
+    def append(self, end: int, origin: Origin) -> None:
+        """Rows from the last end on."""
+        self.ends.append(end)
+        self.origins.append(origin)
+
+    @property
+    def spans(self) -> list[Span]:
+        return [
+            Span(begin, end, origin)
+            for begin, end, origin in zip([0, *self.ends], self.ends, self.origins, strict=False)
+        ]
+
+    @cached_property
+    def context(self) -> bytes:
+        """Chained digest of the whole prompt."""
+        return _Contexts(self.segments).before(len(self.segments))
 
 
 def lay_out(
@@ -137,6 +156,7 @@ def lay_out(
     if isinstance(selection, Everything):
         opted_out = OptedOut(frozenset(tokens))
     shortest = block_size // 2
+    places = {agent: _with_positions(segments) for agent, segments in tokens.items()}
     prefixes = {
         agent: _own_prefix(agent, segments, mirrors.get(agent), opted_out)
         for agent, segments in tokens.items()
@@ -144,16 +164,19 @@ def lay_out(
     wanted = {
         agent: [
             segment
-            for segment, begin in _with_positions(segments)
-            if _may_share(segment, shortest) and begin >= prefixes[agent] and find(segment) is None
+            for segment, begin, end in places[agent]
+            if _may_share(segment, end - begin, shortest)
+            and begin >= prefixes[agent]
+            and find(segment) is None
         ]
-        for agent, segments in tokens.items()
+        for agent in tokens
     }
     made: dict[bytes, Master] = {}
     layouts: list[AgentLayout] = []
     repairs_runs = isinstance(selection, LeadingTokens) and source is not Source.ALONE
     lone = _lone(tokens) if repairs_runs else frozenset[bytes]()
-    builder = _Builder(find, made, selection, block_size, shortest, lone, opted_out)
+    shared = {s.digest for segments in tokens.values() for s in segments if s.is_shared}
+    builder = _Builder(find, made, selection, block_size, shortest, lone, opted_out, shared)
     # Without context almost nothing is exact: under Everything no Master is worth computing alone.
     if source is Source.ALONE and not isinstance(selection, Everything):
         alone = {
@@ -163,29 +186,50 @@ def lay_out(
             if not opted_out.holds(agent, segment)
         }
         for segment in alone.values():
-            layouts.append(builder.build(None, (segment,), None, 0, {segment.digest}))
+            place = [(segment, 0, segment.length)]
+            layouts.append(builder.build(None, (segment,), place, None, 0, {segment.digest}))
         order, makes = list(tokens), dict.fromkeys(tokens, frozenset[bytes]())
     else:
         # Only where inexact rows are reused does it matter what a Master has seen.
         repairs = isinstance(selection, LeadingTokens | KeyDeviation)
         order, makes = _master_agents(wanted, tokens if repairs else {})
     for agent in order:
+        mirror, prefix = mirrors.get(agent), prefixes[agent]
         layouts.append(
-            builder.build(agent, tokens[agent], mirrors.get(agent), prefixes[agent], makes[agent])
+            builder.build(agent, tokens[agent], places[agent], mirror, prefix, makes[agent])
         )
     return layouts
 
 
-def _with_positions(segments: Sequence[Segment]) -> list[tuple[Segment, int]]:
+Place = tuple[Segment, int, int]
+"""A segment, and the positions at which it begins and ends in a prompt."""
+
+
+def _with_positions(segments: Sequence[Segment]) -> list[Place]:
     result, position = [], 0
     for segment in segments:
-        result.append((segment, position))
-        position += segment.length
+        end = position + segment.length
+        result.append((segment, position, end))
+        position = end
     return result
 
 
-def _may_share(segment: Segment, shortest: int) -> bool:
-    return segment.is_shared and segment.length >= shortest
+def _may_share(segment: Segment, length: int, shortest: int) -> bool:
+    return segment.is_shared and length >= shortest
+
+
+class _Contexts:
+    """Chained digests of a prompt, made as far as they are asked for."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._made = [b""]
+
+    def before(self, index: int) -> bytes:
+        """Of all that stands left of a segment."""
+        while len(self._made) <= index:
+            self._made.append(chain(self._made[-1], self._segments[len(self._made) - 1].digest))
+        return self._made[index]
 
 
 def foreign_uses(mirror: Mirror) -> list[Use]:
@@ -300,7 +344,7 @@ def _better_informed(
     agents = list(prompts)
     shared = {s.digest: s.length for segments in prompts.values() for s in segments if s.is_shared}
     index = {digest: e for e, digest in enumerate(shared)}
-    length = np.array(list(shared.values()), dtype=np.float64)
+    length = np.array(list(shared.values()), dtype=np.float32)
     # Where a segment first stands in a prompt, and what stands left of it there, as a number.
     place = np.full((len(agents), len(index)), np.iinfo(np.int32).max, dtype=np.int32)
     context = np.full((len(agents), len(index)), -1, dtype=np.int32)
@@ -318,23 +362,28 @@ def _better_informed(
     maker = agents.index(first)
     takes = np.zeros_like(wanted)
     gain = np.zeros(len(agents))
-    for digest in covered:
-        d = index[digest]
-        users = wanted[:, d].copy()
-        users[maker] = False
-        before = (place < place[:, d : d + 1]) & wanted[:, d : d + 1]
-        tokens = before * length
-        total = tokens.sum(axis=1, keepdims=True)
-        # [user, maker]: share of the shared tokens in front of the segment that the maker never saw
-        unseen = (total - tokens @ before.T) / np.maximum(total, 1)
-        alike = users & (context[:, d] == context[maker, d])
+    columns = np.array(sorted(index[digest] for digest in covered))
+    at_once = max(1, _COMPARED_AT_ONCE // wanted.size)
+    for d in np.split(columns, range(at_once, len(columns), at_once)):
+        # [segment, user, other segment]: what stands before the segment
+        before = (place < place.T[d, :, None]) & wanted.T[d, :, None]
+        seen = before.astype(np.float32)
+        tokens = seen * length
+        total = tokens.sum(axis=2, keepdims=True)
+        # [segment, user, maker]: share of the shared tokens in front that the maker never saw
+        unseen = (total - tokens @ seen.transpose(0, 2, 1)) / np.maximum(total, 1)
+        users = wanted.T[d]
+        users[:, maker] = False
+        alike = users & (context.T[d] == context[maker, d, None])
         # What follows holds for each agent as the other maker, who is no user of its own Masters.
-        others = users.sum() - users
-        now = (unseen[users, maker].sum() - unseen[:, maker] * users) / np.maximum(others, 1)
-        then = unseen[users].sum(axis=0) / np.maximum(others, 1)
-        takes[:, d] = users & (others > 0) & (alike.sum() - alike == 0)
-        takes[:, d] &= (now > 1 / 4 + _ROUNDING) & (then <= 2 / 3 * now + _ROUNDING)
-        gain += (now - then) * takes[:, d]
+        others = users.sum(axis=1, keepdims=True) - users
+        sum_now = (unseen[:, :, maker] * users).sum(axis=1, keepdims=True)
+        now = (sum_now - unseen[:, :, maker] * users) / np.maximum(others, 1)
+        then = (unseen * users[:, :, None]).sum(axis=1) / np.maximum(others, 1)
+        takes_over = users & (others > 0) & (alike.sum(axis=1, keepdims=True) - alike == 0)
+        takes_over &= (now > 1 / 4 + _ROUNDING) & (then <= 2 / 3 * now + _ROUNDING)
+        takes[:, d] = takes_over.T
+        gain += ((now - then) * takes_over).sum(axis=0)
     best = int(np.argmax(gain >= gain.max() - _ROUNDING))  # the first of equals
     if gain[best] <= 0:
         return first, set()
@@ -353,6 +402,7 @@ class _Builder:
         shortest: int,
         lone: frozenset[bytes],
         opted_out: OptedOut,
+        shared: Iterable[bytes],
     ) -> None:
         self._find = find
         self._made = made
@@ -361,16 +411,20 @@ class _Builder:
         self._shortest = shortest
         self._lone = lone
         self._opted_out = opted_out
+        self._index = {digest: i for i, digest in enumerate(shared)}
+        self._seen: dict[int, NDArray[np.int64]] = {}
+        self._chained: dict[tuple[bytes, bytes], bytes] = {}
 
     def build(
         self,
         agent: str | None,
         segments: tuple[Segment, ...],
+        places: Sequence[Place],
         mirror: Mirror | None,
         prefix: int,
         makes: frozenset[bytes] | set[bytes],
     ) -> AgentLayout:
-        length = sum(segment.length for segment in segments)
+        length = places[-1][2] if places else 0
         layout = AgentLayout(agent, segments, length, mirror if prefix else None, prefix)
         exact = True
         if prefix:
@@ -380,36 +434,35 @@ class _Builder:
                 for use in mirror.uses
                 if use.delta < prefix
             ]
-            layout.spans.append(Span(0, prefix, Origin.EARLIER))
+            layout.append(prefix, Origin.EARLIER)
             exact = mirror.exact_length >= prefix
             layout.exact_length = min(prefix, mirror.exact_length)
         earlier = {use.delta: use.master for use in layout.uses}
         # `run` is the context in which the last reused Master was computed, followed by what has
-        # come since: a Master of that very context continues a run. `context` is the prompt's own.
-        context = run = b""
-        left: dict[bytes, int] = {}  # shared tokens so far, by digest
-        for segment, begin in _with_positions(segments):
-            end = begin + segment.length
+        # come since: a Master of that very context continues a run.
+        contexts = _Contexts(segments)
+        run = b""
+        left = np.zeros(len(self._index), dtype=np.int64)  # shared tokens so far, by segment
+        left_tokens = 0
+        repair = self._selection.rows_of if isinstance(self._selection, LeadingTokens) else None
+        for i, (segment, begin, end) in enumerate(places):
             source_context = run
             if begin < prefix:
                 if begin in earlier:
                     source_context = earlier[begin].context
                 self._compute(layout, max(begin, prefix), end)
-            elif not _may_share(segment, self._shortest):
+            elif not _may_share(segment, end - begin, self._shortest):
                 self._compute(layout, begin, end)
             elif segment.digest in makes and segment.digest not in self._made:
-                seen = frozenset(left)
-                master = Master(segment.digest, segment.length, begin, context, exact, seen)
-                self._made[segment.digest] = master
-                use = Use(master, begin, segment.length, empty_masks(end - begin, self._block_size))
-                layout.uses.append(use)
-                layout.made.append(use)
-                layout.spans.append(Span(begin, end, Origin.MASTER))
-                source_context = context
+                source_context = contexts.before(i)
+                self._make(layout, segment, begin, source_context, exact, places[:i])
             else:
                 found = self._lookup(segment)
                 is_exact = (
-                    found is not None and exact and found[0].exact and found[0].context == context
+                    found is not None
+                    and exact
+                    and found[0].exact
+                    and found[0].context == contexts.before(i)
                 )
                 computes = segment.digest in self._lone or self._opted_out.holds(agent, segment)
                 if found is None or (computes and not is_exact):
@@ -417,9 +470,9 @@ class _Builder:
                 else:
                     master, rows = found
                     repaired = 0
-                    if isinstance(self._selection, LeadingTokens) and master.context != run:
-                        known = sum(left[digest] for digest in left.keys() & master.seen)
-                        repaired = self._selection.rows_of(sum(left.values()) - known)
+                    if repair and not is_exact and master.context != run:
+                        unseen = left_tokens - int(left @ self._seen_by(master))
+                        repaired = min(repair(unseen), rows)
                     self._reuse(layout, master, begin, rows, is_exact, repaired)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
@@ -427,10 +480,9 @@ class _Builder:
             if exact:
                 layout.exact_length = end
             if segment.is_shared:
-                left[segment.digest] = left.get(segment.digest, 0) + segment.length
-            context = chain(context, segment.digest)
-            run = chain(source_context, segment.digest)
-        layout.context = context
+                left[self._index[segment.digest]] += end - begin
+                left_tokens += end - begin
+            run = self._chain(source_context, segment.digest)
         self._always_compute_last_row(layout)
         self._collect_own(layout)
         return layout
@@ -440,9 +492,42 @@ class _Builder:
             return self._made[segment.digest], segment.length
         return self._find(segment)
 
+    def _make(
+        self,
+        layout: AgentLayout,
+        segment: Segment,
+        begin: int,
+        context: bytes,
+        exact: bool,
+        left: Sequence[Place],
+    ) -> None:
+        seen = frozenset(other.digest for other, _, _ in left if other.is_shared)
+        length = segment.length
+        master = Master(segment.digest, length, begin, context, exact, seen)
+        self._made[segment.digest] = master
+        use = Use(master, begin, length, masks_of_first(0, length, self._block_size))
+        layout.uses.append(use)
+        layout.made.append(use)
+        layout.append(begin + length, Origin.MASTER)
+
+    def _seen_by(self, master: Master) -> NDArray[np.int64]:
+        """Which of the round's shared segments a Master has seen, as 0 and 1."""
+        if id(master) not in self._seen:
+            known = [self._index[digest] for digest in master.seen if digest in self._index]
+            seen = self._seen[id(master)] = np.zeros(len(self._index), dtype=np.int64)
+            seen[known] = 1
+        return self._seen[id(master)]
+
+    def _chain(self, context: bytes, digest: bytes) -> bytes:
+        """`chain`, once: runs behind one Master are alike in all prompts."""
+        chained = self._chained.get((context, digest))
+        if chained is None:
+            chained = self._chained[context, digest] = chain(context, digest)
+        return chained
+
     def _compute(self, layout: AgentLayout, begin: int, end: int) -> None:
         if begin < end:
-            layout.spans.append(Span(begin, end, Origin.OWN))
+            layout.append(end, Origin.OWN)
 
     def _reuse(
         self,
@@ -453,41 +538,38 @@ class _Builder:
         is_exact: bool,
         repaired: int,
     ) -> None:
-        use = Use(master, delta, rows, empty_masks(rows, self._block_size))
+        use = Use(master, delta, rows, masks_of_first(repaired, rows, self._block_size))
         layout.uses.append(use)
         if is_exact:
-            layout.spans.append(Span(delta, delta + rows, Origin.EXACT))
+            layout.append(delta + rows, Origin.EXACT)
             return
-        repaired = min(repaired, rows)
         if repaired:
-            use.override_first(repaired, self._block_size)
-            layout.spans.append(Span(delta, delta + repaired, Origin.REPAIRED))
+            layout.append(delta + repaired, Origin.REPAIRED)
         if isinstance(self._selection, KeyDeviation):
             layout.candidates.append(use)
         if repaired < rows:
-            layout.spans.append(Span(delta + repaired, delta + rows, Origin.REUSED))
+            layout.append(delta + rows, Origin.REUSED)
 
     def _always_compute_last_row(self, layout: AgentLayout) -> None:
         """Its logits are what the prompt is for."""
-        if not layout.spans or layout.agent is None:
+        if not layout.ends or layout.agent is None:
             return
-        last = layout.spans[-1]
-        if last.origin not in (Origin.EXACT, Origin.REUSED):
+        if layout.origins[-1] not in (Origin.EXACT, Origin.REUSED):
             return
         use = layout.uses[-1]
         use.override(np.array([layout.length - 1 - use.delta], dtype=np.int32), self._block_size)
-        layout.spans[-1:] = [
-            Span(last.begin, last.end - 1, last.origin),
-            Span(last.end - 1, last.end, Origin.REPAIRED),
-        ]
-        if last.end - last.begin == 1:
-            del layout.spans[-2]
+        begin = layout.ends[-2] if len(layout.ends) > 1 else 0
+        if layout.length - begin == 1:
+            layout.origins[-1] = Origin.REPAIRED
+            return
+        layout.ends[-1] = layout.length - 1
+        layout.append(layout.length, Origin.REPAIRED)
 
     def _collect_own(self, layout: AgentLayout) -> None:
         ranges = [
-            np.arange(span.begin, span.end, dtype=np.int32)
-            for span in layout.spans
-            if span.origin in (Origin.OWN, Origin.REPAIRED)
+            np.arange(begin, end, dtype=np.int32)
+            for begin, end, origin in layout.spans
+            if origin in (Origin.OWN, Origin.REPAIRED)
         ]
         if ranges:
             layout.own = np.concatenate(ranges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,14 +99,6 @@ class Use:
         bits = np.left_shift(np.uint32(1), (rows % block_size).astype(np.uint32))
         np.bitwise_or.at(self.masks, rows // block_size, bits)
 
-    def override_first(self, rows: int, block_size: int) -> None:
-        """Marks the first ``rows`` rows of the Master as replaced by own rows."""
-        full, rest = divmod(rows, block_size)
-        if full:
-            self.masks[:full] |= np.uint32((1 << block_size) - 1)
-        if rest:
-            self.masks[full] |= np.uint32((1 << rest) - 1)
-
     def overridden(self, block_size: int) -> IntArray:
         """The rows that own rows replace, ascending."""
         bits = (self.masks[:, None] >> np.arange(block_size, dtype=np.uint32)) & np.uint32(1)
@@ -114,6 +107,21 @@ class Use:
 
 def empty_masks(length: int, block_size: int) -> Masks:
     return np.zeros(pages_for(length, block_size), dtype=np.uint32)
+
+
+def masks_of_first(rows: int, length: int, block_size: int) -> Masks:
+    """Masks of a use of ``length`` rows, the first ``rows`` of which are replaced by own rows."""
+    return _masks_of_first(rows, length, block_size).copy()
+
+
+@lru_cache(maxsize=4096)
+def _masks_of_first(rows: int, length: int, block_size: int) -> Masks:
+    masks = empty_masks(length, block_size)
+    full, rest = divmod(rows, block_size)
+    masks[:full] = (1 << block_size) - 1
+    if rest:
+        masks[full] = (1 << rest) - 1
+    return masks
 
 
 @dataclass(eq=False)
