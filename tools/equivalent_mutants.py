@@ -123,6 +123,13 @@ EQUIVALENT = (
         source=r"if \(first > 0\) __syncthreads\(\)",
     ),
     Equivalent(
+        "barriers of the block lie between the last use of the queries and their turn, and before"
+        " the next use",
+        kernel="collective_attention",
+        change=r"drop barrier: bar\.warp\.sync",
+        source=r"__syncwarp\(\);  // all lanes (are done with what stood there|see the queries)",
+    ),
+    Equivalent(
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
         kernel="collective_attention",
         change=r"add\.s32 .*, (63 -> .*, 64|31 -> .*, 32|15 -> .*, 16)$",
