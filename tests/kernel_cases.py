@@ -349,6 +349,13 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     lonely = module.lonely_round(**sizes)
     for window in (0, 3):
         yield checked(module, "single own rows", lonely, window=window)
+    for first, second in ((63, 127), (127, 63)):
+        case = module.rising_round(first, second, rotary_dim=0, **sizes)
+        yield checked(module, "maxima that rise", case)
+    yield attention(
+        "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
+        rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},
+    )  # fmt: skip
     yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
     for work in ("random", "planned"):
         case = module.neighbours_round(work=work, **sizes)

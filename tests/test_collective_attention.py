@@ -187,6 +187,23 @@ def first_keys_hidden_round(**options):
     return case
 
 
+def rising_round(first, second, **options):
+    """A warp of two rows with 8 heads, which see so far: every later tile of keys weighs more."""
+
+    def wanted(case):
+        return case.filled.rows == 2
+
+    case = first_round(
+        wanted, 0, agents=1, masters=(128,), masks="none", private_length=0, rows=2,
+        num_q_heads=8, num_kv_heads=1, work="planned", **options,
+    )  # fmt: skip
+    delta = int(case.arrays["use_delta"][0])
+    case.round.row_position[:2] = torch.tensor([first, second]) + delta
+    later = case.arrays["master_pages"][64 // case.filled.block_size :]
+    case.k_pool[0][torch.from_numpy(later).long()] *= 4
+    return case
+
+
 def by_one_position(case):
     """The same round in which uses are moved by one position up or down."""
     near = case.copy()
@@ -406,6 +423,22 @@ def test_single_own_rows(backend, dtype):
     case = lonely_round(dtype=dtype)
     check(backend, case)
     check(backend, case, window=3)
+
+
+@pytest.mark.parametrize(("first", "second"), [(63, 127), (127, 63)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maxima_that_rise_in_half_of_a_warp(backend, dtype, first, second):
+    check(backend, rising_round(first, second, dtype=dtype, rotary_dim=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partials_far_apart(backend, dtype):
+    """A weight relative to any but the highest of the partials would be infinite."""
+    case = attention_round(
+        19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1, rows_per_item=2,
+        masters=(300,), rotary_dim=0, dtype=dtype,
+    )  # fmt: skip
+    check(backend, case, scale=60.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

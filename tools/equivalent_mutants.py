@@ -35,7 +35,7 @@ OTHER_THAN_0 = (
     r"(setp\.ne\.s32 (\S+ \S+), 0 -> (setp\.eq\.s32\s+\2, 0|setp\.ne\.s32\s+\2, 1)"
     r"|setp\.eq\.s32 (\S+ \S+), 0 -> (setp\.ne\.s32\s+\4, 0|setp\.eq\.s32\s+\4, 1))$"
 )
-ONE_WRITES = r"if \((lane|vector) == 0[ )]|&& thread == 0\)|if \(lane % 4 == 0\) "
+ONE_WRITES = r"if \((lane|vector|dim) == 0[ )]|&& thread == 0\)|if \(lane % 4 == 0\) "
 
 EQUIVALENT = (
     # Loops and bounds
@@ -48,7 +48,8 @@ EQUIVALENT = (
     ),
     Equivalent(
         "a tile of no query rows finds no chunk that one sees, and writes nothing",
-        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
+        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$"
+        r"|setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
         source=r"for \(int32_t first = 0; first < queries;",
     ),
     Equivalent(
@@ -109,6 +110,12 @@ EQUIVALENT = (
         change=r"add\.s32 .*, -1 -> .*, 0$",
         source=r"int32_t low = 0, high = count - 1;",
     ),
+    Equivalent(
+        "a distance of which only the parity is asked, for the round of a loop by two that is left",
+        kernel="collective_attention_merge",
+        change=r"swap operands: sub\.s32",
+        source=r"for \(int32_t i = begin; i < end; \+\+i\) \{",
+    ),
     # What only saves work
     Equivalent(
         "saves work for rows that nobody needs, for agents without any and for shifts of nothing",
@@ -121,6 +128,13 @@ EQUIVALENT = (
         kernel="collective_attention",
         change=r"setp\.eq\.s32 .*, 0 -> .*, -?1$",
         source=r"if \(first > 0\) __syncthreads\(\)",
+    ),
+    Equivalent(
+        "barriers of the block lie between the last use of the queries and their turn, and before"
+        " the next use",
+        kernel="collective_attention",
+        change=r"drop barrier: bar\.warp\.sync",
+        source=r"__syncwarp\(\);  // all lanes (are done with what stood there|see the queries)",
     ),
     Equivalent(
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",

@@ -365,7 +365,7 @@ class AttentionTile {
         store_vector<T, 1>(queries() + Rows::element(i, y_dim), rounded);
       }
     }
-    __syncwarp();
+    __syncwarp();  // all lanes see the queries
   }
 
   // The next tile becomes this one. At the start of a chunk, the queries turn to its source.
@@ -419,7 +419,7 @@ class AttentionTile {
       float scores[kKeys / 8][4];
       if (warp_sees) {
         const uint32_t visible = visible_keys(tile.first);
-        Products::score(queries(), stage(keys), lane, scores);
+        Products::score(queries(), stage(keys), lane_of_products(), scores);
         scale(scores);
         constexpr uint32_t kTile = kKeys < 32 ? (1u << kKeys % 32) - 1 : kAllLanes;
         if (!__all_sync(kAllLanes, (visible & kTile) == kTile)) hide(visible, scores);
@@ -429,7 +429,7 @@ class AttentionTile {
       __syncthreads();  // all have their values, and are done with the keys
       if (more) copy_tile(p.v_pool, p.v_layout, page_id, keys);
       cp_async_commit();
-      if (warp_sees) Products::add_values(scores, stage(values), lane, sums);
+      if (warp_sees) Products::add_values(scores, stage(values), lane_of_products(), sums);
       if (!more) break;
 
       const int32_t free = keys;
@@ -438,6 +438,11 @@ class AttentionTile {
       values = free;
       take_next(false);
     }
+  }
+
+  // With 256 dims the sums take half of the registers: none are left for addresses in stages.
+  __device__ __forceinline__ int32_t lane_of_products() const {
+    return kHeadDim < 256 ? lane : recomputed<kWarpSize>(lane);
   }
 
   // Scores in units of log2.
