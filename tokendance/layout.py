@@ -388,6 +388,7 @@ class _Builder:
         # come since: a Master of that very context continues a run. `context` is the prompt's own.
         context = run = b""
         left: dict[bytes, int] = {}  # shared tokens so far, by digest
+        left_tokens = 0
         for segment, begin in _with_positions(segments):
             end = begin + segment.length
             source_context = run
@@ -418,8 +419,10 @@ class _Builder:
                     master, rows = found
                     repaired = 0
                     if isinstance(self._selection, LeadingTokens) and master.context != run:
-                        known = sum(left[digest] for digest in left.keys() & master.seen)
-                        repaired = self._selection.rows_of(sum(left.values()) - known)
+                        seen_tokens = 0
+                        if self._selection.unseen is not None:
+                            seen_tokens = sum(map(left.__getitem__, left.keys() & master.seen))
+                        repaired = self._selection.rows_of(left_tokens - seen_tokens)
                     self._reuse(layout, master, begin, rows, is_exact, repaired)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
@@ -428,6 +431,7 @@ class _Builder:
                 layout.exact_length = end
             if segment.is_shared:
                 left[segment.digest] = left.get(segment.digest, 0) + segment.length
+                left_tokens += segment.length
             context = chain(context, segment.digest)
             run = chain(source_context, segment.digest)
         layout.context = context
