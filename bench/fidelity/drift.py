@@ -8,7 +8,6 @@ from typing import Any
 from tokendance.society import PERSONAS, TOPICS, Meeting, Options, Society
 
 CASES = {
-    "master": ("master", 0),
     "producer": ("producer", 0),
     "producer, refreshed every 4 rounds": ("producer", 4),
 }
