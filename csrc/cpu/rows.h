@@ -15,17 +15,19 @@ TOKENDANCE_INLINE int64_t row_offset(const RowLayout& layout, int64_t row) {
   return page * layout.page_stride + (row - page * layout.block_size) * layout.row_stride;
 }
 
-// Rows that are read one after another and compared are fetched so far ahead in 16 bits, where
-// arithmetic leaves memory idle in between; in fp32 the hardware's own prefetch does better alone.
-constexpr int64_t kBytesAhead = 4096;
+// How many rows before its use a row is fetched that is compared with another; 0 = it is not. In 16
+// bits arithmetic leaves memory idle between rows; in fp32 the hardware's own prefetch does better
+// alone, and what is in the caches needs none.
 template <typename T>
-constexpr bool kFetchesAhead = sizeof(T) == 2;
+inline int64_t rows_to_fetch_ahead(int64_t row_bytes, int64_t total_bytes) {
+  constexpr int64_t kBytesAhead = 4096;
+  if (sizeof(T) != 2 || total_bytes < last_level_cache_bytes()) return 0;
+  return row_bytes < kBytesAhead ? kBytesAhead / row_bytes : 1;
+}
 
 template <typename T>
-TOKENDANCE_INLINE void fetch_head_ahead(const T* head, int head_dim) {
-  if constexpr (kFetchesAhead<T>) {
-    for (int i = 0; i < head_dim; i += kLineElements<T>) prefetch_far(head + i);
-  }
+TOKENDANCE_INLINE void fetch_head(const T* head, int head_dim) {
+  for (int i = 0; i < head_dim; i += kLineElements<T>) prefetch_far(head + i);
 }
 
 // The shape of a row and how its heads stand in two tensors.

@@ -116,10 +116,8 @@ class RowComparison {
 // Sets in a mask word the bits of the rows of a page that differ.
 template <typename T, typename Same>
 TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePage& use,
-                                     const T* dense, const RowLayout& layout, const Same& same) {
-  const int64_t row_bytes =
-      int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
-  const int64_t rows_ahead = std::max<int64_t>(kBytesAhead / row_bytes, 1);
+                                     const T* dense, const RowLayout& layout, int64_t rows_ahead,
+                                     const Same& same) {
   const int64_t last = params.length[use.agent] - use.position - 1;
   const int64_t rows = std::min<int64_t>(use.rows, params.length[use.agent] - use.position);
   const int64_t* slots = params.slot_mapping + use.agent * params.slot_stride + use.position;
@@ -128,9 +126,11 @@ TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePa
   while (open != 0) {
     const int row = __builtin_ctz(open);
     open &= open - 1;
-    const T* ahead = dense + row_offset(layout, slots[std::min(row + rows_ahead, last)]);
-    for (int32_t head = 0; head < params.num_heads; ++head) {
-      fetch_head_ahead(ahead + head * layout.head_stride, params.head_dim);
+    if (rows_ahead > 0) {
+      const T* ahead = dense + row_offset(layout, slots[std::min(row + rows_ahead, last)]);
+      for (int32_t head = 0; head < params.num_heads; ++head) {
+        fetch_head(ahead + head * layout.head_stride, params.head_dim);
+      }
     }
     if (!same(row, slots[row])) mask |= uint32_t{1} << row;
   }
@@ -140,7 +140,7 @@ TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePa
 // The masks of pages `begin` .. `end` of a Master.
 template <bool kInterleaved, bool kExact, typename T>
 void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin, int64_t end,
-                  LineAngles<T, kInterleaved>& angles) {
+                  int64_t rows_ahead, LineAngles<T, kInterleaved>& angles) {
   const MutableRoundView& round = params.round;
   const int32_t* pages = round.master_pages + round.master_page_indptr[master];
   const RowComparison<kInterleaved, kExact, T> comparison(params, angles);
@@ -163,17 +163,19 @@ void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin,
     for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = k_pool + page * params.pool_k_layout.page_stride;
-        add_differing(params, use, k_in, params.in_k_layout, [&](int row, int64_t slot) {
-          return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
-                                     held + row * params.pool_k_layout.row_stride, use.shift);
-        });
+        add_differing(
+            params, use, k_in, params.in_k_layout, rows_ahead, [&](int row, int64_t slot) {
+              return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
+                                         held + row * params.pool_k_layout.row_stride, use.shift);
+            });
       });
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = v_pool + page * params.pool_v_layout.page_stride;
-        add_differing(params, use, v_in, params.in_v_layout, [&](int row, int64_t slot) {
-          return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
-                                       held + row * params.pool_v_layout.row_stride);
-        });
+        add_differing(params, use, v_in, params.in_v_layout, rows_ahead,
+                      [&](int row, int64_t slot) {
+                        return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
+                                                     held + row * params.pool_v_layout.row_stride);
+                      });
       });
     }
   }
@@ -242,6 +244,12 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
   with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     constexpr bool kInterleaved = decltype(interleaved)::value;
+    const int64_t row_bytes =
+        int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
+    int64_t dense_rows = 0;
+    for (int64_t agent = 0; agent < extents.agents; ++agent) dense_rows += params.length[agent];
+    const int64_t rows_ahead =
+        rows_to_fetch_ahead<T>(row_bytes, dense_rows * row_bytes * 2 * params.num_layers);
     const int64_t pages_of_item =
         std::clamp<int64_t>(master_pages / kWantedItems, 1, kMaxPagesOfItem);
     const int64_t items = (master_pages + pages_of_item - 1) / pages_of_item;
@@ -256,10 +264,10 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
           const int64_t last = std::min<int64_t>(end, params.round.master_page_indptr[master + 1]);
           if (exact) {
             encode_pages<kInterleaved, true, T>(params, master, begin - first, last - first,
-                                                angles);
+                                                rows_ahead, angles);
           } else {
             encode_pages<kInterleaved, false, T>(params, master, begin - first, last - first,
-                                                 angles);
+                                                 rows_ahead, angles);
           }
           begin = last;
         }

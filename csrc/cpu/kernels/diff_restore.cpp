@@ -3,8 +3,9 @@
 // A work item is one page of one layer, keys and values. A Master page is read once and written for
 // every agent that uses it while it is in cache, so that N agents cost N writes and one read: a
 // restore that copies the Master per agent first would read N times and write twice. Nothing dense
-// is kept in between: a row goes from its page through registers to its slot. Its key is turned
-// while the value that was written before it drains to memory.
+// is kept in between: a row goes from its page through registers to its slot. Rows that are
+// streamed are written key and value in turn: a key is turned while the value before it drains to
+// memory.
 #include <algorithm>
 
 #include "cpu/move.h"
@@ -88,18 +89,31 @@ void restore_page(const Restore& restore, int64_t layer, int64_t index,
   T* out_v = static_cast<T*>(params.out.v[layer]);
   with_writing(restore.writing, [&](auto how) {
     constexpr Writing kWriting = decltype(how)::value;
-    const auto write = [&](int64_t row, int64_t slot, int64_t shift) {
+    const auto write_key = [&](int64_t row, int64_t slot, int64_t shift) {
       move_row<kWriting>(out_k + row_offset(params.out_k_layout, slot),
                          keys + row * params.pool_k_layout.row_stride, shift, restore.keys, angles);
+    };
+    const auto write_value = [&](int64_t row, int64_t slot, int64_t) {
       copy_row<kWriting>(out_v + row_offset(params.out_v_layout, slot),
                          values + row * params.pool_v_layout.row_stride, restore.values);
     };
-    if (is_own) {
-      restore_own_page(restore, list_index, write);
+    const auto restore_rows = [&](const auto& write) {
+      if (is_own) {
+        restore_own_page(restore, list_index, write);
+      } else {
+        restore_master_page(restore, list_index, write);
+      }
+    };
+    if constexpr (kWriting == Writing::kStore) {
+      restore_rows(write_key);
+      restore_rows(write_value);
     } else {
-      restore_master_page(restore, list_index, write);
+      restore_rows([&](int64_t row, int64_t slot, int64_t shift) {
+        write_key(row, slot, shift);
+        write_value(row, slot, shift);
+      });
+      finish_streaming();
     }
-    if constexpr (kWriting != Writing::kStore) finish_streaming();
   });
 }
 

@@ -79,7 +79,7 @@ class RowDeviation {
     for (int32_t head = 0; head < params_.num_heads; ++head) {
       const T* fresh = fresh_ + head * params_.fresh_layout.head_stride;
       const T* cached = cached_ + head * params_.cached_layout.head_stride;
-      fetch_head_ahead(ahead_ + head * params_.fresh_layout.head_stride, params_.head_dim);
+      if (ahead_) fetch_head(ahead_ + head * params_.fresh_layout.head_stride, params_.head_dim);
       add_rotary(fresh, [&](int dim, const Wide<T>& value, int n) {
         const Wide<T> scaled =
             kScaled ? per_vector<T>([&](int v) { return mul(value.v[v], scale_); }) : value;
@@ -111,7 +111,8 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
   const T* cached = static_cast<const T*>(params.cached);
   const int64_t row_bytes =
       int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
-  const int64_t rows_ahead = std::max<int64_t>(kBytesAhead / row_bytes, 1);
+  const int64_t rows_ahead = rows_to_fetch_ahead<T>(
+      row_bytes, row_bytes * params.num_tokens * (int64_t{params.num_agents} + 1));
   // Of half of a head's rotary dims, if they are whole lines.
   const int half = params.rope.rotary_dim / 2;
   const int half_lines = half % kLineElements<T> == 0 ? half / kLineElements<T> : 0;
@@ -130,8 +131,9 @@ void deviation_of_group(const KeyDeviationParams& params, int64_t begin, int64_t
                             (params.fresh_position ? params.fresh_position[entry] : 0);
       const bool rotated = shift != 0 && params.rope.rotary_dim > 0;
       if (rotated) angles.set(params.rope, shift);
-      const int64_t later = params.fresh_row[std::min(entry + rows_ahead, last_entry)];
-      const T* ahead = later < 0 ? fresh_row : fresh + row_offset(params.fresh_layout, later);
+      const int64_t later =
+          rows_ahead > 0 ? params.fresh_row[std::min(entry + rows_ahead, last_entry)] : -1;
+      const T* ahead = later < 0 ? nullptr : fresh + row_offset(params.fresh_layout, later);
       const RowDeviation<kScaled, T> row(params, fresh_row, cached_row, ahead);
       SquaredDistance<T>& sum = sums[token - begin];
       if (!rotated) {
