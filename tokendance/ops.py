@@ -85,8 +85,15 @@ def _call(operator: Callable[..., object], *arguments: object) -> object:
     return operator(*[_taken(argument) for argument in arguments])
 
 
+_AS_THEY_ARE = (Tensor, int, float, type(None))  # a step calls operators for every layer
+
+
 def _taken(argument: object) -> object:
+    if isinstance(argument, _AS_THEY_ARE):
+        return argument
     if isinstance(argument, list | tuple):
+        if argument and isinstance(argument[0], int):  # extents
+            return argument
         return [_taken(item) for item in argument]
     return as_tensor(argument) if is_array(argument) else argument
 
