@@ -3,7 +3,8 @@
 // First the masks: a work item is a few adjacent pages of a Master, through all layers, so that it
 // alone writes the mask words of those pages' uses, and the Master's rows stay in the caches near
 // the core for all agents. Of each agent it reads the keys of all these pages, then the values:
-// long stretches, for the hardware's prefetch. A row that has differed once is not read again in
+// long stretches, for the hardware's prefetch; 16-bit rows that lie beyond the caches are fetched
+// ahead besides. A row that has differed once is not read again in
 // the layers above. Then each agent's own rows are listed in the order of positions, and last they
 // are copied, page by page: each row is read once more, the others never.
 #include <algorithm>

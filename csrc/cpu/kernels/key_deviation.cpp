@@ -1,11 +1,12 @@
 // How far fresh keys are from the cached keys that would stand in for them.
 //
-// Reads every fresh and cached row once and writes one float per token: bound by memory reads.
+// Reads every fresh and cached row once and writes one float per token: bound by memory reads
+// beyond the caches, where 16-bit rows are fetched ahead, and by widening and rotating inside them.
 // Tokens are taken in groups, agent by agent: while an agent's tokens keep one shift its angles are
-// made once, and the cached rows of a group stay in the caches near the core for all agents. Long
-// groups let the hardware's prefetch get going on each agent's rows; short rounds have short ones,
-// to keep all threads busy. Each token sums over agents, heads and dims in an order that depends on
-// neither threads nor vector length nor group.
+// made once and stay in registers for a row, and the cached rows of a group stay in the caches near
+// the core for all agents. Long groups let the hardware's prefetch get going on each agent's rows;
+// short rounds have short ones, to keep all threads busy. Each token sums over agents, heads and
+// dims in an order that depends on neither threads nor vector length nor group.
 #include <algorithm>
 #include <type_traits>
 
