@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run import run_launches
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "coverage"
 TARGET = 90
@@ -54,27 +56,13 @@ def package() -> Path:
     return folder
 
 
-def run_launches(environment: dict[str, str]) -> None:
-    for isa in ("portable", "avx2", "avx512"):
-        run = subprocess.run(
-            [str(BUILD / "cpu_launches")],
-            env={**environment, "TOKENDANCE_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode and "TOKENDANCE_CPU_ISA" in run.stderr:
-            print(f"NOT RUN on {isa}: this machine lacks it")
-        elif run.returncode:
-            sys.exit(run.stderr)
-
-
 def main() -> int:
     scripts = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ.get("PATH", "")}
     build(environment)
     for counters in BUILD.rglob("*.gcda"):
         counters.unlink()
-    run_launches(environment)
+    run_launches(BUILD / "cpu_launches", environment, "coverage")
     tests = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-p", "no:cacheprovider"]
     # Where it starts comes first on Python's path.

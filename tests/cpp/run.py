@@ -5,10 +5,28 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("address,undefined", "thread")
+
+
+def run_launches(program: Path, environment: Mapping[str, str], what: str) -> None:
+    """Runs it on every instruction set; exits where it fails."""
+    for isa in ("portable", "avx2", "avx512"):
+        run = subprocess.run(
+            [str(program)],
+            env={**environment, "TOKENDANCE_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode and "TOKENDANCE_CPU_ISA" in run.stderr:
+            print(f"{what}: NOT RUN on {isa}: this machine lacks it")
+            continue
+        print(f"{what}: {run.stdout.strip()}")
+        if run.returncode:
+            sys.exit(run.stderr)
 
 
 def main() -> int:
@@ -24,20 +42,7 @@ def main() -> int:
         subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
         make = ["cmake", "--build", str(build), "--target", "cpu_launches"]
         subprocess.run(make, check=True, env=environment, stdout=subprocess.DEVNULL)
-        for isa in ("portable", "avx2", "avx512"):
-            run = subprocess.run(
-                [str(build / "cpu_launches")],
-                env={**environment, "TOKENDANCE_CPU_ISA": isa},
-                capture_output=True,
-                text=True,
-            )
-            if run.returncode and "TOKENDANCE_CPU_ISA" in run.stderr:
-                print(f"{sanitizer}: NOT RUN on {isa}: this machine lacks it")
-                continue
-            print(f"{sanitizer}: {run.stdout.strip()}")
-            if run.returncode:
-                print(run.stderr, file=sys.stderr)
-                return 1
+        run_launches(build / "cpu_launches", environment, sanitizer)
     return 0
 
 
