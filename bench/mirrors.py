@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tokendance as td
 from tokendance import ops
-from tokendance.mirror import Master, Mirror, Use, empty_masks, pages_for, round_arrays
+from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, pages_for, round_arrays
 from tokendance.rounds import RoundTensors
 from tokendance.step import with_work
 
@@ -127,7 +127,8 @@ def make_round(
             uses.append(use)
         position = np.concatenate(own).astype(np.int32)
         pages = take(pages_for(len(position), block_size))
-        mirrors.append(Mirror((), private + segments * length, uses, pages, position, 0))
+        kept = Uses.of(uses, block_size)
+        mirrors.append(Mirror((), private + segments * length, kept, pages, position, 0))
     shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
     pools = [
         torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2 * num_layers)

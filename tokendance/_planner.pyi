@@ -1,11 +1,89 @@
-"""Planner of work lists: csrc/planner, C++ through pybind11, numpy in and out."""
+"""Planner of layouts and work lists: csrc/planner, C++ through pybind11, numpy in and out."""
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Ints = NDArray[np.int32]
+_Flags = NDArray[np.uint8]
+
+class Tiling(TypedDict):
+    """Spans, uses and own rows of all agents; those of agent a lie between its two bounds."""
+
+    span_indptr: _Ints  # [N + 1]
+    span_end: _Ints
+    span_origin: _Flags  # index in tokendance.layout.ORIGINS
+    use_indptr: _Ints  # [N + 1]
+    use_master: _Ints
+    use_delta: _Ints
+    use_length: _Ints
+    use_origin: _Flags
+    mask_indptr: _Ints  # [N + 1]
+    masks: NDArray[np.uint32]
+    own_indptr: _Ints  # [N + 1]
+    own: _Ints  # positions that the agents compute and keep
+
+class RoundLayout:
+    """What a round reuses and computes, in numbers; csrc/planner/layout.h says what they mean.
+
+    Args:
+        place_indptr: ``[N + 1]`` places of each prompt.
+        segment, is_shared: by place.
+        segment_length: by segment, at least 1.
+        prefix: ``[N]`` rows that are the agent's own KV of an earlier round.
+
+    Raises:
+        ValueError: a wrong shape, or a segment out of range.
+    """
+
+    def __init__(
+        self,
+        place_indptr: _Ints,
+        segment: _Ints,
+        is_shared: _Flags,
+        segment_length: _Ints,
+        prefix: _Ints,
+    ) -> None: ...
+    def match(
+        self,
+        *,
+        exact_prefix: _Ints,  # [N]
+        earlier_context: _Ints,  # by place
+        agent_computes: _Flags,  # [N]
+        segment_computes: _Flags,  # by segment
+        stored: _Ints,  # by segment: Master, or -1
+        stored_rows: _Ints,
+        master_context: _Ints,  # by Master
+        master_is_exact: _Flags,
+        master_has_seen: _Flags,  # [masters, segments]
+        shortest: int,
+        alone: bool,
+        informed: bool,
+        lone: bool,
+        chain: Callable[[int, int], int],  # context, segment -> context
+    ) -> None:
+        """Decides. Raises ValueError for a wrong shape or a Master out of range."""
+
+    @property
+    def order(self) -> _Ints:
+        """``[N]`` the agents in the order in which they must be computed."""
+
+    @property
+    def made(self) -> list[tuple[int, int, int, int, int, bool]]:
+        """Agent (-1: alone), segment, origin, context, place and exactness of new Masters."""
+
+    @property
+    def unseen(self) -> _Ints:
+        """By place: shared tokens that the Master has not seen; -1 where no run begins."""
+
+    @property
+    def exact_length(self) -> _Ints:
+        """``[N]`` rows before the first inexact one."""
+
+    def tile(self, repaired: _Ints, block_size: int) -> Tiling:
+        """Puts it together. ``repaired``: by place, first rows of a use that are computed again."""
 
 class WorkList(TypedDict):
     """Fields of the round (round.h) that collective attention works from, of their exact sizes."""

@@ -254,7 +254,15 @@ class Audit:
         decoded = state.output_ids[: self._tokens]
         segments = (*state.segments, private(decoded))
         block, store = self._plan.store.block_size, self._plan.store
-        layouts = lay_out({agent: segments}, _nothing, {}, Everything(), Source.MASTER, block)
+        layouts = lay_out(
+            {agent: segments},
+            _nothing,
+            {},
+            Everything(),
+            Source.MASTER,
+            block,
+            store.max_position,
+        )
         layouts[0].logit_rows = 1 + len(decoded)
         return Plan(store, layouts, [agent], Everything(), Source.MASTER)
 

@@ -82,17 +82,11 @@ class KVCollector:
             OutOfPagesError: the store has too few pages; it is as it was, but for evictions.
         """
         for agent, segments in prompts.items():
-            for segment in segments:
-                if not isinstance(segment, Segment):
-                    raise TypeError(
-                        f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), "
-                        f"got {type(segment).__name__}"
-                    )
-            length = sum(segment.length for segment in segments)
-            if length > self.store.max_position:
-                raise ValueError(
-                    f"prompts[{agent!r}]: expected at most {self.store.max_position} tokens (the "
-                    f"rotation tables' positions), got {length}"
+            odd = [kind for kind in set(map(type, segments)) if not issubclass(kind, Segment)]
+            if odd:
+                raise TypeError(
+                    f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), "
+                    f"got {odd[0].__name__}"
                 )
         layouts = lay_out(
             prompts,
@@ -101,6 +95,7 @@ class KVCollector:
             self.selection,
             self.source,
             self.store.block_size,
+            self.store.max_position,
             self._opted_out,
         )
         return Plan(self.store, layouts, prompts, self.selection, self.source)

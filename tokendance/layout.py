@@ -1,31 +1,30 @@
 """What a round reuses and what it computes: decided by content, before any page is taken.
 
 The result for each agent is a list of spans that tile its prompt. Nothing here touches a device or
-changes a store; `KVCollector.plan` leases pages for what this decides.
+changes a store; `KVCollector.plan` leases pages for what this decides. The loops over places and
+rows are C++ (csrc/planner/layout.cpp): here prompts become numbers, and numbers layouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from itertools import chain as put_together
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendance.mirror import Master, Mirror, Use, masks_of_first
+from tokendance import _planner
+from tokendance.mirror import Master, Mirror, Use, Uses, pages_for
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment, chain
 from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Selection
 
 Find = Callable[[Segment], tuple[Master, int] | None]
 """The stored Master of a segment and how many of the segment's rows it has, or None."""
-
-
-_ROUNDING = 1e-6  # of shares that are compared
-_COMPARED_AT_ONCE = 1 << 22  # (segment, agent, segment) triples
 
 
 class Source(Enum):
@@ -70,6 +69,10 @@ class OptedOut:
         return agent in self.agents or segment.digest in self.segments
 
 
+ORIGINS = tuple(Origin)
+"""By the numbers that the planner has for them."""
+
+
 class Span(NamedTuple):
     """Rows ``begin .. end - 1`` of a prompt and where they come from."""
 
@@ -87,11 +90,12 @@ class AgentLayout:
         segments, length: the prompt.
         earlier: the agent's Mirror whose first ``prefix`` rows are taken over, or None.
         prefix: rows taken over.
-        uses: of the whole prompt, ascending by delta; overrides of selected rows are marked.
+        uses: of the whole prompt; overrides of selected rows are marked.
         made: uses among ``uses`` whose Master this agent computes.
         candidates: uses whose rows `KeyDeviation` chooses while the round runs.
         own: int32, positions that the agent computes and keeps, ascending.
-        ends, origins: of the spans that tile the prompt: where each ends, where its rows come from.
+        ends, origins: of the spans that tile the prompt: where each ends, int32, and the number in
+            `ORIGINS` of where its rows come from, uint8.
         exact_length: rows before the first inexact one.
         logit_rows: how many of the last rows the engine wants logits of.
     """
@@ -99,33 +103,30 @@ class AgentLayout:
     agent: str | None
     segments: tuple[Segment, ...]
     length: int
-    earlier: Mirror | None = None
-    prefix: int = 0
-    uses: list[Use] = field(default_factory=list)
-    made: list[Use] = field(default_factory=list)
-    candidates: list[Use] = field(default_factory=list)
-    own: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
-    ends: list[int] = field(default_factory=list)
-    origins: list[Origin] = field(default_factory=list)
-    exact_length: int = 0
+    earlier: Mirror | None
+    prefix: int
+    uses: Uses
+    made: list[Use]
+    candidates: list[Use]
+    own: IntArray
+    ends: IntArray
+    origins: NDArray[np.uint8]
+    exact_length: int
     logit_rows: int = 1
-
-    def append(self, end: int, origin: Origin) -> None:
-        """Rows from the last end on."""
-        self.ends.append(end)
-        self.origins.append(origin)
 
     @property
     def spans(self) -> list[Span]:
-        return [
-            Span(begin, end, origin)
-            for begin, end, origin in zip([0, *self.ends], self.ends, self.origins, strict=False)
-        ]
+        ends = self.ends.tolist()
+        origins = [ORIGINS[number] for number in self.origins]
+        return [Span(*span) for span in zip([0, *ends], ends, origins, strict=False)]
 
     @cached_property
     def context(self) -> bytes:
         """Chained digest of the whole prompt."""
-        return _Contexts(self.segments).before(len(self.segments))
+        context = b""
+        for segment in self.segments:
+            context = chain(context, segment.digest)
+        return context
 
 
 def lay_out(
@@ -135,6 +136,7 @@ def lay_out(
     selection: Selection,
     source: Source,
     block_size: int,
+    max_length: int,
     opted_out: OptedOut = OptedOut(),
 ) -> list[AgentLayout]:
     """Decides a round. The layouts come in the order in which they must be computed.
@@ -147,89 +149,277 @@ def lay_out(
         source: where Masters that are not stored come from.
         block_size: rows of a page. A shared segment shorter than half a page is not worth a page of
             its own: every agent computes it.
+        max_length: of a prompt, in tokens.
         opted_out: who and what is computed whatever the selection.
+
+    Raises:
+        ValueError: a prompt is longer than that.
     """
-    tokens = {
-        agent: tuple(segment for segment in segments if segment.length)
-        for agent, segments in prompts.items()
-    }
+    numbers = _Numbers(prompts)
+    for agent, length in zip(prompts, numbers.lengths.tolist(), strict=True):
+        if length > max_length:
+            raise ValueError(
+                f"prompts[{agent!r}]: expected at most {max_length} tokens (the rotation tables' "
+                f"positions), got {length}"
+            )
     if isinstance(selection, Everything):
-        opted_out = OptedOut(frozenset(tokens))
-    shortest = block_size // 2
-    places = {agent: _with_positions(segments) for agent, segments in tokens.items()}
-    prefixes = {
-        agent: _own_prefix(agent, segments, mirrors.get(agent), opted_out)
-        for agent, segments in tokens.items()
-    }
-    wanted = {
-        agent: [
-            segment
-            for segment, begin, end in places[agent]
-            if _may_share(segment, end - begin, shortest)
-            and begin >= prefixes[agent]
-            and find(segment) is None
-        ]
-        for agent in tokens
-    }
-    made: dict[bytes, Master] = {}
-    layouts: list[AgentLayout] = []
-    repairs_runs = isinstance(selection, LeadingTokens) and source is not Source.ALONE
-    lone = _lone(tokens) if repairs_runs else frozenset[bytes]()
-    shared = {s.digest for segments in tokens.values() for s in segments if s.is_shared}
-    builder = _Builder(find, made, selection, block_size, shortest, lone, opted_out, shared)
-    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
-    if source is Source.ALONE and not isinstance(selection, Everything):
-        alone = {
-            segment.digest: segment
-            for agent, segments in wanted.items()
-            for segment in segments
-            if not opted_out.holds(agent, segment)
-        }
-        for segment in alone.values():
-            place = [(segment, 0, segment.length)]
-            layouts.append(builder.build(None, (segment,), place, None, 0, {segment.digest}))
-        order, makes = list(tokens), dict.fromkeys(tokens, frozenset[bytes]())
-    else:
+        opted_out = OptedOut(frozenset(prompts))
+    earlier = [
+        _taken_over(agent, numbers.prompts[a], mirrors.get(agent), opted_out)
+        for a, agent in enumerate(prompts)
+    ]
+    prefix = np.array([rows for _, rows in earlier], dtype=np.int32)
+    round_ = _planner.RoundLayout(
+        numbers.indptr, numbers.segment, numbers.is_shared, numbers.length, prefix
+    )
+    masters = _match(round_, numbers, find, earlier, selection, source, block_size, opted_out)
+    repaired = np.zeros(len(numbers.segment), dtype=np.int32)
+    if isinstance(selection, LeadingTokens):
+        unseen = round_.unseen
+        starts = np.flatnonzero(unseen >= 0)
+        repaired[starts] = selection.rows_of(unseen[starts])
+    return _layouts(numbers, masters, earlier, round_, repaired, selection, block_size)
+
+
+_Earlier = tuple[Mirror | None, int]
+"""An agent's earlier KV, and how many of its rows the prompt takes over; None where none."""
+
+
+def _match(
+    round_: _planner.RoundLayout,
+    numbers: _Numbers,
+    find: Find,
+    earlier: Sequence[_Earlier],
+    selection: Selection,
+    source: Source,
+    block_size: int,
+    opted_out: OptedOut,
+) -> list[Master]:
+    """Finds what the round reuses and makes; returns all Masters, by number."""
+    context = np.full(len(numbers.segment), -1, dtype=np.int32)
+    for a, (mirror, _) in enumerate(earlier):
+        if mirror is not None:
+            context[numbers.places(a)] = numbers.contexts_of(mirror, a)
+    found = [find(one) if one.is_shared else None for one in numbers.segments]
+    masters = [one[0] for one in found if one]
+    stored = np.full(len(found), -1, dtype=np.int32)
+    stored[[e for e, one in enumerate(found) if one]] = np.arange(len(masters))
+    everything = isinstance(selection, Everything)
+    round_.match(
+        exact_prefix=np.array(
+            [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
+            dtype=np.int32,
+        ),
+        earlier_context=context,
+        agent_computes=np.array([a in opted_out.agents for a in numbers.agents], dtype=np.uint8),
+        segment_computes=np.array(
+            [one.digest in opted_out.segments for one in numbers.segments], dtype=np.uint8
+        ),
+        stored=stored,
+        stored_rows=np.array([one[1] if one else 0 for one in found], dtype=np.int32),
+        master_context=np.array([numbers.context(m.context) for m in masters], dtype=np.int32),
+        master_is_exact=np.array([m.exact for m in masters], dtype=np.uint8),
+        master_has_seen=numbers.seen_by(masters),
+        shortest=block_size // 2,
+        # Without context almost nothing is exact: under Everything no Master is worth computing
+        # alone.
+        alone=source is Source.ALONE and not everything,
         # Only where inexact rows are reused does it matter what a Master has seen.
-        repairs = isinstance(selection, LeadingTokens | KeyDeviation)
-        order, makes = _master_agents(wanted, tokens if repairs else {})
-    for agent in order:
-        mirror, prefix = mirrors.get(agent), prefixes[agent]
+        informed=isinstance(selection, LeadingTokens | KeyDeviation),
+        lone=isinstance(selection, LeadingTokens) and source is not Source.ALONE,
+        chain=numbers.chain,
+    )
+    for agent, segment, origin, number, place, is_exact in round_.made:
+        digest, length = numbers.segments[segment].digest, int(numbers.length[segment])
+        seen = numbers.shared_before(agent, place)
+        masters.append(Master(digest, length, origin, numbers.digests[number], is_exact, seen))
+    return masters
+
+
+def _layouts(
+    numbers: _Numbers,
+    masters: Sequence[Master],
+    earlier: Sequence[_Earlier],
+    round_: _planner.RoundLayout,
+    repaired: IntArray,
+    selection: Selection,
+    block_size: int,
+) -> list[AgentLayout]:
+    """The layouts in the order in which they must be computed."""
+    made = round_.made
+    layouts = [
+        _layout_alone(master, numbers.segments[segment], block_size)
+        for master, (agent, segment, *_) in zip(
+            masters[len(masters) - len(made) :], made, strict=True
+        )
+        if agent < 0
+    ]
+    tiles = round_.tile(repaired, block_size)
+    serial = np.array([master.serial for master in masters], dtype=np.int64)
+    exact_length = round_.exact_length.tolist()
+    makers = {agent for agent, *_ in made}
+    chooses = isinstance(selection, KeyDeviation)
+    for a in round_.order.tolist():
+        use, mask = _of(tiles["use_indptr"], a), _of(tiles["mask_indptr"], a)
+        span, own = _of(tiles["span_indptr"], a), _of(tiles["own_indptr"], a)
+        # Copies: who keeps a part does not keep the round.
+        uses = Uses(
+            [masters[master] for master in tiles["use_master"][use].tolist()],
+            tiles["use_delta"][use].copy(),
+            tiles["use_length"][use].copy(),
+            tiles["masks"][mask].copy(),
+            block_size,
+            serial[tiles["use_master"][use]],
+        )
+        mirror, prefix = earlier[a]
+        carried = 0
+        if mirror is not None:
+            taken = mirror.uses.cut(prefix)
+            uses, carried = taken.followed_by(uses), len(taken)
+        made_uses: list[Use] = []
+        candidates: list[Use] = []
+        if a in makers or chooses:
+            for i, number in enumerate(tiles["use_origin"][use].tolist(), carried):
+                if ORIGINS[number] is Origin.MASTER:
+                    made_uses.append(uses[i])
+                elif ORIGINS[number] is Origin.REUSED and chooses:
+                    candidates.append(uses[i])
         layouts.append(
-            builder.build(agent, tokens[agent], places[agent], mirror, prefix, makes[agent])
+            AgentLayout(
+                numbers.agents[a],
+                numbers.prompts[a],
+                int(numbers.lengths[a]),
+                mirror,
+                prefix,
+                uses,
+                made_uses,
+                candidates,
+                tiles["own"][own].copy(),
+                tiles["span_end"][span].copy(),
+                tiles["span_origin"][span].copy(),
+                exact_length[a],
+            )
         )
     return layouts
 
 
-Place = tuple[Segment, int, int]
-"""A segment, and the positions at which it begins and ends in a prompt."""
+def _of(indptr: IntArray, index: int) -> slice:
+    return slice(int(indptr[index]), int(indptr[index + 1]))
 
 
-def _with_positions(segments: Sequence[Segment]) -> list[Place]:
-    result, position = [], 0
-    for segment in segments:
-        end = position + segment.length
-        result.append((segment, position, end))
-        position = end
-    return result
+def _layout_alone(master: Master, segment: Segment, block_size: int) -> AgentLayout:
+    """Of a segment that is computed without a context, for no agent."""
+    length = master.length
+    masks = np.zeros(pages_for(length, block_size), dtype=np.uint32)
+    uses = Uses.of([Use(master, 0, length, masks)], block_size)
+    return AgentLayout(
+        None,
+        (segment,),
+        length,
+        None,
+        0,
+        uses,
+        [uses[0]],
+        [],
+        np.empty(0, dtype=np.int32),
+        np.array([length], dtype=np.int32),
+        np.array([ORIGINS.index(Origin.MASTER)], dtype=np.uint8),
+        length,
+    )
 
 
-def _may_share(segment: Segment, length: int, shortest: int) -> bool:
-    return segment.is_shared and length >= shortest
+class _Numbers:
+    """The prompts of a round in numbers: segments of one digest have one, contexts too.
 
+    Attributes:
+        agents: their names.
+        prompts: each agent's segments, without empty ones.
+        lengths: int64, tokens of each prompt.
+        indptr: int32 ``[N + 1]``, places of each prompt.
+        segment: int32, by place, the number of its segment.
+        is_shared: uint8, by place.
+        segments: by number; of several with one digest, one that is shared if there is one.
+        length: int32, by number, tokens.
+        number: of a digest.
+        digests: of contexts, by number; 0 is the empty context.
+    """
 
-class _Contexts:
-    """Chained digests of a prompt, made as far as they are asked for."""
+    def __init__(self, prompts: Mapping[str, Sequence[Segment]]) -> None:
+        self.agents = list(prompts)
+        self.prompts = [tuple(segments) for segments in prompts.values()]
+        # A segment stands in many prompts: what is asked of it is asked once.
+        everywhere = list(put_together.from_iterable(self.prompts))
+        keys = list(map(id, everywhere))
+        objects = dict(zip(keys, everywhere, strict=True))
+        if not all(map(len, objects.values())):
+            self.prompts = [tuple(filter(len, segments)) for segments in self.prompts]
+            keys = list(map(id, put_together.from_iterable(self.prompts)))
+            objects = {key: one for key, one in objects.items() if len(one)}
+        self.number: dict[bytes, int] = {}
+        self.segments: list[Segment] = []
+        for one in objects.values():
+            e = self.number.setdefault(one.digest, len(self.segments))
+            if e == len(self.segments):
+                self.segments.append(one)
+            elif one.is_shared:
+                self.segments[e] = one
+        every = list(objects.values())
+        number = np.array([self.number[one.digest] for one in every], dtype=np.int32)
+        shared = np.array([one.is_shared for one in every], dtype=np.uint8)
+        self.length = np.array([len(one) for one in self.segments], dtype=np.int32)
+        self.indptr = np.zeros(len(self.prompts) + 1, dtype=np.int32)
+        np.cumsum([len(segments) for segments in self.prompts], out=self.indptr[1:])
+        index = {key: i for i, key in enumerate(objects)}
+        places = np.fromiter(map(index.__getitem__, keys), dtype=np.intp, count=len(keys))
+        self.segment = number[places]
+        self.is_shared = shared[places]
+        ends = np.concatenate([[0], np.cumsum(self.length[self.segment], dtype=np.int64)])
+        self.lengths = np.diff(ends[self.indptr])
+        self.digests = [b""]
+        self._context = {b"": 0}
+        self._shared: dict[int, tuple[list[bytes], list[int]]] = {}
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._segments = segments
-        self._made = [b""]
+    def context(self, digest: bytes) -> int:
+        """The number of a context."""
+        number = self._context.setdefault(digest, len(self.digests))
+        if number == len(self.digests):
+            self.digests.append(digest)
+        return number
 
-    def before(self, index: int) -> bytes:
-        """Of all that stands left of a segment."""
-        while len(self._made) <= index:
-            self._made.append(chain(self._made[-1], self._segments[len(self._made) - 1].digest))
-        return self._made[index]
+    def chain(self, context: int, segment: int) -> int:
+        """The number of a context followed by a segment."""
+        return self.context(chain(self.digests[context], self.segments[segment].digest))
+
+    def places(self, agent: int) -> slice:
+        """Of an agent's prompt."""
+        return _of(self.indptr, agent)
+
+    def contexts_of(self, mirror: Mirror, agent: int) -> IntArray:
+        """Of the agent's places: where a Master of its earlier KV begins, that Master's context."""
+        lengths = self.length[self.segment[self.places(agent)]]
+        begins = np.cumsum(lengths) - lengths
+        earlier = {use.delta: self.context(use.master.context) for use in mirror.uses}
+        return np.array([earlier.get(begin, -1) for begin in begins.tolist()], dtype=np.int32)
+
+    def seen_by(self, masters: Sequence[Master]) -> NDArray[np.uint8]:
+        """Which segments of the round Masters have seen, as 0 and 1."""
+        seen = np.zeros((len(masters), len(self.segments)), dtype=np.uint8)
+        for line, master in zip(seen, masters, strict=True):
+            line[[self.number[digest] for digest in master.seen if digest in self.number]] = 1
+        return seen
+
+    def shared_before(self, agent: int, place: int) -> frozenset[bytes]:
+        """Digests of the shared segments of the agent's prompt in front of a place."""
+        if agent < 0:
+            return frozenset()
+        if agent not in self._shared:
+            shared = self.is_shared[self.places(agent)] != 0
+            mine = self.segment[self.places(agent)][shared].tolist()
+            digests = [self.segments[number].digest for number in mine]
+            self._shared[agent] = digests, np.cumsum(shared).tolist()
+        digests, counts = self._shared[agent]
+        index = place - int(self.indptr[agent])
+        return frozenset(digests[: counts[index - 1] if index else 0])
 
 
 def foreign_uses(mirror: Mirror) -> list[Use]:
@@ -243,15 +433,15 @@ def foreign_uses(mirror: Mirror) -> list[Use]:
     return [use for use in mirror.uses if use.master.context != contexts[use.delta]]
 
 
-def _own_prefix(
+def _taken_over(
     agent: str, segments: Sequence[Segment], mirror: Mirror | None, opted_out: OptedOut
-) -> int:
-    """Rows of the agent's earlier KV that the prompt begins with; never its last row.
+) -> _Earlier:
+    """The agent's earlier KV and its rows that the prompt begins with; never the prompt's last row.
 
-    It ends before whatever has opted out since it was reused.
+    They end before whatever has opted out since it was reused.
     """
     if mirror is None:
-        return 0
+        return None, 0
     prefix = 0
     for new, old in zip(segments, mirror.segments, strict=False):
         if new.digest == old.digest:
@@ -270,306 +460,5 @@ def _own_prefix(
         foreign = [u.delta for u in foreign_uses(mirror) if u.master.digest in opted_out.segments]
         prefix = min([prefix, *foreign])
     total = sum(segment.length for segment in segments)
-    return min(prefix, max(total - 1, 0))
-
-
-def _lone(prompts: Mapping[str, Sequence[Segment]]) -> frozenset[bytes]:
-    """Segments that one agent of the round has, if there are several agents."""
-    users: dict[bytes, int] = {}
-    for segments in prompts.values():
-        for digest in {segment.digest for segment in segments}:
-            users[digest] = users.get(digest, 0) + 1
-    return frozenset(d for d, count in users.items() if count == 1 and len(prompts) > 1)
-
-
-def _master_agents(
-    wanted: Mapping[str, Sequence[Segment]], prompts: Mapping[str, Sequence[Segment]]
-) -> tuple[list[str], dict[str, frozenset[bytes]]]:
-    """Greedy cover: who computes which segment, and in which order the agents come.
-
-    An agent that covers the most tokens which others want too comes first; then the next, over what
-    is still uncovered. A segment that only one agent wants is computed by that agent, in place.
-    With ``prompts``, a second agent takes over what `_better_informed` says.
-    """
-    users: dict[bytes, int] = {}
-    length: dict[bytes, int] = {}
-    digests = {agent: {s.digest for s in segments} for agent, segments in wanted.items()}
-    for segments in wanted.values():
-        for segment in segments:
-            length[segment.digest] = segment.length
-    for mine in digests.values():
-        for digest in mine:
-            users[digest] = users.get(digest, 0) + 1
-    makes = {
-        agent: {digest for digest in mine if users[digest] == 1} for agent, mine in digests.items()
-    }
-    uncovered = {digest for digest, count in users.items() if count > 1}
-    order: list[str] = []
-    while uncovered:
-        best = max(digests, key=lambda agent: sum(length[d] for d in digests[agent] & uncovered))
-        covered = digests[best] & uncovered
-        makes[best] |= covered
-        uncovered -= covered
-        order.append(best)
-        if len(order) == 1 and prompts:
-            second, taken = _better_informed(best, covered, digests, prompts)
-            if taken:
-                makes[best] -= taken
-                makes[second] |= taken | (digests[second] & uncovered)
-                uncovered -= digests[second]
-                order.append(second)
-    leaders = set(order)
-    order += [agent for agent in wanted if agent not in leaders]
-    return order, {agent: frozenset(mine) for agent, mine in makes.items()}
-
-
-def _better_informed(
-    first: str,
-    covered: set[bytes],
-    digests: Mapping[str, set[bytes]],
-    prompts: Mapping[str, Sequence[Segment]],
-) -> tuple[str, set[bytes]]:
-    """The agent in whose prompt Masters of the first Master agent would have seen more, and which.
-
-    What a Master never attended to is missing from it, and a repair of its first rows does not
-    bring it back; what it has seen too much does far less harm. Where agents have the segments in
-    orders of their own, the first agent's first segments have seen nothing of what other prompts
-    have in front of them. The other agent's Masters cost their rows once more, whatever the number
-    of siblings: the first agent keeps a copy of its own.
-
-    A segment is taken over if its users' left contexts are unseen by more than a quarter on average
-    and the other agent brings that down by a third. One that a user has in the first agent's very
-    context, where it is reused exactly, stays.
-    """
-    agents = list(prompts)
-    shared = {s.digest: s.length for segments in prompts.values() for s in segments if s.is_shared}
-    index = {digest: e for e, digest in enumerate(shared)}
-    length = np.array(list(shared.values()), dtype=np.float32)
-    # Where a segment first stands in a prompt, and what stands left of it there, as a number.
-    place = np.full((len(agents), len(index)), np.iinfo(np.int32).max, dtype=np.int32)
-    context = np.full((len(agents), len(index)), -1, dtype=np.int32)
-    wanted = np.zeros((len(agents), len(index)), dtype=bool)
-    contexts: dict[tuple[int, bytes], int] = {}
-    for a, agent in enumerate(agents):
-        left = 0
-        for i, segment in enumerate(prompts[agent]):
-            if segment.is_shared and context[a, index[segment.digest]] < 0:
-                place[a, index[segment.digest]] = i
-                context[a, index[segment.digest]] = left
-            left = contexts.setdefault((left, segment.digest), len(contexts) + 1)
-        wanted[a, [index[digest] for digest in digests[agent]]] = True
-
-    maker = agents.index(first)
-    takes = np.zeros_like(wanted)
-    gain = np.zeros(len(agents))
-    columns = np.array(sorted(index[digest] for digest in covered))
-    at_once = max(1, _COMPARED_AT_ONCE // wanted.size)
-    for d in np.split(columns, range(at_once, len(columns), at_once)):
-        # [segment, user, other segment]: what stands before the segment
-        before = (place < place.T[d, :, None]) & wanted.T[d, :, None]
-        seen = before.astype(np.float32)
-        tokens = seen * length
-        total = tokens.sum(axis=2, keepdims=True)
-        # [segment, user, maker]: share of the shared tokens in front that the maker never saw
-        unseen = (total - tokens @ seen.transpose(0, 2, 1)) / np.maximum(total, 1)
-        users = wanted.T[d]
-        users[:, maker] = False
-        alike = users & (context.T[d] == context[maker, d, None])
-        # What follows holds for each agent as the other maker, who is no user of its own Masters.
-        others = users.sum(axis=1, keepdims=True) - users
-        sum_now = (unseen[:, :, maker] * users).sum(axis=1, keepdims=True)
-        now = (sum_now - unseen[:, :, maker] * users) / np.maximum(others, 1)
-        then = (unseen * users[:, :, None]).sum(axis=1) / np.maximum(others, 1)
-        takes_over = users & (others > 0) & (alike.sum(axis=1, keepdims=True) - alike == 0)
-        takes_over &= (now > 1 / 4 + _ROUNDING) & (then <= 2 / 3 * now + _ROUNDING)
-        takes[:, d] = takes_over.T
-        gain += ((now - then) * takes_over).sum(axis=0)
-    best = int(np.argmax(gain >= gain.max() - _ROUNDING))  # the first of equals
-    if gain[best] <= 0:
-        return first, set()
-    return agents[best], {digest for digest in covered if takes[best, index[digest]]}
-
-
-class _Builder:
-    """Lays out one agent after the other; later ones see the Masters that earlier ones make."""
-
-    def __init__(
-        self,
-        find: Find,
-        made: dict[bytes, Master],
-        selection: Selection,
-        block_size: int,
-        shortest: int,
-        lone: frozenset[bytes],
-        opted_out: OptedOut,
-        shared: Iterable[bytes],
-    ) -> None:
-        self._find = find
-        self._made = made
-        self._selection = selection
-        self._block_size = block_size
-        self._shortest = shortest
-        self._lone = lone
-        self._opted_out = opted_out
-        self._index = {digest: i for i, digest in enumerate(shared)}
-        self._seen: dict[int, NDArray[np.int64]] = {}
-        self._chained: dict[tuple[bytes, bytes], bytes] = {}
-
-    def build(
-        self,
-        agent: str | None,
-        segments: tuple[Segment, ...],
-        places: Sequence[Place],
-        mirror: Mirror | None,
-        prefix: int,
-        makes: frozenset[bytes] | set[bytes],
-    ) -> AgentLayout:
-        length = places[-1][2] if places else 0
-        layout = AgentLayout(agent, segments, length, mirror if prefix else None, prefix)
-        exact = True
-        if prefix:
-            assert mirror is not None
-            layout.uses = [
-                use.cut(prefix - use.delta, self._block_size)
-                for use in mirror.uses
-                if use.delta < prefix
-            ]
-            layout.append(prefix, Origin.EARLIER)
-            exact = mirror.exact_length >= prefix
-            layout.exact_length = min(prefix, mirror.exact_length)
-        earlier = {use.delta: use.master for use in layout.uses}
-        # `run` is the context in which the last reused Master was computed, followed by what has
-        # come since: a Master of that very context continues a run.
-        contexts = _Contexts(segments)
-        run = b""
-        left = np.zeros(len(self._index), dtype=np.int64)  # shared tokens so far, by segment
-        left_tokens = 0
-        repair = self._selection.rows_of if isinstance(self._selection, LeadingTokens) else None
-        for i, (segment, begin, end) in enumerate(places):
-            source_context = run
-            if begin < prefix:
-                if begin in earlier:
-                    source_context = earlier[begin].context
-                self._compute(layout, max(begin, prefix), end)
-            elif not _may_share(segment, end - begin, self._shortest):
-                self._compute(layout, begin, end)
-            elif segment.digest in makes and segment.digest not in self._made:
-                source_context = contexts.before(i)
-                self._make(layout, segment, begin, source_context, exact, places[:i])
-            else:
-                found = self._lookup(segment)
-                is_exact = (
-                    found is not None
-                    and exact
-                    and found[0].exact
-                    and found[0].context == contexts.before(i)
-                )
-                computes = segment.digest in self._lone or self._opted_out.holds(agent, segment)
-                if found is None or (computes and not is_exact):
-                    self._compute(layout, begin, end)
-                else:
-                    master, rows = found
-                    repaired = 0
-                    if repair and not is_exact and master.context != run:
-                        unseen = left_tokens - int(left @ self._seen_by(master))
-                        repaired = min(repair(unseen), rows)
-                    self._reuse(layout, master, begin, rows, is_exact, repaired)
-                    self._compute(layout, begin + rows, end)
-                    exact = exact and is_exact
-                    source_context = master.context
-            if exact:
-                layout.exact_length = end
-            if segment.is_shared:
-                left[self._index[segment.digest]] += end - begin
-                left_tokens += end - begin
-            run = self._chain(source_context, segment.digest)
-        self._always_compute_last_row(layout)
-        self._collect_own(layout)
-        return layout
-
-    def _lookup(self, segment: Segment) -> tuple[Master, int] | None:
-        if segment.digest in self._made:
-            return self._made[segment.digest], segment.length
-        return self._find(segment)
-
-    def _make(
-        self,
-        layout: AgentLayout,
-        segment: Segment,
-        begin: int,
-        context: bytes,
-        exact: bool,
-        left: Sequence[Place],
-    ) -> None:
-        seen = frozenset(other.digest for other, _, _ in left if other.is_shared)
-        length = segment.length
-        master = Master(segment.digest, length, begin, context, exact, seen)
-        self._made[segment.digest] = master
-        use = Use(master, begin, length, masks_of_first(0, length, self._block_size))
-        layout.uses.append(use)
-        layout.made.append(use)
-        layout.append(begin + length, Origin.MASTER)
-
-    def _seen_by(self, master: Master) -> NDArray[np.int64]:
-        """Which of the round's shared segments a Master has seen, as 0 and 1."""
-        if id(master) not in self._seen:
-            known = [self._index[digest] for digest in master.seen if digest in self._index]
-            seen = self._seen[id(master)] = np.zeros(len(self._index), dtype=np.int64)
-            seen[known] = 1
-        return self._seen[id(master)]
-
-    def _chain(self, context: bytes, digest: bytes) -> bytes:
-        """`chain`, once: runs behind one Master are alike in all prompts."""
-        chained = self._chained.get((context, digest))
-        if chained is None:
-            chained = self._chained[context, digest] = chain(context, digest)
-        return chained
-
-    def _compute(self, layout: AgentLayout, begin: int, end: int) -> None:
-        if begin < end:
-            layout.append(end, Origin.OWN)
-
-    def _reuse(
-        self,
-        layout: AgentLayout,
-        master: Master,
-        delta: int,
-        rows: int,
-        is_exact: bool,
-        repaired: int,
-    ) -> None:
-        use = Use(master, delta, rows, masks_of_first(repaired, rows, self._block_size))
-        layout.uses.append(use)
-        if is_exact:
-            layout.append(delta + rows, Origin.EXACT)
-            return
-        if repaired:
-            layout.append(delta + repaired, Origin.REPAIRED)
-        if isinstance(self._selection, KeyDeviation):
-            layout.candidates.append(use)
-        if repaired < rows:
-            layout.append(delta + rows, Origin.REUSED)
-
-    def _always_compute_last_row(self, layout: AgentLayout) -> None:
-        """Its logits are what the prompt is for."""
-        if not layout.ends or layout.agent is None:
-            return
-        if layout.origins[-1] not in (Origin.EXACT, Origin.REUSED):
-            return
-        use = layout.uses[-1]
-        use.override(np.array([layout.length - 1 - use.delta], dtype=np.int32), self._block_size)
-        begin = layout.ends[-2] if len(layout.ends) > 1 else 0
-        if layout.length - begin == 1:
-            layout.origins[-1] = Origin.REPAIRED
-            return
-        layout.ends[-1] = layout.length - 1
-        layout.append(layout.length, Origin.REPAIRED)
-
-    def _collect_own(self, layout: AgentLayout) -> None:
-        ranges = [
-            np.arange(begin, end, dtype=np.int32)
-            for begin, end, origin in layout.spans
-            if origin in (Origin.OWN, Origin.REPAIRED)
-        ]
-        if ranges:
-            layout.own = np.concatenate(ranges)
+    prefix = min(prefix, max(total - 1, 0))
+    return (mirror if prefix else None), prefix

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
+from itertools import chain, count
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,7 @@ class Master:
         exact: every row was computed with only exact rows to its left.
         seen: digests of the shared segments that stood left of it.
         pages: ``ceil(length / block_size)`` page ids.
+        serial: a number that no other Master of this process has.
         holders: Mirrors and plans that use it.
         stored: whether the store can find it by its digest.
         last_used: the store's clock when it was last used.
@@ -59,13 +62,13 @@ class Master:
     exact: bool
     seen: frozenset[bytes] = frozenset()
     pages: Pages = field(default_factory=no_pages)
+    serial: int = field(default_factory=count().__next__)
     holders: int = 0
     stored: bool = False
     last_used: int = 0
 
 
-@dataclass(eq=False)
-class Use:
+class Use(NamedTuple):
     """One occurrence of a Master in one prompt.
 
     Attributes:
@@ -73,7 +76,7 @@ class Use:
         delta: position of the Master's row 0 in the prompt.
         length: rows used, a prefix of the Master.
         masks: uint32 ``[ceil(length / block_size)]``; bit i of a page's mask = an own row stands
-            there.
+            there. Of an item of `Uses`, a view: what is written is the prompt's.
     """
 
     master: Master
@@ -84,15 +87,6 @@ class Use:
     @property
     def shift(self) -> int:
         return self.delta - self.master.origin
-
-    def cut(self, length: int, block_size: int) -> Use:
-        """The same use, of at most ``length`` rows."""
-        if length >= self.length:
-            return Use(self.master, self.delta, self.length, self.masks.copy())
-        masks = self.masks[: pages_for(length, block_size)].copy()
-        if length % block_size:
-            masks[-1] &= np.uint32((1 << (length % block_size)) - 1)
-        return Use(self.master, self.delta, length, masks)
 
     def override(self, rows: IntArray, block_size: int) -> None:
         """Marks rows of the Master as replaced by own rows."""
@@ -105,23 +99,93 @@ class Use:
         return np.flatnonzero(bits.ravel()).astype(np.int32)
 
 
+class Uses(Sequence[Use]):
+    """The uses of one prompt, ascending by delta, without overlap.
+
+    A round has thousands: they are kept as arrays, and an item is made when it is asked for.
+
+    Attributes:
+        masters: of each use.
+        serial: int64 ``[uses]``, the Masters' serial numbers.
+        delta, length: int32 ``[uses]``.
+        masks: uint32, of all uses one after the other.
+    """
+
+    def __init__(
+        self,
+        masters: list[Master],
+        delta: IntArray,
+        length: IntArray,
+        masks: Masks,
+        block_size: int,
+        serial: NDArray[np.int64] | None = None,
+    ) -> None:
+        if serial is None:
+            serial = np.array([master.serial for master in masters], dtype=np.int64)
+        self.masters = masters
+        self.serial = serial
+        self.delta = delta
+        self.length = length
+        self.masks = masks
+        self._block_size = block_size
+
+    @classmethod
+    def of(cls, uses: Sequence[Use], block_size: int) -> Uses:
+        """The same uses, their masks copied."""
+        return cls(
+            [use.master for use in uses],
+            np.array([use.delta for use in uses], dtype=np.int32),
+            np.array([use.length for use in uses], dtype=np.int32),
+            np.concatenate([np.empty(0, np.uint32), *[use.masks for use in uses]]),
+            block_size,
+        )
+
+    @cached_property
+    def page_indptr(self) -> IntArray:
+        """int32 ``[uses + 1]``: where the masks of each use begin."""
+        return _indptr(-(-self.length // self._block_size))
+
+    def __len__(self) -> int:
+        return len(self.masters)
+
+    @overload
+    def __getitem__(self, index: int) -> Use: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Use]: ...
+    def __getitem__(self, index: int | slice) -> Use | list[Use]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]  # a negative index, and IndexError
+        masks = self.masks[self.page_indptr[i] : self.page_indptr[i + 1]]
+        return Use(self.masters[i], int(self.delta[i]), int(self.length[i]), masks)
+
+    def cut(self, rows: int) -> Uses:
+        """The uses of the prompt's first rows, masks copied; the last may be cut, too."""
+        count = int(np.searchsorted(self.delta, rows))
+        length = np.minimum(self.length[:count], rows - self.delta[:count])
+        masks = self.masks[: self.page_indptr[count]].copy()
+        if count and length[-1] < self.length[count - 1]:
+            pages = int(self.page_indptr[count - 1]) + pages_for(int(length[-1]), self._block_size)
+            masks = masks[:pages]
+            if length[-1] % self._block_size:
+                masks[-1] &= np.uint32((1 << int(length[-1] % self._block_size)) - 1)
+        delta, serial = self.delta[:count].copy(), self.serial[:count].copy()
+        return Uses(self.masters[:count], delta, length, masks, self._block_size, serial)
+
+    def followed_by(self, other: Uses) -> Uses:
+        """These and those behind them."""
+        return Uses(
+            self.masters + other.masters,
+            np.concatenate([self.delta, other.delta]),
+            np.concatenate([self.length, other.length]),
+            np.concatenate([self.masks, other.masks]),
+            self._block_size,
+            np.concatenate([self.serial, other.serial]),
+        )
+
+
 def empty_masks(length: int, block_size: int) -> Masks:
     return np.zeros(pages_for(length, block_size), dtype=np.uint32)
-
-
-def masks_of_first(rows: int, length: int, block_size: int) -> Masks:
-    """Masks of a use of ``length`` rows, the first ``rows`` of which are replaced by own rows."""
-    return _masks_of_first(rows, length, block_size).copy()
-
-
-@lru_cache(maxsize=4096)
-def _masks_of_first(rows: int, length: int, block_size: int) -> Masks:
-    masks = empty_masks(length, block_size)
-    full, rest = divmod(rows, block_size)
-    masks[:full] = (1 << block_size) - 1
-    if rest:
-        masks[full] = (1 << rest) - 1
-    return masks
 
 
 @dataclass(eq=False)
@@ -139,7 +203,7 @@ class Mirror:
 
     segments: tuple[Segment, ...]
     length: int
-    uses: list[Use]
+    uses: Uses
     own_pages: Pages
     own_position: IntArray
     exact_length: int
@@ -152,27 +216,21 @@ def round_arrays(
 
     Agent a of the round is ``mirrors[a]``. A Master that one prompt uses twice is listed twice.
     """
-    index: dict[tuple[int, int], int] = {}
-    masters: list[Master] = []
-    uses: list[tuple[int, int, Use]] = []
-    for agent, mirror in enumerate(mirrors):
-        seen: dict[int, int] = {}
-        for use in mirror.uses:
-            key = id(use.master)
-            occurrence = seen.get(key, 0)
-            seen[key] = occurrence + 1
-            master = index.setdefault((key, occurrence), len(masters))
-            if master == len(masters):
-                masters.append(use.master)
-            uses.append((agent, master, use))
-
     ints = np.int32
-    use_pages = [len(use.masks) for _, _, use in uses]
-    master_pages = [len(master.pages) for master in masters]
-    own_pages = [len(mirror.own_pages) for mirror in mirrors]
+    counts = [len(mirror.uses) for mirror in mirrors]
+    use_agent = np.repeat(np.arange(len(mirrors), dtype=ints), counts)
+    serial = np.concatenate([np.empty(0, np.int64), *[mirror.uses.serial for mirror in mirrors]])
+    use_master, first = _numbered(use_agent, serial)
+    all_masters = list(chain.from_iterable(mirror.uses.masters for mirror in mirrors))
+    masters = [all_masters[use] for use in first]
+    origin = np.array([master.origin for master in masters], dtype=ints)
+    none = np.empty(0, dtype=ints)
+    use_delta = np.concatenate([none, *[mirror.uses.delta for mirror in mirrors]])
+    use_length = np.concatenate([none, *[mirror.uses.length for mirror in mirrors]])
+    masks = np.concatenate([none, *[mirror.uses.masks.view(ints) for mirror in mirrors]])
     agent_use = np.full((len(mirrors), len(masters)), -1, dtype=ints)
-    for u, (agent, master, _) in enumerate(uses):
-        agent_use[agent, master] = u
+    agent_use[use_agent, use_master] = np.arange(len(use_agent), dtype=ints)
+    own_pages = [len(mirror.own_pages) for mirror in mirrors]
     own_position = np.zeros(sum(own_pages) * block_size, dtype=ints)
     at = 0
     for mirror in mirrors:
@@ -180,37 +238,58 @@ def round_arrays(
         at += len(mirror.own_pages) * block_size
 
     arrays = {
-        "use_agent": np.array([agent for agent, _, _ in uses], dtype=ints),
-        "use_master": np.array([master for _, master, _ in uses], dtype=ints),
-        "use_delta": np.array([use.delta for _, _, use in uses], dtype=ints),
-        "use_shift": np.array([use.shift for _, _, use in uses], dtype=ints),
-        "use_length": np.array([use.length for _, _, use in uses], dtype=ints),
-        "use_page_indptr": _indptr(use_pages),
-        "use_masks": _joined([use.masks for _, _, use in uses]).view(ints),
-        "agent_use_indptr": _indptr([len(mirror.uses) for mirror in mirrors]),
+        "use_agent": use_agent,
+        "use_master": use_master,
+        "use_delta": use_delta,
+        "use_shift": use_delta - origin[use_master],
+        "use_length": use_length,
+        "use_page_indptr": _indptr(-(-use_length // block_size)),
+        "use_masks": masks,
+        "agent_use_indptr": _indptr(counts),
         "agent_use": agent_use,
-        "master_page_indptr": _indptr(master_pages),
-        "master_pages": _joined([master.pages for master in masters]).view(ints),
+        "master_page_indptr": _indptr([len(master.pages) for master in masters]),
+        "master_pages": np.concatenate([none, *[master.pages for master in masters]]),
         "own_length": np.array([len(mirror.own_position) for mirror in mirrors], dtype=ints),
         "own_page_indptr": _indptr(own_pages),
-        "own_pages": _joined([mirror.own_pages for mirror in mirrors]).view(ints),
+        "own_pages": np.concatenate([none, *[mirror.own_pages for mirror in mirrors]]),
         "own_position": own_position,
     }
     extents = RoundExtents(
-        uses=len(uses),
-        use_pages=sum(use_pages),
+        uses=len(use_agent),
+        use_pages=len(masks),
         agents=len(mirrors),
         masters=len(masters),
-        master_pages=sum(master_pages),
+        master_pages=len(arrays["master_pages"]),
         own_pages=sum(own_pages),
         block_size=block_size,
     )
     return arrays, extents
 
 
-def _indptr(lengths: Sequence[int]) -> IntArray:
+def _numbered(agent: IntArray, serial: NDArray[np.int64]) -> tuple[IntArray, NDArray[np.intp]]:
+    """Numbers a round's Masters as they first appear: of each use, and the first use of each.
+
+    The n-th use of one Master by one agent counts as a Master of its own.
+    """
+    _, master = np.unique(serial, return_inverse=True)
+    masters = int(master.max(initial=-1)) + 1
+    pair = agent.astype(np.int64) * masters + master
+    by_pair = np.argsort(pair, kind="stable")
+    is_first = np.ones(len(pair), dtype=bool)
+    is_first[1:] = pair[by_pair][1:] != pair[by_pair][:-1]
+    since = np.arange(len(pair)) - np.maximum.accumulate(
+        np.where(is_first, np.arange(len(pair)), 0)
+    )
+    occurrence = np.empty(len(pair), dtype=np.int64)
+    occurrence[by_pair] = since
+    _, first, number = np.unique(
+        occurrence * masters + master, return_index=True, return_inverse=True
+    )
+    order = np.argsort(first)
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return rank[number], first[order]
+
+
+def _indptr(lengths: Sequence[int] | IntArray) -> IntArray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
-
-
-def _joined(parts: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)

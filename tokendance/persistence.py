@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokendance.geometry import KVGeometry
-from tokendance.mirror import Master, Mirror, Use
+from tokendance.mirror import Master, Mirror, Use, Uses
 from tokendance.pool import PagePool, Pages
 from tokendance.segments import Segment
 
@@ -74,7 +74,7 @@ def pack(
     """
     kept = {id(master): master for master in masters}
     for mirror in mirrors.values():
-        kept |= {id(use.master): use.master for use in mirror.uses}
+        kept |= {id(master): master for master in mirror.uses.masters}
     ordered = sorted(kept.values(), key=lambda master: master.last_used)
     index = {id(master): i for i, master in enumerate(ordered)}
     lists = [master.pages for master in ordered] + [m.own_pages for m in mirrors.values()]
@@ -170,15 +170,18 @@ def unpack(
         saved["agent"]: Mirror(
             segments=tuple(_segment(segment) for segment in saved["segments"]),
             length=saved["length"],
-            uses=[
-                Use(
-                    masters[use["master"]],
-                    use["delta"],
-                    use["length"],
-                    use["masks"].numpy().copy().view(np.uint32),
-                )
-                for use in saved["uses"]
-            ],
+            uses=Uses.of(
+                [
+                    Use(
+                        masters[use["master"]],
+                        use["delta"],
+                        use["length"],
+                        use["masks"].numpy().view(np.uint32),
+                    )
+                    for use in saved["uses"]
+                ],
+                pool.block_size,
+            ),
             own_pages=pages[saved["own_pages"].numpy()],
             own_position=saved["own_position"].numpy().copy(),
             exact_length=saved["exact_length"],

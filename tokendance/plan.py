@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from tokendance.layout import AgentLayout, Origin, Source, Span
-from tokendance.mirror import Master, Mirror, Use, empty_masks, no_pages, pages_for, slots_of
+from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, no_pages, pages_for, slots_of
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment, shared
 from tokendance.selection import KeyDeviation, Selection
@@ -33,7 +34,7 @@ class AgentState(Mirror):
         phase: how far it is.
         pending: int32, prompt positions that are still to be computed, ascending.
         candidates: uses whose rows `KeyDeviation` has not chosen yet.
-        output: the use whose Master holds the decoded rows, or None before the first.
+        output: the Master that holds the decoded rows, or None before the first.
         output_ids: the decoded tokens that were fed.
     """
 
@@ -43,17 +44,22 @@ class AgentState(Mirror):
         super().__init__(
             layout.segments,
             layout.length,
-            list(layout.uses),
+            layout.uses,
             own_pages,
             np.concatenate([carried, layout.own]),
             layout.exact_length,
         )
         self.layout = layout
-        made = [np.arange(use.delta, use.delta + use.length, dtype=np.int32) for use in layout.made]
-        self.pending: IntArray = np.sort(np.concatenate([layout.own, *made]))
+        self.pending: IntArray = layout.own
+        if layout.made:
+            computed = np.zeros(layout.length, dtype=bool)
+            computed[layout.own] = True
+            for use in layout.made:
+                computed[use.delta : use.delta + use.length] = True
+            self.pending = np.flatnonzero(computed).astype(np.int32)
         self.candidates = list(layout.candidates)
         self.phase = Phase.PREFILL if layout.length else Phase.DECODE
-        self.output: Use | None = None
+        self.output: Master | None = None
         self.output_ids: list[int] = []
 
     def slots(self, positions: IntArray, block_size: int) -> NDArray[np.int64]:
@@ -65,7 +71,9 @@ class AgentState(Mirror):
             own = self.own_position[index] == positions
             pages = self.own_pages[index // block_size].astype(np.int64)
             slots[own] = (pages * block_size + index % block_size)[own]
-        written = [*self.layout.made, self.output] if self.output else self.layout.made
+        written = list(self.layout.made)
+        if self.output is not None:
+            written.append(self.uses[-1])
         for use in written:
             inside = (positions >= use.delta) & (positions < use.delta + use.length)
             rows = slots_of(use.master.pages, use.length, block_size)
@@ -77,14 +85,16 @@ class AgentState(Mirror):
 
         Their pages were taken with the plan.
         """
-        for use in [use for use in self.candidates if id(use.master) in chosen]:
+        for use in self.candidates:
+            if id(use.master) not in chosen:
+                continue
             rows = chosen[id(use.master)]
             rows = rows[rows < use.length]
             use.override(rows, block_size)
             positions = (use.delta + rows).astype(np.int32)
             self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
             self.pending = np.union1d(self.pending, positions).astype(np.int32)
-            self.candidates.remove(use)
+        self.candidates = [use for use in self.candidates if id(use.master) not in chosen]
 
     def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
         """Tokens at positions of the prompt."""
@@ -118,16 +128,12 @@ class Plan:
         self.chosen: dict[int, IntArray] = {}  # rows that KeyDeviation chose, by id of the Master
         self._row_layers = self._pair_layers = 0
         self._prefilling = False
-        held: list[Master] = []
-        for layout in layouts:
-            for use in layout.uses:
-                store.hold(use.master)
-                held.append(use.master)
+        held = [master for layout in layouts for master in layout.uses.masters]
+        store.hold(held)
         try:
             self._states = self._lease(layouts)
         except BaseException:
-            for master in held:
-                store.let_go(master)
+            store.let_go(held)
             raise
         self._by_name = {
             state.layout.agent: state for state in self._states if state.layout.agent is not None
@@ -147,11 +153,10 @@ class Plan:
             pages_for(len(mine) + len(layout.own) + more, block) - len(mine) // block
             for layout, mine, more in zip(layouts, carried, chosen, strict=True)
         ]
-        parts = np.split(self.store.take_pages(sum(needs)), np.cumsum(needs, dtype=int))[
-            : len(needs)
-        ]
-        for master, pages in zip(made, parts, strict=False):
-            master.pages = pages
+        pages, ends = self.store.take_pages(sum(needs)), list(accumulate(needs, initial=0))
+        parts = [pages[begin:end].copy() for begin, end in pairwise(ends)]
+        for master, mine in zip(made, parts, strict=False):
+            master.pages = mine
         states = []
         for layout, mine, fresh in zip(layouts, carried, parts[len(made) :], strict=True):
             full = len(mine) // block
@@ -222,25 +227,25 @@ class Plan:
         """Makes room for decoded rows. Raises OutOfPagesError, then nothing has changed."""
         block = self.store.block_size
         length = len(state.output_ids) + len(token_ids)
-        pages = state.output.master.pages if state.output else no_pages()
+        pages = state.output.pages if state.output else no_pages()
         fresh = self.store.take_pages(pages_for(length, block) - len(pages))
         if state.output is None:
             exact = state.exact_length == state.length
             seen = frozenset(one.digest for one in state.segments if one.is_shared)
-            master = Master(b"", 0, state.length, state.layout.context, exact, seen)
-            self.store.hold(master)
-            state.output = Use(master, state.length, 0, empty_masks(0, block))
-            state.uses.append(state.output)
-        state.output.master.pages = np.concatenate([pages, fresh])
+            state.output = Master(b"", 0, state.length, state.layout.context, exact, seen)
+            self.store.hold([state.output])
+        state.output.pages = np.concatenate([pages, fresh])
         state.output_ids += token_ids
         self._set_output_length(state, length)
 
     def _set_output_length(self, state: AgentState, length: int) -> None:
         assert state.output is not None
-        state.output.length = state.output.master.length = length
-        state.output.masks = empty_masks(length, self.store.block_size)
+        state.output.length = length
         state.length = state.layout.length + length
-        if state.output.master.exact:
+        block = self.store.block_size
+        use = Use(state.output, state.layout.length, length, empty_masks(length, block))
+        state.uses = state.layout.uses.followed_by(Uses.of([use], block))
+        if state.output.exact:
             state.exact_length = state.length
 
     # The engine's view ----------------------------------------------------------------------------
@@ -284,7 +289,7 @@ class Plan:
         parts = [no_pages()]
         for state in self._states:
             if state.phase is not Phase.ENDED:
-                parts += [state.own_pages, *[use.master.pages for use in state.uses]]
+                parts += [state.own_pages, *[master.pages for master in state.uses.masters]]
         return len(np.unique(np.concatenate(parts))) * self.store.pool.page_bytes
 
     @property
@@ -302,10 +307,10 @@ class Plan:
             for use in state.layout.made
         }
         reused = [
-            made[id(use.master)]
+            made[id(master)]
             for state in self._states
-            for use in state.layout.uses
-            if id(use.master) in made and made[id(use.master)] != state.layout.agent
+            for master in state.layout.uses.masters
+            if id(master) in made and made[id(master)] != state.layout.agent
         ]
         return [agent for agent in self.agents if agent in set(reused)]
 
@@ -324,15 +329,15 @@ class Plan:
         if state.output is None:
             return
         kept = length - state.layout.length
-        pages = state.output.master.pages
+        pages = state.output.pages
         needed = pages_for(kept, self.store.block_size)
-        state.output.master.pages = pages[:needed]
+        state.output.pages = pages[:needed]
         self.store.drop_pages(pages[needed:])
         del state.output_ids[kept:]
         self._set_output_length(state, kept)
         if kept == 0:
-            state.uses.remove(state.output)
-            self.store.let_go(state.output.master)
+            state.uses = state.layout.uses
+            self.store.let_go([state.output])
             state.output = None
 
     def commit(
@@ -361,10 +366,10 @@ class Plan:
                 segment = shared(state.output_ids, namespace=namespace)
                 segments = (*segments, segment)
                 if self.source is Source.PRODUCER:
-                    state.output.master.digest = segment.digest
-            for use in state.uses:
-                if use.master.digest:
-                    self.store.publish(use.master)
+                    state.output.digest = segment.digest
+            for master in state.uses.masters:
+                if master.digest:
+                    self.store.publish(master)
             mirror = Mirror(
                 segments,
                 state.length,
@@ -402,8 +407,7 @@ class Plan:
 
     def _let_go(self, state: AgentState) -> None:
         state.phase = Phase.ENDED
-        for use in state.uses:
-            self.store.let_go(use.master)
+        self.store.let_go(state.uses.masters)
 
     @property
     def ended(self) -> bool:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
+from tokendance.rounds import IntArray
+
 
 @dataclass(frozen=True)
 class LeadingTokens:
@@ -36,11 +40,12 @@ class LeadingTokens:
         if self.unseen is not None and self.unseen < 1:
             raise ValueError(f"unseen: expected at least 1, got {self.unseen}")
 
-    def rows_of(self, unseen_tokens: int) -> int:
-        """Rows that are recomputed of a run behind so many tokens that its Master never saw."""
+    def rows_of(self, unseen_tokens: IntArray) -> IntArray:
+        """Rows that are recomputed of runs behind so many tokens that their Master never saw."""
         if self.unseen is None:
-            return self.count
-        return max(self.count, min(self.count + unseen_tokens // self.unseen, self.most))
+            return np.full_like(unseen_tokens, self.count)
+        rows = self.count + unseen_tokens // self.unseen
+        return np.clip(rows, self.count, max(self.count, self.most)).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -235,18 +235,20 @@ class DiffStore:
 
     # Masters --------------------------------------------------------------------------------------
 
-    def hold(self, master: Master) -> None:
-        """Keeps a Master from being evicted until it is let go."""
-        self._clock += 1
-        master.holders += 1
-        master.last_used = self._clock
+    def hold(self, masters: Sequence[Master]) -> None:
+        """Keeps Masters from being evicted until they are let go, as often as each is held."""
+        for clock, master in enumerate(masters, self._clock + 1):
+            master.holders += 1
+            master.last_used = clock
+        self._clock += len(masters)
 
-    def let_go(self, master: Master) -> None:
-        """Ends one `hold`. A Master that nothing refers to any more gives its pages back."""
-        master.holders -= 1
-        if master.holders == 0 and not master.stored:
-            self.drop_pages(master.pages)
-            master.pages = no_pages()
+    def let_go(self, masters: Sequence[Master]) -> None:
+        """Ends a `hold`. A Master that nothing refers to any more gives its pages back."""
+        for master in masters:
+            master.holders -= 1
+            if master.holders == 0 and not master.stored:
+                self.drop_pages(master.pages)
+                master.pages = no_pages()
 
     def publish(self, master: Master) -> None:
         """Lets later rounds find a Master by its digest; the first one of a digest stays."""
@@ -261,8 +263,7 @@ class DiffStore:
 
         The store takes over one use of each of the Mirror's own pages, and holds its Masters.
         """
-        for use in mirror.uses:
-            self.hold(use.master)
+        self.hold(mirror.uses.masters)
         earlier = self._mirrors.pop(agent, None)
         self._mirrors[agent] = mirror
         if earlier is not None:
@@ -279,8 +280,7 @@ class DiffStore:
 
     def _drop_mirror(self, mirror: Mirror) -> None:
         self._restore_rounds.clear()
-        for use in mirror.uses:
-            self.let_go(use.master)
+        self.let_go(mirror.uses.masters)
         self.drop_pages(mirror.own_pages)
 
     def _mirror(self, agent: str) -> Mirror:
@@ -383,7 +383,9 @@ class DiffStore:
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
         self._check_dense(tensors, layout)
-        layouts = lay_out(layout, self.find, {}, Nothing(), Source.MASTER, self.block_size)
+        layouts = lay_out(
+            layout, self.find, {}, Nothing(), Source.MASTER, self.block_size, self.max_position
+        )
         held: list[Master] = []
         taken: list[Pages] = []
         try:
@@ -393,8 +395,7 @@ class DiffStore:
                 self.drop_pages(pages)
             raise
         finally:
-            for master in held:
-                self.let_go(master)
+            self.let_go(held)
 
     def _encode(
         self,
@@ -408,12 +409,11 @@ class DiffStore:
         for layout in layouts:
             for use in layout.made:
                 use.master.pages = self.take_pages(pages_for(use.length, self.block_size))
-                self.hold(use.master)
+                self.hold([use.master])
                 held.append(use.master)
                 self._copy_rows(layout, use, dense)
-            for use in layout.uses:
-                self.hold(use.master)
-                held.append(use.master)
+            self.hold(layout.uses.masters)
+            held += layout.uses.masters
         mirrors: list[tuple[str, Mirror]] = []
         for layout in layouts:
             assert layout.agent is not None
@@ -446,8 +446,7 @@ class DiffStore:
         launches of their own; so only the masks are taken from them, and own rows are copied once
         all are known.
         """
-        for use in layout.uses:
-            use.masks[:] = 0
+        layout.uses.masks[:] = 0
         exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
         mirror = Mirror(
             layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact
@@ -476,10 +475,8 @@ class DiffStore:
             )
             masks |= round_.use_masks.cpu().numpy().view(np.uint32)
         own = np.ones(mirror.length, dtype=bool)
-        at = 0
+        mirror.uses.masks[:] = masks
         for use in mirror.uses:
-            use.masks[:] = masks[at : at + len(use.masks)]
-            at += len(use.masks)
             own[use.delta : use.delta + use.length] = False
             own[use.delta + use.overridden(self.block_size)] = True
         mirror.own_position = np.flatnonzero(own).astype(np.int32)
@@ -619,11 +616,9 @@ class DiffStore:
         masters = {id(master): master for master in self._masters.values()}
         outputs: dict[int, Master] = {}
         for mirror in self._mirrors.values():
-            for use in mirror.uses:
-                if use.master.stored or use.master.holders > 1:
-                    masters[id(use.master)] = use.master
-                else:
-                    outputs[id(use.master)] = use.master
+            for master in mirror.uses.masters:
+                shared = master.stored or master.holders > 1
+                (masters if shared else outputs)[id(master)] = master
         own_pages = [mirror.own_pages for mirror in self._mirrors.values()]
         own_pages += [master.pages for master in (*masters.values(), *outputs.values())]
         pages = np.unique(np.concatenate(own_pages)) if own_pages else no_pages()

@@ -1,13 +1,16 @@
 // Python module tokendance._planner; tokendance/_planner.pyi documents it.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "planner/layout.h"
 #include "planner/work_list.h"
 #include "tokendance/round.h"
 
@@ -54,10 +57,20 @@ int64_t indptr_segments(const char* name, const Array& array) {
 }
 
 // An array that owns the vector's memory.
-Array take(std::vector<int32_t>&& values, std::vector<py::ssize_t> shape) {
-  auto* owner = new std::vector<int32_t>(std::move(values));
-  py::capsule free_owner(owner, [](void* p) { delete static_cast<std::vector<int32_t>*>(p); });
-  return Array(std::move(shape), owner->data(), free_owner);
+template <typename T>
+py::array_t<T> take(std::vector<T>&& values, std::vector<py::ssize_t> shape) {
+  auto* owner = new std::vector<T>(std::move(values));
+  py::capsule free_owner(owner, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(std::move(shape), owner->data(), free_owner);
+}
+template <typename T>
+py::array_t<T> take(std::vector<T>&& values) {
+  const py::ssize_t size = static_cast<py::ssize_t>(values.size());
+  return take(std::move(values), {size});
+}
+py::array_t<uint8_t> take(const std::vector<Origin>& origins) {
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(origins.size()),
+                              reinterpret_cast<const uint8_t*>(origins.data()));
 }
 
 py::dict plan_work_arrays(const Array& row_agent, const Array& row_position, const Array& use_agent,
@@ -126,10 +139,139 @@ py::dict work_capacity_sizes(int64_t agents, int64_t rows, int64_t uses, int64_t
   return sizes;
 }
 
+using Flags = py::array_t<uint8_t, py::array::c_style>;
+
+const uint8_t* flag_data(const char* name, const Flags& flags, int64_t size) {
+  if (flags.size() != size) {
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(size) +
+                                " flags, got " + std::to_string(flags.size()));
+  }
+  return flags.data();
+}
+
+// A round's prompts, and what was found of them: kept between the two passes of its layout.
+class RoundLayout {
+ public:
+  RoundLayout(Array place_indptr, Array segment, Flags is_shared, Array segment_length,
+              Array prefix)
+      : arrays_{std::move(place_indptr), std::move(segment), std::move(segment_length),
+                std::move(prefix)},
+        is_shared_(std::move(is_shared)) {
+    const int64_t agents = indptr_segments("place_indptr", arrays_[0]);
+    const int64_t places = arrays_[0].at(agents);
+    prompts_.num_agents = agents;
+    prompts_.num_segments = arrays_[2].size();
+    prompts_.place_indptr = arrays_[0].data();
+    prompts_.segment = vector_data("segment", arrays_[1], places);
+    prompts_.is_shared = flag_data("is_shared", is_shared_, places);
+    prompts_.segment_length = vector_data("segment_length", arrays_[2], prompts_.num_segments);
+    prompts_.prefix = vector_data("prefix", arrays_[3], agents);
+    for (int64_t place = 0; place < places; ++place) {
+      const int32_t number = prompts_.segment[place];
+      if (number < 0 || number >= prompts_.num_segments) {
+        throw std::invalid_argument("segment: expected 0 to " +
+                                    std::to_string(prompts_.num_segments - 1) + ", got " +
+                                    std::to_string(number) + " at " + std::to_string(place));
+      }
+    }
+  }
+
+  void match(const Array& exact_prefix, const Array& earlier_context, const Flags& agent_computes,
+             const Flags& segment_computes, const Array& stored, const Array& stored_rows,
+             const Array& master_context, const Flags& master_is_exact,
+             const Flags& master_has_seen, int32_t shortest, bool alone, bool informed, bool lone,
+             std::function<int32_t(int32_t, int32_t)> chain) {
+    const int64_t agents = prompts_.num_agents, segments = prompts_.num_segments;
+    MatchInput input;
+    input.prompts = prompts_;
+    input.exact_prefix = vector_data("exact_prefix", exact_prefix, agents);
+    input.earlier_context =
+        vector_data("earlier_context", earlier_context, prompts_.place_indptr[agents]);
+    input.agent_computes = flag_data("agent_computes", agent_computes, agents);
+    input.segment_computes = flag_data("segment_computes", segment_computes, segments);
+    input.num_masters = master_context.size();
+    input.stored = vector_data("stored", stored, segments);
+    input.stored_rows = vector_data("stored_rows", stored_rows, segments);
+    input.master_context = master_context.data();
+    input.master_is_exact = flag_data("master_is_exact", master_is_exact, input.num_masters);
+    input.master_has_seen =
+        flag_data("master_has_seen", master_has_seen, input.num_masters * segments);
+    input.shortest = shortest;
+    input.alone = alone;
+    input.informed = informed;
+    input.lone = lone;
+    input.chain = std::move(chain);
+    for (int64_t segment = 0; segment < segments; ++segment) {
+      if (input.stored[segment] >= input.num_masters) {
+        throw std::invalid_argument("stored: expected less than " +
+                                    std::to_string(input.num_masters) + ", got " +
+                                    std::to_string(input.stored[segment]));
+      }
+    }
+    match_ = match_round(input);
+  }
+
+  Array order() const { return copied(match_.order); }
+  Array unseen() const { return copied(match_.unseen); }
+  Array exact_length() const { return copied(match_.exact_length); }
+
+  py::list made() const {
+    py::list result;
+    for (const MadeMaster& master : match_.made) {
+      result.append(py::make_tuple(master.agent, master.segment, master.origin, master.context,
+                                   master.place, master.is_exact));
+    }
+    return result;
+  }
+
+  py::dict tile(const Array& repaired, int32_t block_size) const {
+    Tiling tiling = tile_round(
+        prompts_, match_,
+        vector_data("repaired", repaired, static_cast<int64_t>(match_.origin.size())), block_size);
+    py::dict arrays;
+    arrays["span_indptr"] = take(std::move(tiling.span_indptr));
+    arrays["span_end"] = take(std::move(tiling.span_end));
+    arrays["span_origin"] = take(tiling.span_origin);
+    arrays["use_indptr"] = take(std::move(tiling.use_indptr));
+    arrays["use_master"] = take(std::move(tiling.use_master));
+    arrays["use_delta"] = take(std::move(tiling.use_delta));
+    arrays["use_length"] = take(std::move(tiling.use_length));
+    arrays["use_origin"] = take(tiling.use_origin);
+    arrays["mask_indptr"] = take(std::move(tiling.mask_indptr));
+    arrays["masks"] = take(std::move(tiling.masks));
+    arrays["own_indptr"] = take(std::move(tiling.own_indptr));
+    arrays["own"] = take(std::move(tiling.own));
+    return arrays;
+  }
+
+ private:
+  static Array copied(const std::vector<int32_t>& values) {
+    return Array(static_cast<py::ssize_t>(values.size()), values.data());
+  }
+
+  Array arrays_[4];
+  Flags is_shared_;
+  Prompts prompts_{};
+  Match match_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
-  m.doc() = "Planner of work lists (csrc/planner).";
+  m.doc() = "Planner of layouts and work lists (csrc/planner).";
+  py::class_<RoundLayout>(m, "RoundLayout")
+      .def(py::init<Array, Array, Flags, Array, Array>(), py::arg("place_indptr"),
+           py::arg("segment"), py::arg("is_shared"), py::arg("segment_length"), py::arg("prefix"))
+      .def("match", &RoundLayout::match, py::kw_only(), py::arg("exact_prefix"),
+           py::arg("earlier_context"), py::arg("agent_computes"), py::arg("segment_computes"),
+           py::arg("stored"), py::arg("stored_rows"), py::arg("master_context"),
+           py::arg("master_is_exact"), py::arg("master_has_seen"), py::arg("shortest"),
+           py::arg("alone"), py::arg("informed"), py::arg("lone"), py::arg("chain"))
+      .def_property_readonly("order", &RoundLayout::order)
+      .def_property_readonly("made", &RoundLayout::made)
+      .def_property_readonly("unseen", &RoundLayout::unseen)
+      .def_property_readonly("exact_length", &RoundLayout::exact_length)
+      .def("tile", &RoundLayout::tile, py::arg("repaired"), py::arg("block_size"));
   m.def("plan_work", &plan_work_arrays, py::arg("row_agent"), py::arg("row_position"),
         py::arg("use_agent"), py::arg("use_master"), py::arg("use_delta"), py::arg("use_length"),
         py::arg("master_page_indptr"), py::arg("own_length"), py::arg("own_page_indptr"),
