@@ -166,6 +166,8 @@ inline void with_element(DType dtype, const Visit& visit) {
       return visit(Float16{});
     case DType::kBFloat16:
       return visit(BFloat16{});
+    default:
+      return;
   }
 }
 

@@ -293,6 +293,8 @@ inline void with_types(DType dtype, bool interleaved, const Visit& visit) {
       return with_style(Float16{});
     case DType::kBFloat16:
       return with_style(BFloat16{});
+    default:
+      return;
   }
 }
 
