@@ -69,7 +69,7 @@ def text(result: Mapping[str, Any]) -> str:
         lines += [
             f"**{workload}**",
             "",
-            "| selection | pool | KL | worst agent's | siblings' KL | top-1 | stored MiB | dense MiB |",
+            "| selection | pool | KL | worst agent's | siblings' KL | top-1 | stored MiB | dense |",
             "| --- |" + " --- |" * 7,
         ]
         lines += [
