@@ -49,7 +49,7 @@ def quantization_of(
     model: Any,
     token_ids: Sequence[Sequence[int]],
     dtype: torch.dtype = torch.float8_e4m3fn,
-    margin: float = 1.1,
+    margin: float | None = None,
 ) -> Quantization:
     """Scales for a model's keys and values, from what it makes of some prompts.
 
