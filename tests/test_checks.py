@@ -52,7 +52,7 @@ ROTATE = [
     ({"x": torch.zeros(ROWS, HEADS, 72)}, "x: expected head_dim 64, 80, 96, 128 or 256, got 72"),
     (
         {"x": torch.zeros(ROWS, HEADS, HEAD_DIM, dtype=torch.float64)},
-        "x: expected float32, float16 or bfloat16, got float64",
+        "x: expected float32, float16, bfloat16, float8_e4m3fn or int8, got float64",
     ),
     (
         {"x": torch.zeros(ROWS, HEADS, 2 * HEAD_DIM)[..., ::2]},
@@ -88,7 +88,10 @@ ROTATE = [
     ({"cos": tables()[0].double()}, "cos: expected float32, got float64"),
     ({"cos": torch.ones(HEAD_DIM // 2, POSITIONS).t()}, "cos: expected a contiguous tensor"),
     ({"out": torch.zeros(ROWS, 3, HEAD_DIM)}, "out: expected [6, 2, 64], got [6, 3, 64]"),
-    ({"out": torch.zeros(ROWS, HEADS, HEAD_DIM).half()}, "out: expected float32, got float16"),
+    (
+        {"out": torch.zeros(ROWS, HEADS, HEAD_DIM).half()},
+        "out: expected float32, float8_e4m3fn or int8, got float16",
+    ),
     (
         {"out": torch.zeros(1, HEADS, HEAD_DIM).expand(ROWS, -1, -1)},
         "out: expected memory of its own for every element, got strides [0, 64, 1]",

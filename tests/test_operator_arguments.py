@@ -32,12 +32,19 @@ def to(dtype):
     return lambda tensor: tensor.to(dtype)
 
 
+E4M3 = torch.float8_e4m3fn
+
+
+def scales(*shape):
+    return lambda _: torch.ones(shape)
+
+
 REFUSED = [
     (
         "rope_rotate",
         "x",
         to(torch.float64),
-        "x: expected float32, float16 or bfloat16, got float64",
+        "x: expected float32, float16, bfloat16, float8_e4m3fn or int8, got float64",
     ),
     ("rope_rotate", "x", lambda x: x[0], "x: expected [rows, heads, head_dim] or [pages, block_si"),
     (
@@ -79,7 +86,12 @@ REFUSED = [
         lambda _: torch.zeros(9, 64),
         "cos: expected [max_position, <= 32], got",
     ),
-    ("rope_rotate_out", "out", to(torch.float32), "out: expected bfloat16, got float32"),
+    (
+        "rope_rotate_out",
+        "out",
+        to(torch.float32),
+        "out: expected bfloat16, float8_e4m3fn or int8, got float32",
+    ),
     ("rope_rotate_out", "out", first(3), "row_out[0]: expected at most 2, got 5"),
     (
         "rope_rotate_out",
@@ -154,7 +166,12 @@ REFUSED = [
         "q: expected a multiple of the 2 heads of k_",
     ),
     ("collective_attention", "q", first(1), "q: expected [2, q_heads, head_dim], got [1, 4, 64]"),
-    ("collective_attention", "q", to(torch.float32), "k_pool: expected float32, got bfloat16"),
+    (
+        "collective_attention",
+        "q",
+        to(torch.float32),
+        "k_pool: expected float32, float8_e4m3fn or int8, got bfloat16",
+    ),
     ("collective_attention", "q", lambda q: q.mT, "q: expected innermost stride 1, got strides"),
     ("collective_attention", "k_pool", first(2), "v_pool: expected [2, 16, 2, 64], got [12, 16, 2"),
     (
@@ -197,6 +214,28 @@ REFUSED = [
     ("merge_states", "sinks", first(1), "sinks: expected [2], got [1]"),
     ("merge_states_out", "out", first(1), "out: expected [4, 2, 64], got [1, 2, 64]"),
     ("merge_states_out", "out", to(torch.float16), "out: expected float32, got float16"),
+    (
+        "key_deviation",
+        "fresh",
+        to(E4M3),
+        "fresh: expected float32, float16 or bfloat16, got float8",
+    ),
+    ("key_deviation", "cached", to(E4M3), "cached: expected bfloat16, got float8_e4m3fn"),
+    ("merge_states", "partial_out", to(E4M3), "partial_out: expected float32, float16 or bfloat1"),
+    ("collective_attention", "q", to(E4M3), "q: expected float32, float16 or bfloat16, got float8"),
+    ("collective_attention", "k_pool", to(E4M3), "v_pool: expected float8_e4m3fn, got bfloat16"),
+    (
+        "collective_attention",
+        "k_scale",
+        scales(2),
+        "k_scale: expected None where k_pool is bfloat1",
+    ),
+    ("rope_rotate_out", "x_scale", scales(2), "x_scale: expected None where x is bfloat16, got a"),
+    ("rope_rotate_out", "out_scale", scales(2), "out_scale: expected None where out is bfloat16"),
+    ("diff_encode", "k_in", each(to(E4M3)), "k_in[0]: expected bfloat16, got float8_e4m3fn"),
+    ("diff_encode", "k_scale", scales(2, 2), "k_scale: expected None where k_pool[0] is bfloat16"),
+    ("diff_restore", "k_out", each(to(E4M3)), "k_out[0]: expected bfloat16, got float8_e4m3fn"),
+    ("diff_restore", "v_scale", scales(2, 2), "v_scale: expected None where k_pool[0] is bfloat16"),
 ]
 
 
@@ -207,6 +246,55 @@ REFUSED = [
 )
 def test_refused(operator, name, change, message):
     arguments = named_arguments_of(operator)
+    arguments[name] = change(arguments.get(name))
+    before = [tensor.clone() for tensor in tensors_in(arguments.values())]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        getattr(torch.ops.tokendance, operator)(**arguments)
+    for tensor, was in zip(tensors_in(arguments.values()), before, strict=True):
+        testing.assert_same_bits(tensor, was, "an argument of a refused call")
+
+
+def shorter(scales):
+    return scales[..., :1].contiguous()
+
+
+def minus(scales):
+    return -scales
+
+
+QUANTIZED_REFUSED = [
+    (
+        "rope_rotate_out",
+        "out",
+        to(torch.int8),
+        "out: expected float8_e4m3fn, float32, float16 or b",
+    ),
+    ("rope_rotate_out", "out", to(E4M3), "out_scale: expected scales as for x, got None"),
+    ("rope_rotate_out", "x_scale", shorter, "x_scale: expected [2], got [1]"),
+    ("rope_rotate_out", "x_scale", minus, "x_scale: expected positive, finite scales, got -0.0"),
+    ("rope_rotate_out", "x_scale", lambda s: s * torch.inf, "x_scale: expected positive, finite"),
+    ("rope_rotate_out", "x_scale", to(torch.float64), "x_scale: expected float32, got float64"),
+    ("rope_rotate_out", "out_scale", scales(2), "out_scale: expected None where out is bfloat16"),
+    ("diff_encode", "k_in", each(to(torch.int8)), "k_in[0]: expected float8_e4m3fn, got int8"),
+    ("diff_encode", "k_scale", shorter, "k_scale: expected [2, 2], got [2, 1]"),
+    ("diff_encode", "v_scale", lambda s: s[:1], "v_scale: expected [2, 2], got [1, 2]"),
+    ("diff_restore", "k_out", each(to(torch.int8)), "k_out[0]: expected float8_e4m3fn, float32, f"),
+    ("diff_restore", "k_out", each(to(torch.half)), "v_out[0]: expected float16, got float8_e4m3f"),
+    ("diff_restore", "v_scale", lambda s: s.mT, "v_scale: expected a contiguous tensor, got strid"),
+    ("collective_attention", "k_scale", shorter, "k_scale: expected [2], got [1]"),
+    ("collective_attention", "v_scale", minus, "v_scale: expected positive, finite scales, got"),
+    ("collective_attention", "v_pool", to(torch.int8), "v_pool: expected float8_e4m3fn, got int8"),
+    ("collective_attention_out", "out", to(E4M3), "out: expected bfloat16, got float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "change", "message"),
+    QUANTIZED_REFUSED,
+    ids=[f"{operator}-{name}-{i}" for i, (operator, name, *_) in enumerate(QUANTIZED_REFUSED)],
+)
+def test_refused_of_quantized_arguments(operator, name, change, message):
+    arguments = named_arguments_of(operator, E4M3)
     arguments[name] = change(arguments.get(name))
     before = [tensor.clone() for tensor in tensors_in(arguments.values())]
     with pytest.raises(RuntimeError, match=re.escape(message)):

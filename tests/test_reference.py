@@ -311,3 +311,31 @@ def test_deviation_by_hand():
     torch.testing.assert_close(got[0], distance(0, 0, 4) + distance(5, 0, 4))
     torch.testing.assert_close(got[1], distance(1, -5, 0))
     torch.testing.assert_close(got[2], distance(2, 7, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantizing_takes_the_nearest_element_and_ties_go_to_even(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    elements = codes.double()
+    elements = elements[elements.isfinite()].unique()
+    if dtype == torch.int8:
+        elements = elements[1:]  # -128 has no opposite and is never made
+    middles = (elements[1:] + elements[:-1]) / 2
+    generator = torch.Generator().manual_seed(1)
+    between = (torch.rand(4000, generator=generator, dtype=torch.float64) * 2 - 1) * 500
+    small = between / 20000  # subnormal in e4m3
+    x = torch.cat([elements, middles, between, small]).float()
+    scale = torch.tensor([1.0, 0.25])
+    got = reference.quantize_rows(x[:, None, None] * scale[:, None], scale, dtype)[..., 0].double()
+    distance = (x.double()[:, None] - elements).abs()
+    nearest = distance.min(dim=1).values
+    for head in range(2):
+        assert torch.equal((got[:, head] - x.double()).abs(), nearest)
+    index = torch.searchsorted(elements, got[len(elements) : len(elements) + len(middles), 0])
+    zero = int((elements == 0).nonzero())
+    assert ((index - zero) % 2 == 0).all()  # magnitudes are consecutive codes
+    beyond = torch.tensor([[[torch.inf, -torch.inf, 1e30, torch.nan]]])
+    ends = reference.quantize_rows(beyond, None, dtype).float()[0, 0]
+    largest = float(elements.max())
+    assert ends[:3].tolist() == [largest, -largest, largest]
+    assert ends[3].isnan() if dtype.is_floating_point else ends[3] == 0

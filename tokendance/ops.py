@@ -8,7 +8,13 @@ Shapes: ``R`` query rows, ``N`` agents, ``L`` layers, ``T`` columns of a slot ma
 query and KV heads, ``D`` head dim (64, 80, 96, 128 or 256). A *row tensor* is ``[rows, heads, D]``,
 or paged ``[pages, block_size, heads, D]`` where row ``r`` is row ``r % block_size`` of page
 ``r // block_size``; any strides, the innermost 1. Keys, values and queries are fp32, fp16 or bf16,
-all of one dtype. ``cos`` and ``sin`` are fp32 contiguous ``[max_position, rotary_dim / 2]`` (see
+all of one dtype. Some arguments may be *quantized*: e4m3 (``torch.float8_e4m3fn``), or on the CPU
+int8, whose elements stand for themselves times the fp32 scale of their KV head. ``x`` with
+scale ``s`` becomes ``x * (1 / s)`` in fp32, limited to +-448 (int8: +-127) and rounded to the
+nearest, ties to even; NaN stays NaN in e4m3 and becomes 0 in int8. Scales are positive, finite,
+fp32 contiguous; None for 1.
+
+``cos`` and ``sin`` are fp32 contiguous ``[max_position, rotary_dim / 2]`` (see
 :class:`~tokendance.rope.Rope`); ``interleaved`` pairs dims ``(2i, 2i+1)`` instead of
 ``(i, i + rotary_dim/2)``. All tensors are on one device, and work is queued on its current stream.
 Every tensor may as well be an array of another library that exports itself by DLPack: see
@@ -117,7 +123,7 @@ def rope_rotate(
     that does not move keeps its bits.
 
     Args:
-        x: row tensor.
+        x: row tensor, which may be quantized: its scales cancel.
         row_in: int64 ``[n]``; None for all rows in order.
         position_from: int32 ``[n]``; None for 0, that is a fresh key, not rotated yet.
         position_to: int32 ``[n]``, less than ``max_position`` away; None copies the rows.
@@ -145,14 +151,22 @@ def rope_rotate_out(
     interleaved: bool,
     scale: float,
     out: Array,
+    x_scale: Array | None = None,
+    out_scale: Array | None = None,
 ) -> None:
     """:func:`rope_rotate` into the rows ``row_out`` of ``out``, one or several per row of ``x``.
+
+    With a quantized ``out`` it quantizes fresh rows, with a quantized ``x`` it reads rows out:
+    ``x`` times ``x_scale`` is rotated, times ``scale``, over ``out_scale``, and rounded once.
 
     Args:
         row_out: int64 ``[n]`` or ``[n, destinations]``, distinct, -1 to skip; None for
             ``0 .. n-1``.
         position_to: int32 of the shape of ``row_out`` (``[n]`` without it); None copies the rows.
-        out: row tensor, mutated. It may share memory with ``x`` if no row written is one read.
+        out: row tensor, mutated, of the dtype of ``x`` or so that one of the two is quantized. It
+            may share memory with ``x`` if no row written is one read.
+        x_scale, out_scale: fp32 ``[heads]`` of what is quantized. If both are, give both or None:
+            one set of scales cancels, and a row that does not move keeps its bits.
     """
     _call(
         _ops.rope_rotate_out,
@@ -166,6 +180,8 @@ def rope_rotate_out(
         interleaved,
         scale,
         as_output(out),
+        x_scale,
+        out_scale,
     )
 
 
@@ -182,7 +198,7 @@ def rope_rotate_(
     """:func:`rope_rotate` in place.
 
     Args:
-        x: row tensor, mutated.
+        x: row tensor, mutated; it may be quantized.
         rows: int64 ``[n]``, distinct; None for all.
     """
     _call(
@@ -292,6 +308,8 @@ def diff_encode(
     round: RoundTensors,
     atol: float = 0.0,
     rtol: float = 0.0,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
 ) -> None:
     """Stores dense KV of agents as block-sparse diffs against Masters (TokenDance, 2604.03143).
 
@@ -304,12 +322,14 @@ def diff_encode(
         slot_mapping: int64 ``[N, T]``, row of ``k_in``/``v_in`` of position p of agent a.
         length: int32 ``[N]`` tokens of each agent, at most T.
         k_pool, v_pool: per layer ``[num_pages, block_size, Hk, D]``; the rows of own pages are
-            mutated.
+            mutated. ``k_in``, ``v_in`` and pools are of one dtype, which may be quantized.
         round: uses (from position 0 on), Masters and own pages are read. ``use_masks``,
             ``own_length`` and ``own_position`` are mutated: rows beyond the capacity of the agent's
             own pages are counted in ``own_length`` and not written. Rows of a use at positions from
             ``length`` on are not compared and keep mask bit 0.
         atol, rtol: tolerances; NaN never lies within one.
+        k_scale, v_scale: fp32 ``[L, Hk]`` of quantized keys and values, in ``k_in``/``v_in`` and in
+            the pools: ``atol`` is a difference of what the elements stand for.
     """
     _call(
         _ops.diff_encode,
@@ -326,6 +346,8 @@ def diff_encode(
         round.extents.as_list(),
         atol,
         rtol,
+        k_scale,
+        v_scale,
     )
 
 
@@ -339,6 +361,8 @@ def diff_restore(
     slot_mapping: Array,
     k_out: Sequence[Array],
     v_out: Sequence[Array],
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
 ) -> None:
     """Writes Mirrors out as dense rows, the inverse of :func:`diff_encode` (2604.03143).
 
@@ -346,12 +370,15 @@ def diff_restore(
     way; there is no dense copy in between.
 
     Args:
-        k_pool, v_pool: per layer ``[num_pages, block_size, Hk, D]``.
+        k_pool, v_pool: per layer ``[num_pages, block_size, Hk, D]``; they may be quantized.
         round: uses, Masters and own rows are read.
         slot_mapping: int64 ``[N, T]``, row of ``k_out``/``v_out`` for position p of agent a,
             distinct; negative to skip. Positions from T on are skipped.
         k_out, v_out: per layer a row tensor, of one shape and with the same strides; the rows that
-            the mapping names are mutated.
+            the mapping names are mutated. They have the dtype of the pools, or of quantized pools
+            are read out in fp32, fp16 or bf16.
+        k_scale, v_scale: fp32 ``[L, Hk]`` of quantized pools; between two quantized tensors they
+            cancel and are not read.
     """
     _call(
         _ops.diff_restore,
@@ -365,6 +392,8 @@ def diff_restore(
         slot_mapping,
         [as_output(rows) for rows in k_out],
         [as_output(rows) for rows in v_out],
+        k_scale,
+        v_scale,
     )
 
 
@@ -384,6 +413,8 @@ def collective_attention(
     soft_cap: float = 0.0,
     sinks: Array | None = None,
     rotary_scale: float = 1.0,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a round's rows over Masters and Mirrors as they are stored.
 
@@ -392,13 +423,16 @@ def collective_attention(
 
     Args:
         q: ``[R, Hq, D]`` before RoPE; padding rows are not read.
-        k_pool, v_pool: ``[num_pages, block_size, Hk, D]``, ``Hq`` a multiple of ``Hk``.
+        k_pool, v_pool: ``[num_pages, block_size, Hk, D]``, ``Hq`` a multiple of ``Hk``; they may be
+            quantized.
         round: query rows, uses, Masters, own rows and the work list.
         scale: of the scores.
         window: a row sees keys fewer than ``window`` positions back; 0 for all.
         soft_cap: ``soft_cap * tanh(score / soft_cap)`` after scaling; 0 for none.
         sinks: fp32 ``[Hq]`` logits that enter the denominator of the output and not ``lse``.
         rotary_scale: multiplies the rotary dims of the queries (YaRN's attention factor).
+        k_scale, v_scale: fp32 ``[Hk]`` of quantized pools. Elements are widened exactly; scores and
+            outputs are multiplied.
 
     Returns:
         ``out`` ``[R, Hq, D]`` of the dtype of ``q`` and ``lse`` fp32 ``[R, Hq]``, natural. A row
@@ -421,6 +455,8 @@ def collective_attention(
             soft_cap,
             sinks,
             rotary_scale,
+            k_scale,
+            v_scale,
         ),
     )
 
@@ -441,6 +477,8 @@ def collective_attention_out(
     workspace: Array,
     out: Array,
     lse: Array,
+    k_scale: Array | None = None,
+    v_scale: Array | None = None,
 ) -> None:
     """:func:`collective_attention` without an allocation.
 
@@ -467,6 +505,8 @@ def collective_attention_out(
         as_output(workspace),
         as_output(out),
         as_output(lse),
+        k_scale,
+        v_scale,
     )
 
 
@@ -541,6 +581,8 @@ def _fake_collective_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     rotary_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[1], q.shape[2]))
     return out, q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)

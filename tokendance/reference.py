@@ -12,6 +12,9 @@ Shapes: ``R`` query rows, ``N`` agents, ``L`` layers, ``T`` columns of a slot ma
 query and KV heads, ``D`` head dim. A *row tensor* is ``[rows, heads, D]``, or paged
 ``[pages, block_size, heads, D]`` where row ``r`` is row ``r % block_size`` of page
 ``r // block_size``.
+
+Keys and values may be quantized where the operators take it: to e4m3 or int8, with a scale per KV
+head (:func:`quantize_rows`, :func:`dequantize_rows`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from tokendance.rounds import RoundTensors
 __all__ = [
     "MirrorRows",
     "collective_attention",
+    "dequantize_rows",
     "diff_encode",
     "diff_restore",
     "exact_rotation",
@@ -37,11 +41,44 @@ __all__ = [
     "merge_states",
     "mirror_rows",
     "move_rows",
+    "quantize_rows",
     "rope_rotate",
     "rope_rotate_",
     "rope_rotate_out",
     "scatter_rows",
 ]
+
+# Quantized rows ---------------------------------------------------------------------------------
+
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_E4M3_NAN = 0x7F
+
+
+def quantize_rows(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What every operator stores of rows: times the reciprocal scale, limited, to nearest even.
+
+    Args:
+        x: fp32 ``[n, heads, D]``.
+        scale: fp32 ``[heads]``; None for 1.
+        dtype: ``torch.float8_e4m3fn`` or ``torch.int8``.
+
+    Returns:
+        ``[n, heads, D]``; NaN is NaN in e4m3 (of positive sign) and 0 in int8.
+    """
+    largest = _LARGEST[dtype]
+    y = x if scale is None else x * (1.0 / scale)[:, None]
+    missing = y.isnan()
+    y = torch.where(missing, 0.0, y.clamp(-largest, largest))
+    if dtype == torch.int8:
+        return y.round().to(torch.int8)
+    bits = y.to(dtype).view(torch.uint8)
+    return torch.where(missing, torch.tensor(_E4M3_NAN, dtype=torch.uint8), bits).view(dtype)
+
+
+def dequantize_rows(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What rows ``[n, heads, D]`` with scales ``[heads]`` (None for 1) stand for, in fp32."""
+    return x.float() if scale is None else x.float() * scale[:, None]
+
 
 # Rotation ---------------------------------------------------------------------------------------
 
@@ -105,19 +142,33 @@ def exact_rotation(
 
 
 def move_rows(
-    x: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: float = 1.0
+    x: Tensor,
+    shift: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """Moves rows by signed shifts, bit for bit what every operator does.
 
-    One rotation in fp32 in the order of ``rope.h``, then one rounding to the dtype of ``x``; a row
-    of shift 0 keeps its bits (but for ``scale``). Arguments as for :func:`exact_rotation`.
+    One rotation in fp32 in the order of ``rope.h``, then one rounding; a row of shift 0 keeps its
+    bits (but for ``scale``, and where scales or another dtype ask for other ones).
+
+    Args:
+        x, shift, cos, sin, interleaved, scale: as for :func:`exact_rotation`.
+        dtype: of the result; that of ``x`` by default.
+        x_scale, out_scale: fp32 ``[heads]`` of a quantized ``x`` and a quantized result.
 
     Returns:
-        ``[n, heads, D]`` of the dtype of ``x``.
+        ``[n, heads, D]`` of ``dtype``.
     """
+    dtype = dtype or x.dtype
     rotary_dim = 2 * cos.shape[1]
     cosine, sine = _angles(cos, sin, shift)
-    before = x.float()
+    before = dequantize_rows(x, x_scale)
     after = before.clone()
     x_first, x_second = _pairs(before, rotary_dim, interleaved)
     first, second = _pairs(after, rotary_dim, interleaved)
@@ -128,8 +179,10 @@ def move_rows(
     if scale != 1.0:
         for part in _pairs(after, rotary_dim, interleaved):
             part.mul_(torch.tensor(scale, dtype=torch.float32, device=x.device))
-        return after.to(x.dtype)
-    return torch.where(stays, x, after.to(x.dtype))  # NaN bits, too, stay as they are
+    moved = quantize_rows(after, out_scale, dtype) if dtype in _LARGEST else after.to(dtype)
+    if scale != 1.0 or dtype != x.dtype or x_scale is not None:
+        return moved
+    return torch.where(stays, x, moved)  # NaN bits, too, stay as they are
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -195,14 +248,19 @@ def rope_rotate_out(
     interleaved: bool,
     scale: float,
     out: Tensor,
+    x_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> None:
     """:func:`rope_rotate` into the rows ``row_out`` of ``out``, one or several per row of ``x``.
 
     Args:
         row_out: int64 ``[n]`` or ``[n, destinations]``, negative to skip; None for ``0 .. n-1``.
         position_to: int32 of the shape of ``row_out`` (``[n]`` without it).
-        out: row tensor, written.
+        out: row tensor, written; of the dtype of ``x``, or one of the two is quantized.
+        x_scale, out_scale: fp32 ``[heads]`` of what is quantized; None for 1.
     """
+    if position_to is None:  # a copy
+        scale = 1.0
     if row_in is None:
         row_in = _all_rows(x)
     if row_out is None:
@@ -211,16 +269,11 @@ def rope_rotate_out(
     to = None if position_to is None else position_to.reshape(destinations.shape)
     for column in range(destinations.shape[1]):
         written = destinations[:, column] >= 0
-        moved = rope_rotate(
-            x,
-            row_in[written],
-            None if position_from is None else position_from[written],
-            None if to is None else to[written, column],
-            cos,
-            sin,
-            interleaved,
-            scale,
-        )
+        rows = gather_rows(x, row_in[written])
+        shift = torch.zeros_like(row_in[written]) if to is None else to[written, column].long()
+        if position_from is not None:
+            shift = shift - position_from[written].long()
+        moved = move_rows(rows, shift, cos, sin, interleaved, scale, out.dtype, x_scale, out_scale)
         scatter_rows(out, destinations[written, column], moved)
 
 
@@ -363,6 +416,8 @@ def diff_encode(
     round: RoundTensors,
     atol: float = 0.0,
     rtol: float = 0.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Stores dense KV of agents as diffs against the Masters of their uses.
 
@@ -381,6 +436,8 @@ def diff_encode(
             ``own_length`` and ``own_position`` are written. Rows of a use at positions from the
             agent's length on are not compared and count as the Master's.
         atol, rtol: tolerances; NaN never lies within one.
+        k_scale, v_scale: fp32 ``[L, Hk]`` of quantized keys and values, by which ``atol`` becomes a
+            difference of elements.
     """
     size = round.extents.block_size
     for agent in range(round.extents.agents):
@@ -395,9 +452,11 @@ def diff_encode(
             same = torch.ones(compared, dtype=torch.bool, device=round.device)
             for layer in range(len(k_in)):
                 moved = move_rows(gather_rows(k_pool[layer], rows), shift, cos, sin, interleaved)
-                same &= _same_rows(gather_rows(k_in[layer], slots), moved, atol, rtol)
+                dense = gather_rows(k_in[layer], slots)
+                same &= _same_rows(dense, moved, atol, rtol, _of_layer(k_scale, layer))
                 held = gather_rows(v_pool[layer], rows)
-                same &= _same_rows(gather_rows(v_in[layer], slots), held, atol, rtol)
+                dense = gather_rows(v_in[layer], slots)
+                same &= _same_rows(dense, held, atol, rtol, _of_layer(v_scale, layer))
             own[delta : delta + compared] = ~same
             for page in range(-(-int(round.use_length[use]) // size)):
                 mask = 0
@@ -418,16 +477,25 @@ def diff_encode(
             scatter_rows(v_pool[layer], destination, gather_rows(v_in[layer], slots))
 
 
-_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
-def _same_rows(dense: Tensor, moved: Tensor, atol: float, rtol: float) -> Tensor:
+def _of_layer(scales: Tensor | None, layer: int) -> Tensor | None:
+    return None if scales is None else scales[layer]
+
+
+def _same_rows(
+    dense: Tensor, moved: Tensor, atol: float, rtol: float, scale: Tensor | None
+) -> Tensor:
     """Whether each row ``[heads, D]`` of ``dense`` may be stored as ``moved``: bool ``[n]``."""
     if atol == 0.0 and rtol == 0.0:
-        bits = _BITS[dense.dtype]
+        bits = _BITS[dense.element_size()]
         same = dense.contiguous().view(bits) == moved.contiguous().view(bits)
     else:
-        same = (dense.float() - moved.float()).abs() <= atol + rtol * moved.float().abs()
+        absolute = torch.tensor(atol, dtype=torch.float32)
+        if scale is not None:
+            absolute = (absolute / scale)[:, None]
+        same = (dense.float() - moved.float()).abs() <= absolute + rtol * moved.float().abs()
     return same.flatten(1).all(dim=1)
 
 
@@ -441,6 +509,8 @@ def diff_restore(
     slot_mapping: Tensor,
     k_out: Sequence[Tensor],
     v_out: Sequence[Tensor],
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """Rebuilds the dense KV of every agent from its Mirror.
 
@@ -450,7 +520,9 @@ def diff_restore(
         round: uses, Masters and own rows.
         slot_mapping: int64 ``[N, T]``, row of ``k_out``/``v_out`` for position p of agent a;
             negative to skip. Positions from T on are skipped.
-        k_out, v_out: per layer, a row tensor; the rows named are written.
+        k_out, v_out: per layer, a row tensor; the rows named are written. Of the dtype of the
+            pools, or of quantized pools what the elements stand for.
+        k_scale, v_scale: fp32 ``[L, Hk]`` of quantized pools, not read if ``k_out`` is quantized.
     """
     for agent in range(round.extents.agents):
         rows = mirror_rows(round, agent)
@@ -460,9 +532,22 @@ def diff_restore(
         pool_row = rows.pool_row[inside][written]
         shift = rows.shift[inside][written]
         for layer in range(len(k_pool)):
-            keys = move_rows(gather_rows(k_pool[layer], pool_row), shift, cos, sin, interleaved)
+            dtype = k_out[layer].dtype
+            widened = dtype != k_pool[layer].dtype
+            keys = move_rows(
+                gather_rows(k_pool[layer], pool_row),
+                shift,
+                cos,
+                sin,
+                interleaved,
+                dtype=dtype,
+                x_scale=_of_layer(k_scale, layer) if widened else None,
+            )
+            values = gather_rows(v_pool[layer], pool_row)
+            if widened:
+                values = dequantize_rows(values, _of_layer(v_scale, layer)).to(dtype)
             scatter_rows(k_out[layer], slot[written], keys)
-            scatter_rows(v_out[layer], slot[written], gather_rows(v_pool[layer], pool_row))
+            scatter_rows(v_out[layer], slot[written], values)
 
 
 # Attention --------------------------------------------------------------------------------------
@@ -481,6 +566,8 @@ def collective_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     rotary_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query row over its agent's Mirror: dense, masked, in fp64.
 
@@ -497,6 +584,7 @@ def collective_attention(
         soft_cap: ``soft_cap * tanh(score / soft_cap)`` after scaling; 0 for none.
         sinks: fp32 ``[Hq]`` logits that enter the denominator of the output and not ``lse``.
         rotary_scale: multiplies the rotary dims of the queries.
+        k_scale, v_scale: fp32 ``[Hk]`` of quantized pools; None for 1.
 
     Returns:
         ``out`` fp64 ``[R, Hq, D]`` and ``lse`` fp64 ``[R, Hq]``, natural. A row that sees nothing,
@@ -512,13 +600,14 @@ def collective_attention(
         rows = mirror_rows(round, agent)
         position = round.row_position[query].long()
         queries = exact_rotation(q[query], position, cos, sin, interleaved, rotary_scale)
-        keys = exact_rotation(
-            gather_rows(k_pool, rows.pool_row), rows.shift, cos, sin, interleaved
-        ).repeat_interleave(num_q_heads // num_kv_heads, dim=1)
-        values = (
-            gather_rows(v_pool, rows.pool_row)
-            .double()
-            .repeat_interleave(num_q_heads // num_kv_heads, dim=1)
+        keys = exact_rotation(gather_rows(k_pool, rows.pool_row), rows.shift, cos, sin, interleaved)
+        values = gather_rows(v_pool, rows.pool_row).double()
+        if k_scale is not None:
+            keys = keys * k_scale.double()[:, None]
+        if v_scale is not None:
+            values = values * v_scale.double()[:, None]
+        keys, values = (
+            rows.repeat_interleave(num_q_heads // num_kv_heads, dim=1) for rows in (keys, values)
         )
         score = torch.einsum("rhd,khd->rhk", queries, keys) * scale
         if soft_cap > 0:

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/device.h>
 
+#include <cmath>
+
 namespace tokendance {
 namespace {
 
@@ -19,6 +21,28 @@ bool is_one_of(int64_t value, std::initializer_list<int64_t> values) {
     if (value == candidate) return true;
   }
   return false;
+}
+
+std::optional<DType> dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8;
+    case ScalarType::Char:
+      return DType::kInt8;
+    default:
+      return std::nullopt;
+  }
+}
+
+// The quantized dtypes on the device of `tensor`, as the end of a list.
+const char* quantized_text(const Tensor& tensor) {
+  return tensor.is_cpu() ? ", float8_e4m3fn or int8" : " or float8_e4m3fn";
 }
 
 }  // namespace
@@ -156,17 +180,59 @@ RowLayout Argument::pages(Dimensions& dims, Dimension pages, Dimension block_siz
           static_cast<int32_t>(rows_of_page)};
 }
 
-DType storage_dtype(std::string_view name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      fail(name, ": expected float32, float16 or bfloat16, got ", dtype_text(tensor.scalar_type()));
+DType plain_dtype(std::string_view name, const Tensor& tensor) {
+  const std::optional<DType> dtype = dtype_of(tensor);
+  if (!dtype || is_quantized(*dtype)) {
+    fail(name, ": expected float32, float16 or bfloat16, got ", dtype_text(tensor.scalar_type()));
   }
+  return *dtype;
+}
+
+DType storage_dtype(std::string_view name, const Tensor& tensor) {
+  const std::optional<DType> dtype = dtype_of(tensor);
+  if (!dtype || (*dtype == DType::kInt8 && !tensor.is_cpu())) {
+    fail(name, ": expected float32, float16, bfloat16", quantized_text(tensor), ", got ",
+         dtype_text(tensor.scalar_type()));
+  }
+  return *dtype;
+}
+
+DType paired_dtype(std::string_view name, const Tensor& tensor, const Tensor& source,
+                   Quantized may) {
+  Argument(std::string(name), tensor).device_of(source);
+  const DType from = *dtype_of(source);
+  const std::optional<DType> to = dtype_of(tensor);
+  const bool to_quantized = is_quantized(from) && may != Quantized::kResult;
+  const bool to_plain = !is_quantized(from) && may != Quantized::kSource;
+  if (to && *to == from) return from;
+  if (to && to_quantized && !is_quantized(*to)) return *to;
+  if (to && to_plain && is_quantized(*to) && (*to != DType::kInt8 || tensor.is_cpu())) return *to;
+  std::string wanted = dtype_text(source.scalar_type());
+  if (to_quantized) wanted += ", float32, float16 or bfloat16";
+  if (to_plain) wanted += quantized_text(tensor);
+  fail(name, ": expected ", wanted, ", got ", dtype_text(tensor.scalar_type()));
+}
+
+const float* checked_scales(const char* name, const std::optional<Tensor>& scales,
+                            std::string_view of, const Tensor& quantized, Dimensions& dims,
+                            std::initializer_list<Dimension> shape) {
+  if (!scales) return nullptr;
+  if (!is_quantized(*dtype_of(quantized))) {
+    fail(name, ": expected None where ", of, " is ", dtype_text(quantized.scalar_type()),
+         ", got a tensor");
+  }
+  Argument(name, *scales)
+      .device_of(quantized)
+      .dtype(ScalarType::Float)
+      .shape(dims, shape)
+      .contiguous();
+  const float* values = static_cast<const float*>(scales->const_data_ptr());
+  for (int64_t i = 0; scales->is_cpu() && i < scales->numel(); ++i) {
+    if (!(values[i] > 0.0f) || !std::isfinite(values[i])) {
+      fail(name, ": expected positive, finite scales, got ", values[i]);
+    }
+  }
+  return values;
 }
 
 int32_t checked_head_dim(std::string_view name, int64_t head_dim) {
@@ -237,6 +303,8 @@ const char* dtype_text(ScalarType dtype) {
       return "int16";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
     case ScalarType::Byte:
       return "uint8";
     case ScalarType::Bool:

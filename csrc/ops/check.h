@@ -105,8 +105,24 @@ class Argument {
   const Tensor& tensor_;
 };
 
-// The dtype of keys, values and queries: fp32, fp16 or bf16.
+// The dtype of queries, and of keys and values that may not be quantized: fp32, fp16 or bf16.
+DType plain_dtype(std::string_view name, const Tensor& tensor);
+// The dtype of stored keys and values: fp32, fp16, bf16 or e4m3, or on the CPU int8.
 DType storage_dtype(std::string_view name, const Tensor& tensor);
+inline bool is_quantized(DType dtype) { return dtype == DType::kFloat8 || dtype == DType::kInt8; }
+
+// Which of a source and what is made of it may be quantized while the other is not.
+enum class Quantized { kSource, kResult, kEither };
+// The dtype of `tensor`, made of (or multiplied with) a tensor of dtype `source`: the same, or as
+// `may` says one of the two is quantized. The devices agree.
+DType paired_dtype(std::string_view name, const Tensor& tensor, const Tensor& source,
+                   Quantized may);
+
+// The scales of the heads of a quantized tensor, fp32 contiguous of this shape; null = 1. On the
+// CPU their values are looked at.
+const float* checked_scales(const char* name, const std::optional<Tensor>& scales,
+                            std::string_view of, const Tensor& quantized, Dimensions& dims,
+                            std::initializer_list<Dimension> shape);
 // head_dim must be one that the kernels are made for.
 int32_t checked_head_dim(std::string_view name, int64_t head_dim);
 

@@ -23,20 +23,21 @@ struct Call {
 Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& cos,
                const Tensor& sin, bool interleaved, const Tensor& round,
                const std::vector<int64_t>& extents, double scale, int64_t window, double soft_cap,
-               const std::optional<Tensor>& sinks, double rotary_scale) {
+               const std::optional<Tensor>& sinks, double rotary_scale,
+               const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Call call{};
   CollectiveAttentionParams& params = call.params;
   const RoundExtents e = round_extents(extents);
   Dimensions dims;
-  params.dtype = storage_dtype("q", q);
+  params.dtype = plain_dtype("q", q);
   Argument("q", q).shape(dims, {e.rows, "q_heads", "head_dim"}).innermost_stride_1();
   params.head_dim = checked_head_dim("q", dims["head_dim"]);
   params.num_q_heads = static_cast<int32_t>(dims["q_heads"]);
+  params.pool_dtype = paired_dtype("k_pool", k_pool, q, Quantized::kResult);
   params.k_layout = Argument("k_pool", k_pool)
-                        .like(q)
                         .pages(dims, "num_pages", e.block_size, "kv_heads", params.head_dim);
   params.v_layout = Argument("v_pool", v_pool)
-                        .like(q)
+                        .like(k_pool)
                         .pages(dims, "num_pages", e.block_size, "kv_heads", params.head_dim);
   params.num_kv_heads = static_cast<int32_t>(dims["kv_heads"]);
   call.num_pages = dims["num_pages"];
@@ -55,6 +56,8 @@ Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, cons
         .shape(dims, {"q_heads"})
         .contiguous();
   }
+  params.k_scale = checked_scales("k_scale", k_scale, "k_pool", k_pool, dims, {"kv_heads"});
+  params.v_scale = checked_scales("v_scale", v_scale, "k_pool", k_pool, dims, {"kv_heads"});
   params.q = q.const_data_ptr();
   params.q_row_stride = q.stride(0);
   params.q_head_stride = q.stride(1);
@@ -86,15 +89,14 @@ void run(Call& call, const Tensor& workspace, const Tensor& out, const Tensor& l
 #endif
 }
 
-std::tuple<Tensor, Tensor> collective_attention(const Tensor& q, const Tensor& k_pool,
-                                                const Tensor& v_pool, const Tensor& cos,
-                                                const Tensor& sin, bool interleaved,
-                                                const Tensor& round, std::vector<int64_t> extents,
-                                                double scale, int64_t window, double soft_cap,
-                                                const std::optional<Tensor>& sinks,
-                                                double rotary_scale) {
+std::tuple<Tensor, Tensor> collective_attention(
+    const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& cos,
+    const Tensor& sin, bool interleaved, const Tensor& round, std::vector<int64_t> extents,
+    double scale, int64_t window, double soft_cap, const std::optional<Tensor>& sinks,
+    double rotary_scale, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
   Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, scale, window,
-                        soft_cap, sinks, rotary_scale);
+                        soft_cap, sinks, rotary_scale, k_scale, v_scale);
   const int64_t rows = call.params.round.extents.rows;
   Tensor out = torch::stable::new_empty(q, {rows, call.params.num_q_heads, call.params.head_dim});
   Tensor lse = torch::stable::new_empty(q, {rows, call.params.num_q_heads}, ScalarType::Float);
@@ -108,9 +110,10 @@ void collective_attention_out(const Tensor& q, const Tensor& k_pool, const Tenso
                               const Tensor& round, std::vector<int64_t> extents, double scale,
                               int64_t window, double soft_cap, const std::optional<Tensor>& sinks,
                               double rotary_scale, const Tensor& workspace, const Tensor& out,
-                              const Tensor& lse) {
+                              const Tensor& lse, const std::optional<Tensor>& k_scale,
+                              const std::optional<Tensor>& v_scale) {
   Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, scale, window,
-                        soft_cap, sinks, rotary_scale);
+                        soft_cap, sinks, rotary_scale, k_scale, v_scale);
   const CollectiveAttentionParams& params = call.params;
   const int64_t rows = params.round.extents.rows;
   Dimensions dims;

@@ -42,7 +42,8 @@ void diff_encode(const std::vector<Tensor>& k_in, const std::vector<Tensor>& v_i
                  const Tensor& slot_mapping, const Tensor& length,
                  const std::vector<Tensor>& k_pool, const std::vector<Tensor>& v_pool,
                  const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& round,
-                 std::vector<int64_t> extents, double atol, double rtol) {
+                 std::vector<int64_t> extents, double atol, double rtol,
+                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   expect(!k_pool.empty(), "k_pool", "at least one layer", 0);
   const Tensor& like = k_pool[0];
   Dimensions dims;
@@ -78,6 +79,8 @@ void diff_encode(const std::vector<Tensor>& k_in, const std::vector<Tensor>& v_i
   params.length = static_cast<const int32_t*>(length.const_data_ptr());
   params.atol = static_cast<float>(atol);
   params.rtol = static_cast<float>(rtol);
+  params.k_scale = checked_scales("k_scale", k_scale, "k_pool[0]", like, dims, {"layers", "heads"});
+  params.v_scale = checked_scales("v_scale", v_scale, "k_pool[0]", like, dims, {"layers", "heads"});
   fill_pointers(k_in, params.in.k);
   fill_pointers(v_in, params.in.v);
   fill_pointers(k_pool, params.pool.k);

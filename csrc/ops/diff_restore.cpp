@@ -26,7 +26,8 @@ void check_slots(const DiffRestoreParams& params) {
 void diff_restore(const std::vector<Tensor>& k_pool, const std::vector<Tensor>& v_pool,
                   const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& round,
                   std::vector<int64_t> extents, const Tensor& slot_mapping,
-                  const std::vector<Tensor>& k_out, const std::vector<Tensor>& v_out) {
+                  const std::vector<Tensor>& k_out, const std::vector<Tensor>& v_out,
+                  const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   expect(!k_pool.empty(), "k_pool", "at least one layer", 0);
   const Tensor& like = k_pool[0];
   Dimensions dims;
@@ -40,8 +41,12 @@ void diff_restore(const std::vector<Tensor>& k_pool, const std::vector<Tensor>& 
   params.num_layers = pool.num_layers;
   params.num_heads = static_cast<int32_t>(dims["heads"]);
   params.head_dim = checked_head_dim("k_pool[0]", dims["head_dim"]);
-  params.out_k_layout = checked_layers("k_out", k_out, like, dims, false, 0, true).layout;
-  params.out_v_layout = checked_layers("v_out", v_out, like, dims, false, 0, true).layout;
+  const Tensor& out = k_out.empty() ? like : k_out[0];
+  params.out_dtype = paired_dtype("k_out[0]", out, like, Quantized::kSource);
+  params.out_k_layout = checked_layers("k_out", k_out, out, dims, false, 0, true).layout;
+  params.out_v_layout = checked_layers("v_out", v_out, out, dims, false, 0, true).layout;
+  params.k_scale = checked_scales("k_scale", k_scale, "k_pool[0]", like, dims, {"layers", "heads"});
+  params.v_scale = checked_scales("v_scale", v_scale, "k_pool[0]", like, dims, {"layers", "heads"});
   params.rope = rope_tables(cos, sin, interleaved, like, params.head_dim);
   params.round = round_view(round, e, like);
   Argument("slot_mapping", slot_mapping)

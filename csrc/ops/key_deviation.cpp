@@ -38,7 +38,7 @@ KeyDeviationParams make_params(const Tensor& fresh, const Tensor& fresh_row,
                                double scale) {
   Dimensions dims;
   KeyDeviationParams params{};
-  params.dtype = storage_dtype("fresh", fresh);
+  params.dtype = plain_dtype("fresh", fresh);
   params.fresh_layout = Argument("fresh", fresh).rows(dims, "heads", "head_dim");
   params.num_heads = static_cast<int32_t>(dims["heads"]);
   params.head_dim = checked_head_dim("fresh", dims["head_dim"]);

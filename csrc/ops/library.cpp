@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(tokendance, m) {
   m.def(
       "rope_rotate_out(Tensor x, Tensor? row_in, Tensor? row_out, Tensor? position_from, "
       "Tensor? position_to, Tensor cos, Tensor sin, bool interleaved, float scale, "
-      "Tensor(a!) out) -> ()");
+      "Tensor(a!) out, Tensor? x_scale=None, Tensor? out_scale=None) -> ()");
   m.def(
       "rope_rotate_(Tensor(a!) x, Tensor? rows, Tensor? position_from, Tensor? position_to, "
       "Tensor cos, Tensor sin, bool interleaved=False, float scale=1.0) -> ()");
@@ -26,20 +26,22 @@ STABLE_TORCH_LIBRARY(tokendance, m) {
   m.def(
       "diff_encode(Tensor[] k_in, Tensor[] v_in, Tensor slot_mapping, Tensor length, "
       "Tensor(a!)[] k_pool, Tensor(b!)[] v_pool, Tensor cos, Tensor sin, bool interleaved, "
-      "Tensor(c!) round, int[] extents, float atol=0.0, float rtol=0.0) -> ()");
+      "Tensor(c!) round, int[] extents, float atol=0.0, float rtol=0.0, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
   m.def(
       "diff_restore(Tensor[] k_pool, Tensor[] v_pool, Tensor cos, Tensor sin, bool interleaved, "
-      "Tensor round, int[] extents, Tensor slot_mapping, Tensor(a!)[] k_out, Tensor(b!)[] v_out) "
-      "-> ()");
+      "Tensor round, int[] extents, Tensor slot_mapping, Tensor(a!)[] k_out, Tensor(b!)[] v_out, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(
       "collective_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor cos, Tensor sin, "
       "bool interleaved, Tensor round, int[] extents, float scale, int window=0, "
-      "float soft_cap=0.0, Tensor? sinks=None, float rotary_scale=1.0) -> (Tensor, Tensor)");
+      "float soft_cap=0.0, Tensor? sinks=None, float rotary_scale=1.0, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> (Tensor, Tensor)");
   m.def(
       "collective_attention_out(Tensor q, Tensor k_pool, Tensor v_pool, Tensor cos, Tensor sin, "
       "bool interleaved, Tensor round, int[] extents, float scale, int window, float soft_cap, "
-      "Tensor? sinks, float rotary_scale, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!) lse) "
-      "-> ()");
+      "Tensor? sinks, float rotary_scale, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!) lse, "
+      "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(
       "merge_states(Tensor partial_out, Tensor partial_lse, Tensor? sinks=None) "
       "-> (Tensor, Tensor)");

@@ -13,7 +13,7 @@ MergeStatesParams make_params(const Tensor& partial_out, const Tensor& partial_l
                               const std::optional<Tensor>& sinks) {
   Dimensions dims;
   MergeStatesParams params{};
-  params.dtype = storage_dtype("partial_out", partial_out);
+  params.dtype = plain_dtype("partial_out", partial_out);
   Argument("partial_out", partial_out)
       .shape(dims, {"partials", "rows", "heads", "head_dim"})
       .contiguous();

@@ -70,7 +70,7 @@ RopeRotateParams common_params(const Tensor& x, const char* rows_name,
                                const Tensor& sin, bool interleaved, double scale,
                                Dimensions& dims) {
   RopeRotateParams params{};
-  params.dtype = storage_dtype("x", x);
+  params.dtype = params.out_dtype = storage_dtype("x", x);
   params.x_layout = Argument("x", x).rows(dims, "heads", "head_dim");
   params.num_heads = static_cast<int32_t>(dims["heads"]);
   params.head_dim = checked_head_dim("x", dims["head_dim"]);
@@ -108,13 +108,22 @@ void rope_rotate_out(const Tensor& x, const std::optional<Tensor>& row_in,
                      const std::optional<Tensor>& row_out,
                      const std::optional<Tensor>& position_from,
                      const std::optional<Tensor>& position_to, const Tensor& cos, const Tensor& sin,
-                     bool interleaved, double scale, const Tensor& out) {
+                     bool interleaved, double scale, const Tensor& out,
+                     const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale) {
   Dimensions dims;
   RopeRotateParams params = common_params(x, "row_in", row_in, position_from, position_to, cos, sin,
                                           interleaved, scale, dims);
-  params.out_layout =
-      Argument("out", out).like(x).not_expanded().rows(dims, "heads", params.head_dim);
+  params.out_dtype = paired_dtype("out", out, x, Quantized::kEither);
+  params.out_layout = Argument("out", out).not_expanded().rows(dims, "heads", params.head_dim);
   params.out = out.mutable_data_ptr();
+  params.x_scale = checked_scales("x_scale", x_scale, "x", x, dims, {"heads"});
+  params.out_scale = checked_scales("out_scale", out_scale, "out", out, dims, {"heads"});
+  if (params.out_dtype == params.dtype && x_scale.has_value() != out_scale.has_value()) {
+    fail(x_scale ? "out_scale" : "x_scale", ": expected scales as for ", x_scale ? "x" : "out",
+         ", got None");
+  }
+  // One set of scales cancels, so that a row that stays keeps its bits.
+  if (params.x_scale == params.out_scale) params.x_scale = params.out_scale = nullptr;
   if (row_out && row_out->dim() == 2) {
     params.row_out = checked_rows("row_out", row_out, dims, {"n", "destinations"}, x);
     params.destinations = static_cast<int32_t>(dims["destinations"]);

@@ -11,7 +11,15 @@
 
 namespace tokendance {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// The last two are quantized: an element stands for itself times the scale of its KV head. kFloat8
+// is e4m3 (the finite kind: +-448 is the largest, 0x7f and 0xff are NaN).
+enum class DType : int32_t {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBFloat16 = 2,
+  kFloat8 = 3,
+  kInt8 = 4,  // on the CPU alone
+};
 
 // Rows of shape [heads, head_dim] in a tensor [rows, heads, head_dim] (block_size 1) or in pages
 // [pages, block_size, heads, head_dim]; innermost stride 1. Row r is row r % block_size of page
@@ -51,7 +59,10 @@ struct RopeRotateParams {
   int32_t head_dim;
   float scale;  // multiplies the rotary dims after the rotation (YaRN's attention factor), else 1
   RopeTables rope;
-  DType dtype;
+  const float* x_scale;    // [heads] of a quantized x, null = 1
+  const float* out_scale;  // [heads] of a quantized out, null = 1
+  DType dtype;             // of x
+  DType out_dtype;         // equal, or one of the two is quantized
 };
 
 // deviation[t] = sum over agents a, heads and dims of
@@ -109,7 +120,9 @@ struct DiffEncodeParams {
   int32_t head_dim;
   int32_t max_length;  // columns of slot_mapping
   RopeTables rope;
-  DType dtype;
+  const float* k_scale;  // [layers, heads] of quantized keys, of both `in` and pool; null = 1
+  const float* v_scale;  // the same of values; scales turn atol into units of the elements
+  DType dtype;           // of `in` and pool
 };
 
 // Mirrors -> dense rows through a slot mapping. Reads of the round: uses, Masters, own rows.
@@ -127,7 +140,10 @@ struct DiffRestoreParams {
   int32_t head_dim;
   int32_t max_length;  // columns of slot_mapping; positions beyond are skipped
   RopeTables rope;
-  DType dtype;
+  const float* k_scale;  // [layers, heads] of a quantized pool, null = 1; read if out is not
+  const float* v_scale;
+  DType dtype;      // of the pool
+  DType out_dtype;  // equal, or the pool is quantized and out is not
 };
 
 struct CollectiveAttentionParams {
@@ -150,7 +166,10 @@ struct CollectiveAttentionParams {
   float soft_cap;      // cap * tanh(score / cap) after scaling; 0 = none
   float rotary_scale;  // multiplies the rotary dims of q (YaRN's attention factor), else 1
   RopeTables rope;
-  DType dtype;
+  const float* k_scale;  // [Hk] of a quantized k_pool, null = 1
+  const float* v_scale;
+  DType dtype;       // of q and out, not quantized
+  DType pool_dtype;  // equal, or quantized
 };
 
 // Combines K partial attention outputs by their LSE.
