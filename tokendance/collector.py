@@ -45,7 +45,7 @@ class KVCollector:
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
             Masters as their agents computed them.
-        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=6)``.
+        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=96)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
     Raises:

@@ -472,7 +472,7 @@ class _Builder:
                     repaired = 0
                     if repair and not is_exact and master.context != run:
                         unseen = left_tokens - int(left @ self._seen_by(master))
-                        repaired = min(repair(unseen), rows)
+                        repaired = min(repair(unseen, length), rows)
                     self._reuse(layout, master, begin, rows, is_exact, repaired)
                     self._compute(layout, begin + rows, end)
                     exact = exact and is_exact
