@@ -7,6 +7,7 @@
     leakage [town_square]
     tolerance [town_square]
     audits [town_square]
+    ideas [town_square]
     answers [--sessions 4]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bench.fidelity import answers, audits, drift, front, leakage, tolerance
+from bench.fidelity import answers, audits, drift, front, ideas, leakage, tolerance
 from tokendance.workloads import find_workload, read_rounds
 
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
     one.add_argument("--rounds", type=int, default=12)
-    for name in ("leakage", "tolerance", "audits"):
+    for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
         one.add_argument("workload", nargs="?", default="town_square")
     one = commands.add_parser("answers")
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result, write = tolerance.run(*loaded, options.workload), tolerance.text
     elif options.command == "audits":
         result, write = audits.run(*loaded, options.workload), audits.text
+    elif options.command == "ideas":
+        result, write = ideas.run(*loaded, options.workload), ideas.text
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
