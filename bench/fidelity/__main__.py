@@ -8,6 +8,7 @@
     tolerance [town_square]
     audits [town_square]
     ideas [town_square]
+    rows [agentsociety] [--round 1]
     answers [--sessions 4]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from bench.fidelity import answers, audits, drift, front, ideas, leakage, tolerance
+from bench.fidelity import answers, audits, drift, front, ideas, leakage, rows, tolerance
 from tokendance.workloads import find_workload, read_rounds
 
 
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
         one.add_argument("workload", nargs="?", default="town_square")
+    one = commands.add_parser("rows")
+    one.add_argument("workload", nargs="?", default="agentsociety")
+    one.add_argument("--round", type=int, default=1)
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
     options = parser.parse_args(arguments)
@@ -66,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result, write = audits.run(*loaded, options.workload), audits.text
     elif options.command == "ideas":
         result, write = ideas.run(*loaded, options.workload), ideas.text
+    elif options.command == "rows":
+        result, write = rows.run(loaded[1], options.workload, options.round), rows.text
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
