@@ -177,8 +177,78 @@ def test_decoded_tokens_are_compared_too() -> None:
     assert audit(collector, plan, stacked, tokens=1).agents["second"].tokens == 2
 
 
+def decoded(collector: td.KVCollector, plan: td.Plan, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Logits of each prompt's last row and of ``ids``, fed to all."""
+    rows = {agent: [row] for agent, row in prefill(collector, plan).items()}
+    for token in ids:
+        step = collector.decode(plan, {agent: [token] for agent in rows})
+        for parts, row in zip(rows.values(), run(step), strict=True):
+            parts.append(row)
+    return {agent: torch.stack(parts) for agent, parts in rows.items()}
+
+
+@pytest.mark.parametrize("max_rows", [8192, 17])
+def test_sampled_rows_are_compared_with_their_repair(max_rows: int) -> None:
+    collector = collector_of()
+    plan = collector.plan(prompts())
+    logits = decoded(collector, plan, [5, 6])
+    report = audit(collector, plan, logits, max_rows, rows=0.25, seed=3)
+    second = report.agents["second"]
+    assert second.rows == sum(one.compared for one in second.segments)
+    assert 0.15 * 103 < second.rows < 0.35 * 103 + 3
+    assert second.segments[-1].compared == 2  # decoded tokens are always recomputed
+    assert second.tokens == 3
+    whole = audit(collector, plan, logits).agents["second"]
+    assert [one.compared for one in whole.segments] == [29, 30, 40, 4, 2]
+    assert second.kl is not None
+    assert whole.kl is not None
+    assert 0 < second.kl < 2 * whole.kl
+    # The first segment is exact; keys and values of layer 0 depend on the token alone.
+    assert second.segments[0].deviation < 1e-5
+    for one in second.segments[1:3]:
+        assert one.compared
+        assert one.keys[0] < 1e-5
+        assert one.keys[1] > 1e-3
+    assert (
+        second.rows + report.agents["third"].rows
+        == report.rows
+        == collector.stats().audited_rows - (whole.rows + 66 + 2)
+    )
+
+
+def test_sampled_rows_see_what_the_round_has_and_each_other() -> None:
+    """Nothing differs in an exact prompt, and all rows together are full recompute."""
+    collector = collector_of()
+    plan = collector.plan(prompts())
+    logits = decoded(collector, plan, [5, 6])
+    alone = audit(collector, plan, logits, agents="alone", rows=0.5).agents["alone"]
+    assert alone.kl == pytest.approx(0.0, abs=1e-9)
+    assert max(one.deviation for one in alone.segments) < 1e-5
+    whole = audit(collector, plan, logits).agents["second"]
+    nearly = audit(collector, plan, logits, rows=1 - 1e-12).agents["second"]
+    assert nearly.rows == whole.rows == 105
+    assert nearly.kl == pytest.approx(whole.kl, rel=1e-3)
+    for one, other in zip(nearly.segments, whole.segments, strict=True):
+        np.testing.assert_allclose(one.keys, other.keys, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(one.values, other.values, rtol=1e-3, atol=1e-6)
+
+
+def test_sampled_rows_follow_from_the_seed_and_differ_between_audits() -> None:
+    def rows(seed: int) -> list[int]:
+        collector = collector_of(selection=td.KeyDeviation(0.3))
+        plan = collector.plan(prompts())
+        prefill(collector, plan)
+        return [audit(collector, plan, rows=0.3, seed=seed).rows for _ in range(8)]
+
+    found = rows(1)
+    assert found == rows(1) != rows(2)
+    assert len(set(found)) > 2
+    assert 0.2 < sum(found) / (8 * (103 + 66)) < 0.4
+
+
+@pytest.mark.parametrize("rows", [1.0, 0.4])
 @pytest.mark.parametrize("source", ["master", "alone", "producer"])
-def test_audits_leave_the_store_and_the_plan_as_they_were(source: str) -> None:
+def test_audits_leave_the_store_and_the_plan_as_they_were(source: str, rows: float) -> None:
     collector = collector_of(source=source)
     plan = collector.plan(prompts())
     prefill(collector, plan)
@@ -186,16 +256,16 @@ def test_audits_leave_the_store_and_the_plan_as_they_were(source: str) -> None:
     plan = collector.plan(prompts())
     logits = prefill(collector, plan)
     before = snapshot(collector.store)
-    audit(collector, plan, logits, agents=list(prompts()))
+    audit(collector, plan, logits, agents=list(prompts()), rows=rows)
     assert same_snapshot(snapshot(collector.store), before)
 
     # Left in the middle, by its end, by an exception in a step, or without logits.
-    one = collector.audit(plan, agents="second")
+    one = collector.audit(plan, agents="second", rows=rows)
     steps = one.steps(20)
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert same_snapshot(snapshot(collector.store), before)
-    with pytest.raises(LookupError), next(collector.audit(plan, agents="second").steps()):
+    with pytest.raises(LookupError), next(collector.audit(plan, "second", rows=rows).steps()):
         raise LookupError("the engine's own mistake")
     one = collector.audit(plan, agents="second")
     with pytest.raises(ValueError, match=r"audit: expected add\(\) after every step"):
@@ -415,6 +485,7 @@ def audit_ended(collector: td.KVCollector) -> None:
     [
         (lambda c: c.audit(c.plan({}), fraction=0.0), ValueError, "fraction: expected 0 < frac"),
         (lambda c: c.audit(c.plan({}), fraction=1.5), ValueError, "fraction: expected 0 < frac"),
+        (lambda c: c.audit(c.plan({}), rows=0.0), ValueError, "rows: expected 0 < rows <= 1"),
         (lambda c: c.audit(c.plan({}), seed=-1), ValueError, "seed: expected at least 0, got -1"),
         (lambda c: c.audit(c.plan({}), tokens=-1), ValueError, "tokens: expected at least 0"),
         (lambda c: c.audit(c.plan({}), "x"), KeyError, "agent: expected one of"),

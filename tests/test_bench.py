@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+import tokendance as td
 from bench import compare
 from bench.ceilings import Ceiling
-from bench.fidelity import answers, drift, front, leakage, replays
+from bench.fidelity import answers, drift, front, ideas, leakage, replays, rows
 from bench.rounds import Cell, table
 from tokendance.replay import SystemResult
 
@@ -107,3 +108,34 @@ def test_other_tables_of_fidelity():
     one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
     said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
     assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
+
+
+class Characters:
+    """A tokenizer."""
+
+    def encode(self, text, add_special_tokens):
+        return [ord(character) % 1000 for character in text]
+
+
+def test_rows_of_selections_are_those_of_a_plan():
+    found = rows.run(Characters(), "town_square", 1, ["nothing", "leading:4", "everything"])
+    assert found["everything"]["computed"] == found["everything"]["prompt_rows"]
+    nothing, leading = found["nothing"], found["leading:4"]
+    assert nothing["repaired"] <= 6  # last rows of prompts
+    assert leading["computed"] - nothing["computed"] >= leading["repaired"] > 0  # and more Masters
+    assert rows.text(found).splitlines()[2].startswith("| nothing | ")
+
+
+def test_repairs_that_siblings_could_share_are_counted():
+    one, two, three = (td.shared([number] * 40) for number in (1, 2, 3))
+    prompts = {
+        "a": [td.private([10] * 9), one, two, three],
+        "b": [td.private([11] * 5), two, three, td.private([5])],
+        "c": [td.private([12] * 6), two, three, td.private([5])],
+        "d": [td.private([13] * 7), three, one, td.private([5])],
+    }
+    # b and c repair the run of `two` and `three` at its start; d repairs `three`, then `one`, which
+    # has not seen `three`.
+    found = ideas.shared_repairs([replays.Round("", 1, prompts, {})])
+    assert found["unseen"] == found["context"] == 4
+    assert found["repaired"] == 3 * 4 + 24

@@ -101,14 +101,16 @@ def test_more_rows_are_repaired_of_what_a_master_saw_less_in_front() -> None:
         plan.abort()
         return result
 
-    # B's Master has seen A. A's has not seen the 30 tokens of B; the second B continues A's run.
+    # B's Master has seen A. A's has not seen the 30 tokens of B, of a prompt of 126; the second B
+    # continues A's run.
     assert repaired(count=4) == [4, 4, 0]
-    assert repaired(count=4, unseen=6) == [4, 4 + 5, 0]
-    assert repaired(count=0, unseen=30) == [0, 1, 0]
-    assert repaired(count=4, unseen=1) == [4, 20, 0]  # A has no more
-    assert repaired(count=4, unseen=2) == [4, 4 + 15, 0]
-    assert repaired(count=4, unseen=1, most=11) == [4, 11, 0]
-    assert repaired(count=6, unseen=1, most=2) == [6, 6, 0]
+    assert repaired(count=4, unseen=21) == [4, 4 + 5, 0]
+    assert repaired(count=0, unseen=4) == [0, 0, 0]
+    assert repaired(count=0, unseen=5) == [0, 1, 0]
+    assert repaired(count=4, unseen=126) == [4, 20, 0]  # A has no more
+    assert repaired(count=4, unseen=63) == [4, 4 + 15, 0]
+    assert repaired(count=4, unseen=126, most=11) == [4, 11, 0]
+    assert repaired(count=6, unseen=126, most=2) == [6, 6, 0]
 
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)

@@ -13,7 +13,7 @@ from tokendance.selection import parse_selection
     [
         ("leading:4", LeadingTokens(4)),
         ("leading:0", LeadingTokens(0)),
-        ("leading:4:6", LeadingTokens(4, unseen=6)),
+        ("leading:4:96", LeadingTokens(4, unseen=96)),
         ("deviation:0.15", KeyDeviation(0.15, 1)),
         ("deviation:0.3:2", KeyDeviation(0.3, 2)),
         ("everything", Everything()),

@@ -1,7 +1,8 @@
 """The gate: rounds that reuse KV are compared with full recompute, a sample at a time.
 
-An audit recomputes some agents' prompts, and the tokens that they decoded, without reusing
-anything, and compares distributions and KV. It is run like a prefill, by whatever runs the model.
+An audit recomputes some agents' prompts, and the tokens that they decoded, and compares
+distributions and KV: whole prompts without reusing anything, or a sample of their rows over what
+the round has of the others. It is run like a prefill, by whatever runs the model.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokendance import ops
-from tokendance.layout import Source, foreign_uses, lay_out
-from tokendance.mirror import Mirror, round_arrays
+from tokendance.layout import ORIGINS, AgentLayout, Origin, Source, foreign_uses, lay_out
+from tokendance.mirror import Mirror, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
-from tokendance.rounds import RoundTensors
+from tokendance.rounds import IntArray, RoundTensors
 from tokendance.segments import Segment, private
 from tokendance.selection import Everything
 from tokendance.step import Step
@@ -72,8 +73,9 @@ class SegmentAudit:
         digest: of the segment.
         begin, end: its positions.
         reused: rows of it that came from a Master of another context.
-        keys, values: fp64 ``[layers]``, norm of the difference over the norm of full recompute's,
-            of all its rows together.
+        compared: rows of it that were recomputed.
+        keys, values: fp64 ``[layers]``, norm of the difference over the norm of what was
+            recomputed, of all compared rows together; 0 where there are none.
     """
 
     agent: str
@@ -82,6 +84,7 @@ class SegmentAudit:
     begin: int
     end: int
     reused: int
+    compared: int
     keys: NDArray[np.float64]
     values: NDArray[np.float64]
 
@@ -98,7 +101,7 @@ class AgentAudit:
     Attributes:
         rows: recomputed: what the audit of this agent cost.
         tokens: whose distributions were compared; 0 if no logits were given.
-        kl: KL(full || reuse) in nats, mean over the tokens, or None.
+        kl: KL(recomputed || reuse) in nats, mean over the tokens, or None.
         top1: share of the tokens whose likeliest token is the same, or None.
         segments: of the prompt, and last the decoded tokens if there are any.
     """
@@ -179,7 +182,7 @@ class CollectorStats:
 
 
 class Audit:
-    """Full recompute of some agents of a plan; made by `KVCollector.audit`.
+    """Recompute of some agents of a plan, or of some of their rows; made by `KVCollector.audit`.
 
     Run `steps`, hand every step's logits to `add`, then ask for the `report`. Agents are recomputed
     one after the other; the pages of one prompt are leased at a time and given back. The plan must
@@ -195,12 +198,15 @@ class Audit:
         plan: Plan,
         agents: Sequence[str],
         tokens: int,
+        draw_rows: Callable[[str, int], NDArray[np.bool_]] | None,
         finish: Callable[[AuditReport], AuditReport],
     ) -> None:
+        """``draw_rows`` says of an agent and its length which rows are recomputed; None: all."""
         self.agents = list(agents)
         self._collector = collector
         self._plan = plan
         self._tokens = tokens
+        self._draw_rows = draw_rows
         self._finish = finish
         self._step: Step | None = None
         self._logits: dict[str, list[Tensor]] = {agent: [] for agent in agents}
@@ -237,23 +243,31 @@ class Audit:
                 self._found[agent] = (0, ())
                 continue
             reference = self._reference(agent, state)
+            positions = reference.state(agent).pending
             try:
                 for step in self._collector.prefill(reference, max_rows):
                     self._step = step
                     yield step
                     if self._step is not None and len(step.logit_rows):
                         raise ValueError("audit: expected add() after every step, got none")
-                compared = _compare_rows(self._plan.store, agent, state, reference.state(agent))
-                self._found[agent] = (reference.rows, compared)
+                full = reference.state(agent)
+                compared = _compare_rows(self._plan.store, agent, state, full, positions)
+                self._found[agent] = (len(positions), compared)
             finally:
                 if not reference.ended:
                     reference.abort()
 
     def _reference(self, agent: str, state: AgentState) -> Plan:
-        """A plan of the agent's tokens that reuses nothing of what is stored."""
+        """A plan of the agent's tokens that computes all rows, or those that are drawn."""
         decoded = state.output_ids[: self._tokens]
-        segments = (*state.segments, private(decoded))
-        block, store = self._plan.store.block_size, self._plan.store
+        segments = tuple(one for one in (*state.segments, private(decoded)) if one.length)
+        store = self._plan.store
+        if self._draw_rows is not None:
+            length = sum(segment.length for segment in segments)
+            drawn = self._draw_rows(agent, length)
+            drawn[length - 1 - len(decoded) :] = True
+            return _probe(store, agent, segments, state, np.flatnonzero(drawn), 1 + len(decoded))
+        block = store.block_size
         layouts = lay_out(
             {agent: segments},
             _nothing,
@@ -407,6 +421,14 @@ def is_drawn(agent: str, fraction: float, seed: int, number: int) -> bool:
     return bool(np.random.default_rng([seed, number, *name]).random() < fraction)
 
 
+def draw_rows(
+    agent: str, length: int, fraction: float, seed: int, number: int
+) -> NDArray[np.bool_]:
+    """Which of an agent's rows are in the sample, each with the chance ``fraction``."""
+    name = np.frombuffer(agent.encode(), dtype=np.uint8).tolist()
+    return np.random.default_rng([seed, number, *name, length]).random(length) < fraction
+
+
 def divergence_of(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference || logits) in nats of each row: two ``[rows, vocabulary]``, fp64 ``[rows]``."""
     p = torch.log_softmax(reference.double(), -1)
@@ -418,10 +440,63 @@ def _nothing(_: Segment) -> None:
     return None
 
 
+def _probe(
+    store: DiffStore,
+    agent: str,
+    segments: tuple[Segment, ...],
+    state: AgentState,
+    positions: NDArray[np.int64],
+    logit_rows: int,
+) -> Plan:
+    """A plan that computes some rows of an agent and sees the round's rows everywhere else.
+
+    The Masters are shared; the agent's own rows are copied, for those that are computed again
+    stand among them.
+    """
+    block = store.block_size
+    length = sum(segment.length for segment in segments)
+    computed = positions.astype(np.int32)
+    uses = state.uses.cut(length)
+    for use in uses:
+        inside = computed[(computed >= use.delta) & (computed < use.delta + use.length)]
+        use.override(inside - use.delta, block)
+    kept = state.own_position[: np.searchsorted(state.own_position, length)]
+    own = np.union1d(kept, computed).astype(np.int32)
+    layout = AgentLayout(
+        agent,
+        segments,
+        length,
+        earlier=None,
+        prefix=0,
+        uses=uses,
+        made=[],
+        candidates=[],
+        own=own,
+        ends=np.array([length], dtype=np.int32),
+        origins=np.array([ORIGINS.index(Origin.OWN)], dtype=np.uint8),
+        exact_length=0,
+        logit_rows=logit_rows,
+    )
+    plan = Plan(store, [layout], [agent], Everything(), Source.MASTER)
+    probe = plan.state(agent)
+    probe.pending = computed
+    sources = torch.from_numpy(slots_of(state.own_pages, len(kept), block)).to(store.device)
+    targets = torch.from_numpy(probe.slots(kept, block)).to(store.device)
+    for layer in range(store.pool.num_layers):
+        pools = store.pool.k_pools[layer], store.pool.v_pools[layer]
+        store.write_rows(layer, *pools, targets, sources)
+    return plan
+
+
 def _compare_rows(
-    store: DiffStore, agent: str, ours: AgentState, full: Mirror
+    store: DiffStore,
+    agent: str,
+    ours: AgentState,
+    full: Mirror,
+    positions: IntArray,
 ) -> tuple[SegmentAudit, ...]:
-    """Both agents' rows, restored side by side layer by layer, summed up by segments."""
+    """Both agents' rows, restored side by side layer by layer, those at ``positions`` summed up by
+    segments."""
     rows, device = full.length, store.device
     lengths = [segment.length for segment in full.segments]
     ends = np.cumsum(lengths)
@@ -433,7 +508,9 @@ def _compare_rows(
     geometry = store.geometry
     shape = (2 * rows, geometry.num_kv_heads, geometry.head_dim)
     k, v = (torch.empty(shape, dtype=geometry.dtype, device=device) for _ in range(2))
-    segment = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
+    of_rows = np.repeat(np.arange(len(lengths)), lengths)[positions]
+    segment = torch.from_numpy(of_rows).to(device)
+    at = torch.from_numpy(positions.astype(np.int64)).to(device)
     sums = []
     for layer in range(geometry.num_layers):
         rope = store.layer_rope(layer)
@@ -450,8 +527,9 @@ def _compare_rows(
             *store.pool.scales_of([layer]),
         )
         for x in (k.double(), v.double()):
-            difference = (x[:rows] - x[rows:]).square().sum((1, 2))
-            for each in (difference, x[rows:].square().sum((1, 2))):
+            recomputed = x[rows + at]
+            difference = (x[at] - recomputed).square().sum((1, 2))
+            for each in (difference, recomputed.square().sum((1, 2))):
                 sums.append(each.new_zeros(len(lengths)).index_add_(0, segment, each))
     # [layers, keys or values, difference or norm, segments]
     found = torch.stack(sums).cpu().numpy().reshape(-1, 2, 2, len(lengths))
@@ -461,6 +539,7 @@ def _compare_rows(
         reused[use.delta : use.delta + use.length] = 1
         reused[use.delta + use.overridden(store.block_size)] = 0
     before = np.concatenate([[0], np.cumsum(reused)])
+    compared = np.bincount(of_rows, minlength=len(lengths))
     return tuple(
         SegmentAudit(
             agent,
@@ -469,6 +548,7 @@ def _compare_rows(
             int(begins[index]),
             int(ends[index]),
             int(before[ends[index]] - before[begins[index]]),
+            int(compared[index]),
             relative[:, 0, index],
             relative[:, 1, index],
         )

@@ -7,7 +7,17 @@ from functools import partial
 
 import numpy as np
 
-from tokendance.audit import Audit, AuditReport, CollectorStats, Gate, Record, is_drawn, judge, tell
+from tokendance.audit import (
+    Audit,
+    AuditReport,
+    CollectorStats,
+    Gate,
+    Record,
+    draw_rows,
+    is_drawn,
+    judge,
+    tell,
+)
 from tokendance.layout import OptedOut, Source, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
@@ -35,7 +45,7 @@ class KVCollector:
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
             Masters as their agents computed them.
-        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=6)``.
+        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=96)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
     Raises:
@@ -215,6 +225,7 @@ class KVCollector:
         fraction: float = 1.0,
         seed: int = 0,
         tokens: int = 16,
+        rows: float = 1.0,
     ) -> Audit:
         """Full recompute of a sample of a plan's agents, to be run like a prefill.
 
@@ -222,12 +233,18 @@ class KVCollector:
         on average, and leases the pages of one prompt at a time. Neither the plan nor the store
         changes, but for evictions.
 
+        With ``rows < 1`` it computes a sample of each prompt's rows, for that share of the cost,
+        and its last row and decoded tokens. They attend to the round's rows wherever no row is
+        sampled: what is found is how far the sampled rows are from their own repair, and how much
+        the distributions would move by it; both are less than what full recompute shows.
+
         Args:
             plan: prefilled before the audit is run, and not committed or aborted.
             agents: whom to draw from; None: those whose prompts hold inexact rows.
             fraction: the chance of each to be drawn. 1 draws all.
             seed: the same draws for the same seed, collector history and names.
             tokens: decoded tokens of each agent that are compared as well, at most.
+            rows: the chance of each row of a drawn agent's prompt to be recomputed.
 
         Raises:
             KeyError: an unknown agent.
@@ -235,6 +252,8 @@ class KVCollector:
         """
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction: expected 0 < fraction <= 1, got {fraction}")
+        if not 0 < rows <= 1:
+            raise ValueError(f"rows: expected 0 < rows <= 1, got {rows}")
         if seed < 0:
             raise ValueError(f"seed: expected at least 0, got {seed}")
         if tokens < 0:
@@ -250,8 +269,9 @@ class KVCollector:
             states = {name: plan.state(name) for name in wanted}
             names = [name for name in plan.agents if name in states]
         drawn = [name for name in names if is_drawn(name, fraction, seed, self._audits)]
+        draw = partial(draw_rows, fraction=rows, seed=seed, number=self._audits)
         self._audits += 1
-        return Audit(self, plan, drawn, tokens, self._finish_audit)
+        return Audit(self, plan, drawn, tokens, draw if rows < 1 else None, self._finish_audit)
 
     def _finish_audit(self, report: AuditReport) -> AuditReport:
         if self.gate is not None:

@@ -177,7 +177,8 @@ def lay_out(
     if isinstance(selection, LeadingTokens):
         unseen = round_.unseen
         starts = np.flatnonzero(unseen >= 0)
-        repaired[starts] = selection.rows_of(unseen[starts])
+        prompt = np.repeat(numbers.lengths, np.diff(numbers.indptr))
+        repaired[starts] = selection.rows_of(unseen[starts], prompt[starts])
     return _layouts(numbers, masters, earlier, round_, repaired, selection, block_size)
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokendance.rounds import IntArray
 
@@ -18,10 +19,11 @@ from tokendance.rounds import IntArray
 class LeadingTokens:
     """The first rows of every run of reused segments (the rule of EPIC, arXiv 2410.15332).
 
-    ``count`` of them, and with ``unseen`` one more for every so many tokens of shared segments that
-    stand left of the run and never stood left of its Master, up to ``most`` rows: what a Master
-    has not seen is missing from it, and the first rows of a run are what later tokens look at
-    most.
+    ``count`` of them, and with ``unseen`` more, up to ``most`` rows, in proportion to the share of
+    the prompt that its Master has not seen: the tokens of shared segments that stand left of the
+    run and never stood left of its Master, over all tokens of the prompt. ``unseen=96`` is one more
+    row for every 96th of the prompt. What a Master has not seen is missing from it; in a long
+    prompt, where a row looks at many others, the same tokens are missed less.
 
     A run is a sequence of segments that stood next to each other, in this order, where their
     Masters were computed: inside it the context does not break. A segment that no other agent of
@@ -40,12 +42,14 @@ class LeadingTokens:
         if self.unseen is not None and self.unseen < 1:
             raise ValueError(f"unseen: expected at least 1, got {self.unseen}")
 
-    def rows_of(self, unseen_tokens: IntArray) -> IntArray:
+    def rows_of(
+        self, unseen_tokens: IntArray, prompt_tokens: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         """Rows that are recomputed of runs behind so many tokens that their Master never saw."""
         if self.unseen is None:
-            return np.full_like(unseen_tokens, self.count)
-        rows = self.count + unseen_tokens // self.unseen
-        return np.clip(rows, self.count, max(self.count, self.most)).astype(np.int32)
+            return np.full(len(unseen_tokens), self.count)
+        more: NDArray[np.int64] = self.unseen * unseen_tokens.astype(np.int64) // prompt_tokens
+        return np.minimum(self.count + more, max(self.count, self.most))
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,14 @@ class Nothing:
 
 Selection = LeadingTokens | KeyDeviation | Everything | Nothing
 
-DEFAULT = LeadingTokens(4, unseen=6)
+DEFAULT = LeadingTokens(4, unseen=96)
 """What a collector recomputes unless told otherwise; docs/fidelity.md says why."""
 
 
 def parse_selection(text: str) -> Selection:
     """A selection by its name.
 
-    ``leading:4``, ``leading:4:6:24`` (count, unseen and most), ``deviation:0.15``,
+    ``leading:4``, ``leading:4:96:24`` (count, unseen and most), ``deviation:0.15``,
     ``deviation:0.15:1`` (ratio and layer), ``everything`` or ``nothing``.
 
     Raises:

@@ -7,6 +7,8 @@
     leakage [town_square]
     tolerance [town_square]
     audits [town_square]
+    ideas [town_square]
+    rows [agentsociety] [--round 1]
     answers [--sessions 4]
     quantized [town_square debate]
 
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from bench.fidelity import answers, audits, drift, front, leakage, quantized, tolerance
+from bench.fidelity import answers, audits, drift, front, ideas, leakage, quantized, rows, tolerance
 from tokendance.workloads import find_workload, read_rounds
 
 
@@ -44,9 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
     one.add_argument("--rounds", type=int, default=12)
-    for name in ("leakage", "tolerance", "audits"):
+    for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
         one.add_argument("workload", nargs="?", default="town_square")
+    one = commands.add_parser("rows")
+    one.add_argument("workload", nargs="?", default="agentsociety")
+    one.add_argument("--round", type=int, default=1)
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
     one = commands.add_parser("quantized")
@@ -68,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result, write = quantized.run(*loaded, options.workloads), quantized.text
     elif options.command == "audits":
         result, write = audits.run(*loaded, options.workload), audits.text
+    elif options.command == "ideas":
+        result, write = ideas.run(*loaded, options.workload), ideas.text
+    elif options.command == "rows":
+        result, write = rows.run(loaded[1], options.workload, options.round), rows.text
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]

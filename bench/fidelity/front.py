@@ -21,7 +21,7 @@ from bench.fidelity.replays import (
 REFERENCE = f"{PIC}:0.15"
 WAYS = (
     REFERENCE,
-    "master/leading:4:6:24",
+    "master/leading:4:96:24",
     *(f"master/leading:{count}" for count in (8, 16, 4, 32, 12, 2, 24, 1)),
     "alone/deviation:0.15",
     "master/deviation:0.15",

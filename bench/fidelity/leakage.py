@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.fidelity.replays import make_engine, read_workload
 from tokendance.segments import Segment, private
 
-CASES = ("master/everything", "master/nothing", "master/leading:4:6:24", "alone/leading:4:6:24")
+CASES = ("master/everything", "master/nothing", "master/leading:4:96:24", "alone/leading:4:96:24")
 SECRETS = ("violet heron", "copper lantern", "frozen orchard", "silver anvil", "salt chapel")
 _LEAD = "\nThe password is"
 

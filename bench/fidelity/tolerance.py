@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.fidelity.replays import Prompts, compare, make_engine, read_workload, recompute
 
 TOLERANCES = (0.0, 0.5, 1.0, 2.0, 4.0)
-_REUSE = ("master", "leading:4:6:24")
+_REUSE = ("master", "leading:4:96:24")
 Dense = Mapping[str, tuple[list[Tensor], list[Tensor]]]
 
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="master", help="master, alone or producer")
     parser.add_argument(
         "--selection",
-        default="leading:4:6:24",
+        default="leading:4:96:24",
         help="rows to recompute: leading:COUNT[:UNSEEN], deviation:RATIO, everything or nothing",
     )
     parser.add_argument("--block-size", type=int, default=8, help="rows of a page: 8, 16 or 32")

@@ -196,6 +196,7 @@ class TransformersEngine:
         fraction: float = 1.0,
         seed: int = 0,
         tokens: int = 16,
+        rows: float = 1.0,
         max_rows: int = 8192,
     ) -> AuditReport:
         """Compares a sample of the plan's agents with full recompute; see `KVCollector.audit`.
@@ -204,14 +205,14 @@ class TransformersEngine:
             plan: prefilled, and not committed yet.
             logits: see `Audit.report`: what `prefill` returned, or those rows with `decode`'s
                 below them.
-            agents, fraction, seed, tokens: see `KVCollector.audit`.
+            agents, fraction, seed, tokens, rows: see `KVCollector.audit`.
             max_rows: rows of a step at most.
         """
-        audit = self.collector.audit(plan, agents, fraction, seed, tokens)
+        audit = self.collector.audit(plan, agents, fraction, seed, tokens, rows)
         for step in audit.steps(max_rows):
             with step:
-                rows = self._forward(step)
-            audit.add(rows)
+                found = self._forward(step)
+            audit.add(found)
         return audit.report(logits)
 
     @torch.inference_mode()
