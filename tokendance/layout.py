@@ -69,6 +69,8 @@ class OptedOut:
         return agent in self.agents or segment.digest in self.segments
 
 
+_MAX_LENGTH = np.iinfo(np.int32).max  # positions are int32
+
 ORIGINS = tuple(Origin)
 """By the numbers that the planner has for them."""
 
@@ -136,7 +138,7 @@ def lay_out(
     selection: Selection,
     source: Source,
     block_size: int,
-    max_length: int,
+    max_length: int = _MAX_LENGTH,
     opted_out: OptedOut = OptedOut(),
 ) -> list[AgentLayout]:
     """Decides a round. The layouts come in the order in which they must be computed.
