@@ -94,11 +94,13 @@ format: $(VENV)/ready
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*' | grep -E '\.(h|cpp|cu|cuh)$$' \
 	  | xargs $(BIN)/clang-format -i
 
-# An sdist and, out of it, a wheel for this Python with the CUDA kernels of a release, in dist/; then the
-# wheel is installed without a toolkit beside this torch (WHEEL_ARGS="--torch 'torch ...'": another one).
+# An sdist and, out of it, wheels with the CUDA kernels of a release, in dist/: for this Python and those of
+# PYTHONS="python3.12 ...". Then this Python's is installed without a toolkit beside this torch (WHEEL_ARGS="--torch
+# 'torch ...'": another one).
 wheel: export TOKENDANCE_CUDA_ARCHS = 80;86;89;90;100;120
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m tools.wheels $(PYTHONS)
 	$(BIN)/python -m tools.check_wheel $(WHEEL_ARGS)
 
 # The site in build/site. A dead link is an error.
