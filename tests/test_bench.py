@@ -9,7 +9,7 @@ import pytest
 import tokendance as td
 from bench import compare
 from bench.ceilings import Ceiling
-from bench.fidelity import answers, drift, front, ideas, leakage, replays, rows
+from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
 from tokendance.replay import SystemResult
 
@@ -139,3 +139,12 @@ def test_repairs_that_siblings_could_share_are_counted():
     found = ideas.shared_repairs([replays.Round("", 1, prompts, {})])
     assert found["unseen"] == found["context"] == 4
     assert found["repaired"] == 3 * 4 + 24
+
+
+def test_the_table_of_quantized_pools():
+    names = ("kl", "worst_kl", "siblings_kl", "top1", "stored_mib", "dense_mib")
+    figures = dict(zip(names, (0.01, 0.02, 0.015, 0.9, 19.7, 152.0), strict=True))
+    text = quantized.text({"debate": {"everything": {"e4m3": figures}}})
+    head, *_, row = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.count("|") == row.count("|")
+    assert row == "| everything | e4m3 | 0.01000 | 0.02000 | 0.01500 | 0.900 | 19.7 | 152.0 |"

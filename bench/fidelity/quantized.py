@@ -69,7 +69,8 @@ def text(result: Mapping[str, Any]) -> str:
         lines += [
             f"**{workload}**",
             "",
-            "| selection | pool | KL | worst agent's | siblings' KL | top-1 | stored MiB | dense |",
+            "| selection | pool | KL | worst agent's | siblings' KL | top-1 | stored MiB "
+            "| dense MiB |",
             "| --- |" + " --- |" * 7,
         ]
         lines += [
