@@ -27,7 +27,7 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
   LaunchPlan plan = {};
   const RoundExtents& e = p.round.extents;
   if (p.num_layers == 0 || p.num_heads == 0 || e.agents == 0) return plan;
-  const bool wide_rows = is_aligned(p.in, p.num_layers) && is_aligned(p.pool, p.num_layers) &&
+  const bool wide_rows = are_aligned(p.in, p.num_layers) && are_aligned(p.pool, p.num_layers) &&
                          is_aligned(p.in_k_layout, p.dtype) && is_aligned(p.in_v_layout, p.dtype) &&
                          is_aligned(p.pool_k_layout, p.dtype) &&
                          is_aligned(p.pool_v_layout, p.dtype);
@@ -45,7 +45,7 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
         tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + int64_t{sizeof(int32_t)} +
                        shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)}) +
         2 * e.block_size * int64_t{sizeof(uint32_t)};
-    const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+    const int kernel = moving_kernel(p.dtype, p.dtype, p.rope.interleaved, wide);
     add_launch(&plan, kDiffEncodeKernels[kernel], kernel, e.master_pages * agent_tiles, 1, 1,
                kEncodeThreads, shared, tile);
   }
