@@ -4,7 +4,7 @@ Each backend has the methods ``rope_rotate_out``, ``rope_rotate_``, ``key_deviat
 ``diff_encode``, ``diff_restore``, ``collective_attention_out`` and ``merge_states_out`` with the
 signatures of the operators of those names; tensors are on ``device`` and mutated in place. A test
 that asks for ``backend`` runs on each of them, one that asks for ``fast_backend`` on those where
-large cases are cheap.
+large cases are cheap. A test that is parametrized with a dtype runs where there are kernels of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 NAMES = ("cpu", "ptx", "cuda")
 FAST = ("cpu", "cuda")
+QUANTIZED = {"cpu": (torch.float8_e4m3fn, torch.int8), "ptx": (), "cuda": ()}
+"""The quantized dtypes that a backend's kernels take; tests of others are left out there."""
 OPERATORS = (
     "rope_rotate",
     "key_deviation",

@@ -6,6 +6,8 @@ import backends
 import pytest
 import torch
 
+from tokendance import testing
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -48,7 +50,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that no chosen backend runs are left out, not skipped."""
+    """Tests that no chosen backend runs are left out, not skipped, and dtypes that it lacks."""
     without = {item for item in items if getattr(item, "callspec", None) and _lacks_backend(item)}
     if without:
         config.hook.pytest_deselected(items=list(without))
@@ -56,8 +58,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _lacks_backend(item):
-    chosen = [item.callspec.params.get(name, "") for name in ("backend", "fast_backend")]
-    return not all(isinstance(name, str) for name in chosen)  # a placeholder for an empty list
+    params = item.callspec.params
+    chosen = [params[name] for name in ("backend", "fast_backend") if name in params]
+    if not all(isinstance(name, str) for name in chosen):  # a placeholder for an empty list
+        return True
+    quantized = [dtype for dtype in params.values() if dtype in testing.QUANTIZED]
+    return not all(dtype in backends.QUANTIZED[name] for name in chosen for dtype in quantized)
 
 
 @pytest.fixture(scope="session")

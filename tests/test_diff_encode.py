@@ -15,7 +15,8 @@ from tokendance import reference, testing
 from tokendance.rounds import RoundTensors
 
 OPERATOR = "diff_encode"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PLAIN = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [*PLAIN, *testing.QUANTIZED]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 ABSURD_SLOT = 1 << 40  # stands in the slot mapping where no token does
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +27,8 @@ def encoded(module, case, dense, atol=0.0, rtol=0.0):
     tables = (case.cos, case.sin, case.interleaved)
     round = (case.round,) if module is reference else (case.round.buffer, case.extents)
     inputs = (dense.k, dense.v, dense.slot_mapping, case.length)
-    module.diff_encode(*inputs, case.k_pool, case.v_pool, *tables, *round, atol, rtol)
+    scales = (case.k_scale, case.v_scale)
+    module.diff_encode(*inputs, case.k_pool, case.v_pool, *tables, *round, atol, rtol, *scales)
 
 
 def restored(case, seed=0, **options):
@@ -49,7 +51,7 @@ def forget_mirrors(case):
     blank.round.own_position.fill_(testing.ABSURD)
     own = blank.round.own_pages[: int(blank.round.own_page_indptr[-1])].long()
     for pool in blank.k_pool + blank.v_pool:
-        pool[own] = torch.nan
+        pool[own] = torch.full_like(pool[own], testing.poison(pool.dtype))
     return blank
 
 
@@ -86,7 +88,7 @@ def alter(dense, agent, positions, layer=0):
         row = reference.gather_rows(rows, slot).clone()
         step = index // 2  # K and V in turn
         element = (0, step % row.shape[1], (step * 31) % row.shape[2])
-        row[element] += 1
+        row[element] = 1.0 if row[element].float() != 1 else 2.0
         reference.scatter_rows(rows, slot, row)
 
 
@@ -200,7 +202,7 @@ def rows_at_the_tolerance(dtype, **options):
     return forget_mirrors(case), dense
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
 def test_rows_at_the_tolerance_are_the_same(backend, dtype):
     got = check(backend, *rows_at_the_tolerance(dtype), atol=0.5)
     assert int(got.round.own_length[0]) == 0
@@ -235,7 +237,7 @@ def zeros_and_nans(dtype, **options):
     return forget_mirrors(case), same, changed
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
 def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
     blank, same, dense = zeros_and_nans(dtype)
     assert check(backend, blank, same).round.own_length[0] == 0
@@ -294,7 +296,7 @@ def halfway_round(dtype, **options):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
 def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
     case = halfway_round(dtype, interleaved=interleaved)
     assert (case.round.use_shift[: case.filled.uses] != 0).any()
@@ -334,7 +336,7 @@ def test_what_was_encoded_is_restored_bit_for_bit(fast_backend, dtype):
 
 
 @pytest.mark.parametrize(("atol", "rtol"), [(0.05, 0.0), (0.0, 0.05), (0.02, 0.02)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
 def test_tolerances(backend, dtype, atol, rtol):
     """Rows changed by a third of the tolerance stay with the Master, by three times it do not."""
     case = testing.random_round(
@@ -428,7 +430,7 @@ def prompts_that_end_early(**options):
     num_kv_heads=st.sampled_from([1, 2, 5]),
     head_dim=st.sampled_from(HEAD_DIMS),
     part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(PLAIN),
     interleaved=st.booleans(),
     layout=st.sampled_from(testing.LAYOUTS),
     in_layout=st.sampled_from(testing.LAYOUTS),
@@ -452,3 +454,72 @@ def test_random_rounds(
     )
     dense = restored(case, seed, page_size=page_size, layout=in_layout)
     check(fast_backend, forget_mirrors(case), dense)
+
+
+# Quantized pools --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_tolerances_are_of_what_elements_stand_for(backend, dtype):
+    """The same elements are off by less where their heads' scales are smaller."""
+    case = testing.random_round(
+        23, agents=1, masters=(40,), whole_uses=True, masks="none", private_length=0,
+        num_layers=2, dtype=dtype, room_for_all=True,
+    )  # fmt: skip
+    case.round.use_shift[0] = 0
+    for pool in case.k_pool + case.v_pool:
+        pool.copy_(torch.full_like(pool, 16))
+    dense = restored(case)
+    slots = dense.slot_mapping[0, :40]
+    for layer in range(2):
+        for rows in (dense.k[layer], dense.v[layer]):
+            content = reference.gather_rows(rows, slots)
+            content[layer::2] = 18  # a step of e4m3, two of int8
+            reference.scatter_rows(rows, slots, content)
+    scales = torch.tensor([[0.5, 0.25], [1.0, 0.5]])
+    blank = replace(forget_mirrors(case), k_scale=scales, v_scale=scales)
+    counts = [
+        int(check(backend, blank, dense, *tolerances).round.own_length[0])
+        for tolerances in ((0.0, 0.0), (0.9, 0.0), (1.0, 0.0), (2.0, 0.0), (0.0, 0.12), (0.0, 0.13))
+    ]
+    assert counts == [40, 40, 20, 0, 40, 0]
+    bare = replace(blank, k_scale=None, v_scale=None)
+    assert check(backend, bare, dense, 1.9).round.own_length[0] == 40
+    assert check(backend, bare, dense, 2.0).round.own_length[0] == 0
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([1, 2, 5]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    in_layout=st.sampled_from(testing.LAYOUTS),
+    block_size=st.sampled_from([8, 16, 32]),
+    atol=st.sampled_from([0.0, 0.01]),
+    rtol=st.sampled_from([0.0, 0.01]),
+)
+def test_random_quantized_rounds(
+    fast_backend, dtype, seed, num_kv_heads, head_dim, part, in_layout, atol, rtol, **options
+):
+    case = testing.random_round(
+        seed,
+        dtype=dtype,
+        num_q_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * part) // 2 * 2,
+        room_for_all=True,
+        rows=0,
+        **options,
+    )
+    dense = restored(case, seed, layout=in_layout)
+    for agent, length in enumerate(case.length.tolist()):
+        alter(dense, agent, range(agent, length, 7), layer=agent % len(dense.k))
+    check(fast_backend, forget_mirrors(case), dense, atol, rtol)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import ties
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from tokendance import reference, testing
 
 OPERATOR = "diff_restore"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PLAIN = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [*PLAIN, *testing.QUANTIZED]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +24,8 @@ def restored(module, case, dense):
     tables = (case.cos, case.sin, case.interleaved)
     round = (case.round,) if module is reference else (case.round.buffer, case.extents)
     module.diff_restore(
-        case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v
+        *(case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v),
+        *(case.k_scale, case.v_scale),
     )
 
 
@@ -59,7 +63,8 @@ def test_every_row_comes_back(backend, dtype, head_dim, interleaved):
     for agent, length in enumerate(case.length.tolist()):
         slots = testing.dense_cache(case, 1).slot_mapping[agent, :length]
         for rows in expected.k + expected.v:
-            assert reference.gather_rows(rows, slots).isfinite().all()
+            stored = reference.gather_rows(rows, slots).float()
+            assert (stored.isfinite() & (stored != testing.poison(dtype))).all()
 
 
 @pytest.mark.parametrize("kind", testing.EDGE_CASES)
@@ -131,7 +136,7 @@ def test_the_agent_that_made_a_master_gets_its_bits_back(backend, dtype):
         11, agents=1, masters=(40,), masks="none", whole_uses=True, private_length=0, dtype=dtype
     )
     case.round.use_shift[0] = 0
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]
     info, generator = torch.iinfo(bits), torch.Generator().manual_seed(11)
     shape = case.k_pool[0].shape
     pattern = torch.randint(info.min, info.max + 1, shape, generator=generator).to(bits)
@@ -154,7 +159,7 @@ def halfway_round(dtype, **options):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
 def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
     case = halfway_round(dtype, interleaved=interleaved)
     assert (case.round.use_shift[: case.filled.uses] != 0).any()
@@ -172,7 +177,7 @@ def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
     num_kv_heads=st.sampled_from([1, 2, 5]),
     head_dim=st.sampled_from(HEAD_DIMS),
     part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(PLAIN),
     interleaved=st.booleans(),
     layout=st.sampled_from(testing.LAYOUTS),
     out_layout=st.sampled_from(testing.LAYOUTS),
@@ -195,4 +200,63 @@ def test_random_rounds(
         **options,
     )
     dense = testing.dense_cache(case, seed, page_size=page_size, layout=out_layout, skip=0.05)
+    check(fast_backend, case, dense)
+
+
+# Quantized pools --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("plain", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_quantized_pools_are_read_out(backend, dtype, plain, head_dim, interleaved):
+    case = testing.random_round(
+        head_dim, head_dim=head_dim, dtype=dtype, interleaved=interleaved, num_layers=2
+    )
+    check(backend, case, testing.dense_cache(case, 1, dtype=plain))
+    bare = replace(case, k_scale=None, v_scale=None)
+    check(backend, bare, testing.dense_cache(case, 1, dtype=plain, page_size=None))
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_scales_between_quantized_tensors_cancel(backend, dtype):
+    case = testing.random_round(14, dtype=dtype, num_layers=2)
+    dense = testing.dense_cache(case, 3)
+    expected = check(backend, case, dense)
+    bare = replace(case, k_scale=None, v_scale=None)
+    check(backend, bare, dense, expected)
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    num_layers=st.integers(1, 3),
+    num_kv_heads=st.sampled_from([1, 2, 5]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    out_layout=st.sampled_from(testing.LAYOUTS),
+    out_dtype=st.sampled_from([*PLAIN, None]),
+    block_size=st.sampled_from([8, 16, 32]),
+    repeat=st.booleans(),
+    cut=st.booleans(),
+)
+def test_random_quantized_rounds(
+    fast_backend, dtype, seed, num_kv_heads, head_dim, part, out_layout, out_dtype, **options
+):
+    case = testing.random_round(
+        seed,
+        dtype=dtype,
+        num_q_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * part) // 2 * 2,
+        **options,
+    )
+    dense = testing.dense_cache(case, seed, layout=out_layout, skip=0.05, dtype=out_dtype)
     check(fast_backend, case, dense)

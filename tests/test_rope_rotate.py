@@ -14,7 +14,8 @@ from tokendance import reference, testing
 from tokendance.rope import Rope
 
 OPERATOR = "rope_rotate"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PLAIN = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [*PLAIN, *testing.QUANTIZED]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +34,8 @@ class Moves:
     interleaved: bool
     scale: float
     out: torch.Tensor
+    x_scale: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
 
     def copy(self, device="cpu") -> Moves:
         to = testing.StorageCopies(device)
@@ -53,6 +56,20 @@ def row_tensor(rows, heads, head_dim, dtype, layout, block_size):
     return testing.pools(pages, block_size, heads, head_dim, dtype, layout)[rows % 2]
 
 
+def random_rows(shape, dtype, generator, scale=None):
+    """Normally distributed; quantized, a few are limited to the largest element."""
+    rows = torch.randn(shape, generator=generator)
+    if not testing.is_quantized(dtype):
+        return rows.to(dtype)
+    largest = 448 if dtype.is_floating_point else 127
+    scale = torch.ones(shape[1]) if scale is None else scale
+    return reference.quantize_rows(rows * scale[:, None] * largest / 3, scale, dtype)
+
+
+def random_scales(heads, seed):
+    return torch.rand(heads, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.001
+
+
 def random_moves(
     seed,
     *,
@@ -60,6 +77,7 @@ def random_moves(
     heads=2,
     head_dim=64,
     dtype=torch.float32,
+    out_dtype=None,
     interleaved=False,
     rotary_dim=None,
     layout="separate",
@@ -78,11 +96,10 @@ def random_moves(
         return torch.randint(high, shape, generator=generator)
 
     x = row_tensor(2 * rows + 3, heads, head_dim, dtype, layout, block_size)
-    out = row_tensor(rows * (destinations or 1) + 5, heads, head_dim, dtype, out_layout, block_size)
+    out_rows = rows * (destinations or 1) + 5
+    out = row_tensor(out_rows, heads, head_dim, out_dtype or dtype, out_layout, block_size)
     row_in = integers(2 * rows + 3, rows)
-    reference.scatter_rows(
-        x, row_in, torch.randn(rows, heads, head_dim, generator=generator).to(dtype)
-    )
+    reference.scatter_rows(x, row_in, random_rows((rows, heads, head_dim), dtype, generator))
     shape = (rows,) if destinations is None else (rows, destinations)
     count = rows * (destinations or 1)
     row_out = torch.randperm(out.shape[0] * out.shape[1], generator=generator)[:count]
@@ -144,15 +161,27 @@ def test_rows_move_bit_for_bit(backend, dtype, head_dim, interleaved):
         moves.sin,
         interleaved,
     )
+    if testing.is_quantized(dtype):
+        return assert_within_half_a_step(moved, exact)
     rounding = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert (moved.double() - exact).abs().max() <= rounding * exact.abs().max()
+
+
+def assert_within_half_a_step(moved, exact):
+    """A moved row is off by half an ulp of e4m3, 2^-4 of the element, or by half a step of int8."""
+    is_float = moved.dtype.is_floating_point
+    largest = 448.0 if is_float else 127.0
+    exact = exact.clamp(-largest, largest)
+    half_step = (exact.abs() * 2**-4).clamp(min=2**-10) if is_float else 0.5
+    error = (moved.double() - exact).abs()
+    assert (error <= half_step + 2e-7 * largest).all()
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
 @pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(64, 0), (64, 2), (64, 34), (80, 32), (96, 94), (128, 64)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *testing.QUANTIZED], ids=str)
 def test_only_rotary_dims_are_rotated(backend, dtype, head_dim, rotary_dim, interleaved):
     moves = random_moves(
         rotary_dim, head_dim=head_dim, rotary_dim=rotary_dim, dtype=dtype, interleaved=interleaved
@@ -190,8 +219,10 @@ def test_scale_multiplies_rotary_dims_only(backend, scale, dtype):
     before = reference.gather_rows(moves.x, torch.tensor([row]))
     after = reference.gather_rows(actual.out.cpu(), torch.tensor([into]))
     testing.assert_same_bits(after[..., 32:], before[..., 32:])
-    scaled = (before[..., :32].float() * torch.tensor(scale)).to(dtype)
-    testing.assert_same_bits(after[..., :32], scaled)
+    scaled = before[..., :32].float() * torch.tensor(scale)
+    if testing.is_quantized(dtype):
+        scaled = reference.quantize_rows(scaled, None, dtype)
+    testing.assert_same_bits(after[..., :32], scaled.to(dtype))
 
 
 def test_left_out_arguments(backend):
@@ -221,7 +252,7 @@ def test_in_place(backend, dtype, layout, some):
     count = rows.numel() if some else total
     if not some:
         reference.scatter_rows(
-            moves.x, torch.arange(total), torch.randn(total, *moves.x.shape[2:]).to(dtype)
+            moves.x, torch.arange(total), random_rows((total, *moves.x.shape[2:]), dtype, None)
         )
     generator = torch.Generator().manual_seed(1)
     source, target = (torch.randint(100, (count,), generator=generator).int() for _ in range(2))
@@ -235,7 +266,7 @@ def test_in_place(backend, dtype, layout, some):
     testing.assert_same_storage(results[1], results[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
 def test_special_values(backend, dtype):
     """Zeros of both signs, subnormals, the largest values (which overflow), infinities."""
     info = torch.finfo(dtype)
@@ -252,14 +283,15 @@ def test_special_values(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_that_stays_keeps_every_bit(backend, dtype):
-    bits = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]
     info = torch.iinfo(bits)
     generator = torch.Generator().manual_seed(3)
     moves = random_moves(29, dtype=dtype, rows=5)
     pattern = torch.randint(info.min, info.max, (5, 2, 64), generator=generator).to(bits)
     moves.row_in, moves.position_to = torch.arange(5), moves.position_from
     pattern = pattern.view(dtype)
-    pattern[0, 0, :2] = torch.tensor([torch.inf, torch.nan])
+    if dtype in PLAIN:
+        pattern[0, 0, :2] = torch.tensor([torch.inf, torch.nan])
     reference.scatter_rows(moves.x, moves.row_in, pattern)
     actual = check(backend, moves)
     testing.assert_same_bits(reference.gather_rows(actual.out.cpu(), moves.row_out), pattern)
@@ -267,14 +299,14 @@ def test_a_row_that_stays_keeps_every_bit(backend, dtype):
 
 def halfway_moves(dtype, **options):
     moves = random_moves(43, dtype=dtype, **options)
-    moves.x.nan_to_num_(0.0)
+    moves.x.copy_(moves.x.float().nan_to_num(0.0))
     ties.fill_odd_even(moves.x)
     ties.set_angles(moves.cos, moves.sin, dtype)
     return moves
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
 def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
     actual = check(backend, halfway_moves(dtype, interleaved=interleaved))
     moved = reference.gather_rows(actual.out.cpu(), actual.row_out.cpu())
@@ -303,7 +335,7 @@ def test_no_rows(backend):
     heads=st.sampled_from([1, 2, 3, 8]),
     head_dim=st.sampled_from(HEAD_DIMS),
     part=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(PLAIN),
     interleaved=st.booleans(),
     layout=st.sampled_from(testing.LAYOUTS),
     out_layout=st.sampled_from(testing.LAYOUTS),
@@ -330,9 +362,10 @@ def test_threads_and_tails_do_not_change_bits(fast_backend, dtype):
     check(fast_backend, moves)
 
 
-def test_functional_variant_gives_the_same(fast_backend):
-    moves = random_moves(41, dtype=torch.bfloat16, layout="heads_first").copy(fast_backend.device)
-    x, row_in, _, *rest, _ = moves.arguments()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *testing.QUANTIZED], ids=str)
+def test_functional_variant_gives_the_same(fast_backend, dtype):
+    moves = random_moves(41, dtype=dtype, layout="heads_first").copy(fast_backend.device)
+    x, row_in, _, *rest, _, _, _ = moves.arguments()
     out = torch.ops.tokendance.rope_rotate(x, row_in, *rest)
     expected = reference.rope_rotate(
         x.cpu(),
@@ -340,3 +373,96 @@ def test_functional_variant_gives_the_same(fast_backend):
     )
     assert out.is_contiguous()
     testing.assert_same_bits(out, expected)
+
+
+# Quantized rows ---------------------------------------------------------------------------------
+
+
+def conversion(seed, dtype, out_dtype, scales=True, heads=2, **options):
+    """Moves between dtypes, with scales of what is quantized."""
+    moves = random_moves(seed, dtype=dtype, out_dtype=out_dtype, heads=heads, **options)
+    if scales and testing.is_quantized(dtype):
+        moves.x_scale = random_scales(heads, seed)
+    if scales and testing.is_quantized(out_dtype):
+        moves.out_scale = random_scales(heads, seed + 1)
+        if not testing.is_quantized(dtype):
+            moves.out_scale = moves.out_scale / 10  # a few of what is stored are limited
+    return moves
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("plain", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_fresh_rows_are_quantized_and_come_back(backend, dtype, plain, head_dim, interleaved):
+    options = {"head_dim": head_dim, "interleaved": interleaved, "scale": 1.25}
+    written = check(backend, conversion(1, plain, dtype, **options))
+    exact = reference.exact_rotation(
+        reference.gather_rows(written.x.cpu(), written.row_in.cpu()),
+        (written.position_to - written.position_from).cpu(),
+        written.cos.cpu(),
+        written.sin.cpu(),
+        interleaved,
+        1.25,
+    )
+    elements = exact / written.out_scale.double().cpu()[:, None]
+    moved = reference.gather_rows(written.out.cpu(), written.row_out.cpu())
+    assert_within_half_a_step(moved, elements)
+    check(backend, conversion(2, dtype, plain, **options))
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_rows_change_their_scales(backend, dtype):
+    moves = conversion(3, dtype, dtype, destinations=3, skip=0.2, rows=11)
+    check(backend, moves)
+    moves.out_scale = moves.x_scale
+    actual = check(backend, moves)
+    stays = reference.gather_rows(moves.x, moves.row_in[:1])
+    testing.assert_same_bits(reference.gather_rows(actual.out.cpu(), moves.row_out[0, :1]), stays)
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_conversions_without_scales_or_positions(backend, dtype):
+    for pair in ((torch.float32, dtype), (dtype, torch.bfloat16)):
+        check(backend, conversion(4, *pair, scales=False))
+        moves = conversion(5, *pair, layout="padded", out_layout="heads_first", scale=1.5)
+        moves.position_from = None
+        check(backend, moves)
+        moves.position_to = None  # copies are not scaled
+        check(backend, moves)
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_what_lies_beyond_the_largest_element_is_limited(backend, dtype):
+    moves = conversion(6, torch.float32, dtype, rows=8)
+    values = torch.tensor([0.0, -0.0, 1e-9, 1e30, torch.inf, -torch.inf, torch.nan, 1e-3])
+    index = torch.randint(8, (8, 2, 64), generator=torch.Generator().manual_seed(6))
+    moves.row_in, moves.position_from = torch.arange(8), None
+    moves.position_to = None
+    reference.scatter_rows(moves.x, moves.row_in, values[index])
+    check(backend, moves)
+
+
+@pytest.mark.parametrize("to", ["in", "out"])
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(0, 150),
+    heads=st.sampled_from([1, 2, 3, 8]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    part=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    other=st.sampled_from([*PLAIN, None]),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    out_layout=st.sampled_from(testing.LAYOUTS),
+    block_size=st.sampled_from([1, 8, 16, 32]),
+    destinations=st.sampled_from([None, 1, 2, 5]),
+    scale=st.sampled_from([1.0, 1.1]),
+    scales=st.booleans(),
+)
+def test_random_quantized_moves(fast_backend, dtype, to, head_dim, part, other, **options):
+    pair = (other or dtype, dtype)[:: 1 if to == "in" else -1]
+    rotary_dim = int(head_dim * part) // 2 * 2
+    options |= {"head_dim": head_dim, "rotary_dim": rotary_dim, "skip": 0.1, "max_position": 3000}
+    check(fast_backend, conversion(options.pop("seed"), *pair, **options))

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokendance.reference import quantize_rows
 from tokendance.rope import Rope
 from tokendance.rounds import CHUNK_FIELDS, WORK_FIELDS, IntArray, RoundExtents, RoundTensors
 
@@ -25,6 +26,7 @@ __all__ = [
     "ABSURD",
     "EDGE_CASES",
     "LAYOUTS",
+    "QUANTIZED",
     "DenseCache",
     "Layout",
     "Masks",
@@ -36,6 +38,8 @@ __all__ = [
     "assert_work_covers",
     "dense_cache",
     "far_apart",
+    "is_quantized",
+    "poison",
     "pools",
     "random_round",
     "random_work",
@@ -46,6 +50,20 @@ __all__ = [
 
 ABSURD = 1_900_000_001
 """Stands in every int32 slot that must not be read: no page, row or position is so large."""
+
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+"""Dtypes of keys and values that stand for themselves times a scale per KV head."""
+
+
+def is_quantized(dtype: torch.dtype) -> bool:
+    """Whether the elements of keys and values of this dtype have scales."""
+    return dtype in QUANTIZED
+
+
+def poison(dtype: torch.dtype) -> float:
+    """What stands where nothing is to be read: NaN, or in int8 the number that is never made."""
+    return torch.nan if dtype.is_floating_point else -128
+
 
 # Pools ------------------------------------------------------------------------------------------
 
@@ -58,6 +76,8 @@ def pools(
 ) -> tuple[Tensor, Tensor]:
     """K and V of one layer, ``[num_pages, block_size, heads, head_dim]`` each, NaN throughout.
 
+    In int8, which has no NaN, all elements are -128 (:func:`poison`).
+
     Args:
         layout: how they lie in memory. ``separate``: each contiguous. ``interleaved``: K and V
             pages alternate in one allocation. ``heads_first``: so, too, and the heads of a page lie
@@ -67,7 +87,7 @@ def pools(
     """
 
     def allocate(*shape: int) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype)
+        return torch.full(shape, poison(dtype), dtype=dtype)
 
     def padded(gap: int = 16) -> Tensor:
         pages = allocate(num_pages, block_size + 1, heads + 1, head_dim + gap)
@@ -154,6 +174,7 @@ class RandomRound:
         interleaved: the style of the rotation.
         scale: of the attention scores.
         length: int32 ``[N]`` tokens of each prompt.
+        k_scale, v_scale: fp32 ``[L, Hk]`` of quantized pools, else None.
     """
 
     round: RoundTensors
@@ -167,6 +188,8 @@ class RandomRound:
     interleaved: bool
     scale: float
     length: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def extents(self) -> list[int]:
@@ -190,6 +213,8 @@ class RandomRound:
             cos=to(self.cos),
             sin=to(self.sin),
             length=to(self.length),
+            k_scale=None if self.k_scale is None else to(self.k_scale),
+            v_scale=None if self.v_scale is None else to(self.v_scale),
         )
 
 
@@ -252,6 +277,7 @@ def random_round(
     rotary_dim: int | None = None,
     interleaved: bool = False,
     dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
     block_size: int = 16,
     layout: Layout = "separate",
     masks: Masks = "random",
@@ -279,6 +305,8 @@ def random_round(
         rows: most query rows per agent; the last ones of the prompt, or any.
         start: prompts begin at a random position up to this (what lies before is nobody's).
         rotary_dim: rotated dims of a head, 0 for none; all by default.
+        dtype: of the pools; a quantized one has random scales.
+        query_dtype: of the queries; that of the pools by default, or fp32 if that is quantized.
         layout: of the pools, see :func:`pools`.
         masks: which rows of uses are overridden: none, all, the first four, or by chance.
         whole_uses: every agent uses every Master to its last row; else some uses are prefixes.
@@ -354,26 +382,38 @@ def random_round(
     _spoil_unfilled(round, filled)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch_rng).to(dtype)
+        return torch.randn(shape, generator=torch_rng)
 
+    def stored(rows: int, scales: Tensor | None, layer: int) -> Tensor:
+        x = normal(rows, num_kv_heads, head_dim)
+        return x.to(dtype) if scales is None else quantize_rows(x, scales[layer], dtype)
+
+    k_scale = v_scale = None
+    if is_quantized(dtype):
+        # The largest element stands for 2 to 6: some of what is normally distributed is limited.
+        largest = 448.0 if dtype.is_floating_point else 127.0
+        scales = torch.rand(2, num_layers, num_kv_heads, generator=torch_rng)
+        k_scale, v_scale = ((2 + 4 * scales) / largest).unbind()
     k_pool, v_pool = [], []
     used = _rows_in_use(lengths, prompts)
-    for _ in range(num_layers):
+    for layer in range(num_layers):
         k, v = pools(num_pages, block_size, num_kv_heads, head_dim, dtype, layout)
         contents = list(zip(master_pages, used, strict=True))
         contents += [(own_pages[a], len(prompt.own)) for a, prompt in enumerate(prompts)]
         for page_list, count in contents:
             for index, page in enumerate(page_list):
-                stored = min(block_size, count - index * block_size)
-                if stored > 0:
-                    k[page, :stored] = normal(stored, num_kv_heads, head_dim)
-                    v[page, :stored] = normal(stored, num_kv_heads, head_dim)
+                filled_rows = min(block_size, count - index * block_size)
+                if filled_rows > 0:
+                    k[page, :filled_rows] = stored(filled_rows, k_scale, layer)
+                    v[page, :filled_rows] = stored(filled_rows, v_scale, layer)
         k_pool.append(k)
         v_pool.append(v)
 
     # Queries are a slice of a fused projection, as models make them.
+    if query_dtype is None:
+        query_dtype = torch.float32 if is_quantized(dtype) else dtype
     projection = torch.full(
-        (capacity.rows, num_q_heads + 2 * num_kv_heads, head_dim), torch.nan, dtype=dtype
+        (capacity.rows, num_q_heads + 2 * num_kv_heads, head_dim), torch.nan, dtype=query_dtype
     )
     q = projection[:, :num_q_heads]
     q[: filled.rows] = normal(filled.rows, num_q_heads, head_dim)
@@ -393,6 +433,8 @@ def random_round(
         interleaved=interleaved,
         scale=head_dim**-0.5,
         length=length,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -846,6 +888,7 @@ def dense_cache(
     skip: float = 0.0,
     spare_columns: int = 3,
     beyond: int = -1,
+    dtype: torch.dtype | None = None,
 ) -> DenseCache:
     """Room for the dense KV of all agents, in random slots, NaN throughout.
 
@@ -855,6 +898,7 @@ def dense_cache(
         skip: share of slots that are -1.
         spare_columns: T is so much more than the longest prompt.
         beyond: the slot of positions beyond an agent's prompt.
+        dtype: that of the pools by default.
     """
     rng = np.random.default_rng(seed)
     length = case.length.tolist()
@@ -864,7 +908,7 @@ def dense_cache(
     k, v = [], []
     for pool in case.k_pool:
         k_rows, v_rows = pools(
-            num_pages, rows_per_page, pool.shape[2], pool.shape[3], pool.dtype, layout
+            num_pages, rows_per_page, pool.shape[2], pool.shape[3], dtype or pool.dtype, layout
         )
         k.append(k_rows if page_size else k_rows[:, 0])
         v.append(v_rows if page_size else v_rows[:, 0])

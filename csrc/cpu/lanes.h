@@ -10,8 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu/simd.h"
-#include "tokendance/params.h"
+#include "cpu/dtypes.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 
@@ -140,6 +139,13 @@ TOKENDANCE_INLINE Full load_full(const BFloat16* p) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
 }
+TOKENDANCE_INLINE Full load_full(const Float8* p) {
+  return {widen_float8(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+TOKENDANCE_INLINE Full load_full(const Int8* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
 
 #else
 
@@ -153,23 +159,18 @@ TOKENDANCE_INLINE Full load_full(const BFloat16* p) {
   for (int i = 0; i < kFullLanes; ++i) bits[i] = static_cast<int32_t>(uint32_t{p[i].bits} << 16);
   return {reinterpret_cast<Full::Floats>(bits)};
 }
+TOKENDANCE_INLINE Full load_full(const Float8* p) {
+  Full a;
+  for (int i = 0; i < kFullLanes; ++i) a.v[i] = widen_float8(p[i].bits);
+  return a;
+}
+TOKENDANCE_INLINE Full load_full(const Int8* p) {
+  Full a;
+  for (int i = 0; i < kFullLanes; ++i) a.v[i] = static_cast<float>(p[i].bits);
+  return a;
+}
 
 #endif
-
-// Calls visit(T{}) for the storage type.
-template <typename Visit>
-inline void with_element(DType dtype, const Visit& visit) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit(float{});
-    case DType::kFloat16:
-      return visit(Float16{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-    default:
-      return;
-  }
-}
 
 // 2^x for x <= 127, to 1.7e-7 relative; 0 below -126.5, so that no subnormal slows what follows.
 template <int W>

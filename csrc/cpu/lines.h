@@ -1,9 +1,10 @@
 // Cache lines of keys and values, and their elements in fp32.
 //
-// Kernels that are bound by memory read and write whole lines of 64 bytes: 16 fp32 or 32 16-bit
-// elements. In fp32 the latter fill two vectors, in the order that is cheapest to make: fp16 the
-// lower and the upper sixteen, bf16 the even and the odd elements, which are the halves of 32-bit
-// words. Whoever meets these with values of another source (angles) puts those in the same order.
+// Kernels that are bound by memory read and write whole lines of 64 bytes: 16 fp32, 32 16-bit or 64
+// 8-bit elements. In fp32 the latter fill two or four vectors, in the order that is cheapest to
+// make: bf16 the even and the odd elements, which are the halves of 32-bit words, the others one
+// sixteen after the other. Whoever meets these with values of another source (angles) puts those in
+// the same order.
 //
 // Include only from csrc/cpu/kernels: everything stands in the namespace TOKENDANCE_ISA.
 #pragma once
@@ -46,6 +47,8 @@ template <typename T>
 TOKENDANCE_INLINE Line<T> load_line(const T* p, int n) {
   if constexpr (sizeof(T) == 4) {
     return {_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), p)};
+  } else if constexpr (sizeof(T) == 1) {
+    return {_mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p)};
   } else {
     return {_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p)};
   }
@@ -58,6 +61,8 @@ template <typename T>
 TOKENDANCE_INLINE void store_line(T* p, Line<T> a, int n) {
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << n) - 1), a.bits);
+  } else if constexpr (sizeof(T) == 1) {
+    _mm512_mask_storeu_epi8(p, (__mmask64{1} << n) - 1, a.bits);
   } else {
     _mm512_mask_storeu_epi16(p, (__mmask32{1} << n) - 1, a.bits);
   }
@@ -104,6 +109,20 @@ TOKENDANCE_INLINE Line<Float16> narrow(Wide<Float16> a) {
 TOKENDANCE_INLINE Line<BFloat16> narrow(Wide<BFloat16> a) {
   const __m512i even = _mm512_srli_epi32(rounded_to_bfloat16(a.v[0]), 16);
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded_to_bfloat16(a.v[1]))};
+}
+template <typename T>
+TOKENDANCE_INLINE Wide<T> widen_bytes(Line<T> a) {
+  return {{widen(Packed<T>{_mm512_castsi512_si128(a.bits)}),
+           widen(Packed<T>{_mm512_extracti32x4_epi32(a.bits, 1)}),
+           widen(Packed<T>{_mm512_extracti32x4_epi32(a.bits, 2)}),
+           widen(Packed<T>{_mm512_extracti32x4_epi32(a.bits, 3)})}};
+}
+template <typename T>
+TOKENDANCE_INLINE Line<T> narrow_bytes(const Wide<T>& a) {
+  __m512i bits = _mm512_castsi128_si512(narrow<T>(a.v[0]).v);
+  bits = _mm512_inserti32x4(bits, narrow<T>(a.v[1]).v, 1);
+  bits = _mm512_inserti32x4(bits, narrow<T>(a.v[2]).v, 2);
+  return {_mm512_inserti32x4(bits, narrow<T>(a.v[3]).v, 3)};
 }
 
 template <typename T>
@@ -207,6 +226,18 @@ TOKENDANCE_INLINE Line<BFloat16> narrow(Wide<BFloat16> a) {
   };
   return {merge(a.v[0].lo, a.v[1].lo), merge(a.v[0].hi, a.v[1].hi)};
 }
+template <typename T>
+TOKENDANCE_INLINE Wide<T> widen_bytes(Line<T> a) {
+  return {{widen(Packed<T>{_mm256_castsi256_si128(a.lo)}),
+           widen(Packed<T>{_mm256_extracti128_si256(a.lo, 1)}),
+           widen(Packed<T>{_mm256_castsi256_si128(a.hi)}),
+           widen(Packed<T>{_mm256_extracti128_si256(a.hi, 1)})}};
+}
+template <typename T>
+TOKENDANCE_INLINE Line<T> narrow_bytes(const Wide<T>& a) {
+  return {_mm256_set_m128i(narrow<T>(a.v[1]).v, narrow<T>(a.v[0]).v),
+          _mm256_set_m128i(narrow<T>(a.v[3]).v, narrow<T>(a.v[2]).v)};
+}
 
 template <typename T>
 TOKENDANCE_INLINE Line<T> difference(Line<T> a, Line<T> b) {
@@ -298,6 +329,16 @@ TOKENDANCE_INLINE Line<BFloat16> narrow(Wide<BFloat16> a) {
   }
   return line;
 }
+template <typename T>
+TOKENDANCE_INLINE Wide<T> widen_bytes(Line<T> a) {
+  return per_vector<T>([&](int v) { return load(a.elements + v * kLanes); });
+}
+template <typename T>
+TOKENDANCE_INLINE Line<T> narrow_bytes(const Wide<T>& a) {
+  Line<T> line;
+  for (int v = 0; v < kLineVectors<T>; ++v) store(line.elements + v * kLanes, narrow<T>(a.v[v]));
+  return line;
+}
 
 // Lines are compared word by word, whatever their elements are.
 template <typename T, typename Operation>
@@ -333,5 +374,10 @@ TOKENDANCE_INLINE Wide<BFloat16> even_and_odd(F32 a, F32 b) {
 }
 
 #endif
+
+TOKENDANCE_INLINE Wide<Float8> widen(Line<Float8> a) { return widen_bytes(a); }
+TOKENDANCE_INLINE Wide<Int8> widen(Line<Int8> a) { return widen_bytes(a); }
+TOKENDANCE_INLINE Line<Float8> narrow(const Wide<Float8>& a) { return narrow_bytes(a); }
+TOKENDANCE_INLINE Line<Int8> narrow(const Wide<Int8>& a) { return narrow_bytes(a); }
 
 }  // namespace tokendance::TOKENDANCE_ISA

@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "cpu/dtypes.h"
 #include "cpu/lines.h"
 #include "cpu/rows.h"
 #include "tokendance/params.h"
@@ -276,26 +277,28 @@ TOKENDANCE_INLINE void move_row(T* out, const T* in, int64_t shift, const MoveCo
   }
 }
 
-// Calls visit(T{}, std::bool_constant<interleaved>{}) for the storage type and style.
+// Calls visit(T{}, std::bool_constant<interleaved>{}) for a dtype that is not quantized.
 template <typename Visit>
 inline void with_types(DType dtype, bool interleaved, const Visit& visit) {
-  const auto with_style = [&](auto element) {
+  with_element(dtype, [&](auto element) {
     if (interleaved) {
       visit(element, std::true_type{});
     } else {
       visit(element, std::false_type{});
     }
-  };
-  switch (dtype) {
-    case DType::kFloat32:
-      return with_style(float{});
-    case DType::kFloat16:
-      return with_style(Float16{});
-    case DType::kBFloat16:
-      return with_style(BFloat16{});
-    default:
-      return;
-  }
+  });
+}
+
+// The same for a dtype of stored keys and values.
+template <typename Visit>
+inline void with_stored_types(DType dtype, bool interleaved, const Visit& visit) {
+  with_stored_element(dtype, [&](auto element) {
+    if (interleaved) {
+      visit(element, std::true_type{});
+    } else {
+      visit(element, std::false_type{});
+    }
+  });
 }
 
 // Calls visit(std::integral_constant<Writing, ...>{}).

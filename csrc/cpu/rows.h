@@ -16,12 +16,12 @@ TOKENDANCE_INLINE int64_t row_offset(const RowLayout& layout, int64_t row) {
 }
 
 // How many rows before its use a row is fetched that is compared with another; 0 = it is not. In 16
-// bits arithmetic leaves memory idle between rows; in fp32 the hardware's own prefetch does better
-// alone, and what is in the caches needs none.
+// bits and less arithmetic leaves memory idle between rows; in fp32 the hardware's own prefetch
+// does better alone, and what is in the caches needs none.
 template <typename T>
 inline int64_t rows_to_fetch_ahead(int64_t row_bytes, int64_t total_bytes) {
   constexpr int64_t kBytesAhead = 4096;
-  if (sizeof(T) != 2 || total_bytes < last_level_cache_bytes()) return 0;
+  if (sizeof(T) > 2 || total_bytes < last_level_cache_bytes()) return 0;
   return row_bytes < kBytesAhead ? kBytesAhead / row_bytes : 1;
 }
 

@@ -82,7 +82,6 @@ void run(Call& call, const Tensor& workspace, const Tensor& out, const Tensor& l
   if (out.is_cpu()) {
     check_round(params.round, call.num_pages, params.rope,
                 {.masks = true, .own_rows = true, .own_pages = false, .query = true});
-    refuse_quantized(params.dtype, params.pool_dtype);
     return cpu_collective_attention(params, torch_parallel_for);
   }
 #ifdef TOKENDANCE_CUDA_COLLECTIVE_ATTENTION

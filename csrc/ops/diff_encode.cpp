@@ -88,7 +88,6 @@ void diff_encode(const std::vector<Tensor>& k_in, const std::vector<Tensor>& v_i
   if (e.agents == 0) return;
   if (like.is_cpu()) {
     check_contents(params, dims["num_pages"]);
-    refuse_quantized(params.dtype, params.dtype);
     return cpu_diff_encode(params, torch_parallel_for);
   }
 #ifdef TOKENDANCE_CUDA_DIFF_ENCODE

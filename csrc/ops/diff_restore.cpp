@@ -66,7 +66,6 @@ void diff_restore(const std::vector<Tensor>& k_pool, const std::vector<Tensor>& 
     check_round(params.round, dims["num_pages"], params.rope,
                 {.masks = true, .own_rows = true, .own_pages = false, .query = false});
     check_slots(params);
-    refuse_quantized(params.dtype, params.out_dtype);
     return cpu_diff_restore(params, torch_parallel_for);
   }
 #ifdef TOKENDANCE_CUDA_DIFF_RESTORE

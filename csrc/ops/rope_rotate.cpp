@@ -40,7 +40,6 @@ void run(const RopeRotateParams& params, const Tensor& x) {
   if (params.num_rows == 0 || params.destinations == 0 || params.num_heads == 0) return;
   if (x.is_cpu()) {
     check_contents(params);
-    refuse_quantized(params.dtype, params.out_dtype);
     return cpu_rope_rotate(params, torch_parallel_for);
   }
 #ifdef TOKENDANCE_CUDA_ROPE_ROTATE

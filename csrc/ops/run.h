@@ -16,11 +16,6 @@ inline void torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
                               [=](int64_t from, int64_t to) { body(from, to, context); });
 }
 
-// The CPU kernels take fp32, fp16 and bf16.
-inline void refuse_quantized(DType a, DType b) {
-  if (is_quantized(a) || is_quantized(b)) fail("quantized tensors: expected them on CUDA, got CPU");
-}
-
 // Launches on the current stream of the device of `tensor`.
 template <typename Params>
 void run_cuda(int (*launch)(const Params&, void*), const Params& params, const Tensor& tensor) {

@@ -14,7 +14,9 @@
 // the lanes. Query rows are rotated to each source once per chunk, rows that see none of it are
 // left out, and the rest stand in the order of how far they see, so that the rows that see a block
 // are adjacent. 16-bit keys and values are widened block by block for many rows, in registers for
-// few. The next block is fetched while the current one is multiplied.
+// few, and quantized ones in either case: they are exact in fp32, and the scales of a KV head
+// multiply its queries and its output. The next block is fetched while the current one is
+// multiplied.
 //
 // With few query rows one task takes all KV heads, block by block with the heads inside: their keys
 // lie side by side, and a pass per head would fetch every page's address translation once per head.
@@ -120,6 +122,8 @@ TOKENDANCE_INLINE bool hide(Full& score, int32_t key, int32_t bit, const int32_t
 }
 #endif
 
+// T is the type of keys and values. That of queries and output is the same, or any that is not
+// quantized if T is.
 template <typename T>
 class Attention {
  public:
@@ -199,19 +203,29 @@ class Attention {
     return std::min(params_.num_kv_heads, kMaxQueries / kMaxFlatQueries);
   }
 
-  T* out_row(int64_t row, int head) const {
-    return static_cast<T*>(params_.out) + row * params_.out_row_stride +
-           head * params_.out_head_stride;
+  // Calls visit(Q{}) for the type of queries and output.
+  template <typename Visit>
+  void with_query_element(const Visit& visit) const {
+    if constexpr (kIsQuantized<T>) {
+      with_element(params_.dtype, visit);
+    } else {
+      visit(T{});
+    }
+  }
+  int64_t out_offset(int64_t row, int head) const {
+    return row * params_.out_row_stride + head * params_.out_head_stride;
+  }
+  static float scale_of(const float* scales, int kv_head) {
+    return scales ? scales[kv_head] : 1.0f;
   }
   int q_head(const Tile& tile, int h, int g) const {
     return (tile.kv_head + h) * group_ + tile.first_head + g;
   }
   const int32_t* chunk(int32_t index) const { return round_.work_chunks + index * kChunkFields; }
 
-  void write_empty(T* out) const {
-    for (int i = 0; i < params_.head_dim; i += kLanes) {
-      store(out + i, narrow<T>(broadcast(0.0f)));
-    }
+  void write_empty(int64_t row, int head) const {
+    alignas(kCacheLine) const float zeros[kMaxHeadDim] = {};
+    write_row(row, head, zeros, 1.0f);
   }
 
   // Blocks ----------------------------------------------------------------------------------------
@@ -334,24 +348,29 @@ class Attention {
   // Queries of the active rows, [KV head][row][head], in fp32, times the factor of the scores. Own
   // rows have shift 0, whose rotation leaves R(p) as it is.
   void rotate_queries(const Tile& tile, Scratch& s) const {
-    for (int i = 0; i < s.num_active; ++i) {
-      const ActiveRow& active = s.active[i];
-      if (params_.rope.rotary_dim > 0) set_angles(active, s.angles);
-      const T* q_row =
-          static_cast<const T*>(params_.q) + tile.rows[active.slot] * params_.q_row_stride;
-      for (int h = 0; h < tile.kv_heads; ++h) {
-        for (int g = 0; g < tile.heads; ++g) {
-          const int64_t query = (h * s.num_active + i) * tile.heads + g;
-          rotate_query(q_row + q_head(tile, h, g) * params_.q_head_stride, s.angles,
-                       s.queries + query * params_.head_dim);
+    with_query_element([&](auto element) {
+      using Q = decltype(element);
+      for (int i = 0; i < s.num_active; ++i) {
+        const ActiveRow& active = s.active[i];
+        if (params_.rope.rotary_dim > 0) set_angles(active, s.angles);
+        const Q* q_row =
+            static_cast<const Q*>(params_.q) + tile.rows[active.slot] * params_.q_row_stride;
+        for (int h = 0; h < tile.kv_heads; ++h) {
+          const float factor = query_factor_ * scale_of(params_.k_scale, tile.kv_head + h);
+          for (int g = 0; g < tile.heads; ++g) {
+            const int64_t query = (h * s.num_active + i) * tile.heads + g;
+            rotate_query(q_row + q_head(tile, h, g) * params_.q_head_stride, factor, s.angles,
+                         s.queries + query * params_.head_dim);
+          }
         }
       }
-    }
+    });
   }
 
-  void rotate_query(const T* q, const MoveAngles& angles, float* out) const {
+  template <typename Q>
+  void rotate_query(const Q* q, float query_factor, const MoveAngles& angles, float* out) const {
     const int rotary_dim = params_.rope.rotary_dim;
-    const F32 factor = broadcast(query_factor_);
+    const F32 factor = broadcast(query_factor);
     const F32 rotary_scale = broadcast(params_.rotary_scale);
     const auto emit = [&](int dim, F32 value, int n) {
       const Packed<float> packed = narrow<float>(mul(value, factor));
@@ -746,7 +765,7 @@ class Attention {
     const float sum = s.state_sum[index];
     const float max = s.state_max[index];
     const float lse = sum == 0.0f ? -kInfinity : max * kLn2 + logf(sum);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float inverse = sum == 0.0f ? 0.0f : scale_of(params_.v_scale, tile.kv_head + h) / sum;
     if (tile.item[4] >= 0) {
       const int64_t partial = int64_t{tile.item[4]} + tile.first_row + slot;
       float* out = partial_out(partial, head);
@@ -759,14 +778,18 @@ class Attention {
     }
     const int64_t row = tile.rows[slot];
     params_.lse[row * params_.num_q_heads + head] = lse;
-    write_row(out_row(row, head), sums, inverse * sink_factor(head, lse));
+    write_row(row, head, sums, inverse * sink_factor(head, lse));
   }
 
-  void write_row(T* out, const float* sums, float factor) const {
-    const F32 factors = broadcast(factor);
-    for (int i = 0; i < params_.head_dim; i += kLanes) {
-      store(out + i, narrow<T>(mul(load(sums + i), factors)));
-    }
+  void write_row(int64_t row, int head, const float* sums, float factor) const {
+    with_query_element([&](auto element) {
+      using Q = decltype(element);
+      Q* out = static_cast<Q*>(params_.out) + out_offset(row, head);
+      const F32 factors = broadcast(factor);
+      for (int i = 0; i < params_.head_dim; i += kLanes) {
+        store(out + i, narrow<Q>(mul(load(sums + i), factors)));
+      }
+    });
   }
 
   // exp(lse) / (exp(lse) + exp(sink)): what a sink leaves of the output.
@@ -780,11 +803,10 @@ class Attention {
     for (const int32_t* partial = begin; partial < end; ++partial) {
       max = std::max(max, *partial_lse(*partial, head));
     }
-    T* out = out_row(row, head);
     float& lse = params_.lse[row * params_.num_q_heads + head];
     if (max == -kInfinity) {
       lse = -kInfinity;
-      return write_empty(out);
+      return write_empty(row, head);
     }
     alignas(kCacheLine) float sums[kMaxHeadDim] = {};
     float sum = 0.0f;
@@ -799,7 +821,7 @@ class Attention {
       }
     }
     lse = max + logf(sum);
-    write_row(out, sums, sink_factor(head, lse) / sum);
+    write_row(row, head, sums, sink_factor(head, lse) / sum);
   }
 
   const CollectiveAttentionParams& params_;
@@ -814,7 +836,7 @@ class Attention {
 }  // namespace
 
 void collective_attention(const CollectiveAttentionParams& params, ParallelFor parallel_for) {
-  with_element(params.dtype, [&](auto element) {
+  with_stored_element(params.pool_dtype, [&](auto element) {
     const Attention<decltype(element)> attention(params);
     parallel_items(parallel_for, attention.num_tasks(), [&](auto next) {
       Scratch& scratch = thread_scratch();

@@ -24,18 +24,16 @@ template <bool kInterleaved, bool kExact, typename T>
 class RowComparison {
  public:
   RowComparison(const DiffEncodeParams& params, LineAngles<T, kInterleaved>& angles)
-      : params_(params),
-        angles_(angles),
-        atol_(broadcast(params.atol)),
-        rtol_(broadcast(params.rtol)) {}
+      : params_(params), angles_(angles), rtol_(broadcast(params.rtol)) {}
 
-  bool same_key(const T* dense, const T* master, int64_t shift) const {
+  // `scales` of the layer's heads, null = 1.
+  bool same_key(const T* dense, const T* master, int64_t shift, const float* scales) const {
     const int rotary_dim = shift != 0 ? params_.rope.rotary_dim : 0;
     if (rotary_dim > 0) angles_.set(params_.rope, shift);
     for (int32_t head = 0; head < params_.num_heads; ++head) {
       const T* in = dense + head * params_.in_k_layout.head_stride;
       const T* held = master + head * params_.pool_k_layout.head_stride;
-      Difference differs(*this);
+      Difference differs(*this, atol_of(scales, head));
       rotate_lines(held, angles_, rotary_dim, [&](int dim, const Wide<T>& value, int n) {
         differs.add(in + dim, narrow(value), n);
       });
@@ -45,9 +43,9 @@ class RowComparison {
     return true;
   }
 
-  bool same_value(const T* dense, const T* master) const {
+  bool same_value(const T* dense, const T* master, const float* scales) const {
     for (int32_t head = 0; head < params_.num_heads; ++head) {
-      Difference differs(*this);
+      Difference differs(*this, atol_of(scales, head));
       compare_unmoved(differs, dense + head * params_.in_v_layout.head_stride,
                       master + head * params_.pool_v_layout.head_stride, 0);
       if (differs.found()) return false;
@@ -61,7 +59,7 @@ class RowComparison {
   // Whether any element of the lines given to it differs.
   class Difference {
    public:
-    explicit Difference(const RowComparison& by) : by_(by) {}
+    Difference(const RowComparison& by, F32 atol) : by_(by), atol_(atol) {}
 
     // The first n elements of `moved`, which are to be those at `in`.
     TOKENDANCE_INLINE void add(const T* in, Line<T> moved, int n) {
@@ -86,16 +84,22 @@ class RowComparison {
         const Wide<T> found = widen(in), wanted = widen(moved);
         for (int v = 0; v < kLineVectors<T>; ++v) {
           const F32 bound =
-              tokendance::TOKENDANCE_ISA::add(by_.atol_, mul(by_.rtol_, abs(wanted.v[v])));
+              tokendance::TOKENDANCE_ISA::add(atol_, mul(by_.rtol_, abs(wanted.v[v])));
           beyond_ |= !all_less_equal(abs(sub(found.v[v], wanted.v[v])), bound);
         }
       }
     }
 
     const RowComparison& by_;
+    F32 atol_;
     Line<T> bits_ = {};
     bool beyond_ = false;
   };
+
+  // In units of the head's elements.
+  TOKENDANCE_INLINE F32 atol_of(const float* scales, int32_t head) const {
+    return broadcast(scales ? params_.atol / scales[head] : params_.atol);
+  }
 
   TOKENDANCE_INLINE void compare_unmoved(Difference& differs, const T* in, const T* held,
                                          int begin) const {
@@ -111,7 +115,7 @@ class RowComparison {
 
   const DiffEncodeParams& params_;
   LineAngles<T, kInterleaved>& angles_;
-  F32 atol_, rtol_;
+  F32 rtol_;
 };
 
 // Sets in a mask word the bits of the rows of a page that differ.
@@ -161,22 +165,26 @@ void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin,
     const T* v_in = static_cast<const T*>(params.in.v[layer]);
     const T* k_pool = static_cast<const T*>(params.pool.k[layer]);
     const T* v_pool = static_cast<const T*>(params.pool.v[layer]);
+    const int64_t first_head = int64_t{layer} * params.num_heads;
+    const float* k_scale = params.k_scale ? params.k_scale + first_head : nullptr;
+    const float* v_scale = params.v_scale ? params.v_scale + first_head : nullptr;
     for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = k_pool + page * params.pool_k_layout.page_stride;
-        add_differing(
-            params, use, k_in, params.in_k_layout, rows_ahead, [&](int row, int64_t slot) {
-              return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
-                                         held + row * params.pool_k_layout.row_stride, use.shift);
-            });
+        add_differing(params, use, k_in, params.in_k_layout, rows_ahead,
+                      [&](int row, int64_t slot) {
+                        return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
+                                                   held + row * params.pool_k_layout.row_stride,
+                                                   use.shift, k_scale);
+                      });
       });
       for_each_page(agent, [&](const UsePage& use, int64_t page) {
         const T* held = v_pool + page * params.pool_v_layout.page_stride;
-        add_differing(params, use, v_in, params.in_v_layout, rows_ahead,
-                      [&](int row, int64_t slot) {
-                        return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
-                                                     held + row * params.pool_v_layout.row_stride);
-                      });
+        add_differing(
+            params, use, v_in, params.in_v_layout, rows_ahead, [&](int row, int64_t slot) {
+              return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
+                                           held + row * params.pool_v_layout.row_stride, v_scale);
+            });
       });
     }
   }
@@ -242,7 +250,7 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
   const int64_t master_pages = params.round.master_page_indptr[extents.masters];
   const int64_t own_pages = params.round.own_page_indptr[extents.agents];
   const bool exact = params.atol == 0.0f && params.rtol == 0.0f;
-  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+  with_stored_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     constexpr bool kInterleaved = decltype(interleaved)::value;
     const int64_t row_bytes =

@@ -8,6 +8,7 @@
 // memory.
 #include <algorithm>
 
+#include "cpu/convert.h"
 #include "cpu/move.h"
 #include "cpu/parallel.h"
 #include "cpu/round_pages.h"
@@ -73,14 +74,28 @@ void restore_own_page(const Restore& restore, int64_t index, const Write& write)
   }
 }
 
+// Page `index` of all Masters' and own pages: its id in the pool.
+int64_t page_of(const Restore& restore, int64_t index) {
+  const RoundView& round = restore.params.round;
+  return index < restore.master_pages ? round.master_pages[index]
+                                      : round.own_pages[index - restore.master_pages];
+}
+
+// Calls write(row of the page, slot, shift) for every row of the page that is restored.
+template <typename Write>
+TOKENDANCE_INLINE void restore_rows(const Restore& restore, int64_t index, const Write& write) {
+  if (index >= restore.master_pages) {
+    restore_own_page(restore, index - restore.master_pages, write);
+  } else {
+    restore_master_page(restore, index, write);
+  }
+}
+
 template <bool kInterleaved, typename T>
 void restore_page(const Restore& restore, int64_t layer, int64_t index,
                   LineAngles<T, kInterleaved>& angles) {
   const DiffRestoreParams& params = restore.params;
-  const bool is_own = index >= restore.master_pages;
-  const int64_t list_index = is_own ? index - restore.master_pages : index;
-  const int64_t page =
-      is_own ? params.round.own_pages[list_index] : params.round.master_pages[list_index];
+  const int64_t page = page_of(restore, index);
   const T* keys =
       static_cast<const T*>(params.pool.k[layer]) + page * params.pool_k_layout.page_stride;
   const T* values =
@@ -97,23 +112,39 @@ void restore_page(const Restore& restore, int64_t layer, int64_t index,
       copy_row<kWriting>(out_v + row_offset(params.out_v_layout, slot),
                          values + row * params.pool_v_layout.row_stride, restore.values);
     };
-    const auto restore_rows = [&](const auto& write) {
-      if (is_own) {
-        restore_own_page(restore, list_index, write);
-      } else {
-        restore_master_page(restore, list_index, write);
-      }
-    };
     if constexpr (kWriting == Writing::kStore) {
-      restore_rows(write_key);
-      restore_rows(write_value);
+      restore_rows(restore, index, write_key);
+      restore_rows(restore, index, write_value);
     } else {
-      restore_rows([&](int64_t row, int64_t slot, int64_t shift) {
+      restore_rows(restore, index, [&](int64_t row, int64_t slot, int64_t shift) {
         write_key(row, slot, shift);
         write_value(row, slot, shift);
       });
       finish_streaming();
     }
+  });
+}
+
+// A page of a quantized pool, read out in another dtype.
+void convert_page(const Restore& restore, const RowConversion& keys, const RowConversion& values,
+                  int64_t layer, int64_t index, MoveAngles& angles) {
+  const DiffRestoreParams& params = restore.params;
+  const int64_t page = page_of(restore, index);
+  const int64_t first_head = layer * params.num_heads;
+  const HeadScales k_scales = {params.k_scale ? params.k_scale + first_head : nullptr, nullptr};
+  const HeadScales v_scales = {params.v_scale ? params.v_scale + first_head : nullptr, nullptr};
+  const RowLayout &k_layout = params.pool_k_layout, &v_layout = params.pool_v_layout;
+  restore_rows(restore, index, [&](int64_t row, int64_t slot, int64_t shift) {
+    keys.move(
+        keys.out_row(params.out.k[layer], row_offset(params.out_k_layout, slot)),
+        keys.in_row(params.pool.k[layer], page * k_layout.page_stride + row * k_layout.row_stride),
+        shift, k_scales, angles);
+  });
+  restore_rows(restore, index, [&](int64_t row, int64_t slot, int64_t) {
+    values.copy(values.out_row(params.out.v[layer], row_offset(params.out_v_layout, slot)),
+                values.in_row(params.pool.v[layer],
+                              page * v_layout.page_stride + row * v_layout.row_stride),
+                v_scales);
   });
 }
 
@@ -142,7 +173,17 @@ void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
                   .writing = Writing::kStream,
                   .master_pages = master_pages,
                   .pages = master_pages + params.round.own_page_indptr[extents.agents]};
-  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+  if (params.dtype != params.out_dtype) {
+    const RowConversion keys(params.dtype, params.out_dtype, params.rope, restore.keys.shape, 1.0f);
+    const RowConversion values(params.dtype, params.out_dtype, params.rope, restore.values, 1.0f);
+    return parallel_items(parallel_for, params.num_layers * restore.pages, [&](const auto& next) {
+      MoveAngles angles;
+      for (int64_t item = next(); item >= 0; item = next()) {
+        convert_page(restore, keys, values, item / restore.pages, item % restore.pages, angles);
+      }
+    });
+  }
+  with_stored_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     const int64_t row_bytes =
         int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));

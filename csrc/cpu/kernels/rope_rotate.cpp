@@ -4,6 +4,7 @@
 // it. cos and sin are fetched when the shift changes, which for whole segments is once.
 #include <type_traits>
 
+#include "cpu/convert.h"
 #include "cpu/move.h"
 #include "cpu/parallel.h"
 
@@ -69,6 +70,28 @@ void rotate_rows(const RopeRotateParams& params, const MoveContext& context, int
   if constexpr (kWriting != Writing::kStore) finish_streaming();
 }
 
+void convert_rows(const RopeRotateParams& params, const RowConversion& conversion, int64_t begin,
+                  int64_t end) {
+  const HeadScales scales = {params.x_scale, params.out_scale};
+  MoveAngles angles;
+  for (int64_t i = begin; i < end; ++i) {
+    const void* in = conversion.in_row(
+        params.x, row_offset(params.x_layout, params.row_in ? params.row_in[i] : i));
+    for (int32_t j = 0; j < params.destinations; ++j) {
+      const int64_t entry = i * params.destinations + j;
+      const int64_t row = params.row_out ? params.row_out[entry] : i;
+      if (row < 0) continue;
+      void* to = conversion.out_row(params.out, row_offset(params.out_layout, row));
+      if (params.position_to) {
+        const int64_t from = params.position_from ? params.position_from[i] : 0;
+        conversion.move(to, in, params.position_to[entry] - from, scales, angles);
+      } else {
+        conversion.copy(to, in, scales);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void rope_rotate(const RopeRotateParams& params, ParallelFor parallel_for) {
@@ -76,7 +99,16 @@ void rope_rotate(const RopeRotateParams& params, ParallelFor parallel_for) {
                                {params.num_heads, params.head_dim, params.x_layout.head_stride,
                                 params.out_layout.head_stride},
                                params.scale};
-  with_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
+  if (params.dtype != params.out_dtype || params.x_scale || params.out_scale) {
+    const RowConversion conversion(params.dtype, params.out_dtype, params.rope, context.shape,
+                                   params.scale);
+    const int64_t row_bytes = int64_t{params.num_heads} * params.head_dim *
+                              (bytes_of(params.dtype) + bytes_of(params.out_dtype));
+    return parallel_ranges(
+        parallel_for, params.num_rows, 2 * kGrainBytes / row_bytes,
+        [&](int64_t begin, int64_t end) { convert_rows(params, conversion, begin, end); });
+  }
+  with_stored_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
     const int64_t row_bytes =
         int64_t{params.num_heads} * params.head_dim * static_cast<int64_t>(sizeof(T));
