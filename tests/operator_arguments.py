@@ -11,7 +11,7 @@ import tokendance.ops  # noqa: F401  (loads the library)
 from tokendance import testing
 
 
-def case_and_dense():
+def case_and_dense(dtype):
     case = testing.random_round(
         1,
         agents=2,
@@ -19,21 +19,28 @@ def case_and_dense():
         whole_uses=True,
         slack=False,
         room_for_all=True,
-        dtype=torch.bfloat16,
+        dtype=dtype,
+        query_dtype=torch.bfloat16,
         layout="interleaved",
         num_layers=2,
     )
     for pool in case.k_pool + case.v_pool:
-        pool.nan_to_num_(0.0)  # opcheck compares whole tensors, and NaN with NaN
+        pool.copy_(pool.float().nan_to_num(0.0))  # opcheck compares whole tensors, and NaN with NaN
     dense = testing.dense_cache(case, 1)
     for rows in dense.k + dense.v:
-        rows.nan_to_num_(0.5)
+        rows.copy_(rows.float().nan_to_num(0.5))
     return case, dense
 
 
-def arguments_of(name: str) -> list[Any]:
-    """Arguments of an operator, in order; fresh and the same for each call."""
-    case, dense = case_and_dense()
+def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    """Arguments of an operator, in order; fresh and the same for each call.
+
+    With a quantized ``dtype`` those of the operators that take it, scales included.
+    """
+    case, dense = case_and_dense(dtype)
+    scales: list[Any] = []
+    if testing.is_quantized(dtype):
+        scales = [case.k_scale, case.v_scale]
     tables = [case.cos, case.sin, case.interleaved]
     rows = torch.arange(6)
     source, target = torch.arange(6).int(), torch.arange(6).int() * 2 % 5
@@ -48,7 +55,8 @@ def arguments_of(name: str) -> list[Any]:
         "rope_rotate": [keys, rows, source, target, *tables],
         "rope_rotate_out": [
             *(keys, rows, rows.flip(0), source, target, *tables, 1.5),
-            torch.zeros(6, *keys.shape[1:], dtype=keys.dtype),
+            torch.zeros(6, *keys.shape[1:], dtype=torch.bfloat16),
+            *[scale[0] for scale in scales[:1]],
         ],
         "rope_rotate_": [keys, rows, source, target, *tables],
         "key_deviation": [keys, rows[None], source[None], other, rows, target, *tables],
@@ -58,27 +66,43 @@ def arguments_of(name: str) -> list[Any]:
         ],
         "diff_encode": [
             *(dense.k, dense.v, dense.slot_mapping, case.length, case.k_pool, case.v_pool),
-            *(*tables, *round),
+            *(*tables, *round, 0.0, 0.0, *scales),
         ],
         "diff_restore": [
-            *(case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v)
+            *(case.k_pool, case.v_pool, *tables, *round, dense.slot_mapping, dense.k, dense.v),
+            *scales,
         ],
-        "collective_attention": [*attention, 30, 2.0, torch.zeros(heads)],
+        "collective_attention": [
+            *(*attention, 30, 2.0, torch.zeros(heads), 1.0),
+            *[scale[0] for scale in scales],
+        ],
         "collective_attention_out": [
             *(*attention, 30, 2.0, torch.zeros(heads), 1.0),
             torch.zeros(case.round.extents.partials * heads * (head_dim + 1)),
             torch.zeros(num_rows, heads, head_dim, dtype=case.q.dtype),
             torch.zeros(num_rows, heads),
+            *[scale[0] for scale in scales],
         ],
         "merge_states": [*partials, torch.zeros(2)],
         "merge_states_out": [*partials, None, torch.zeros(4, 2, 64), torch.zeros(4, 2)],
     }[name]
 
 
-def named_arguments_of(name: str) -> dict[str, Any]:
+QUANTIZED_OPERATORS = (
+    "rope_rotate",
+    "rope_rotate_out",
+    "rope_rotate_",
+    "diff_encode",
+    "diff_restore",
+    "collective_attention",
+    "collective_attention_out",
+)
+
+
+def named_arguments_of(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """The same under the names of the schema."""
     schema = getattr(torch.ops.tokendance, name).default._schema
-    arguments = arguments_of(name)
+    arguments = arguments_of(name, dtype)
     return dict(zip((a.name for a in schema.arguments), arguments, strict=False))
 
 

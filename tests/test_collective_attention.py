@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,9 @@ from tokendance import _planner, reference, testing
 
 OPERATOR = "collective_attention"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+E4M3, INT8 = testing.QUANTIZED
+# Of pools and queries.
+QUANTIZED = [(E4M3, torch.bfloat16), (E4M3, torch.float32), (INT8, torch.float16)]
 HEAD_DIMS = [64, 80, 96, 128, 256]
 TILE_KEYS = 64  # the kernels' key tile
 TILE_ROWS = 64  # query rows times G of an item, at most
@@ -216,10 +221,15 @@ def expectation(case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, s
     """What the reference makes of a case, (out, lse)."""
     scale = case.scale if scale is None else scale
     tables = (case.cos, case.sin, case.interleaved)
-    options = (scale, window, soft_cap, sinks, rotary_scale)
+    options = (scale, window, soft_cap, sinks, rotary_scale, *scales_of(case))
     return reference.collective_attention(
         case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
     )
+
+
+def scales_of(case):
+    """Of the layer that attention is tested on."""
+    return [None if scales is None else scales[0] for scales in (case.k_scale, case.v_scale)]
 
 
 def check(
@@ -257,6 +267,7 @@ def check(
         workspace,
         out[:, :num_q_heads, :head_dim],
         lse,
+        *scales_of(mine),
     )
     for name, got, want in (
         ("q", mine.q, case.q),
@@ -289,6 +300,47 @@ def check(
 def test_attention(backend, dtype, head_dim, interleaved):
     case = demanding_round(head_dim, head_dim=head_dim, dtype=dtype, interleaved=interleaved)
     check(backend, case)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("dtype", "query_dtype"), QUANTIZED, ids=str)
+def test_quantized_pools(backend, dtype, query_dtype, head_dim, interleaved):
+    options = {"dtype": dtype, "query_dtype": query_dtype, "interleaved": interleaved}
+    check(backend, demanding_round(head_dim, head_dim=head_dim, **options))
+
+
+@pytest.mark.parametrize(("dtype", "query_dtype"), QUANTIZED, ids=str)
+def test_quantized_pools_with_every_option(backend, dtype, query_dtype):
+    options = {"dtype": dtype, "query_dtype": query_dtype}
+    case = demanding_round(300, head_dim=96, rotary_dim=64, **options)
+    sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
+    check(backend, case, soft_cap=2.0)
+    check(backend, case, sinks=sinks)
+    check(backend, case, soft_cap=4.0, sinks=sinks, rotary_scale=0.9, scale=0.1, window=90)
+    check(backend, replace(case, k_scale=None), scale=0.001)
+    check(backend, replace(case, v_scale=None))
+    for layout in testing.LAYOUTS:
+        check(backend, demanding_round(500, layout=layout, **options), wide=True)
+    for heads in ((1, 1), (8, 1), (14, 2)):
+        check(backend, demanding_round(600, num_q_heads=heads[0], num_kv_heads=heads[1], **options))
+    check(backend, demanding_round(800, agents=2, rows=110, num_kv_heads=4, **options))
+    check(backend, attention_round(900, agents=4, work="planned", rows=1, **options))
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_elements_are_widened_exactly(backend, dtype):
+    """Every element there is, subnormals included, as a value that one key alone gives."""
+    case = testing.random_round(
+        1, agents=1, masters=0, private_length=1, rows=1, head_dim=256, dtype=dtype, slack=False
+    )
+    codes = torch.arange(256).to(torch.uint8).view(dtype)
+    page = int(case.round.own_pages[0])
+    case.v_pool[0][page, 0] = torch.where(codes.float().isnan(), 0.0, codes.float()).to(dtype)
+    rows, _ = check(backend, replace(case, v_scale=None))
+    expected = case.v_pool[0][page, 0, :1].float().expand_as(rows)
+    assert rows.shape[0] == 1
+    assert torch.equal(rows, expected)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])
@@ -521,6 +573,40 @@ def test_random_rounds(
     )
     sinks = torch.linspace(-2, 2, num_q_heads) if with_sinks else None
     check(fast_backend, case, window=window, soft_cap=soft_cap, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    agents=st.integers(0, 8),
+    masters=st.integers(0, 5),
+    master_length=st.sampled_from([3, 40, 200]),
+    private_length=st.sampled_from([0, 9, 50]),
+    rows=st.sampled_from([1, 5, 80]),
+    num_kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 4, 7]),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    query_dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    layout=st.sampled_from(testing.LAYOUTS),
+    block_size=st.sampled_from([8, 16, 32]),
+    repeat=st.booleans(),
+    cut=st.booleans(),
+    holes=st.booleans(),
+    work=st.sampled_from(["random", "planned"]),
+    window=st.sampled_from([0, 0, 16]),
+)
+def test_random_quantized_rounds(fast_backend, dtype, num_kv_heads, group, window, **options):
+    case = testing.random_round(
+        **options,
+        dtype=dtype,
+        num_q_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        rows_per_item=TILE_ROWS // group,
+        window=window,
+    )
+    check(fast_backend, case, window=window)
 
 
 def test_how_the_work_is_cut_hardly_matters(fast_backend):

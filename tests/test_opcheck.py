@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import METHODS
-from operator_arguments import arguments_of, tensors_in
+from operator_arguments import QUANTIZED_OPERATORS, arguments_of, tensors_in
 
 import tokendance.ops as ops
 from tokendance import testing
@@ -18,15 +18,31 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.tokendance, name).default, arguments_of(name))
 
 
-@pytest.mark.parametrize("name", ops.OPERATORS)
-def test_compiled_whole(name):
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+@pytest.mark.parametrize("name", QUANTIZED_OPERATORS)
+def test_opcheck_of_quantized_arguments(name, dtype):
+    operator = getattr(torch.ops.tokendance, name).default
+    checks = ["test_autograd_registration", "test_faketensor"]
+    if dtype == torch.int8:  # it compares by `allclose`, which torch has not for e4m3
+        checks.append("test_schema")
+    torch.library.opcheck(operator, arguments_of(name, dtype), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in ops.OPERATORS),
+        *((name, torch.float8_e4m3fn) for name in QUANTIZED_OPERATORS),
+    ],
+)
+def test_compiled_whole(name, dtype):
     """One graph, the same results, the same mutations."""
     operator = getattr(torch.ops.tokendance, name)
 
     def call(*arguments):
         return operator(*arguments)
 
-    eager, compiled = arguments_of(name), arguments_of(name)
+    eager, compiled = arguments_of(name, dtype), arguments_of(name, dtype)
     expected = call(*eager)
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True)(*compiled)
@@ -35,9 +51,15 @@ def test_compiled_whole(name):
         testing.assert_same_bits(mine, wanted)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_variants_with_outputs_allocate_no_tensor(name):
-    operator, arguments = getattr(torch.ops.tokendance, name), arguments_of(name)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in METHODS),
+        *((name, torch.int8) for name in METHODS if name in QUANTIZED_OPERATORS),
+    ],
+)
+def test_variants_with_outputs_allocate_no_tensor(name, dtype):
+    operator, arguments = getattr(torch.ops.tokendance, name), arguments_of(name, dtype)
     operator(*arguments)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -254,6 +254,55 @@ def test_refused(operator, name, change, message):
         testing.assert_same_bits(tensor, was, "an argument of a refused call")
 
 
+def shorter(scales):
+    return scales[..., :1].contiguous()
+
+
+def minus(scales):
+    return -scales
+
+
+QUANTIZED_REFUSED = [
+    (
+        "rope_rotate_out",
+        "out",
+        to(torch.int8),
+        "out: expected float8_e4m3fn, float32, float16 or b",
+    ),
+    ("rope_rotate_out", "out", to(E4M3), "out_scale: expected scales as for x, got None"),
+    ("rope_rotate_out", "x_scale", shorter, "x_scale: expected [2], got [1]"),
+    ("rope_rotate_out", "x_scale", minus, "x_scale: expected positive, finite scales, got -0.0"),
+    ("rope_rotate_out", "x_scale", lambda s: s * torch.inf, "x_scale: expected positive, finite"),
+    ("rope_rotate_out", "x_scale", to(torch.float64), "x_scale: expected float32, got float64"),
+    ("rope_rotate_out", "out_scale", scales(2), "out_scale: expected None where out is bfloat16"),
+    ("diff_encode", "k_in", each(to(torch.int8)), "k_in[0]: expected float8_e4m3fn, got int8"),
+    ("diff_encode", "k_scale", shorter, "k_scale: expected [2, 2], got [2, 1]"),
+    ("diff_encode", "v_scale", lambda s: s[:1], "v_scale: expected [2, 2], got [1, 2]"),
+    ("diff_restore", "k_out", each(to(torch.int8)), "k_out[0]: expected float8_e4m3fn, float32, f"),
+    ("diff_restore", "k_out", each(to(torch.half)), "v_out[0]: expected float16, got float8_e4m3f"),
+    ("diff_restore", "v_scale", lambda s: s.mT, "v_scale: expected a contiguous tensor, got strid"),
+    ("collective_attention", "k_scale", shorter, "k_scale: expected [2], got [1]"),
+    ("collective_attention", "v_scale", minus, "v_scale: expected positive, finite scales, got"),
+    ("collective_attention", "v_pool", to(torch.int8), "v_pool: expected float8_e4m3fn, got int8"),
+    ("collective_attention_out", "out", to(E4M3), "out: expected bfloat16, got float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "change", "message"),
+    QUANTIZED_REFUSED,
+    ids=[f"{operator}-{name}-{i}" for i, (operator, name, *_) in enumerate(QUANTIZED_REFUSED)],
+)
+def test_refused_of_quantized_arguments(operator, name, change, message):
+    arguments = named_arguments_of(operator, E4M3)
+    arguments[name] = change(arguments.get(name))
+    before = [tensor.clone() for tensor in tensors_in(arguments.values())]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        getattr(torch.ops.tokendance, operator)(**arguments)
+    for tensor, was in zip(tensors_in(arguments.values()), before, strict=True):
+        testing.assert_same_bits(tensor, was, "an argument of a refused call")
+
+
 def test_more_layers_than_a_launch_takes():
     arguments = named_arguments_of("diff_restore")
     for name in ("k_pool", "v_pool", "k_out", "v_out"):

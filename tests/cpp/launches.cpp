@@ -40,10 +40,23 @@ void threaded(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, i
   for (std::thread& thread : threads) thread.join();
 }
 
-// Values between 0.25 and 2 in magnitude, of either sign, as bits of the dtype.
+bool is_quantized(DType dtype) { return dtype == DType::kFloat8 || dtype == DType::kInt8; }
+
+int bytes_of(DType dtype) { return is_quantized(dtype) ? 1 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// Values between 0.25 and 2 in magnitude, of either sign, as bits of the dtype; of a quantized one
+// any elements but NaN and the int8 that is never made.
 std::vector<uint8_t> random_values(std::mt19937& rng, int64_t count, DType dtype) {
-  const int size = dtype == DType::kFloat32 ? 4 : 2;
+  const int size = bytes_of(dtype);
   std::vector<uint8_t> bytes(count * size);
+  if (is_quantized(dtype)) {
+    const uint8_t never = dtype == DType::kInt8 ? 0x80 : 0xff;
+    for (uint8_t& byte : bytes) {
+      byte = static_cast<uint8_t>(rng());
+      if (byte == never || (byte == 0x7f && never == 0xff)) byte = 0x28;
+    }
+    return bytes;
+  }
   for (int64_t i = 0; i < count; ++i) {
     const float value = (rng() % 2 ? 1.f : -1.f) * (0.25f + 1.75f * (rng() % 1000) / 1000.f);
     uint32_t bits;
@@ -60,11 +73,12 @@ struct Use {
   int agent, master, delta, length;
 };
 
-void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_size, int window,
-         uint32_t seed) {
+// `dtype` of keys and values; queries, and what quantized rows are read out as, are `plain`.
+void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleaved, int block_size,
+         int window, uint32_t seed) {
   std::mt19937 rng(seed);
   constexpr int kAgents = 3, kHeads = 2, kGroup = 3, kLayers = 2, kMaxPosition = 160;
-  const int element = dtype == DType::kFloat32 ? 4 : 2;
+  const int element = bytes_of(dtype);
   const std::vector<int> master_rows = {37, 1, 22}, origins = {5, 40, 60};
   const std::vector<int> lengths = {90, 71, 0};
   // Agent 0 uses Master 0 and Master 2, agent 1 Master 2, 1 and 0; agent 2 is empty.
@@ -210,7 +224,7 @@ void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_
   restore.head_dim = head_dim;
   restore.max_length = max_length;
   restore.rope = rope;
-  restore.dtype = dtype;
+  restore.dtype = restore.out_dtype = dtype;
   cpu_diff_restore(restore, threaded);
 
   const std::vector<uint8_t> before = pools[0];
@@ -233,7 +247,7 @@ void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_
   CHECK(before == pools[0]);  // the own rows came back to where they were
 
   const int64_t q_row = kHeads * kGroup * head_dim;
-  const std::vector<uint8_t> q = random_values(rng, e.rows * q_row, dtype);
+  const std::vector<uint8_t> q = random_values(rng, e.rows * q_row, plain);
   std::vector<uint8_t> out(q.size());
   std::vector<float> lse(e.rows * kHeads * kGroup), sinks(kHeads * kGroup, 0.5f);
   std::vector<float> workspace(full.partials * kHeads * kGroup * (head_dim + 1));
@@ -257,10 +271,13 @@ void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_
   attention.soft_cap = 20.f;
   attention.rotary_scale = 1.f;
   attention.rope = rope;
-  attention.dtype = dtype;
+  attention.dtype = plain;
+  attention.pool_dtype = dtype;
+  const std::vector<float> scales(kLayers * kHeads, 0.004f);
+  if (is_quantized(dtype)) attention.k_scale = attention.v_scale = scales.data();
   cpu_collective_attention(attention, threaded);
   for (float value : lse) CHECK(isfinite(value));
-  if (dtype == DType::kFloat32) {
+  if (plain == DType::kFloat32) {
     std::vector<float> values(out.size() / 4);
     memcpy(values.data(), out.data(), out.size());
     for (float value : values) CHECK(fabsf(value) <= 2.01f);
@@ -293,8 +310,45 @@ void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_
   rotate.head_dim = head_dim;
   rotate.scale = 1.f;
   rotate.rope = rope;
-  rotate.dtype = dtype;
+  rotate.dtype = rotate.out_dtype = dtype;
   cpu_rope_rotate(rotate, threaded);
+  if (is_quantized(dtype)) {
+    // Read out, and quantized again: by the scales of their heads, and then by half of them.
+    std::vector<uint8_t> read(2 * moved * row * bytes_of(plain));
+    rotate.out = read.data();
+    rotate.out_dtype = plain;
+    rotate.x_scale = scales.data();
+    cpu_rope_rotate(rotate, threaded);
+    const std::vector<float> halves(kHeads, 0.002f);
+    RopeRotateParams back = rotate;
+    back.x = read.data();
+    back.x_layout = rotate.out_layout;
+    back.row_in = nullptr;
+    back.row_out = nullptr;
+    back.position_from = back.position_to = nullptr;
+    back.num_rows = 2 * moved;
+    back.destinations = 1;
+    back.out = rotated.data();
+    back.dtype = plain;
+    back.out_dtype = dtype;
+    back.x_scale = nullptr;
+    back.out_scale = halves.data();
+    cpu_rope_rotate(back, threaded);
+    rotate.out = rotated.data();
+    rotate.out_dtype = dtype;
+    rotate.out_scale = halves.data();
+    cpu_rope_rotate(rotate, threaded);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      for (int part : {0, 1})
+        caches[2 * layer + part].resize(dense.num_rows * row * bytes_of(plain));
+      restore.out.k[layer] = caches[2 * layer].data();
+      restore.out.v[layer] = caches[2 * layer + 1].data();
+    }
+    restore.out_dtype = plain;
+    restore.k_scale = restore.v_scale = scales.data();
+    cpu_diff_restore(restore, threaded);
+    return;
+  }
 
   // Fresh keys that are the cached ones: no deviation.
   std::vector<int64_t> fresh_row(2 * moved);
@@ -335,11 +389,18 @@ void run(DType dtype, int head_dim, int rotary_dim, bool interleaved, int block_
 int main() {
   uint32_t seed = 0;
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    run(dtype, 64, 64, false, 8, 0, seed++);
-    run(dtype, 80, 32, true, 16, 9, seed++);
-    run(dtype, 96, 96, true, 32, 0, seed++);
-    run(dtype, 128, 0, false, 8, 20, seed++);
-    run(dtype, 256, 128, false, 16, 0, seed++);
+    run(dtype, dtype, 64, 64, false, 8, 0, seed++);
+    run(dtype, dtype, 80, 32, true, 16, 9, seed++);
+    run(dtype, dtype, 96, 96, true, 32, 0, seed++);
+    run(dtype, dtype, 128, 0, false, 8, 20, seed++);
+    run(dtype, dtype, 256, 128, false, 16, 0, seed++);
+  }
+  for (DType dtype : {DType::kFloat8, DType::kInt8}) {
+    run(dtype, DType::kFloat32, 64, 64, false, 8, 0, seed++);
+    run(dtype, DType::kBFloat16, 80, 32, true, 16, 9, seed++);
+    run(dtype, DType::kFloat16, 96, 96, true, 32, 0, seed++);
+    run(dtype, DType::kBFloat16, 128, 0, false, 8, 20, seed++);
+    run(dtype, DType::kFloat32, 256, 128, false, 16, 0, seed++);
   }
   printf("%u rounds on %s: no failure\n", seed, cpu_isa());
   return 0;
