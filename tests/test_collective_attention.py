@@ -205,8 +205,14 @@ def rising_round(first, second, **options):
     )  # fmt: skip
     delta = int(case.arrays["use_delta"][0])
     case.round.row_position[:2] = torch.tensor([first, second]) + delta
-    later = case.arrays["master_pages"][64 // case.filled.block_size :]
-    case.k_pool[0][torch.from_numpy(later).long()] *= 4
+    pages = torch.from_numpy(case.arrays["master_pages"]).long()
+    earlier, later = pages.tensor_split([64 // case.filled.block_size])
+    pool = case.k_pool[0]
+    if case.k_scale is None:
+        pool[later] *= 4
+    else:  # elements have an upper limit, their scale has none
+        pool[earlier] = (pool[earlier].float() / 4).to(pool.dtype)
+        case.k_scale.mul_(4)
     return case
 
 

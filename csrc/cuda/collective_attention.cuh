@@ -561,7 +561,11 @@ class AttentionTile {
   __device__ __forceinline__ void write(int32_t partial_begin, int32_t first_query) {
     const int32_t lane = recomputed<kWarpSize>(this->lane);
     float factor[2], lses[2];
-    if constexpr (kIsQuantized<Pool>) Products::arrange(sums);
+    float value_scale = 1.0f;
+    if constexpr (kIsQuantized<Pool>) {
+      value_scale = scale_of_head(p.v_scale);
+      Products::arrange(sums);
+    }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum = total[j];
@@ -569,7 +573,7 @@ class AttentionTile {
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       lses[j] = sum == 0.0f ? -INFINITY : fmaf(highest[j], kLn2, logf(sum));
       factor[j] = sum == 0.0f ? 0.0f : 1.0f / sum;
-      if constexpr (kIsQuantized<Pool>) factor[j] *= scale_of_head(p.v_scale);
+      if constexpr (kIsQuantized<Pool>) factor[j] *= value_scale;
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {

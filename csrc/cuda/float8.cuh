@@ -36,10 +36,11 @@ __device__ __forceinline__ float float8_to_float(uint32_t code) {
 #else
   // As bits of an fp32 the magnitude is that of the number times 2^-120, subnormal or not: by so
   // much the biases of the exponents differ.
+  // A selected factor, for a selected result would become a branch.
   const uint32_t magnitude = code & 0x7f;
-  const float value = rounded_product(__uint_as_float(magnitude << 20), 0x1p120f);
-  const uint32_t bits = magnitude == 0x7f ? 0x7fffffffu : __float_as_uint(value);
-  return __uint_as_float(bits | (code & 0x80) << 24);
+  const float factor = magnitude == 0x7f ? __uint_as_float(0x7fffffff) : 0x1p120f;
+  const float value = rounded_product(__uint_as_float(magnitude << 20), factor);
+  return __uint_as_float(__float_as_uint(value) | (code & 0x80) << 24);
 #endif
 }
 

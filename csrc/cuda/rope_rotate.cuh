@@ -73,13 +73,17 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
         float x_values[V], y_values[V];
         unpack(first, x_values);
         unpack(second, y_values);
-        if (p.x_scale) task.multiply(__ldg(p.x_scale + head), x_values, y_values);
+        if constexpr (kIsQuantized<In>) {
+          if (p.x_scale) task.multiply(__ldg(p.x_scale + head), x_values, y_values);
+        }
         if (turns) {
           const int64_t table_row = shift < 0 ? -shift : shift;
           task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
         }
         if (multiplies) task.multiply(p.scale, x_values, y_values);
-        if (p.out_scale) task.multiply(__frcp_rn(__ldg(p.out_scale + head)), x_values, y_values);
+        if constexpr (kIsQuantized<Out>) {
+          if (p.out_scale) task.multiply(__frcp_rn(__ldg(p.out_scale + head)), x_values, y_values);
+        }
         pack(x_values, &x);
         pack(y_values, &y);
       }
