@@ -48,6 +48,15 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const Vector<In, V> first = load_vector<In, V>(source + task.first);
   const Vector<In, V> second = load_vector<In, V>(source + task.second);
 
+  // What quantized elements are multiplied with to be numbers, and numbers to be elements.
+  float x_scale = 1.0f, out_factor = 1.0f;
+  if constexpr (kIsQuantized<In>) {
+    if (p.x_scale) x_scale = __ldg(p.x_scale + head);
+  }
+  if constexpr (kIsQuantized<Out>) {
+    if (p.out_scale) out_factor = __frcp_rn(__ldg(p.out_scale + head));
+  }
+
   const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
 #pragma unroll 1
   for (int32_t j = 0; j < p.destinations; ++j) {
@@ -73,17 +82,13 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
         float x_values[V], y_values[V];
         unpack(first, x_values);
         unpack(second, y_values);
-        if constexpr (kIsQuantized<In>) {
-          if (p.x_scale) task.multiply(__ldg(p.x_scale + head), x_values, y_values);
-        }
+        if constexpr (kIsQuantized<In>) task.multiply(x_scale, x_values, y_values);
         if (turns) {
           const int64_t table_row = shift < 0 ? -shift : shift;
           task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
         }
         if (multiplies) task.multiply(p.scale, x_values, y_values);
-        if constexpr (kIsQuantized<Out>) {
-          if (p.out_scale) task.multiply(__frcp_rn(__ldg(p.out_scale + head)), x_values, y_values);
-        }
+        if constexpr (kIsQuantized<Out>) task.multiply(out_factor, x_values, y_values);
         pack(x_values, &x);
         pack(y_values, &y);
       }
