@@ -124,7 +124,15 @@ def _measured(
 
 def _shape(dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool, text: str) -> str:
     style = "interleaved" if interleaved else "half-split"
-    return f"{str(dtype)[6:]:8} {heads}x{head_dim} {style}, {text}"
+    return f"{_name(dtype):8} {heads}x{head_dim} {style}, {text}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype)[6:].removesuffix("_e4m3fn")
+
+
+def _of(dtype: torch.dtype, other: torch.dtype) -> str:
+    return "" if other == dtype else f" of {_name(other)}"
 
 
 def _row_bytes(dtype: torch.dtype, heads: int, head_dim: int) -> int:
@@ -145,11 +153,13 @@ def rope_rotate(
     head_dim: int,
     interleaved: bool,
     destinations: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Measurement:
     """Rows of a cache moved to one or several places."""
     rows = 64
     x = torch.randn(rows, heads, head_dim).to(dtype)
-    out = torch.empty(rows * destinations, heads, head_dim, dtype=dtype)
+    out_dtype = out_dtype or dtype
+    out = torch.empty(rows * destinations, heads, head_dim, dtype=out_dtype)
     cos, sin = _tables(head_dim, interleaved)
     row_out = torch.randperm(rows * destinations).view(rows, destinations)
     position = torch.randint(0, 50, (rows, destinations), dtype=torch.int32)
@@ -157,10 +167,10 @@ def rope_rotate(
         x, torch.randperm(rows), row_out, position[:, 0], position.flip(0), cos, sin,
         interleaved, 1.0, out,
     )  # fmt: skip
-    text = f"{rows} rows to {destinations}"
-    nbytes = rows * _row_bytes(dtype, heads, head_dim)
+    text = f"{rows} rows to {destinations}{_of(dtype, out_dtype)}"
     shape = _shape(dtype, heads, head_dim, interleaved, text)
-    return _measured(ptx, "rope_rotate", shape, nbytes, nbytes * destinations)
+    read = rows * _row_bytes(dtype, heads, head_dim)
+    return _measured(ptx, "rope_rotate", shape, read, out.nbytes)
 
 
 def key_deviation(
@@ -238,27 +248,35 @@ def _master_rows(case: testing.RandomRound, agents: int) -> int:
 
 
 def diff_restore(
-    ptx: PtxBackend, dtype: torch.dtype, heads: int, head_dim: int, interleaved: bool
+    ptx: PtxBackend,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    interleaved: bool,
+    out_dtype: torch.dtype | None = None,
 ) -> Measurement:
     """Mirrors of a round into a paged cache."""
     case = _round(dtype, heads, head_dim, interleaved)
-    dense = testing.dense_cache(case, 1)
+    dense = testing.dense_cache(case, 1, dtype=out_dtype)
     for content in (_without_content(case), case):
         idle = _instructions(ptx)  # of the first call, when the second is made
         ptx.diff_restore(
             case.k_pool, case.v_pool, case.cos, case.sin, interleaved, content.round.buffer,
-            case.extents, dense.slot_mapping, dense.k, dense.v,
+            case.extents, dense.slot_mapping, dense.k, dense.v, case.k_scale, case.v_scale,
         )  # fmt: skip
     assert ptx.launched is not None
     agents = ptx.launched.launches[0].tile.agents
     nbytes = 2 * len(case.k_pool) * _row_bytes(dtype, heads, head_dim)
+    out_dtype = dense.k[0].dtype
+    written_bytes = 2 * len(case.k_pool) * _row_bytes(out_dtype, heads, head_dim)
     read = _master_rows(case, agents) + int(case.round.own_length.sum())
     written = sum(
         reference.mirror_rows(case.round, agent).pool_row.numel()
         for agent in range(case.length.numel())
     )
-    shape = _shape(dtype, heads, head_dim, interleaved, f"{case.length.numel()} agents")
-    return _measured(ptx, "diff_restore", shape, read * nbytes, written * nbytes, idle)
+    text = f"{case.length.numel()} agents{_of(dtype, out_dtype)}"
+    shape = _shape(dtype, heads, head_dim, interleaved, text)
+    return _measured(ptx, "diff_restore", shape, read * nbytes, written * written_bytes, idle)
 
 
 def diff_encode(
@@ -274,7 +292,7 @@ def diff_encode(
     for agent, length in enumerate(case.length.tolist()):
         slots = dense.slot_mapping[agent, agent:length:6]
         changed = reference.gather_rows(dense.v[-1], slots).clone()
-        changed[:, -1, -1] += 1
+        changed[:, -1, -1] = (changed[:, -1, -1].float() / 2 + 1).to(dtype)
         reference.scatter_rows(dense.v[-1], slots, changed)
     unmasked = replace(case, round=RoundTensors.from_arrays(case.arrays, case.filled))
     for content in (_without_content(case), case):
@@ -335,6 +353,7 @@ def collective_attention(
     head_dim: int,
     agents: int,
     window: int = 0,
+    query_dtype: torch.dtype | None = None,
 ) -> Measurement:
     """Decode: a row of each agent over one Master, at different shifts, and over its own rows."""
     case = testing.random_round(
@@ -349,18 +368,20 @@ def collective_attention(
         num_q_heads=heads * group,
         head_dim=head_dim,
         dtype=dtype,
+        query_dtype=query_dtype,
         work="planned",
         rows_per_item=64 // group,
         window=window,
         slack=False,
     )
     rows, num_q_heads, _ = case.q.shape
-    out, lse = torch.empty(case.q.shape, dtype=dtype), torch.empty(rows, num_q_heads)
+    out, lse = torch.empty(case.q.shape, dtype=case.q.dtype), torch.empty(rows, num_q_heads)
     partials = case.round.extents.partials
     ptx.collective_attention_out(
         case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved,
         case.round.buffer, case.extents, case.scale, window, 0.0, None, 1.0,
         torch.empty(partials * num_q_heads * (head_dim + 1)), out, lse,
+        *(None if scales is None else scales[0] for scales in (case.k_scale, case.v_scale)),
     )  # fmt: skip
     text = f"{rows} rows in {case.filled.work} items" + (f", window {window}" if window else "")
     shape = _shape(dtype, heads, head_dim, case.interleaved, f"G {group}, {text}")
@@ -368,7 +389,7 @@ def collective_attention(
     return _measured(ptx, "collective_attention", shape, read, out.nbytes, rows=("pool", "rows"))
 
 
-bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+bf16, f16, f32, e4m3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (rope_rotate, (bf16, 4, 128, False, 1)),
     (rope_rotate, (bf16, 4, 128, False, 8)),
@@ -378,6 +399,10 @@ SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (rope_rotate, (f16, 4, 96, False, 1)),
     (rope_rotate, (bf16, 4, 80, False, 1)),
     (rope_rotate, (f32, 4, 128, False, 1)),
+    (rope_rotate, (e4m3, 4, 128, False, 1)),
+    (rope_rotate, (e4m3, 4, 128, True, 8)),
+    (rope_rotate, (bf16, 4, 128, False, 1, e4m3)),
+    (rope_rotate, (e4m3, 4, 128, False, 1, f32)),
     (key_deviation, (bf16, 4, 128, False)),
     (key_deviation, (f16, 8, 64, True)),
     (key_deviation, (f32, 2, 128, False)),
@@ -388,6 +413,8 @@ SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (diff_encode, (f16, 4, 96, False)),
     (diff_encode, (bf16, 4, 80, False)),
     (diff_encode, (f32, 2, 128, False)),
+    (diff_encode, (e4m3, 4, 128, False)),
+    (diff_encode, (e4m3, 8, 64, True)),
     (diff_restore, (bf16, 4, 128, False)),
     (diff_restore, (bf16, 2, 128, True)),
     (diff_restore, (f16, 8, 64, False)),
@@ -395,6 +422,9 @@ SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (diff_restore, (f16, 4, 96, False)),
     (diff_restore, (bf16, 4, 80, False)),
     (diff_restore, (f32, 2, 128, False)),
+    (diff_restore, (e4m3, 4, 128, False)),
+    (diff_restore, (e4m3, 4, 128, False, bf16)),
+    (diff_restore, (e4m3, 8, 64, True, f32)),
     (merge_states, (bf16, 4, 128)),
     (merge_states, (f32, 4, 128)),
     (collective_attention, (bf16, 2, 4, 128, 8)),
@@ -404,6 +434,11 @@ SHAPES: list[tuple[Callable[..., Measurement], tuple[object, ...]]] = [
     (collective_attention, (bf16, 2, 2, 80, 8)),
     (collective_attention, (bf16, 2, 4, 128, 8, 700)),
     (collective_attention, (f32, 2, 2, 64, 4)),
+    (collective_attention, (e4m3, 2, 4, 128, 8, 0, bf16)),
+    (collective_attention, (e4m3, 4, 1, 64, 8, 0, f16)),
+    (collective_attention, (e4m3, 1, 8, 256, 6, 0, bf16)),
+    (collective_attention, (e4m3, 2, 7, 96, 8, 0, f16)),
+    (collective_attention, (e4m3, 2, 2, 80, 8, 0, bf16)),
 ]
 
 

@@ -16,7 +16,11 @@ import torch
 
 NAMES = ("cpu", "ptx", "cuda")
 FAST = ("cpu", "cuda")
-QUANTIZED = {"cpu": (torch.float8_e4m3fn, torch.int8), "ptx": (), "cuda": ()}
+QUANTIZED = {
+    "cpu": (torch.float8_e4m3fn, torch.int8),
+    "ptx": (torch.float8_e4m3fn,),
+    "cuda": (torch.float8_e4m3fn,),
+}
 """The quantized dtypes that a backend's kernels take; tests of others are left out there."""
 OPERATORS = (
     "rope_rotate",
@@ -35,6 +39,17 @@ METHODS = (
     "collective_attention_out",
     "merge_states_out",
 )
+
+
+def takes(name: str, values: dict[str, object]) -> bool:
+    """Whether a backend has kernels of the dtypes among these parameters of a test.
+
+    CUDA's attention over quantized pools computes in 16 bits: it takes no fp32 queries.
+    """
+    quantized = [value for value in values.values() if value in QUANTIZED["cpu"]]
+    if quantized and values.get("query_dtype") == torch.float32 and name != "cpu":
+        return False
+    return all(dtype in QUANTIZED[name] for dtype in quantized)
 
 
 class TorchBackend:

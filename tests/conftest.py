@@ -6,8 +6,6 @@ import backends
 import pytest
 import torch
 
-from tokendance import testing
-
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -62,8 +60,7 @@ def _lacks_backend(item):
     chosen = [params[name] for name in ("backend", "fast_backend") if name in params]
     if not all(isinstance(name, str) for name in chosen):  # a placeholder for an empty list
         return True
-    quantized = [dtype for dtype in params.values() if dtype in testing.QUANTIZED]
-    return not all(dtype in backends.QUANTIZED[name] for name in chosen for dtype in quantized)
+    return not all(backends.takes(name, params) for name in chosen)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ an operator are one template.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,24 +28,32 @@ import torch
 from tokendance import testing
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells kernels of an operator apart. ``wide``: accesses of 16 bytes."""
+    """What tells kernels of an operator apart. ``wide``: accesses of 16 bytes. ``plain``: the dtype
+    of which quantized rows are made, as which they are read out, and of queries."""
 
     dtype: torch.dtype
     interleaved: bool
     wide: bool
+    plain: torch.dtype | None = None
 
 
 REPRESENTATIVE = (
     Variant(BF16, interleaved=False, wide=True),
     Variant(F16, interleaved=True, wide=False),
     Variant(F32, interleaved=True, wide=True),
+    Variant(E4M3, interleaved=False, wide=True, plain=BF16),
+    Variant(E4M3, interleaved=True, wide=False, plain=F16),
 )
 ALL = tuple(
     Variant(*chosen) for chosen in itertools.product((F32, F16, BF16), (False, True), (True, False))
+) + tuple(
+    Variant(E4M3, *chosen)
+    for chosen in itertools.product((False, True), (True, False), (F32, F16, BF16))
 )
 
 
@@ -70,13 +79,32 @@ def _known(name: str, module: ModuleType, case: Any, dense: Any, expected: Any) 
 
 
 def rope_rotate(variant: Variant) -> Iterator[Case]:
-    module = test_rope_rotate
-    sizes = {
-        "dtype": variant.dtype,
+    if variant.plain is None:
+        yield from moves(variant, variant.dtype, variant.dtype)
+        return
+    for pair in (
+        (variant.dtype, variant.dtype),
+        (variant.dtype, variant.plain),
+        (variant.plain, variant.dtype),
+    ):
+        for case in moves(variant, *pair):
+            yield replace(case, name=f"{case.name} ({pair[0]} to {pair[1]})")
+
+
+def _move_sizes(variant: Variant, dtype: torch.dtype, out_dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "out_dtype": out_dtype,
         "interleaved": variant.interleaved,
         "layout": "padded" if variant.wide else "unaligned",
         "out_layout": "heads_first" if variant.wide else "unaligned",
     }
+
+
+def moves(variant: Variant, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Case]:
+    """rope_rotate of rows of one dtype to rows of another, or of the same."""
+    module = test_rope_rotate
+    sizes = _move_sizes(variant, dtype, out_dtype)
     several = module.random_moves(
         5, rows=7, heads=3, rotary_dim=32, destinations=3, skip=0.3, scale=1.25, **sizes
     )
@@ -87,31 +115,48 @@ def rope_rotate(variant: Variant) -> Iterator[Case]:
     yield checked(module, "halfway", module.halfway_moves(**sizes))
     near = module.random_moves(9, rows=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
-    moves, expected = test_cuda_launches.moves_with_bad_indices(**sizes)
-    yield Case("bad indices", lambda backend: module.check(backend, moves, expected))
-    yield Case(
-        "in place",
-        lambda backend: test_cuda_launches.check_in_place(
-            backend, variant.dtype, variant.wide, variant.interleaved
-        ),
-    )
-    yield from copies(variant)
+    bad, expected = test_cuda_launches.moves_with_bad_indices(**sizes)
+    yield Case("bad indices", lambda backend: module.check(backend, bad, expected))
+    if dtype == out_dtype:
+        yield Case(
+            "in place",
+            lambda backend: test_cuda_launches.check_in_place(
+                backend, dtype, variant.wide, variant.interleaved
+            ),
+        )
+    if E4M3 in (dtype, out_dtype):
+        yield from conversions(sizes)
+    yield from copies(variant, dtype, out_dtype)
     in_order = module.random_moves(9, rows=5, rotary_dim=32, **sizes)
-    in_order.x.copy_(torch.randn(in_order.x.shape))
+    in_order.x.copy_(torch.randn(in_order.x.shape).to(dtype))
     rows = in_order.x.shape[0] * in_order.x.shape[1]
     in_order.row_in = in_order.row_out = in_order.position_from = None
     in_order.position_to = torch.arange(rows, dtype=torch.int32).flip(0)
-    in_order.out = module.row_tensor(rows, 2, 64, variant.dtype, sizes["out_layout"], 8)
+    in_order.out = module.row_tensor(rows, 2, 64, out_dtype, sizes["out_layout"], 8)
     yield checked(module, "all rows in order", in_order)
 
 
-def copies(variant: Variant) -> Iterator[Case]:
+def conversions(sizes: dict[str, Any]) -> Iterator[Case]:
+    """rope_rotate with scales, and of numbers that hardly any scale brings about."""
+    module = test_rope_rotate
+    types = {"dtype": sizes["dtype"], "out_dtype": sizes["out_dtype"]}
+    options = {name: value for name, value in sizes.items() if name not in types}
+    several = module.conversion(
+        10, *types.values(), heads=3, destinations=2, rows=13, rotary_dim=32, scale=1.25, **options
+    )
+    yield checked(module, "scales", several)
+    copied = module.conversion(11, *types.values(), **options)
+    copied.position_from = copied.position_to = None
+    yield checked(module, "copies with scales", copied)
+    yield checked(module, "every element", module.every_element(**sizes))
+
+
+def copies(
+    variant: Variant, dtype: torch.dtype | None = None, out_dtype: torch.dtype | None = None
+) -> Iterator[Case]:
     """rope_rotate where nothing is rotated."""
-    copied = test_rope_rotate.random_moves(
-        8, destinations=2, skip=0.3, dtype=variant.dtype, interleaved=variant.interleaved,
-        layout="padded" if variant.wide else "unaligned",
-        out_layout="heads_first" if variant.wide else "unaligned",
-    )  # fmt: skip
+    sizes = _move_sizes(variant, dtype or variant.dtype, out_dtype or variant.dtype)
+    copied = test_rope_rotate.random_moves(8, destinations=2, skip=0.3, **sizes)
     copied.position_from = copied.position_to = None
     yield checked(test_rope_rotate, "copies", copied)
 
@@ -181,51 +226,65 @@ def _by_one_position(case: testing.RandomRound) -> testing.RandomRound:
 
 
 def diff_restore(variant: Variant) -> Iterator[Case]:
+    yield from restorations(variant, variant.dtype)
+    if variant.plain is not None:
+        for case in restorations(variant, variant.plain):
+            yield replace(case, name=f"{case.name} (to {variant.plain})")
+
+
+def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
+    """diff_restore to rows of a dtype."""
     module = test_diff_restore
+    dense_cache = functools.partial(testing.dense_cache, dtype=out_dtype)
     rotary_dim = 32 if variant.wide else 34
     sizes = _round_options(variant)
     out_layout = "heads_first" if variant.wide else "unaligned"
     small = testing.random_round(
         1, agents=3, masters=(9, 20), num_layers=2, rotary_dim=rotary_dim, block_size=8, **sizes
     )
-    dense = testing.dense_cache(small, 1, layout=out_layout, skip=0.1)
+    dense = dense_cache(small, 1, layout=out_layout, skip=0.1)
     yield checked(module, "some agents", small, dense)
-    near = testing.dense_cache(small, 1, layout=out_layout)
+    near = dense_cache(small, 1, layout=out_layout)
     yield checked(module, "by one position", _by_one_position(small), near)
     for pool, out in (
         (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
     ):
         mixed = testing.random_round(7, agents=2, masters=(20,), **{**sizes, "layout": pool})
-        yield checked(module, f"{pool} and {out}", mixed, testing.dense_cache(mixed, 1, layout=out))
+        yield checked(module, f"{pool} and {out}", mixed, dense_cache(mixed, 1, layout=out))
     large = testing.random_round(
         1, agents=5, masters=(20, 16), whole_uses=True, num_layers=5, **sizes
     )
     large = test_cuda_launches.with_capacity(large, own_pages=600)
-    dense = testing.dense_cache(large, 1, layout=sizes["layout"], page_size=None)
+    dense = dense_cache(large, 1, layout=sizes["layout"], page_size=None)
     yield checked(module, "agents and layers in a block", large, dense)
     halfway = module.halfway_round(**sizes)
-    yield checked(module, "halfway", halfway, testing.dense_cache(halfway, 1, layout=out_layout))
-    case, dense, expected = test_cuda_launches.restore_with_bad_indices(**sizes)
+    yield checked(module, "halfway", halfway, dense_cache(halfway, 1, layout=out_layout))
+    if variant.plain is not None:
+        bare = replace(small, k_scale=None, v_scale=None)
+        yield checked(module, "no scales", bare, dense_cache(bare, 1, layout=out_layout))
+    case, dense, expected = test_cuda_launches.restore_with_bad_indices(
+        out_dtype=out_dtype, **sizes
+    )
     yield _known("bad indices", module, case, dense, expected)
     many = testing.random_round(
         3, agents=12, masters=(35,), private_length=2, block_size=32, num_kv_heads=1, **sizes
     )
-    dense = testing.dense_cache(many, 1, layout=out_layout)
+    dense = dense_cache(many, 1, layout=out_layout)
     yield checked(module, "many agents", many, dense)
     one = testing.random_round(
         4, agents=1, masters=(9,), whole_uses=True, num_kv_heads=3 if variant.wide else 1,
         head_dim=96, slack=False, **sizes,
     )  # fmt: skip
-    dense = testing.dense_cache(one, 1, layout=out_layout)
+    dense = dense_cache(one, 1, layout=out_layout)
     yield checked(module, "one agent", one, dense)
     alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
-    yield checked(module, "no Masters", alone, testing.dense_cache(alone, 1, layout=out_layout))
+    yield checked(module, "no Masters", alone, dense_cache(alone, 1, layout=out_layout))
     heads = testing.random_round(
         2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256,
-        block_size=8 if variant.dtype == F32 else 16, cut=True, holes=True, **sizes,
+        block_size=8 if F32 in (variant.dtype, out_dtype) else 16, cut=True, holes=True, **sizes,
     )  # fmt: skip
-    dense = testing.dense_cache(heads, 1, layout=out_layout, spare_columns=0)
+    dense = dense_cache(heads, 1, layout=out_layout, spare_columns=0)
     dense = replace(dense, slot_mapping=dense.slot_mapping[:, :-4])
     yield checked(module, "several groups of heads", heads, dense)
 
@@ -258,7 +317,8 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     long, dense = module.long_prompts(**_round_options(variant))
     yield checked(module, "long prompts", module.forget_mirrors(long), dense)
     yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
-    for heads, head_dim in ((3, 80), (9, 256) if variant.wide else (5, 64)):
+    many_heads = 9 if variant.plain is None else 17
+    for heads, head_dim in ((3, 80), (many_heads, 256) if variant.wide else (5, 64)):
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))
         dense = module.restored(rows, layout=in_layout)
         yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
@@ -306,6 +366,8 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     module = test_collective_attention
     sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
     sizes = _round_options(variant)
+    if variant.plain is not None:
+        sizes["query_dtype"] = variant.plain
 
     def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
         case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
@@ -345,6 +407,11 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         check={},
     )  # fmt: skip
     yield attention("windows of one row", 15, masters=(40, 20), work="planned", check={"window": 1})
+    if variant.plain is not None:
+        bare = module.attention_round(2, masters=(70, 20), **sizes)
+        bare = replace(bare, k_scale=None, v_scale=None)
+        for soft_cap in (0.0, 2.0):
+            yield checked(module, "no scales", bare, scale=0.001, soft_cap=soft_cap)
     yield checked(module, "nothing for the first rows", module.blind_tile_round(**sizes))
     lonely = module.lonely_round(**sizes)
     for window in (0, 3):
@@ -377,18 +444,27 @@ CASES: dict[str, Callable[[Variant], Iterable[Case]]] = {
 }
 
 
+def has_kernels(operator: str, variant: Variant) -> bool:
+    """Whether an operator has kernels of a variant."""
+    if operator in ("key_deviation", "merge_states"):
+        return variant.plain is None
+    return operator != "collective_attention" or variant.plain != F32
+
+
 def cases_of(operator: str, variants: Iterable[Variant] = REPRESENTATIVE) -> list[Case]:
-    """The cases of an operator for these variants of its kernels."""
+    """The cases of an operator for those of these variants of which it has kernels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [
             Case(f"{variant_name(variant)}: {case.name}", case.run)
             for variant in variants
+            if has_kernels(operator, variant)
             for case in CASES[operator](variant)
         ]
 
 
 def variant_name(variant: Variant) -> str:
-    names = {F32: "f32", F16: "f16", BF16: "bf16"}
+    names = {F32: "f32", F16: "f16", BF16: "bf16", E4M3: "e4m3"}
     style = "interleaved" if variant.interleaved else "half"
-    return f"{names[variant.dtype]}_{style}_{'wide' if variant.wide else 'narrow'}"
+    plain = f"{names[variant.plain]}_" if variant.plain else ""
+    return f"{plain}{names[variant.dtype]}_{style}_{'wide' if variant.wide else 'narrow'}"

@@ -78,7 +78,10 @@ RopeRotateParams = _struct(
     head_dim=_INT,
     scale=_FLOAT,
     rope=RopeTables,
+    x_scale=_POINTER,
+    out_scale=_POINTER,
     dtype=_INT,
+    out_dtype=_INT,
 )
 KeyDeviationParams = _struct(
     "KeyDeviationParams",
@@ -118,6 +121,8 @@ DiffEncodeParams = _struct(
     head_dim=_INT,
     max_length=_INT,
     rope=RopeTables,
+    k_scale=_POINTER,
+    v_scale=_POINTER,
     dtype=_INT,
 )
 DiffRestoreParams = _struct(
@@ -136,7 +141,10 @@ DiffRestoreParams = _struct(
     head_dim=_INT,
     max_length=_INT,
     rope=RopeTables,
+    k_scale=_POINTER,
+    v_scale=_POINTER,
     dtype=_INT,
+    out_dtype=_INT,
 )
 CollectiveAttentionParams = _struct(
     "CollectiveAttentionParams",
@@ -162,7 +170,10 @@ CollectiveAttentionParams = _struct(
     soft_cap=_FLOAT,
     rotary_scale=_FLOAT,
     rope=RopeTables,
+    k_scale=_POINTER,
+    v_scale=_POINTER,
     dtype=_INT,
+    pool_dtype=_INT,
 )
 MergeStatesParams = _struct(
     "MergeStatesParams",
@@ -202,7 +213,7 @@ OPERATORS = {
 _PARTS = (RowLayout, RopeTables, Extents, RoundView, LayerPointers)
 _PLAN = (Tile, KernelLaunch, LaunchPlan)
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 
 # Compiling ----------------------------------------------------------------------------------------
 
@@ -464,6 +475,8 @@ class PtxBackend:
         interleaved: bool,
         scale: float,
         out: Tensor,
+        x_scale: Tensor | None = None,
+        out_scale: Tensor | None = None,
     ) -> None:
         address = self._buffers("rope_rotate")
         x_layout = _row_layout(x)
@@ -485,7 +498,10 @@ class PtxBackend:
                 head_dim=x.shape[-1],
                 scale=scale,
                 rope=_tables(address, cos, sin, interleaved),
+                x_scale=address(x_scale, "scales"),
+                out_scale=address(out_scale, "scales"),
                 dtype=_DTYPES[x.dtype],
+                out_dtype=_DTYPES[out.dtype],
             ),
         )
 
@@ -560,6 +576,8 @@ class PtxBackend:
         extents: Sequence[int],
         atol: float = 0.0,
         rtol: float = 0.0,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         address = self._buffers("diff_encode")
         params = DiffEncodeParams(
@@ -579,6 +597,8 @@ class PtxBackend:
             head_dim=k_in[0].shape[-1],
             max_length=slot_mapping.shape[1],
             rope=_tables(address, cos, sin, interleaved),
+            k_scale=address(k_scale, "scales"),
+            v_scale=address(v_scale, "scales"),
             dtype=_DTYPES[k_in[0].dtype],
         )
         setattr(params, "in", _layers(address, k_in, v_in, "rows"))
@@ -596,6 +616,8 @@ class PtxBackend:
         slot_mapping: Tensor,
         k_out: Sequence[Tensor],
         v_out: Sequence[Tensor],
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         address = self._buffers("diff_restore")
         self._run(
@@ -615,7 +637,10 @@ class PtxBackend:
                 head_dim=k_pool[0].shape[-1],
                 max_length=slot_mapping.shape[1],
                 rope=_tables(address, cos, sin, interleaved),
+                k_scale=address(k_scale, "scales"),
+                v_scale=address(v_scale, "scales"),
                 dtype=_DTYPES[k_pool[0].dtype],
+                out_dtype=_DTYPES[k_out[0].dtype],
             ),
         )
 
@@ -639,6 +664,8 @@ class PtxBackend:
         workspace: Tensor,
         out: Tensor,
         lse: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         address = self._buffers("collective_attention", f"d{q.shape[-1]}")
         self._run(
@@ -666,7 +693,10 @@ class PtxBackend:
                 soft_cap=soft_cap,
                 rotary_scale=rotary_scale,
                 rope=_tables(address, cos, sin, interleaved),
+                k_scale=address(k_scale, "scales"),
+                v_scale=address(v_scale, "scales"),
                 dtype=_DTYPES[q.dtype],
+                pool_dtype=_DTYPES[k_pool.dtype],
             ),
         )
 

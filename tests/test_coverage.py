@@ -44,7 +44,8 @@ def test_the_ptx_backend_has_every_cuda_operator():
 @pytest.mark.parametrize("operator", kernel_ptx.operators())
 def test_every_instruction_and_way_is_reached(operator):
     found = coverage.coverage(operator, kernel_cases.REPRESENTATIVE)
-    assert len(found) >= len(kernel_cases.REPRESENTATIVE)
+    variants = [v for v in kernel_cases.REPRESENTATIVE if kernel_cases.has_kernels(operator, v)]
+    assert len(found) >= len(variants)
     unexplained = [
         f"{kernel.kernel}: {missing.what} ({missing.source})"
         for kernel in found

@@ -206,14 +206,14 @@ def test_deviation_skips_indices_out_of_range(ptx, dtype):
     test_key_deviation.check(ptx, *keys_with_bad_indices(dtype))
 
 
-def restore_with_bad_indices(layout="padded", **options):
+def restore_with_bad_indices(layout="padded", out_dtype=None, **options):
     """A round in which a page, a shift, slots and positions are not there, dense rows, and what is
     restored of the rest."""
     case = testing.random_round(
         15, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, layout=layout,
         **options,
     )  # fmt: skip
-    dense = testing.dense_cache(case, 1, layout=layout)
+    dense = testing.dense_cache(case, 1, layout=layout, dtype=out_dtype)
     known, known_dense = case.copy(), dense.copy()
     size = case.filled.block_size
     round, skipped = case.round, known_dense.slot_mapping

@@ -14,6 +14,7 @@ from tokendance import reference, testing
 from tokendance.rope import Rope
 
 OPERATOR = "rope_rotate"
+E4M3 = torch.float8_e4m3fn
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*PLAIN, *testing.QUANTIZED]
 HEAD_DIMS = [64, 80, 96, 128, 256]
@@ -441,6 +442,29 @@ def test_what_lies_beyond_the_largest_element_is_limited(backend, dtype):
     moves.position_to = None
     reference.scatter_rows(moves.x, moves.row_in, values[index])
     check(backend, moves)
+
+
+def every_element(dtype, out_dtype, **options):
+    """All the elements that are numbers, or also what lies between them and beyond the limits."""
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    numbers = codes[codes.isfinite()].sort().values
+    if dtype != E4M3:
+        between = (numbers[1:] + numbers[:-1]) / 2
+        step = between.abs() * 2**-7
+        limits = torch.tensor([449.0, 464.0, 480.0, 1e4, 2**-10, 2**-11, 0.0])
+        numbers = torch.cat([numbers, between, between + step, between - step, limits, -limits])
+    heads = -(-numbers.numel() // 64)
+    moves = random_moves(12, rows=3, heads=heads, dtype=dtype, out_dtype=out_dtype, **options)
+    content = numbers[torch.arange(64 * heads) % numbers.numel()].view(heads, 64).to(dtype)
+    moves.row_in = torch.tensor([0, 1, 2])
+    reference.scatter_rows(moves.x, moves.row_in, content.expand(3, -1, -1))
+    return moves
+
+
+@pytest.mark.parametrize("plain", [None, *PLAIN], ids=str)
+def test_every_element_and_what_lies_between(backend, plain):
+    check(backend, every_element(E4M3, plain or E4M3))
+    check(backend, every_element(plain or E4M3, E4M3))
 
 
 @pytest.mark.parametrize("to", ["in", "out"])

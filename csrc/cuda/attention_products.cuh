@@ -15,6 +15,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 // On tensor cores. Weights are rounded to T, sums are fp32.
 template <typename T, int kHeadDim, int kKeys>
 struct AttentionProducts {
+  using Query = T;  // elements of the queries in shared memory
   using Rows = SwizzledRows<T, kHeadDim>;
 
   // scores = queries [16, kHeadDim] * keys [kKeys, kHeadDim]^T
@@ -69,9 +70,95 @@ struct AttentionProducts {
   }
 };
 
+// On tensor cores, of e4m3 keys and values with fp16 queries and weights. ldmatrix takes two bytes
+// for one element: so a lane gets, of a key, 4 adjacent dims of each 16, and of values 2 adjacent
+// dims of two keys. Either way the even and the odd bytes of a register make two operands
+// (tensor_core.cuh). For the keys that is another order of the dims, in which the queries lie in
+// shared memory, too; for the values the even dims of 16 are one product and the odd ones another.
+template <int kHeadDim, int kKeys>
+struct AttentionProducts<Float8, kHeadDim, kKeys> {
+  using Query = __half;
+  using Rows = SwizzledRows<Float8, kHeadDim>;
+  using QueryRows = SwizzledRows<__half, kHeadDim>;
+
+  // Where a dim of the queries lies among the 16: those of a lane's register are those of its keys.
+  static __device__ __forceinline__ int32_t query_place(int32_t dim) {
+    return dim / 16 * 16 + dim % 2 * 8 + dim % 16 / 4 * 2 + dim % 4 / 2;
+  }
+
+  static __device__ __forceinline__ void score(const __half* queries, const Float8* keys,
+                                               int32_t lane, float (&scores)[kKeys / 8][4]) {
+    const uint32_t query_row = lane % 16, query_piece = lane / 16;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t query[4];
+      load_matrices(query, shared_address(queries + QueryRows::piece(query_row, k, query_piece)));
+#pragma unroll
+      for (int n = 0; n < kKeys / 32; ++n) {
+        uint32_t key[4];  // of 8 keys each
+        load_matrices(key, shared_address(keys + 32 * n * kHeadDim + Rows::piece(lane, k)));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const HalfPairs pairs = widen(key[i]);
+          multiply_add<__half>(scores[4 * n + i], query, pairs.even, pairs.odd);
+        }
+      }
+    }
+  }
+
+  // sums[2 * n] are even dims of 16, sums[2 * n + 1] odd ones, until arrange().
+  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
+                                                    const Float8* values, int32_t lane,
+                                                    float (&sums)[kHeadDim / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 32; ++k) {
+      uint32_t weight[2][4];  // of 16 keys each
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float (&pair)[4] = weights[4 * k + i / 2];
+        weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 16; ++n) {
+        uint32_t value[4];  // of 8 keys each
+        load_transposed_matrices(value,
+                                 shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+          multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
+          multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+        }
+      }
+    }
+  }
+
+  // Afterwards the sums of a lane are 4 adjacent dims of each 16, as in fp32.
+  static __device__ __forceinline__ void arrange(float (&sums)[kHeadDim / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; n += 2) {
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float third = sums[n][j + 1];
+        sums[n][j + 1] = sums[n + 1][j];
+        sums[n + 1][j] = third;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int32_t dim(int n, int32_t lane) {
+    return n / 2 * 16 + lane % 4 * 4 + n % 2 * 2;
+  }
+};
+
 // In fp32 on CUDA cores. The sums of a lane are 4 adjacent dims of each 16, for loads of 16 bytes.
 template <int kHeadDim, int kKeys>
 struct AttentionProducts<float, kHeadDim, kKeys> {
+  using Query = float;
   using Rows = SwizzledRows<float, kHeadDim>;
 
   static __device__ __forceinline__ float4 load(const float* rows, int32_t row, int32_t piece) {

@@ -9,6 +9,7 @@
       const __grid_constant__ tokendance::Tile);
 #define TOKENDANCE_DECLARE_MERGE(variant, ...) TOKENDANCE_DECLARE(merge_##variant)
 TOKENDANCE_ATTENTION_KERNELS(TOKENDANCE_DECLARE)
+TOKENDANCE_E4M3_ATTENTION_KERNELS(TOKENDANCE_DECLARE)
 TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_DECLARE_MERGE)
 
 namespace tokendance {
@@ -17,8 +18,11 @@ namespace tokendance {
 #define TOKENDANCE_MERGE_KERNEL(variant, ...) tokendance_collective_attention_merge_##variant,
 
 int cuda_collective_attention(const CollectiveAttentionParams& params, void* stream) {
-  constexpr void (*kKernels[])(CollectiveAttentionParams, Tile) = {TOKENDANCE_ATTENTION_KERNELS(
-      TOKENDANCE_KERNEL) TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_MERGE_KERNEL)};
+  constexpr void (*kKernels[])(CollectiveAttentionParams, Tile) = {
+      TOKENDANCE_ATTENTION_KERNELS(TOKENDANCE_KERNEL)
+          TOKENDANCE_E4M3_ATTENTION_KERNELS(TOKENDANCE_KERNEL)
+              TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_MERGE_KERNEL)};
+  if (!can_attend(params.dtype, params.pool_dtype)) return cudaErrorNotSupported;
   return cuda::launch(plan_collective_attention(params), kKernels, params, stream);
 }
 

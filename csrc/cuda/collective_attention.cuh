@@ -98,10 +98,10 @@ __device__ __forceinline__ int32_t rows_up_to(const int32_t* positions, int32_t 
 //
 // Every warp has 16 of them for itself, from the rotation to the result, so that warps share
 // nothing but tiles of keys and values. What is needed once per chunk is kept in shared memory.
-template <typename T, int kHeadDim, bool kWide>
+template <typename T, typename Pool, int kHeadDim, bool kWide>
 class AttentionTile {
  public:
-  static constexpr AttentionShape kShape{sizeof(T), kHeadDim};
+  static constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim};
   static constexpr int kKeys = kShape.keys;
 
   __device__ __forceinline__ AttentionTile(const CollectiveAttentionParams& params,
@@ -140,14 +140,17 @@ class AttentionTile {
   }
 
  private:
-  using Products = AttentionProducts<T, kHeadDim, kKeys>;
-  using Rows = SwizzledRows<T, kHeadDim>;
+  using Products = AttentionProducts<Pool, kHeadDim, kKeys>;
+  using Query = typename Products::Query;
+  using Rows = SwizzledRows<Pool, kHeadDim>;
+  using QueryRows = SwizzledRows<T, kHeadDim>;  // of outputs, too
+  static_assert(sizeof(Query) == sizeof(T), "outputs take the place of queries");
   static constexpr int kElements = kKeys * kHeadDim;  // of a stage
   // Adjacent rows that a thread copies its piece of. More than one only where lanes that copy in
   // one phase are within a row: rows further apart would meet in the same banks.
   static constexpr int column_rows() {
     int rows = Rows::kPieces % 8 == 0 ? 8 : 1;
-    while (kKeys / rows * Rows::kPieces % kShape.threads != 0) rows /= 2;
+    while (rows > 1 && kKeys / rows * Rows::kPieces % kShape.threads != 0) rows /= 2;
     return rows;
   }
   static constexpr int kColumnRows = column_rows();
@@ -159,13 +162,15 @@ class AttentionTile {
     extern __shared__ __align__(16) unsigned char shared[];
     return reinterpret_cast<Element*>(shared + offset);
   }
-  static __device__ __forceinline__ T* stage(int32_t index) {
-    return shared_at<T>(kShape.query_bytes + index * kShape.stage_bytes);
+  static __device__ __forceinline__ Pool* stage(int32_t index) {
+    return shared_at<Pool>(kShape.query_bytes + index * kShape.stage_bytes);
   }
   static constexpr int32_t kRowsAt = kShape.query_bytes + kAttentionStages * kShape.stage_bytes;
   // Of the warp.
-  __device__ __forceinline__ T* queries() const {
-    return shared_at<T>(warp * kAttentionWarpRows * kHeadDim * static_cast<int32_t>(sizeof(T)));
+  template <typename Element = Query>
+  __device__ __forceinline__ Element* queries() const {
+    return shared_at<Element>(warp * kAttentionWarpRows * kHeadDim *
+                              static_cast<int32_t>(sizeof(Element)));
   }
   __device__ __forceinline__ QueryRow* query_rows() const {
     return shared_at<QueryRow>(kRowsAt) + warp * kAttentionWarpRows;
@@ -283,7 +288,7 @@ class AttentionTile {
   __device__ __forceinline__ void copy_tile(const void* pool, const RowLayout& layout,
                                             int32_t page_id, int32_t to) const {
     const int32_t thread = recomputed<kShape.threads>(this->thread);
-    const T* const source = static_cast<const T*>(pool) + kv_head * layout.head_stride;
+    const Pool* const source = static_cast<const Pool*>(pool) + kv_head * layout.head_stride;
     const int32_t size = 1 << block_shift;
     const int32_t row_of_page = next.first & (size - 1);
     auto row_pointer = [&](int32_t tile_row) {
@@ -296,11 +301,13 @@ class AttentionTile {
       // A thread has the same piece of some adjacent rows, which are of one page.
       constexpr int kColumns = kKeys / kColumnRows * Rows::kPieces;
 #pragma unroll
-      for (int i = 0; i < kColumns / kShape.threads; ++i) {
+      for (int i = 0; i < (kColumns + kShape.threads - 1) / kShape.threads; ++i) {
         const int32_t column = i * kShape.threads + thread;
+        static_assert(kColumns % kWarpSize == 0, "whole warps have columns");
+        if (kColumns % kShape.threads != 0 && column >= kColumns) break;
         const int32_t tile_row = column / Rows::kPieces * kColumnRows;
         const int32_t piece = column % Rows::kPieces;
-        const T* from = row_pointer(tile_row) + piece * Rows::kPiece;
+        const Pool* from = row_pointer(tile_row) + piece * Rows::kPiece;
 #pragma unroll
         for (int j = 0; j < kColumnRows; ++j) {
           cp_async_16_or_zero(stage(to) + Rows::piece(tile_row + j, piece), from,
@@ -313,15 +320,23 @@ class AttentionTile {
       for (int i = 0; i < kElements / kShape.threads; ++i) {
         const int32_t index = i * kShape.threads + thread;
         const int32_t tile_row = index / kHeadDim, dim = index % kHeadDim;
-        const T* const from = row_pointer(tile_row) + dim;
-        Vector<T, 1> element = {};
-        if (tile_row < count) element = load_vector<T, 1>(from);
-        store_vector<T, 1>(stage(to) + Rows::element(tile_row, dim), element);
+        const Pool* const from = row_pointer(tile_row) + dim;
+        Vector<Pool, 1> element = {};
+        if (tile_row < count) element = load_vector<Pool, 1>(from);
+        store_vector<Pool, 1>(stage(to) + Rows::element(tile_row, dim), element);
       }
     }
   }
 
   // Queries -------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ int32_t place(int32_t dim) {
+    if constexpr (kIsQuantized<Pool>) {
+      return Products::query_place(dim);
+    } else {
+      return dim;
+    }
+  }
 
   // Rotates the warp's queries for a source, R(p) R(-shift), into shared memory. A lane has one
   // pair of dims of every row.
@@ -358,11 +373,11 @@ class AttentionTile {
           x[0] = rounded_product(x[0], p.rotary_scale);
           y[0] = rounded_product(y[0], p.rotary_scale);
         }
-        Vector<T, 1> rounded;
+        Vector<Query, 1> rounded;
         pack(x, &rounded);
-        store_vector<T, 1>(queries() + Rows::element(i, x_dim), rounded);
+        store_vector<Query, 1>(queries() + QueryRows::element(i, place(x_dim)), rounded);
         pack(y, &rounded);
-        store_vector<T, 1>(queries() + Rows::element(i, y_dim), rounded);
+        store_vector<Query, 1>(queries() + QueryRows::element(i, place(y_dim)), rounded);
       }
     }
     __syncwarp();  // all lanes see the queries
@@ -445,11 +460,24 @@ class AttentionTile {
     return kHeadDim < 256 ? lane : recomputed<kWarpSize>(lane);
   }
 
+  // Of products of queries with keys as they were multiplied.
+  __device__ __forceinline__ float score_scale() const {
+    if constexpr (kIsQuantized<Pool>) {
+      return p.scale * scale_of_head(p.k_scale);
+    } else {
+      return p.scale;
+    }
+  }
+  // Of e4m3 elements as they are widened.
+  __device__ __forceinline__ float scale_of_head(const float* scales) const {
+    return (scales ? __ldg(scales + kv_head) : 1.0f) * widened_unit();
+  }
+
   // Scores in units of log2.
   __device__ __forceinline__ void scale(float (&scores)[kKeys / 8][4]) const {
     if (p.soft_cap > 0.0f) {
       // cap * tanh(x / cap) = cap - 2 * cap / (1 + exp(2 * x / cap))
-      const float factor = 2.0f * kLog2E * p.scale / p.soft_cap;
+      const float factor = 2.0f * kLog2E * score_scale() / p.soft_cap;
       const float cap = p.soft_cap * kLog2E;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -460,7 +488,7 @@ class AttentionTile {
         }
       }
     } else {
-      const float factor = p.scale * kLog2E;
+      const float factor = score_scale() * kLog2E;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -530,9 +558,14 @@ class AttentionTile {
   // Results -------------------------------------------------------------------------------------
 
   // partial_begin < 0: rows of the output; else partials, from that of the item's first row on.
-  __device__ __forceinline__ void write(int32_t partial_begin, int32_t first_query) const {
+  __device__ __forceinline__ void write(int32_t partial_begin, int32_t first_query) {
     const int32_t lane = recomputed<kWarpSize>(this->lane);
     float factor[2], lses[2];
+    float value_scale = 1.0f;
+    if constexpr (kIsQuantized<Pool>) {
+      value_scale = scale_of_head(p.v_scale);
+      Products::arrange(sums);
+    }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum = total[j];
@@ -540,6 +573,7 @@ class AttentionTile {
       sum += __shfl_xor_sync(kAllLanes, sum, 2);
       lses[j] = sum == 0.0f ? -INFINITY : fmaf(highest[j], kLn2, logf(sum));
       factor[j] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      if constexpr (kIsQuantized<Pool>) factor[j] *= value_scale;
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -572,7 +606,7 @@ class AttentionTile {
         to[Products::dim(n, lane)] = sums[n][2 * j] * factor;
         to[Products::dim(n, lane) + 1] = sums[n][2 * j + 1] * factor;
       }
-    } else if constexpr (sizeof(T) == 4) {
+    } else if constexpr (sizeof(T) == 4 || kIsQuantized<Pool>) {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; n += 2) {
         *reinterpret_cast<float4*>(to + Products::dim(n, lane)) =
@@ -595,7 +629,7 @@ class AttentionTile {
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        T* const to = queries() + Rows::element(lane / 4 + 8 * j, Products::dim(n, lane));
+        T* const to = queries<T>() + QueryRows::element(lane / 4 + 8 * j, Products::dim(n, lane));
         const float x = sums[n][2 * j] * factor[j], y = sums[n][2 * j + 1] * factor[j];
         if constexpr (sizeof(T) == 4) {
           *reinterpret_cast<float2*>(to) = make_float2(x, y);
@@ -605,7 +639,7 @@ class AttentionTile {
       }
     }
     __syncwarp();
-    constexpr int kVector = kWide ? Rows::kPiece : 1;
+    constexpr int kVector = kWide ? QueryRows::kPiece : 1;
     constexpr int kVectors = kHeadDim / kVector;  // of a row
 #pragma unroll 4
     for (int i = 0; i < kAttentionWarpRows * kVectors / kWarpSize; ++i) {
@@ -615,7 +649,7 @@ class AttentionTile {
       if (written.agent < 0) continue;
       T* const to = static_cast<T*>(p.out) + written.row * p.out_row_stride +
                     written.head * p.out_head_stride + dim;
-      const T* const from = queries() + Rows::element(query, dim);
+      const T* const from = queries<T>() + QueryRows::element(query, dim);
       if constexpr (kWide) {
         store_global_16(to, load_shared_16(from));
       } else {
@@ -643,7 +677,7 @@ class AttentionTile {
   float total[2];               // weight, of the lane's keys
 };
 
-template <typename T, int kHeadDim, bool kWide>
+template <typename T, typename Pool, int kHeadDim, bool kWide>
 __device__ __forceinline__ void collective_attention(const CollectiveAttentionParams& p) {
   const int32_t kv_heads = p.num_kv_heads;
   const int32_t index = static_cast<int32_t>(blockIdx.x) / kv_heads;
@@ -652,11 +686,11 @@ __device__ __forceinline__ void collective_attention(const CollectiveAttentionPa
   const int4 item = __ldg(reinterpret_cast<const int4*>(work));
   const int32_t partial_begin = __ldg(work + 4);
   const int32_t queries = (item.y - item.x) * (p.num_q_heads / kv_heads);
-  constexpr AttentionShape kShape{sizeof(T), kHeadDim};
+  constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim};
 #pragma unroll 1
   for (int32_t first = 0; first < queries; first += kShape.rows) {
     if (first > 0) __syncthreads();  // all are done with the last tiles
-    AttentionTile<T, kHeadDim, kWide>(p, item, partial_begin, kv_head, first);
+    AttentionTile<T, Pool, kHeadDim, kWide>(p, item, partial_begin, kv_head, first);
   }
 }
 

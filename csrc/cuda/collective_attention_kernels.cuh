@@ -1,16 +1,21 @@
-// Defines the kernels of one head dim: six to a source, so that compilers can share the work.
+// Defines the kernels of one head dim: ten to a source, so that compilers can share the work.
 #pragma once
 
 #include "cuda/collective_attention.cuh"
 
-#define TOKENDANCE_DEFINE_ATTENTION(variant, T, head_dim, wide)            \
-  extern "C" __global__ void __launch_bounds__(                            \
-      tokendance::AttentionShape(sizeof(T), head_dim).threads,             \
-      tokendance::AttentionShape(sizeof(T), head_dim).blocks)              \
-      tokendance_collective_attention_##variant(                           \
-          const __grid_constant__ tokendance::CollectiveAttentionParams p, \
-          const __grid_constant__ tokendance::Tile) {                      \
-    tokendance::cuda::collective_attention<T, head_dim, wide>(p);          \
+#define TOKENDANCE_DEFINE_ATTENTION(variant, T, Pool, head_dim, wide)        \
+  extern "C" __global__ void __launch_bounds__(                              \
+      tokendance::AttentionShape(sizeof(T), sizeof(Pool), head_dim).threads, \
+      tokendance::AttentionShape(sizeof(T), sizeof(Pool), head_dim).blocks)  \
+      tokendance_collective_attention_##variant(                             \
+          const __grid_constant__ tokendance::CollectiveAttentionParams p,   \
+          const __grid_constant__ tokendance::Tile) {                        \
+    tokendance::cuda::collective_attention<T, Pool, head_dim, wide>(p);      \
   }
-#define TOKENDANCE_DEFINE_ATTENTION_OF(head_dim) \
-  TOKENDANCE_ATTENTION_KERNELS_OF(TOKENDANCE_DEFINE_ATTENTION, head_dim)
+#define TOKENDANCE_DEFINE_ATTENTION_OF_ONE_TYPE(variant, T, head_dim, wide) \
+  TOKENDANCE_DEFINE_ATTENTION(variant, T, T, head_dim, wide)
+#define TOKENDANCE_DEFINE_E4M3_ATTENTION(variant, T, head_dim, wide) \
+  TOKENDANCE_DEFINE_ATTENTION(variant, T, tokendance::cuda::Float8, head_dim, wide)
+#define TOKENDANCE_DEFINE_ATTENTION_OF(head_dim)                                     \
+  TOKENDANCE_ATTENTION_KERNELS_OF(TOKENDANCE_DEFINE_ATTENTION_OF_ONE_TYPE, head_dim) \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(TOKENDANCE_DEFINE_E4M3_ATTENTION, head_dim)

@@ -15,6 +15,19 @@
   X(f16_d##head_dim##_narrow, __half, head_dim, false)      \
   X(bf16_d##head_dim##_wide, __nv_bfloat16, head_dim, true) \
   X(bf16_d##head_dim##_narrow, __nv_bfloat16, head_dim, false)
+// The same of e4m3 keys and values: X(variant, element type of queries and outputs, head dim,
+// wide).
+#define TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, head_dim)        \
+  X(f16_e4m3_d##head_dim##_wide, __half, head_dim, true)         \
+  X(f16_e4m3_d##head_dim##_narrow, __half, head_dim, false)      \
+  X(bf16_e4m3_d##head_dim##_wide, __nv_bfloat16, head_dim, true) \
+  X(bf16_e4m3_d##head_dim##_narrow, __nv_bfloat16, head_dim, false)
+#define TOKENDANCE_E4M3_ATTENTION_KERNELS(X)   \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 64)  \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 80)  \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 96)  \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 128) \
+  TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 256)
 #define TOKENDANCE_ATTENTION_KERNELS(X)   \
   TOKENDANCE_ATTENTION_KERNELS_OF(X, 64)  \
   TOKENDANCE_ATTENTION_KERNELS_OF(X, 80)  \
@@ -36,19 +49,30 @@ namespace tokendance {
 #define TOKENDANCE_ATTENTION_NAME(variant, ...) "tokendance_collective_attention_" #variant,
 #define TOKENDANCE_ATTENTION_MERGE_NAME(variant, ...) \
   "tokendance_collective_attention_merge_" #variant,
-constexpr const char* kCollectiveAttentionKernels[] = {TOKENDANCE_ATTENTION_KERNELS(
-    TOKENDANCE_ATTENTION_NAME) TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_ATTENTION_MERGE_NAME)};
+constexpr const char* kCollectiveAttentionKernels[] = {
+    TOKENDANCE_ATTENTION_KERNELS(TOKENDANCE_ATTENTION_NAME)
+        TOKENDANCE_E4M3_ATTENTION_KERNELS(TOKENDANCE_ATTENTION_NAME)
+            TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_ATTENTION_MERGE_NAME)};
 
 constexpr int kAttentionHeadDims[] = {64, 80, 96, 128, 256};
-constexpr int kNumAttentionKernels = 5 * 6;
+constexpr int kFirstE4m3AttentionKernel = 5 * 6;
+constexpr int kNumAttentionKernels = 5 * (6 + 4);
 constexpr int kAttentionWarpRows = 16;  // query rows of a warp: the M of an mma
 constexpr int kAttentionStages = 3;     // tiles of keys or values: one in use, two on their way
 constexpr int kAttentionMergeThreads = 256;
 
-inline int attention_kernel(DType dtype, int32_t head_dim, bool wide) {
+inline int attention_kernel(DType dtype, DType pool_dtype, int32_t head_dim, bool wide) {
   int dim = 0;
   while (kAttentionHeadDims[dim] != head_dim) ++dim;
+  if (pool_dtype == DType::kFloat8) {
+    return kFirstE4m3AttentionKernel + dim * 4 + (dtype == DType::kBFloat16) * 2 + !wide;
+  }
   return dim * 6 + static_cast<int>(dtype) * 2 + !wide;
+}
+
+// Whether there is such a kernel. The products of e4m3 are those of 16-bit queries and weights.
+inline bool can_attend(DType dtype, DType pool_dtype) {
+  return dtype == pool_dtype || (pool_dtype == DType::kFloat8 && dtype != DType::kFloat32);
 }
 
 // Sizes of a block. A query row here is one row of the round and one head of the group.
@@ -63,7 +87,9 @@ struct AttentionShape {
   int32_t row_bytes;  // of what is known of the query rows, once and for a chunk
   int32_t shared_bytes;
 
-  TOKENDANCE_HOST_DEVICE constexpr AttentionShape(int32_t element_bytes, int32_t head_dim)
+  // `element_bytes` of queries and outputs, `pool_bytes` of keys and values.
+  TOKENDANCE_HOST_DEVICE constexpr AttentionShape(int32_t element_bytes, int32_t pool_bytes,
+                                                  int32_t head_dim)
       : warps(head_dim * element_bytes > 512 ? 2 : 4),
         rows(warps * kAttentionWarpRows),
         keys((head_dim > 128 ? 128 : 256) / element_bytes / 2),
@@ -72,7 +98,7 @@ struct AttentionShape {
                : head_dim <= 128               ? 2
                                                : 1),
         query_bytes(rows * head_dim * element_bytes),
-        stage_bytes(keys * head_dim * element_bytes),
+        stage_bytes(keys * head_dim * pool_bytes),
         row_bytes(rows * 4 * static_cast<int32_t>(sizeof(int32_t))),
         shared_bytes(query_bytes + kAttentionStages * stage_bytes + 2 * row_bytes +
                      2 * warps * 2 * static_cast<int32_t>(sizeof(int32_t))) {}
@@ -87,9 +113,10 @@ inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) 
                            p.out_row_stride % vector == 0 && p.out_head_stride % vector == 0;
   if (e.work > 0) {
     const bool wide = out_aligned && is_aligned(p.k_pool) && is_aligned(p.v_pool) &&
-                      is_aligned(p.k_layout, p.dtype) && is_aligned(p.v_layout, p.dtype);
-    const int kernel = attention_kernel(p.dtype, p.head_dim, wide);
-    const AttentionShape shape(static_cast<int32_t>(element_bytes(p.dtype)), p.head_dim);
+                      is_aligned(p.k_layout, p.pool_dtype) && is_aligned(p.v_layout, p.pool_dtype);
+    const int kernel = attention_kernel(p.dtype, p.pool_dtype, p.head_dim, wide);
+    const AttentionShape shape(static_cast<int32_t>(element_bytes(p.dtype)),
+                               static_cast<int32_t>(element_bytes(p.pool_dtype)), p.head_dim);
     // KV heads of an item are neighbours: they read the same pages.
     add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.work * p.num_kv_heads, 1, 1,
                shape.threads, shape.shared_bytes, {});

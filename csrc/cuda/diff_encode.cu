@@ -11,7 +11,11 @@ namespace tokendance {
                                                const __grid_constant__ Tile tile) {        \
     cuda::diff_encode_compare<T, V, interleaved>(p, tile);                                 \
   }
+#define TOKENDANCE_DEFINE_QUANTIZED(op, variant, T, Out, V, interleaved) \
+  TOKENDANCE_DEFINE_COMPARE(op, variant, T, V, interleaved)
+using cuda::Float8;
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE_COMPARE, diff_encode_compare)
+TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_DEFINE_QUANTIZED, diff_encode_compare)
 
 #define TOKENDANCE_DEFINE_COMPACT(variant, T, V)                                           \
   extern "C" __global__ void __launch_bounds__(kEncodeThreads, 2)                          \
@@ -27,7 +31,9 @@ TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_DEFINE_COMPACT)
 int cuda_diff_encode(const DiffEncodeParams& params, void* stream) {
   constexpr void (*kKernels[])(DiffEncodeParams, Tile) = {
       TOKENDANCE_MOVING_KERNELS(TOKENDANCE_COMPARE_KERNEL, diff_encode_compare)
-          TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_COMPACT_KERNEL)};
+          TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_COMPARE_KERNEL, diff_encode_compare)
+              TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_COMPACT_KERNEL)};
+  if (!can_move(params.dtype, params.dtype)) return cudaErrorNotSupported;
   return cuda::launch(plan_diff_encode(params), kKernels, params, stream);
 }
 

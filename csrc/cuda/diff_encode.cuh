@@ -29,7 +29,8 @@
 
 namespace tokendance::cuda {
 
-// Whether an element of `in` is not what restore would write, `moved`.
+// Whether an element of `in` is not what restore would write, `moved`. `atol` is in units of the
+// elements.
 template <typename T, int V>
 __device__ __forceinline__ bool differs(const Vector<T, V>& in, const Vector<T, V>& moved,
                                         float atol, float rtol) {
@@ -44,6 +45,13 @@ __device__ __forceinline__ bool differs(const Vector<T, V>& in, const Vector<T, 
     same = same && fabsf(in_values[i] - moved_values[i]) <= allowed;  // false for NaN
   }
   return !same;
+}
+
+// The tolerance in units of the quantized elements of a head.
+__device__ __forceinline__ float atol_of(const DiffEncodeParams& p, const float* scales,
+                                         int32_t layer, int32_t head) {
+  if (!scales || p.atol == 0.0f) return p.atol;
+  return __fdiv_rn(p.atol, __ldg(scales + layer * p.num_heads + head));
 }
 
 // Row of the agent's dense KV that row `index` of a use stands for. kNotCompared: at no position of
@@ -167,9 +175,21 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
             const float* const stored = angles + agent * angle_stride;
             task.move(SharedAngles<V, kInterleaved>::load(stored, p.rope.rotary_dim, task), &x, &y);
           }
-          if (differs(k_x, x, p.atol, p.rtol) || differs(k_y, y, p.atol, p.rtol) ||
-              differs(v_x, value_x, p.atol, p.rtol) || differs(v_y, value_y, p.atol, p.rtol)) {
-            found |= 1u << agent;
+          if constexpr (kIsQuantized<T>) {
+            auto atol = [&](const float* scales, int32_t of_head) {
+              return atol_of(p, scales, layer, of_head);
+            };
+            if (differs(k_x, x, atol(p.k_scale, head), p.rtol) ||
+                differs(k_y, y, atol(p.k_scale, head), p.rtol) ||
+                differs(v_x, value_x, atol(p.v_scale, first_head), p.rtol) ||
+                differs(v_y, value_y, atol(p.v_scale, second_head), p.rtol)) {
+              found |= 1u << agent;
+            }
+          } else {
+            if (differs(k_x, x, p.atol, p.rtol) || differs(k_y, y, p.atol, p.rtol) ||
+                differs(v_x, value_x, p.atol, p.rtol) || differs(v_y, value_y, p.atol, p.rtol)) {
+              found |= 1u << agent;
+            }
           }
         }
       }

@@ -6,34 +6,48 @@
 #include "cuda/moving_kernels.h"
 
 // Kernels of the compaction, which only copies: X(variant, element type of the size, elements of a
-// vector), in the order in which the plan counts them.
+// vector), in the order of compact_kernel().
 #define TOKENDANCE_COMPACT_KERNELS(X) \
   X(b32_wide, float, 4)               \
   X(b32_narrow, float, 1)             \
   X(b16_wide, __half, 8)              \
-  X(b16_narrow, __half, 1)
+  X(b16_narrow, __half, 1)            \
+  X(b8_wide, Float8, 16)              \
+  X(b8_narrow, Float8, 1)
 
 namespace tokendance {
 
 #define TOKENDANCE_COMPACT_NAME(variant, T, V) "tokendance_diff_encode_compact_" #variant,
 constexpr const char* kDiffEncodeKernels[] = {
     TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_encode_compare)
-        TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_COMPACT_NAME)};
+        TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_KERNEL_NAME, diff_encode_compare)
+            TOKENDANCE_COMPACT_KERNELS(TOKENDANCE_COMPACT_NAME)};
 constexpr int kEncodeThreads = 256;
 constexpr int64_t kEncodeAgents = 16;  // that share one read of a Master page, at most
 constexpr int64_t kEncodeLayers = 8;   // that a block of the compaction copies, at most
+
+constexpr int kNumCompareKernels = kNumMovingKernels + 4;
+
+inline int compact_kernel(DType dtype, bool wide) {
+  const int64_t bytes = element_bytes(dtype);
+  return kNumCompareKernels + (bytes == 4 ? 0 : bytes == 2 ? 2 : 4) + !wide;
+}
+
+// Whether the rows can be accessed by vectors of so many elements.
+inline bool rows_are_aligned(const DiffEncodeParams& p, int64_t elements) {
+  const int64_t bytes = elements * element_bytes(p.dtype);
+  return are_aligned(p.in, p.num_layers, bytes) && are_aligned(p.pool, p.num_layers, bytes) &&
+         is_aligned(p.in_k_layout, elements) && is_aligned(p.in_v_layout, elements) &&
+         is_aligned(p.pool_k_layout, elements) && is_aligned(p.pool_v_layout, elements);
+}
 
 inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
   LaunchPlan plan = {};
   const RoundExtents& e = p.round.extents;
   if (p.num_layers == 0 || p.num_heads == 0 || e.agents == 0) return plan;
-  const bool wide_rows = is_aligned(p.in, p.num_layers) && is_aligned(p.pool, p.num_layers) &&
-                         is_aligned(p.in_k_layout, p.dtype) && is_aligned(p.in_v_layout, p.dtype) &&
-                         is_aligned(p.pool_k_layout, p.dtype) &&
-                         is_aligned(p.pool_v_layout, p.dtype);
-
   if (e.master_pages > 0) {
-    const bool wide = wide_rows && is_aligned(p.rope, p.dtype);
+    const int64_t widest = vector_elements(p.dtype, p.dtype, true);
+    const bool wide = rows_are_aligned(p, widest) && is_aligned(p.rope, widest);
     // Small rounds get smaller tiles: their Master pages are read again, out of L2, by more blocks.
     int64_t agent_tiles = ceil_div(e.agents, kEncodeAgents);
     const int64_t wanted = ceil_div(kWantedBlocks, e.master_pages);
@@ -45,7 +59,7 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
         tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + int64_t{sizeof(int32_t)} +
                        shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)}) +
         2 * e.block_size * int64_t{sizeof(uint32_t)};
-    const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+    const int kernel = moving_kernel(p.dtype, p.dtype, p.rope.interleaved, wide);
     add_launch(&plan, kDiffEncodeKernels[kernel], kernel, e.master_pages * agent_tiles, 1, 1,
                kEncodeThreads, shared, tile);
   }
@@ -58,7 +72,8 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
   if (layers < 1) layers = 1;
   Tile tile = {};
   tile.layers = static_cast<int32_t>(layers);
-  const int kernel = kNumMovingKernels + (element_bytes(p.dtype) == 4 ? 0 : 2) + !wide_rows;
+  const bool wide = rows_are_aligned(p, kVectorBytes / element_bytes(p.dtype));
+  const int kernel = compact_kernel(p.dtype, wide);
   add_launch(&plan, kDiffEncodeKernels[kernel], kernel, chunks, e.agents,
              ceil_div(p.num_layers, layers), kEncodeThreads, 0, tile);
   return plan;

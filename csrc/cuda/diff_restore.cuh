@@ -23,6 +23,8 @@
 // under way.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/diff_restore_plan.h"
 #include "cuda/move.cuh"
 #include "cuda/ptx.cuh"
@@ -114,7 +116,7 @@ struct RestoreShare {
   }
 };
 
-template <typename T, int V, bool kInterleaved>
+template <typename In, typename Out, int V, bool kInterleaved>
 __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const Tile& tile) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int32_t block_size = static_cast<int32_t>(p.round.extents.block_size);
@@ -123,11 +125,12 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
   const int32_t threads = static_cast<int32_t>(blockDim.x);
   constexpr int kStages = kRestoreStages;
-  using Unit = Vector<T, V>;
+  constexpr bool kReadsOut = !std::is_same_v<In, Out>;
+  using Unit = Vector<In, V>;
 
-  T* const stages = reinterpret_cast<T*>(shared);
+  In* const stages = reinterpret_cast<In*>(shared);
   int64_t* const k_target = reinterpret_cast<int64_t*>(
-      shared + kStages * shape.stage_bytes(V * static_cast<int32_t>(sizeof(T))));
+      shared + kStages * shape.stage_bytes(V * static_cast<int32_t>(sizeof(In))));
   int64_t* const v_target = k_target + tile.agents * block_size;
   const int32_t angle_stride = shared_angles_size(p.rope.rotary_dim);
   float* const angles = reinterpret_cast<float*>(v_target + tile.agents * block_size);
@@ -206,9 +209,11 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     share.second_dim = moves ? moving.second_dim : copied.second_dim;
     return share;
   };
-  auto copy = [](T* to, const T* from) {
+  auto copy = [](In* to, const In* from) {
     if constexpr (Unit::kBytes == 16) {
       cp_async_16(to, from);
+    } else if constexpr (kIsQuantized<In> && V > 1) {
+      cp_async_through_l1<Unit::kBytes>(to, from);
     } else {
       *to = *from;
     }
@@ -218,10 +223,10 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     const bool is_key = item % 2 == 0;
     const RowLayout& layout = is_key ? p.pool_k_layout : p.pool_v_layout;
     const RestoreShare share = choose(is_key && source.master >= 0);
-    const T* const base = static_cast<const T*>(is_key ? p.pool.k[layer] : p.pool.v[layer]) +
-                          source.page * layout.page_stride + first_head * layout.head_stride;
-    const T* const first = base + share.first_offset(layout);
-    const T* const second = base + share.second_offset(layout);
+    const In* const base = static_cast<const In*>(is_key ? p.pool.k[layer] : p.pool.v[layer]) +
+                           source.page * layout.page_stride + first_head * layout.head_stride;
+    const In* const first = base + share.first_offset(layout);
+    const In* const second = base + share.second_offset(layout);
 #pragma unroll 1
     for (int32_t pass = 0; pass < shape.passes; ++pass) {
       const int32_t row = first_row + pass * shape.rows_of_pass;
@@ -246,10 +251,20 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
     const RowLayout& layout = is_key ? p.out_k_layout : p.out_v_layout;
     const int64_t* const targets = is_key ? k_target : v_target;
     const RestoreShare share = choose(moves);
-    T* const base =
-        static_cast<T*>(is_key ? p.out.k[layer] : p.out.v[layer]) + first_head * layout.head_stride;
-    T* const first = base + share.first_offset(layout);
-    T* const second = base + share.second_offset(layout);
+    Out* const base = static_cast<Out*>(is_key ? p.out.k[layer] : p.out.v[layer]) +
+                      first_head * layout.head_stride;
+    Out* const first = base + share.first_offset(layout);
+    Out* const second = base + share.second_offset(layout);
+    // What the elements of either vector are multiplied with to be read out.
+    float first_scale = 1.0f, second_scale = 1.0f;
+    if constexpr (kReadsOut) {
+      const float* const scales = is_key ? p.k_scale : p.v_scale;
+      if (scales) {
+        const float* const of_block = scales + layer * p.num_heads + first_head;
+        first_scale = __ldg(of_block + share.first_head);
+        second_scale = __ldg(of_block + share.second_head);
+      }
+    }
 #pragma unroll 1
     for (int32_t agent = 0; agent < source.num_agents; ++agent) {
       const uint32_t rows_of_agent = rows[agent];
@@ -264,12 +279,30 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
       for (int32_t pass = 0; pass < shape.passes; ++pass) {
         const int32_t row = first_row + pass * shape.rows_of_pass;
         if (row >= block_size || !(rows_of_agent >> row & 1)) continue;
-        Unit x = load_vector<T, V>(slot(item, pass, 0));
-        Unit y = load_vector<T, V>(slot(item, pass, 1));
-        if (rotates) task.move(angle, &x, &y);
-        const int64_t target = targets[agent * block_size + row];
-        store_vector<T, V>(first + target, x);
-        store_vector<T, V>(second + target, y);
+        Unit x = load_vector<In, V>(slot(item, pass, 0));
+        Unit y = load_vector<In, V>(slot(item, pass, 1));
+        if constexpr (kReadsOut) {
+          float x_values[V], y_values[V];
+          unpack(x, x_values);
+          unpack(y, y_values);
+#pragma unroll
+          for (int i = 0; i < V; ++i) {
+            x_values[i] = rounded_product(x_values[i], first_scale);
+            y_values[i] = rounded_product(y_values[i], second_scale);
+          }
+          if (rotates) task.rotate(angle, x_values, y_values);
+          Vector<Out, V> x_out, y_out;
+          pack(x_values, &x_out);
+          pack(y_values, &y_out);
+          const int64_t target = targets[agent * block_size + row];
+          store_vector<Out, V>(first + target, x_out);
+          store_vector<Out, V>(second + target, y_out);
+        } else {
+          if (rotates) task.move(angle, &x, &y);
+          const int64_t target = targets[agent * block_size + row];
+          store_vector<In, V>(first + target, x);
+          store_vector<In, V>(second + target, y);
+        }
       }
     }
   }

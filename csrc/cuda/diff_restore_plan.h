@@ -7,7 +7,9 @@
 namespace tokendance {
 
 constexpr const char* kDiffRestoreKernels[] = {
-    TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)};
+    TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)
+        TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)
+            TOKENDANCE_DEQUANTIZING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)};
 constexpr int kRestoreThreads = 256;
 constexpr int kRestoreStages = 2;
 constexpr int64_t kRestoreStageBytes = 16 * 1024;  // wanted; one head may need more
@@ -42,11 +44,13 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
   if (p.num_layers == 0 || p.num_heads == 0 || e.agents == 0 || e.master_pages + e.own_pages == 0) {
     return plan;
   }
-  const bool wide = is_aligned(p.rope, p.dtype) && is_aligned(p.pool, p.num_layers) &&
-                    is_aligned(p.out, p.num_layers) && is_aligned(p.pool_k_layout, p.dtype) &&
-                    is_aligned(p.pool_v_layout, p.dtype) && is_aligned(p.out_k_layout, p.dtype) &&
-                    is_aligned(p.out_v_layout, p.dtype);
-  const int32_t vector = vector_elements(p.dtype, wide);
+  const int64_t widest = vector_elements(p.dtype, p.out_dtype, true);
+  const bool wide = is_aligned(p.rope, widest) &&
+                    are_aligned(p.pool, p.num_layers, widest * element_bytes(p.dtype)) &&
+                    are_aligned(p.out, p.num_layers, widest * element_bytes(p.out_dtype)) &&
+                    is_aligned(p.pool_k_layout, widest) && is_aligned(p.pool_v_layout, widest) &&
+                    is_aligned(p.out_k_layout, widest) && is_aligned(p.out_v_layout, widest);
+  const int32_t vector = vector_elements(p.dtype, p.out_dtype, wide);
   const int32_t vector_bytes = vector * static_cast<int32_t>(element_bytes(p.dtype));
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, vector);
   const int32_t block_size = static_cast<int32_t>(e.block_size);
@@ -74,7 +78,7 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
       kRestoreStages * shape.stage_bytes(vector_bytes) +
       agents * (2 * block_size * int64_t{sizeof(int64_t)} + 2 * int64_t{sizeof(int32_t)} +
                 shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)});
-  const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+  const int kernel = moving_kernel(p.dtype, p.out_dtype, p.rope.interleaved, wide);
   Tile tile = {};
   tile.heads = heads;
   tile.agents = static_cast<int32_t>(agents);

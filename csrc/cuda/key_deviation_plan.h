@@ -16,7 +16,7 @@ inline LaunchPlan plan_key_deviation(const KeyDeviationParams& p) {
   const bool wide = is_aligned(p.fresh) && is_aligned(p.cached) &&
                     is_aligned(p.fresh_layout, p.dtype) && is_aligned(p.cached_layout, p.dtype) &&
                     is_aligned(p.rope, p.dtype);
-  const int kernel = moving_kernel(p.dtype, p.rope.interleaved, wide);
+  const int kernel = moving_kernel(p.dtype, p.dtype, p.rope.interleaved, wide);
   add_launch(&plan, kKeyDeviationKernels[kernel], kernel,
              ceil_div(p.num_tokens, kDeviationThreads / kWarpSize), 1, 1, kDeviationThreads, 0, {});
   return plan;

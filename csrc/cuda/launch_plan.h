@@ -60,34 +60,51 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-inline int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+inline int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat8:
+    case DType::kInt8:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
-// Whether every head of every row starts at a multiple of 16 bytes if row 0 does.
+inline bool is_aligned(const void* pointer, int64_t bytes = kVectorBytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// Whether every head of every row starts at a multiple of so many elements if row 0 does.
+inline bool is_aligned(const RowLayout& layout, int64_t elements) {
+  return layout.page_stride % elements == 0 && layout.row_stride % elements == 0 &&
+         layout.head_stride % elements == 0;
+}
+
 inline bool is_aligned(const RowLayout& layout, DType dtype) {
-  const int64_t vector = kVectorBytes / element_bytes(dtype);
-  return layout.page_stride % vector == 0 && layout.row_stride % vector == 0 &&
-         layout.head_stride % vector == 0;
+  return is_aligned(layout, kVectorBytes / element_bytes(dtype));
 }
 
 // `Pointers`: LayerPointers or MutableLayerPointers.
 template <typename Pointers>
-bool is_aligned(const Pointers& pointers, int32_t num_layers) {
+bool are_aligned(const Pointers& pointers, int32_t num_layers, int64_t bytes = kVectorBytes) {
   for (int32_t layer = 0; layer < num_layers; ++layer) {
-    if (!is_aligned(pointers.k[layer]) || !is_aligned(pointers.v[layer])) return false;
+    if (!is_aligned(pointers.k[layer], bytes) || !is_aligned(pointers.v[layer], bytes)) {
+      return false;
+    }
   }
   return true;
 }
 
-// Whether both halves of the rotary dims consist of 16-byte vectors, so that a thread may rotate
-// whole ones. Their angles are then aligned in the tables, too.
-inline bool is_aligned(const RopeTables& rope, DType dtype) {
-  const int32_t vector = static_cast<int32_t>(kVectorBytes / element_bytes(dtype));
-  return rope.rotary_dim / 2 % vector == 0 &&
+// Whether both halves of the rotary dims consist of vectors of so many elements, so that a thread
+// may rotate whole ones. Their angles are then aligned in the tables, too.
+inline bool is_aligned(const RopeTables& rope, int64_t elements) {
+  return rope.rotary_dim / 2 % elements == 0 &&
          (rope.rotary_dim == 0 || (is_aligned(rope.cos) && is_aligned(rope.sin)));
+}
+inline bool is_aligned(const RopeTables& rope, DType dtype) {
+  return is_aligned(rope, kVectorBytes / element_bytes(dtype));
 }
 
 }  // namespace tokendance

@@ -102,6 +102,25 @@ struct MoveTask {
   template <typename T>
   static __device__ __forceinline__ void move(const Angles<V>& angles, Vector<T, V>* x,
                                               Vector<T, V>* y) {
+    if constexpr (kIsQuantized<T> && V > 4) {
+      // A word of either at a time: with all at once, there would be too few registers.
+#pragma unroll
+      for (int word = 0; word < V / 4; ++word) {
+        Angles<4> angles_of_word;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          // With pairs in the vectors, x has the first half of the angles and y the second.
+          const int at = !kPairsInVector ? 4 * word + i : i / 2 * (V / 2) + 2 * word + i % 2;
+          angles_of_word.cos[i] = angles.cos[at];
+          angles_of_word.sin[i] = angles.sin[at];
+        }
+        Vector<T, 4> x_word = {x->words[word]}, y_word = {y->words[word]};
+        MoveTask<4, kInterleaved>::move(angles_of_word, &x_word, &y_word);
+        x->words[word] = x_word.words[0];
+        y->words[word] = y_word.words[0];
+      }
+      return;
+    }
     float x_values[V], y_values[V];
     unpack(*x, x_values);
     unpack(*y, y_values);

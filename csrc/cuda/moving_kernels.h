@@ -24,22 +24,54 @@
   X(op, bf16_interleaved_wide, __nv_bfloat16, 8, true) \
   X(op, bf16_interleaved_narrow, __nv_bfloat16, 1, true)
 
+// The same of quantized rows, which stay so, are read out, or are made. A vector has as many
+// elements as 16 bytes of the type that is not quantized, and half as many of e4m3: so heads of
+// every head dim consist of them. Calls X(op, variant, element type of the rows that are read, of
+// those that are written, elements of a vector, interleaved) in the order of moving_kernel().
+#define TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, types, In, Out, V) \
+  X(op, types##_half_wide, In, Out, V, false)                     \
+  X(op, types##_half_narrow, In, Out, 1, false)                   \
+  X(op, types##_interleaved_wide, In, Out, V, true)               \
+  X(op, types##_interleaved_narrow, In, Out, 1, true)
+#define TOKENDANCE_QUANTIZED_KERNELS(X, op) \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, e4m3, Float8, Float8, 8)
+#define TOKENDANCE_DEQUANTIZING_KERNELS(X, op)                           \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, e4m3_to_f32, Float8, float, 4)  \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, e4m3_to_f16, Float8, __half, 8) \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, e4m3_to_bf16, Float8, __nv_bfloat16, 8)
+#define TOKENDANCE_QUANTIZING_KERNELS(X, op)                             \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, f32_to_e4m3, float, Float8, 4)  \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, f16_to_e4m3, __half, Float8, 8) \
+  TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, bf16_to_e4m3, __nv_bfloat16, Float8, 8)
+
 #define TOKENDANCE_KERNEL_NAME(op, variant, ...) "tokendance_" #op "_" #variant,
 
 namespace tokendance {
 
 constexpr int kNumMovingKernels = 12;
 
-inline int moving_kernel(DType dtype, bool interleaved, bool wide) {
-  return static_cast<int>(dtype) * 4 + interleaved * 2 + !wide;
+// Of rows of one dtype that become rows of another, or of the same: which kernel of an operator
+// that has all of them, in the order above.
+inline int moving_kernel(DType from, DType to, bool interleaved, bool wide) {
+  int types = static_cast<int>(from);
+  if (from == DType::kFloat8) types = to == DType::kFloat8 ? 3 : 4 + static_cast<int>(to);
+  if (from != DType::kFloat8 && to == DType::kFloat8) types = 7 + static_cast<int>(from);
+  return types * 4 + interleaved * 2 + !wide;
 }
 
-inline int32_t vector_elements(DType dtype, bool wide) {
-  return wide ? static_cast<int32_t>(kVectorBytes / element_bytes(dtype)) : 1;
+// Whether there is such a kernel.
+inline bool can_move(DType from, DType to) {
+  if (from == DType::kInt8 || to == DType::kInt8) return false;
+  return from == to || from == DType::kFloat8 || to == DType::kFloat8;
 }
 
-// A thread that moves part of a head holds two vectors of it (move.cuh). Heads are multiples of 32
-// bytes, and so are rotary dims that wide accesses rotate: no vector is left over.
+inline int32_t vector_elements(DType from, DType to, bool wide) {
+  if (!wide) return 1;
+  return from == DType::kFloat32 || to == DType::kFloat32 ? 4 : 8;
+}
+
+// A thread that moves part of a head holds two vectors of it (move.cuh). Heads are multiples of 16
+// elements, and rotary dims that wide accesses rotate are of two vectors: none is left over.
 TOKENDANCE_HOST_DEVICE int32_t move_tasks_of_head(int32_t head_dim, int32_t vector) {
   return head_dim / (2 * vector);
 }

@@ -35,7 +35,15 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
                : "memory");
 }
 
-// The same, but writes zeros without reading where `read` is false.
+// The same of 4 or 8 bytes, which only go by way of L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_through_l1(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)),
+               "l"(global), "n"(kBytes)
+               : "memory");
+}
+
+// As cp_async_16, but writes zeros without reading where `read` is false.
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool read) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(read ? 16 : 0)

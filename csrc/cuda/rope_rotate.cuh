@@ -15,6 +15,8 @@
 // touches 3 there, the neighbouring request the other half of the same sector.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/launch_plan.h"
 #include "cuda/move.cuh"
 #include "cuda/vector_io.cuh"
@@ -25,7 +27,8 @@ namespace tokendance::cuda {
 // One thread moves one task (move.cuh) of one row to all destinations of the row. It reads its
 // share of the row before it writes any, and no other thread reads or writes that share: so rows
 // may be moved in place.
-template <typename T, int V, bool kInterleaved>
+// Quantized rows are moved as the numbers that they stand for; without scales, as their elements.
+template <typename In, typename Out, int V, bool kInterleaved>
 __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Tile& tile) {
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks_of_row = p.num_heads * tasks_of_head;
@@ -40,10 +43,19 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const auto task =
       MoveTask<V, kInterleaved>::make(task_of_row % tasks_of_head, p.head_dim, p.rope.rotary_dim);
 
-  const T* source =
-      static_cast<const T*>(p.x) + row_offset(p.x_layout, row_in) + head * p.x_layout.head_stride;
-  const Vector<T, V> first = load_vector<T, V>(source + task.first);
-  const Vector<T, V> second = load_vector<T, V>(source + task.second);
+  const In* source =
+      static_cast<const In*>(p.x) + row_offset(p.x_layout, row_in) + head * p.x_layout.head_stride;
+  const Vector<In, V> first = load_vector<In, V>(source + task.first);
+  const Vector<In, V> second = load_vector<In, V>(source + task.second);
+
+  // What quantized elements are multiplied with to be numbers, and numbers to be elements.
+  float x_scale = 1.0f, out_factor = 1.0f;
+  if constexpr (kIsQuantized<In>) {
+    if (p.x_scale) x_scale = __ldg(p.x_scale + head);
+  }
+  if constexpr (kIsQuantized<Out>) {
+    if (p.out_scale) out_factor = __frcp_rn(__ldg(p.out_scale + head));
+  }
 
   const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
 #pragma unroll 1
@@ -51,27 +63,59 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
     const int64_t destination = row * p.destinations + j;
     const int64_t row_out = p.row_out ? __ldg(p.row_out + destination) : row;
     if (row_out < 0 || row_out >= p.out_layout.num_rows) continue;
-    Vector<T, V> x = first, y = second;
-    if (p.position_to) {
-      const int64_t shift = __ldg(p.position_to + destination) - from;
-      const int64_t table_row = shift < 0 ? -shift : shift;
-      if (table_row >= p.rope.max_position) continue;
-      if (task.rotates && (shift != 0 || p.scale != 1.0f)) {
+    Vector<Out, V> x, y;
+    if constexpr (kIsQuantized<In> || kIsQuantized<Out>) {
+      int64_t shift = 0;
+      if (p.position_to) {
+        shift = __ldg(p.position_to + destination) - from;
+        if ((shift < 0 ? -shift : shift) >= p.rope.max_position) continue;
+      }
+      const bool turns = task.rotates && shift != 0;
+      const bool multiplies = task.rotates && p.position_to && p.scale != 1.0f;
+      bool changes = true;  // what does not keeps its bits
+      if constexpr (std::is_same_v<In, Out>) {
+        x = first;
+        y = second;
+        changes = turns || multiplies || p.x_scale;
+      }
+      if (changes) {
         float x_values[V], y_values[V];
-        unpack(x, x_values);
-        unpack(y, y_values);
-        if (shift != 0) {
+        unpack(first, x_values);
+        unpack(second, y_values);
+        if constexpr (kIsQuantized<In>) task.multiply(x_scale, x_values, y_values);
+        if (turns) {
+          const int64_t table_row = shift < 0 ? -shift : shift;
           task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
         }
-        if (p.scale != 1.0f) task.multiply(p.scale, x_values, y_values);
+        if (multiplies) task.multiply(p.scale, x_values, y_values);
+        if constexpr (kIsQuantized<Out>) task.multiply(out_factor, x_values, y_values);
         pack(x_values, &x);
         pack(y_values, &y);
       }
+    } else {
+      x = first;
+      y = second;
+      if (p.position_to) {
+        const int64_t shift = __ldg(p.position_to + destination) - from;
+        const int64_t table_row = shift < 0 ? -shift : shift;
+        if (table_row >= p.rope.max_position) continue;
+        if (task.rotates && (shift != 0 || p.scale != 1.0f)) {
+          float x_values[V], y_values[V];
+          unpack(x, x_values);
+          unpack(y, y_values);
+          if (shift != 0) {
+            task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
+          }
+          if (p.scale != 1.0f) task.multiply(p.scale, x_values, y_values);
+          pack(x_values, &x);
+          pack(y_values, &y);
+        }
+      }
     }
-    T* target = static_cast<T*>(p.out) + row_offset(p.out_layout, row_out) +
-                head * p.out_layout.head_stride;
-    store_vector<T, V>(target + task.first, x);
-    store_vector<T, V>(target + task.second, y);
+    Out* target = static_cast<Out*>(p.out) + row_offset(p.out_layout, row_out) +
+                  head * p.out_layout.head_stride;
+    store_vector<Out, V>(target + task.first, x);
+    store_vector<Out, V>(target + task.second, y);
   }
 }
 

@@ -18,7 +18,11 @@ struct SwizzledRows {
   static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements
   static constexpr int kPieces = kHeadDim / kPiece;                // of a row
   // Pieces change places within groups of the largest power of two, up to 8, that divides a row.
-  static constexpr int kGroup = kPieces % 8 == 0 ? 8 : kPieces % 4 == 0 ? 4 : 2;
+  // Rows of an odd number of pieces start at different banks anyhow.
+  static constexpr int kGroup = kPieces % 8 == 0   ? 8
+                                : kPieces % 4 == 0 ? 4
+                                : kPieces % 2 == 0 ? 2
+                                                   : 1;
   static_assert(kPieces % kGroup == 0, "rows consist of groups");
 
   // Elements from the start of row 0 to piece `index` of a row.
@@ -78,6 +82,37 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&sum)[4], con
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two fp16 operands of an mma.
+struct HalfPairs {
+  uint32_t even, odd;
+};
+
+// What e4m3 elements are multiplied with when they are widened to fp16: nothing, or a power of two
+// that the arithmetic without a conversion leaves out.
+__device__ __forceinline__ constexpr float widened_unit() {
+#if TOKENDANCE_CONVERTS_FLOAT8
+  return 1.0f;
+#else
+  return 256.0f;
+#endif
+}
+
+// The even and the odd bytes of a word, each as fp16 over widened_unit(): exact, subnormals, too.
+// Without a conversion, sign, exponent and mantissa move to their places in an fp16, whose bias is
+// larger by 8; NaN becomes +-480 over the unit.
+__device__ __forceinline__ HalfPairs widen(uint32_t word) {
+#if TOKENDANCE_CONVERTS_FLOAT8
+  const uint32_t sorted = __byte_perm(word, 0, 0x3120);
+  HalfPairs pairs;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pairs.even) : "h"(static_cast<uint16_t>(sorted)));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pairs.odd) : "h"(static_cast<uint16_t>(sorted >> 16)));
+  return pairs;
+#else
+  return {(word << 7 & 0x3f803f80) | (word << 8 & 0x80008000),
+          (word >> 1 & 0x3f803f80) | (word & 0x80008000)};
+#endif
 }
 
 // Two elements of a register of an mma, the first in the low half.

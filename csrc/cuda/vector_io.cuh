@@ -5,18 +5,21 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "cuda/float8.cuh"
 #include "tokendance/params.h"
 
 namespace tokendance::cuda {
 
-// N elements of T in registers: 16 bytes, or one element (then N is 1).
+// N elements of T in registers: 16 bytes, one element (then N is 1), or as many quantized ones as
+// elements of another type make 16 bytes.
 template <typename T, int N>
 struct Vector {
   static constexpr int kBytes = N * static_cast<int>(sizeof(T));
-  static_assert(kBytes == 16 || N == 1, "a vector is 16 bytes or one element");
+  static_assert(kBytes == 16 || N == 1 || (kIsQuantized<T> && (N == 8 || N == 4)),
+                "a vector is 16 bytes, one element, or goes with 16 bytes");
   static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;
 
-  uint32_t words[kWords];  // a single 2-byte element fills the low half
+  uint32_t words[kWords];  // a single small element fills the low bits
 
   __device__ __forceinline__ bool operator!=(const Vector& other) const {
     uint32_t difference = 0;
@@ -35,10 +38,16 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* pointer) {
     vector.words[1] = words.y;
     vector.words[2] = words.z;
     vector.words[3] = words.w;
+  } else if constexpr (Vector<T, N>::kBytes == 8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(pointer);
+    vector.words[0] = words.x;
+    vector.words[1] = words.y;
   } else if constexpr (Vector<T, N>::kBytes == 4) {
     vector.words[0] = *reinterpret_cast<const uint32_t*>(pointer);
-  } else {
+  } else if constexpr (Vector<T, N>::kBytes == 2) {
     vector.words[0] = *reinterpret_cast<const uint16_t*>(pointer);
+  } else {
+    vector.words[0] = *reinterpret_cast<const uint8_t*>(pointer);
   }
   return vector;
 }
@@ -48,10 +57,14 @@ __device__ __forceinline__ void store_vector(T* pointer, const Vector<T, N>& vec
   if constexpr (Vector<T, N>::kBytes == 16) {
     *reinterpret_cast<uint4*>(pointer) =
         make_uint4(vector.words[0], vector.words[1], vector.words[2], vector.words[3]);
+  } else if constexpr (Vector<T, N>::kBytes == 8) {
+    *reinterpret_cast<uint2*>(pointer) = make_uint2(vector.words[0], vector.words[1]);
   } else if constexpr (Vector<T, N>::kBytes == 4) {
     *reinterpret_cast<uint32_t*>(pointer) = vector.words[0];
-  } else {
+  } else if constexpr (Vector<T, N>::kBytes == 2) {
     *reinterpret_cast<uint16_t*>(pointer) = static_cast<uint16_t>(vector.words[0]);
+  } else {
+    *reinterpret_cast<uint8_t*>(pointer) = static_cast<uint8_t>(vector.words[0]);
   }
 }
 
@@ -76,6 +89,18 @@ __device__ __forceinline__ void unpack(const Vector<__nv_bfloat16, N>& vector, f
   for (int i = 0; i < N; ++i) {
     const uint32_t word = vector.words[i / 2];
     value[i] = __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void unpack(const Vector<Float8, N>& vector, float (&value)[N]) {
+  if constexpr (N == 1) {
+    value[0] = float8_to_float(vector.words[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      float8_to_floats(vector.words[i / 4] >> (8 * (i % 4)), &value[i], &value[i + 1]);
+    }
   }
 }
 
@@ -108,6 +133,20 @@ __device__ __forceinline__ void pack(const float (&value)[N], Vector<__nv_bfloat
     for (int i = 0; i < N / 2; ++i) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
       vector->words[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+  }
+}
+
+// Of numbers beyond the largest, that one.
+template <int N>
+__device__ __forceinline__ void pack(const float (&value)[N], Vector<Float8, N>* vector) {
+  if constexpr (N == 1) {
+    vector->words[0] = float_to_float8(value[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      vector->words[i / 4] = floats_to_float8(value[i], value[i + 1]) |
+                             floats_to_float8(value[i + 2], value[i + 3]) << 16;
     }
   }
 }
