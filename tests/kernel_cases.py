@@ -10,6 +10,7 @@ an operator are one template.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -378,14 +379,17 @@ CASES: dict[str, Callable[[Variant], Iterable[Case]]] = {
 
 
 def cases_of(operator: str, variants: Iterable[Variant] = REPRESENTATIVE) -> list[Case]:
-    """The cases of an operator for these variants of its kernels."""
+    """The cases of an operator for these variants of its kernels. Each has a name of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return [
-            Case(f"{variant_name(variant)}: {case.name}", case.run)
-            for variant in variants
-            for case in CASES[operator](variant)
-        ]
+        found: list[Case] = []
+        times: Counter[str] = Counter()
+        for variant in variants:
+            for case in CASES[operator](variant):
+                name = f"{variant_name(variant)}: {case.name}"
+                times[name] += 1
+                found.append(Case(f"{name}, {times[name]}" if times[name] > 1 else name, case.run))
+        return found
 
 
 def variant_name(variant: Variant) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,71 @@ def test_a_sample_is_repeatable_and_even():
 def test_a_survivor_comes_with_its_source(monkeypatch):
     """Cases that look at nothing let everything past, and the line is named."""
     [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
-    monkeypatch.setattr(mutate, "is_killed", lambda kernel, ptx: False)
+    monkeypatch.setattr(mutate, "killing_case", lambda kernel, ptx, passed: "")
     found = list(mutate.verdicts(kernel, range(30)))
     assert {mutate.outcome(verdict) for verdict in found} <= {"survived", "equivalent"}
     assert any("rope_rotate.cuh" in verdict.source for verdict in found)
+
+
+def test_a_later_run_goes_on_where_one_ended(monkeypatch, tmp_path):
+    """Killed mutants are not run again, and survivors only in cases that they have not passed."""
+    [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
+    path = tmp_path / "verdicts.jsonl"
+    asked: list[set[str]] = []
+    answers = ["some case", "", "another", "", "", "found later", ""]
+
+    def killing_case(kernel, ptx, passed):
+        asked.append(passed)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(mutate, "killing_case", killing_case)
+    first = list(mutate.verdicts(kernel, range(4), known=mutate.Verdicts(path)))
+    assert [verdict.killed_by for verdict in first] == answers[:4]
+    second = list(mutate.verdicts(kernel, range(5), known=mutate.Verdicts(path)))
+    assert [verdict.killed_by for verdict in second] == ["some case", "", "another", *answers[5:]]
+    names = {measured.case.name for measured in kernel.cases}
+    assert asked == [set()] * 4 + [names, names, set()]
+    assert len(path.read_text().splitlines()) == 6
+    assert mutate.Verdicts(path).killed_by(kernel, 3) == "found later"
+
+    other = replace(kernel, ptx=kernel.ptx.replace("mad.lo.s32", "mad.lo.u32", 1))
+    known = mutate.Verdicts(path)
+    assert known.killed_by(kernel, 0) == "some case"
+    assert known.killed_by(other, 0) == ""
+
+
+def test_a_kernel_is_the_same_where_only_others_change():
+    text = "//\n.entry {0}(\n)\n{{\n.loc {2} 1\n$L__BB{1}_3:\nbra $L__BB{1}_3; \n}}\n"
+    alone = mutate.Kernel("", "a", [], text.format("a", 0, 1))
+    after = mutate.Kernel("", "a", [], text.format("b", 0, 1) + text.format("a", 1, 2))
+    assert alone.digest == after.digest
+    changed = mutate.Kernel("", "a", [], alone.ptx.replace("}", "ret;\n}"))
+    assert changed.digest != alone.digest
+
+
+def test_cases_that_kill_most_come_first(monkeypatch):
+    ran = []
+
+    def case(name, fails=False):
+        def run(backend):
+            ran.append(name)
+            assert not fails
+
+        return kernel_cases.Case(name, run)
+
+    cases = [
+        mutate.MeasuredCase(case("slow"), 1.0, 10),
+        mutate.MeasuredCase(case("quick"), 0.2, 10),
+        mutate.MeasuredCase(case("kills", fails=True), 0.5, 10),
+    ]
+    kernel = mutate.Kernel("rope_rotate", "k", cases, "")
+    for expected in (["quick", "kills"], ["quick", "kills"], ["kills"]):
+        ran.clear()
+        assert mutate.killing_case(kernel, "") == "kills"
+        assert ran == expected
+    ran.clear()
+    assert mutate.killing_case(kernel, "", {"kills", "quick"}) == ""
+    assert ran == ["slow"]
 
 
 def test_kernels_apart_keep_their_lines():
