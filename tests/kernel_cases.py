@@ -135,7 +135,7 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
     yield checked(module, "fresh keys", fresh)
     near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
-    without_angles = module.random_keys(5, agents=1, rotary_dim=0, **sizes)
+    without_angles = module.random_keys(5, agents=3, rotary_dim=0, **sizes)
     without_angles[6] = without_angles[7] = torch.empty(1, 0)
     yield checked(module, "no rotation", without_angles)
     yield checked(module, "no agents", module.random_keys(6, agents=0, tokens=3, **sizes))
@@ -160,6 +160,8 @@ def merge_states(variant: Variant) -> Iterator[Case]:
             )
             few = sinks if spread == 3.0 else None
             yield checked(module, f"{count} partials, spread {spread}", aligned(out), lse, few)
+    out, lse = module.partials(1, 3, 5, 2, 80, variant.dtype)
+    yield checked(module, "a last block of few heads", aligned(out), lse)
     out, lse, mean = module.halfway_partials(variant.dtype)
     halfway = aligned(out), lse, mean
     yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway))
@@ -223,12 +225,34 @@ def diff_restore(variant: Variant) -> Iterator[Case]:
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
     yield checked(module, "no Masters", alone, testing.dense_cache(alone, 1, layout=out_layout))
     heads = testing.random_round(
-        2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256,
+        2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256, whole_uses=True,
         block_size=8 if variant.dtype == F32 else 16, cut=True, holes=True, **sizes,
     )  # fmt: skip
     dense = testing.dense_cache(heads, 1, layout=out_layout, spare_columns=0)
     dense = replace(dense, slot_mapping=dense.slot_mapping[:, :-4])
     yield checked(module, "several groups of heads", heads, dense)
+    yield _restored(
+        "a page in one pass", variant, rotary_dim=32, num_kv_heads=1, masters=(20, 9, 17)
+    )
+    heads_of_36_tasks = 3 if variant.dtype == F32 else 6  # 7 rows at once of 8, if wide
+    yield _restored(
+        "one row in the last pass", variant, head_dim=96, num_q_heads=heads_of_36_tasks,
+        num_kv_heads=heads_of_36_tasks,
+    )  # fmt: skip
+    unmoved = testing.random_round(
+        5, agents=2, masters=(9,), whole_uses=True, rotary_dim=0, **sizes
+    )
+    unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
+    yield checked(module, "no rotation", unmoved, testing.dense_cache(unmoved, 1))
+    yield checked(module, "own rows beyond the last", *module.own_rows_beyond_the_last(**sizes))
+
+
+def _restored(name: str, variant: Variant, **options: Any) -> Case:
+    """Three agents that use Masters of pages of 8 rows whole."""
+    options = {"masters": (9, 20), **_round_options(variant), **options}
+    case = testing.random_round(8, agents=3, whole_uses=True, block_size=8, **options)
+    dense = testing.dense_cache(case, 1, layout="heads_first" if variant.wide else "unaligned")
+    return checked(test_diff_restore, name, case, dense)
 
 
 def diff_encode(variant: Variant) -> Iterator[Case]:

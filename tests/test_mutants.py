@@ -155,7 +155,9 @@ def masked(old, new):
 
 
 def test_explanations_look_at_change_and_source():
-    assert all(entry.reason and entry.change and entry.source for entry in EQUIVALENT)
+    assert all(
+        entry.reason and entry.change and (entry.source or entry.operands) for entry in EQUIVALENT
+    )
     swapped = Mutation("swap operands: sub.f32 %f1, %f2, %f3 -> sub.f32 %f1, %f3, %f2", 1, "")
     assert "distance" in explanation("key_deviation_f32", swapped, "x_difference = fresh_x[j]")
     assert explanation("rope_rotate_f32", swapped, "float x = a - b;") == ""
@@ -186,3 +188,25 @@ def test_explanations_look_at_what_is_compared():
     assert "lane 0" in explanation("key_deviation_f32", Mutation(swapped, 12, KERNEL), source)
     used = KERNEL.replace("ret;", "add.s32 %r7, %r6, 1;\nret;")
     assert explanation("key_deviation_f32", Mutation(swapped, 12, used), source) == ""
+    of_thread = KERNEL.replace("%r4, MASK", "%r1, -31")
+    change = "change immediate: and.b32 %r5, %r1, -32 -> and.b32 %r5, %r1, -31"
+    assert "lane 0" in explanation("key_deviation_f32", Mutation(change, 9, of_thread), source)
+    used = of_thread.replace("ret;", "add.s32 %r7, %r6, 1;\nret;")
+    assert explanation("key_deviation_f32", Mutation(change, 9, used), source) == ""
+
+
+def test_instructions_whose_result_nothing_reads_are_found():
+    changed = Mutation("change immediate: sub.s32", 12, KERNEL)
+    assert explanation("k", changed, "") == ""
+    unread = KERNEL.replace("setp.eq.s32 %p2, %r6, 0;\n", "")
+    assert "nothing reads" in explanation("k", changed._replace(ptx=unread), "")
+
+
+def test_operands_of_vector_loads_are_found():
+    ptx = KERNEL.replace("mov.u32 %r3, 0;", "ld.param.v2.u32 {%r3, %r8}, [%rd1+8];").replace(
+        "$L:\nadd.s32 %r3, %r3, 4;", "$L:\nsetp.lt.s32 %p3, %r8, 1;"
+    )
+    change = "change immediate: setp.lt.s32 %p3, %r8, 1 -> setp.lt.s32 %p3, %r8, 0"
+    assert "without agents" in explanation("key_deviation_f32", Mutation(change, 7, ptx), "")
+    other = ptx.replace("+8]", "+16]")
+    assert explanation("key_deviation_f32", Mutation(change, 7, other), "") == ""
