@@ -206,6 +206,7 @@ def test_operands_of_vector_loads_are_found():
     ptx = KERNEL.replace("mov.u32 %r3, 0;", "ld.param.v2.u32 {%r3, %r8}, [%rd1+8];").replace(
         "$L:\nadd.s32 %r3, %r3, 4;", "$L:\nsetp.lt.s32 %p3, %r8, 1;"
     )
+    ptx = ptx.replace("@%p1 bra", "@%p3 bra")
     change = "change immediate: setp.lt.s32 %p3, %r8, 1 -> setp.lt.s32 %p3, %r8, 0"
     assert "without agents" in explanation("key_deviation_f32", Mutation(change, 7, ptx), "")
     other = ptx.replace("+8]", "+16]")
