@@ -282,6 +282,15 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     near = module.forget_mirrors(small)
     long, dense = module.long_prompts(**_round_options(variant))
     yield checked(module, "long prompts", module.forget_mirrors(long), dense)
+    yield checked(module, "one own row", *module.one_own_row(**_round_options(variant)))
+    yield checked(module, "little room", *module.little_room(1, **_round_options(variant)))
+    within = module.uses_of_no_rows_within_others(**_round_options(variant))
+    yield checked(module, "uses of no rows within others", *within)
+    blank = testing.random_round(
+        18, agents=2, masters=(9,), num_layers=8, num_q_heads=1, num_kv_heads=1, **sizes
+    )
+    dense = module.restored(blank, spare_columns=72 * 256)  # blocks enough for two layers in each
+    yield checked(module, "layers in a block", module.forget_mirrors(blank), dense)
     yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
     for heads, head_dim in ((3, 80), (9, 256) if variant.wide else (5, 64)):
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))

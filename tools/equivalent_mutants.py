@@ -168,6 +168,44 @@ EQUIVALENT = (
         change=r"setp\.ge\.s32 .* -> setp\.gt",
         source=r"const bool more = next\.chunk < chunk_end",
     ),
+    Equivalent(
+        "a block of no own rows has nothing to store",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"own_rows == 0 && !is_last",
+    ),
+    Equivalent(
+        "one word more, of which no row is before the end",
+        kernel="diff_encode_compact",
+        change=r"setp\.(le\.s32 .* -> setp\.lt|gt\.s32 .* -> setp\.ge)",
+        source=r"word \* block_size < last",
+    ),
+    Equivalent(
+        "copies again what blocks of other layers copy",
+        kernel="diff_encode_compact",
+        change=r"shl\.b32 .*, 1 -> .*, 0$",
+        source=r"first_layer = .*blockIdx\.z\) \* tile\.layers",
+    ),
+    Equivalent(
+        "no block is without layers",
+        kernel="diff_encode_compact",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source="",
+        operands=r"^shl\.b32 %\w+, %\w+, 1\nshl\.b32 %\w+, %\w+, 1$",
+    ),
+    Equivalent(
+        "keys and values in the other order",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 (\S+ \S+), 0 -> (setp\.ne\.s32\s+\1, 0|setp\.eq\.s32 \1, 1)$",
+        source=r"is_key = item % 2 == 0",
+        operands=r"^and\.b32 %\w+, %\w+, 1$",
+    ),
+    Equivalent(
+        "there are 256 threads",
+        kernel="diff_encode_compact",
+        change=r"setp\.gt\.s32 .*, 255 -> .*, 256$",
+        source=r"i < warp\) rank",
+    ),
     # Signs and bits
     Equivalent(
         "zero has no sign: its magnitude and its angle are the same either way",
