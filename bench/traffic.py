@@ -5,10 +5,11 @@
 One line per kernel and shape. ``read`` and ``written``: bytes of keys, values and other rows, and
 their ratio to the fewest that the operator can do with. ``sectors``: 32-byte sectors that warps'
 requests touched, relative to what their bytes would fill; caches may merge them, so that memory
-sees fewer. ``tables``, ``indices`` (with the packed round), ``queries`` (of attention, with partial
-results and their log-sum-exps): further bytes that threads asked for, relative to the rows; nearly
-all of them are answered by caches. ``conflicts``: extra wavefronts of shared memory. ``instr/B``:
-PTX instructions of threads per byte of rows. Kernel params are constant memory and not counted.
+sees fewer. Further bytes that threads asked for, relative to the rows; nearly all are answered by
+caches: ``tables``; ``indices`` (with the packed round but for what follows); override ``masks``;
+``work`` (items, their rows and chunks, partials of rows); ``queries`` of attention; ``partials``
+with log-sum-exps. ``conflicts``: extra wavefronts of shared memory. ``instr/B``: PTX instructions
+of threads per byte of rows. Kernel params are constant memory and not counted.
 
 Rounds are small but are planned with the capacity of large ones, so that a block has as many agents
 and layers as it would have there. Instructions of blocks that find nothing to do are not counted.
@@ -32,6 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from ptx_backend import PtxBackend, Traffic
 
 ROWS = ("rows", "pool", "partials", "q")
+OTHERS = {
+    "tables": ("tables",),
+    "indices": ("indices", "round"),
+    "masks": ("masks",),
+    "work": ("work",),
+    "queries": ("q",),
+    "partials": ("partials", "lse"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,23 +77,19 @@ class Measurement:
         """Sectors of rows, relative to the fewest that hold what the requests asked for."""
         return self._total(self.rows, "sectors") / self._total(self.rows, "ideal")
 
-    @property
-    def _others(self) -> int:
-        names = tuple({"q", "partials", "lse"} - set(self.rows))
-        return self._total(names, "load_bytes") + self._total(names, "store_bytes")
+    def other(self, *names: str) -> float:
+        """Bytes of categories that do not hold rows, relative to the rows."""
+        others = tuple(name for name in names if name not in self.rows)
+        nbytes = self._total(others, "load_bytes") + self._total(others, "store_bytes")
+        return nbytes / (self.read + self.written)
 
     def line(self) -> str:
         moved = self.read + self.written
         written = f"{self.written / self.fewest_written:.3f}" if self.fewest_written else "-"
-        share = {
-            "tables": self._total(("tables",), "load_bytes") / moved,
-            "indices": self._total(("indices", "round"), "load_bytes") / moved,
-            "queries": self._others / moved,
-        }
         return (
             f"{self.operator:20} {self.shape:50} {self.read:9} {self.read / self.fewest_read:6.3f}"
             f" {self.written:9} {written:>6} {self.sector_ratio:7.3f}"
-            + "".join(f" {value:7.1%}" for value in share.values())
+            + "".join(f" {self.other(*names):8.1%}" for names in OTHERS.values())
             + f" {self.conflicts:9} {32 * self.instructions / moved:7.2f}"
         )
 
@@ -92,8 +97,9 @@ class Measurement:
 def header() -> str:
     return (
         f"{'operator':20} {'shape':50} {'read':>9} {'ratio':>6} {'written':>9} {'ratio':>6}"
-        f" {'sectors':>7} {'tables':>7} {'indices':>7} {'queries':>7}"
-        f" {'conflicts':>9} {'instr/B':>7}"
+        f" {'sectors':>7}"
+        + "".join(f" {name:>8}" for name in OTHERS)
+        + f" {'conflicts':>9} {'instr/B':>7}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -179,7 +180,7 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
     yield checked(module, "fresh keys", fresh)
     near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
-    without_angles = module.random_keys(5, agents=1, rotary_dim=0, **sizes)
+    without_angles = module.random_keys(5, agents=3, rotary_dim=0, **sizes)
     without_angles[6] = without_angles[7] = torch.empty(1, 0)
     yield checked(module, "no rotation", without_angles)
     yield checked(module, "no agents", module.random_keys(6, agents=0, tokens=3, **sizes))
@@ -204,6 +205,8 @@ def merge_states(variant: Variant) -> Iterator[Case]:
             )
             few = sinks if spread == 3.0 else None
             yield checked(module, f"{count} partials, spread {spread}", aligned(out), lse, few)
+    out, lse = module.partials(1, 3, 5, 2, 80, variant.dtype)
+    yield checked(module, "a last block of few heads", aligned(out), lse)
     out, lse, mean = module.halfway_partials(variant.dtype)
     halfway = aligned(out), lse, mean
     yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway))
@@ -281,12 +284,38 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
     yield checked(module, "no Masters", alone, dense_cache(alone, 1, layout=out_layout))
     heads = testing.random_round(
-        2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256,
+        2, agents=2, masters=(19,), num_q_heads=3, num_kv_heads=3, head_dim=256, whole_uses=True,
         block_size=8 if F32 in (variant.dtype, out_dtype) else 16, cut=True, holes=True, **sizes,
     )  # fmt: skip
     dense = dense_cache(heads, 1, layout=out_layout, spare_columns=0)
     dense = replace(dense, slot_mapping=dense.slot_mapping[:, :-4])
     yield checked(module, "several groups of heads", heads, dense)
+    yield _restored(
+        "a page in one pass", variant, out_dtype, rotary_dim=32, num_kv_heads=1, masters=(20, 9, 17)
+    )
+    heads_of_36_tasks = (
+        3 if F32 in (variant.dtype, out_dtype) else 6
+    )  # 7 rows at once of 8, if wide
+    yield _restored(
+        "one row in the last pass", variant, out_dtype, head_dim=96, num_q_heads=heads_of_36_tasks,
+        num_kv_heads=heads_of_36_tasks,
+    )  # fmt: skip
+    unmoved = testing.random_round(
+        5, agents=2, masters=(9,), whole_uses=True, rotary_dim=0, **sizes
+    )
+    unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
+    yield checked(module, "no rotation", unmoved, dense_cache(unmoved, 1))
+    if out_dtype == variant.dtype:
+        yield checked(module, "own rows beyond the last", *module.own_rows_beyond_the_last(**sizes))
+
+
+def _restored(name: str, variant: Variant, out_dtype: torch.dtype, **options: Any) -> Case:
+    """Three agents that use Masters of pages of 8 rows whole."""
+    options = {"masters": (9, 20), **_round_options(variant), **options}
+    case = testing.random_round(8, agents=3, whole_uses=True, block_size=8, **options)
+    layout = "heads_first" if variant.wide else "unaligned"
+    dense = testing.dense_cache(case, 1, layout=layout, dtype=out_dtype)
+    return checked(test_diff_restore, name, case, dense)
 
 
 def diff_encode(variant: Variant) -> Iterator[Case]:
@@ -316,6 +345,15 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     near = module.forget_mirrors(small)
     long, dense = module.long_prompts(**_round_options(variant))
     yield checked(module, "long prompts", module.forget_mirrors(long), dense)
+    yield checked(module, "one own row", *module.one_own_row(**_round_options(variant)))
+    yield checked(module, "little room", *module.little_room(1, **_round_options(variant)))
+    within = module.uses_of_no_rows_within_others(**_round_options(variant))
+    yield checked(module, "uses of no rows within others", *within)
+    blank = testing.random_round(
+        18, agents=2, masters=(9,), num_layers=8, num_q_heads=1, num_kv_heads=1, **sizes
+    )
+    dense = module.restored(blank, spare_columns=72 * 256)  # blocks enough for two layers in each
+    yield checked(module, "layers in a block", module.forget_mirrors(blank), dense)
     yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
     many_heads = 9 if variant.plain is None else 17
     for heads, head_dim in ((3, 80), (many_heads, 256) if variant.wide else (5, 64)):
@@ -452,15 +490,20 @@ def has_kernels(operator: str, variant: Variant) -> bool:
 
 
 def cases_of(operator: str, variants: Iterable[Variant] = REPRESENTATIVE) -> list[Case]:
-    """The cases of an operator for those of these variants of which it has kernels."""
+    """The cases of an operator for those of these variants of which it has kernels.
+
+    Each has a name of its own.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return [
-            Case(f"{variant_name(variant)}: {case.name}", case.run)
-            for variant in variants
-            if has_kernels(operator, variant)
-            for case in CASES[operator](variant)
-        ]
+        found: list[Case] = []
+        times: Counter[str] = Counter()
+        for variant in filter(functools.partial(has_kernels, operator), variants):
+            for case in CASES[operator](variant):
+                name = f"{variant_name(variant)}: {case.name}"
+                times[name] += 1
+                found.append(Case(f"{name}, {times[name]}" if times[name] > 1 else name, case.run))
+        return found
 
 
 def variant_name(variant: Variant) -> str:

@@ -344,6 +344,13 @@ class Traffic:
     ideal: int = 0
 
 
+ROUND_CATEGORIES = {
+    "use_masks": "masks",
+    **dict.fromkeys(("work", "work_rows", "work_chunks"), "work"),
+    **dict.fromkeys(("row_partial_indptr", "row_partials"), "work"),
+}
+
+
 class Buffers:
     """Device addresses of tensors: each storage is a buffer whose bounds the interpreter checks.
 
@@ -361,6 +368,14 @@ class Buffers:
         base = self._module.ptr(storage)
         self.categories[base] = category
         return base + tensor.storage_offset() * tensor.element_size()
+
+    def part(self, tensor: Tensor, category: str) -> int:
+        """Of a contiguous part of a storage, as a buffer with bounds of its own."""
+        if tensor.numel() == 0:
+            return 0
+        base = self._module.ptr(tensor.numpy())
+        self.categories[base] = category
+        return base
 
 
 def _row_layout(x: Tensor) -> RowLayout:
@@ -744,10 +759,11 @@ def _layers(
 
 
 def _round_view(address: Buffers, buffer: Tensor, extents: Sequence[int]) -> RoundView:
-    """Pointers into the packed round: what make_round_view of round.h computes."""
+    """Pointers into the packed round, as make_round_view of round.h makes them; but each field is a
+    buffer of its own, so that no kernel reads beyond one, and what it reads is counted apart."""
     capacity = RoundExtents(*extents)
     view = RoundView(extents=Extents(*extents))
-    base = address(buffer, "round")
-    for name, (offset, _) in capacity.offsets()[0].items():
-        setattr(view, name, base + 4 * offset)
+    for name, (offset, length) in capacity.offsets()[0].items():
+        part = buffer[offset : offset + length]
+        setattr(view, name, address.part(part, ROUND_CATEGORIES.get(name, "round")))
     return view

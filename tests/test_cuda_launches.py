@@ -194,9 +194,9 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
-    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = known[1][1, 7] = -1
+    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = known[1][0, 7] = -1
     beyond = fresh.shape[0] * fresh.shape[1]
-    fresh_row[0, 6], fresh_row[2, 6], fresh_row[1, 7] = -1, beyond, beyond
+    fresh_row[0, 6], fresh_row[2, 6], fresh_row[0, 7] = -1, beyond, beyond
     expected = test_key_deviation.expectation(known)
     return arguments, expected
 
@@ -220,9 +220,10 @@ def restore_with_bad_indices(layout="padded", out_dtype=None, **options):
     for use in range(case.filled.uses):
         agent, master = (int(f[use]) for f in (round.use_agent, round.use_master))
         delta = int(round.use_delta[use])
-        if master == 1:  # its second page does not exist
-            skipped[agent, delta + size : delta + 2 * size] = -1
-    round.master_pages[int(round.master_page_indptr[1]) + 1] = case.k_pool[0].shape[0]
+        if master == 1:  # two of its pages do not exist
+            skipped[agent, delta + size : delta + 37] = -1
+    second = int(round.master_page_indptr[1]) + 1
+    round.master_pages[second : second + 2] = torch.tensor([case.k_pool[0].shape[0], -1])
     delta, length = int(round.use_delta[0]), int(round.use_length[0])
     round.use_shift[0] = -case.cos.shape[0]
     skipped[int(round.use_agent[0]), delta : delta + length] = -1

@@ -253,7 +253,8 @@ def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
 
 def long_prompts(**options):
     """Prompts of several blocks of the compaction: a use of more mask words than a warp has lanes,
-    more uses than a block has warps, uses of no rows, and one prompt with nothing of its own."""
+    more uses than a block has warps, uses of no rows, and of the Masters' rows an agent has none
+    itself, one every seventh and one all."""
     lengths = (280, 5, 0, 9, 0, 3, 8, 7, 1, 6, 2, 4)
     case = testing.random_round(
         13, agents=3, masters=lengths, whole_uses=True, masks="none", block_size=8,
@@ -261,8 +262,56 @@ def long_prompts(**options):
     )  # fmt: skip
     dense = restored(case)
     for agent, length in enumerate(case.length.tolist()):
-        alter(dense, agent, range(agent, length, 7) if agent else ())
+        alter(dense, agent, range(agent, length, 7 if agent == 1 else 1) if agent else ())
     return case, dense
+
+
+def one_own_row(**options):
+    """Two agents of one use, of several blocks of the compaction; the first agent has a row."""
+    case = testing.random_round(
+        15, agents=2, masters=(600,), whole_uses=True, masks="none", private_length=0,
+        num_q_heads=1, num_kv_heads=1, room_for_all=True, block_size=8, **options,
+    )  # fmt: skip
+    dense = restored(case)
+    alter(dense, 0, [7])
+    alter(dense, 1, range(0, int(case.length[1]), 50))
+    return forget_mirrors(case), dense
+
+
+def test_one_own_row(backend):
+    encoded = check(backend, *one_own_row())
+    assert encoded.round.own_length[0] == 1
+
+
+def uses_of_no_rows_within_others(**options):
+    """Uses of no rows that come after the use that covers their position."""
+    case = testing.random_round(
+        16, agents=3, masters=(0, 20, 0), whole_uses=True, masks="none", private_length=4,
+        room_for_all=True, **options,
+    )  # fmt: skip
+    dense = restored(case)
+    blank = forget_mirrors(case)
+    round, empty = blank.round, 0
+    for first in range(case.filled.uses - 1):
+        second = first + 1
+        agent = int(round.use_agent[first])
+        lengths = round.use_length[first : second + 1].tolist()
+        if lengths != [0, 20] or agent != round.use_agent[second]:
+            continue
+        for field in (round.use_master, round.use_shift, round.use_length):
+            field[first], field[second] = int(field[second]), int(field[first])
+        round.use_delta[first] = int(round.use_delta[second])
+        round.use_delta[second] += 3
+        round.use_page_indptr[second] = int(round.use_page_indptr[second + 1])
+        for use in (first, second):
+            round.agent_use[agent, int(round.use_master[use])] = use
+        empty += 1
+    assert empty > 0
+    return blank, dense
+
+
+def test_uses_of_no_rows_within_others(backend):
+    check(backend, *uses_of_no_rows_within_others())
 
 
 def test_long_prompts(backend):
@@ -381,23 +430,22 @@ def with_room(case, pages_of_agent):
     return replace(case, round=RoundTensors.from_arrays(arrays, filled), filled=filled)
 
 
-@pytest.mark.parametrize("room", [0, 1, 2])
-def test_rows_that_do_not_fit_are_counted_and_not_written(backend, room):
+def little_room(room, **options):
     case = testing.random_round(
-        9,
-        agents=3,
-        masters=(40, 30),
-        whole_uses=True,
-        masks="all",
-        room_for_all=True,
-        slack=False,
-        dtype=torch.float16,
-    )
+        9, agents=3, masters=(40, 30), whole_uses=True, masks="all", room_for_all=True,
+        slack=False, **options,
+    )  # fmt: skip
     dense = restored(case)
     has = np.diff(case.arrays["own_page_indptr"]).tolist()
     tight = with_room(case, [min(pages, room + agent) for agent, pages in enumerate(has)])
-    got = check(backend, forget_mirrors(tight), dense)
-    assert got.round.own_length.tolist() == case.length.tolist()
+    return forget_mirrors(tight), dense
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_rows_that_do_not_fit_are_counted_and_not_written(backend, room):
+    blank, dense = little_room(room, dtype=torch.float16)
+    got = check(backend, blank, dense)
+    assert got.round.own_length.tolist() == blank.length.tolist()
 
 
 def test_tokens_before_the_end_of_a_use_are_not_needed(backend):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokendance import reference, testing
+from tokendance.rounds import RoundTensors
 
 OPERATOR = "diff_restore"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
@@ -146,6 +147,32 @@ def test_the_agent_that_made_a_master_gets_its_bits_back(backend, dtype):
     pages = case.round.master_pages[:3].long()
     rows = case.k_pool[0][pages].flatten(0, 1)[:40]
     testing.assert_same_bits(reference.gather_rows(expected.k[0], dense.slot_mapping[0, :40]), rows)
+
+
+def own_rows_beyond_the_last(**options):
+    """A round whose entries for own rows that no agent has name pages and positions, dense rows."""
+    case = testing.random_round(
+        18, agents=3, masters=(20,), private_length=5, slack=False, **options
+    )
+    filled, size = case.filled, case.filled.block_size
+    capacity = replace(filled, master_pages=filled.master_pages + 1, own_pages=filled.own_pages + 2)
+    case = replace(case, round=RoundTensors.from_arrays(case.arrays, filled, capacity))
+    dense = testing.dense_cache(case, 1)
+    round = case.round
+    for agent, length in enumerate(round.own_length[: filled.agents].tolist()):
+        first, end = (round.own_page_indptr[agent : agent + 2] * size).tolist()
+        round.own_position[first + length : end] = 0
+    round.own_pages[filled.own_pages :] = 0
+    round.own_position[filled.own_pages * size :] = 0
+    ranges, _ = round.extents.offsets()
+    round.buffer[ranges["own_length"][0] - 1] = 1000  # as if an agent stood before the first
+    round.buffer[ranges["own_page_indptr"][0] - 1] = 0
+    return case, dense
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_that_no_agent_has_are_not_read(backend, dtype):
+    check(backend, *own_rows_beyond_the_last(dtype=dtype))
 
 
 def halfway_round(dtype, **options):

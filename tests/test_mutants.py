@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,71 @@ def test_a_sample_is_repeatable_and_even():
 def test_a_survivor_comes_with_its_source(monkeypatch):
     """Cases that look at nothing let everything past, and the line is named."""
     [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
-    monkeypatch.setattr(mutate, "is_killed", lambda kernel, ptx: False)
+    monkeypatch.setattr(mutate, "killing_case", lambda kernel, ptx, passed: "")
     found = list(mutate.verdicts(kernel, range(30)))
     assert {mutate.outcome(verdict) for verdict in found} <= {"survived", "equivalent"}
     assert any("rope_rotate.cuh" in verdict.source for verdict in found)
+
+
+def test_a_later_run_goes_on_where_one_ended(monkeypatch, tmp_path):
+    """Killed mutants are not run again, and survivors only in cases that they have not passed."""
+    [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
+    path = tmp_path / "verdicts.jsonl"
+    asked: list[set[str]] = []
+    answers = ["some case", "", "another", "", "", "found later", ""]
+
+    def killing_case(kernel, ptx, passed):
+        asked.append(passed)
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(mutate, "killing_case", killing_case)
+    first = list(mutate.verdicts(kernel, range(4), known=mutate.Verdicts(path)))
+    assert [verdict.killed_by for verdict in first] == answers[:4]
+    second = list(mutate.verdicts(kernel, range(5), known=mutate.Verdicts(path)))
+    assert [verdict.killed_by for verdict in second] == ["some case", "", "another", *answers[5:]]
+    names = {measured.case.name for measured in kernel.cases}
+    assert asked == [set()] * 4 + [names, names, set()]
+    assert len(path.read_text().splitlines()) == 6
+    assert mutate.Verdicts(path).killed_by(kernel, 3) == "found later"
+
+    other = replace(kernel, ptx=kernel.ptx.replace("mad.lo.s32", "mad.lo.u32", 1))
+    known = mutate.Verdicts(path)
+    assert known.killed_by(kernel, 0) == "some case"
+    assert known.killed_by(other, 0) == ""
+
+
+def test_a_kernel_is_the_same_where_only_others_change():
+    text = "//\n.entry {0}(\n)\n{{\n.loc {2} 1\n$L__BB{1}_3:\nbra $L__BB{1}_3; \n}}\n"
+    alone = mutate.Kernel("", "a", [], text.format("a", 0, 1))
+    after = mutate.Kernel("", "a", [], text.format("b", 0, 1) + text.format("a", 1, 2))
+    assert alone.digest == after.digest
+    changed = mutate.Kernel("", "a", [], alone.ptx.replace("}", "ret;\n}"))
+    assert changed.digest != alone.digest
+
+
+def test_cases_that_kill_most_come_first(monkeypatch):
+    ran = []
+
+    def case(name, fails=False):
+        def run(backend):
+            ran.append(name)
+            assert not fails
+
+        return kernel_cases.Case(name, run)
+
+    cases = [
+        mutate.MeasuredCase(case("slow"), 1.0, 10),
+        mutate.MeasuredCase(case("quick"), 0.2, 10),
+        mutate.MeasuredCase(case("kills", fails=True), 0.5, 10),
+    ]
+    kernel = mutate.Kernel("rope_rotate", "k", cases, "")
+    for expected in (["quick", "kills"], ["quick", "kills"], ["kills"]):
+        ran.clear()
+        assert mutate.killing_case(kernel, "") == "kills"
+        assert ran == expected
+    ran.clear()
+    assert mutate.killing_case(kernel, "", {"kills", "quick"}) == ""
+    assert ran == ["slow"]
 
 
 def test_kernels_apart_keep_their_lines():
@@ -93,7 +155,9 @@ def masked(old, new):
 
 
 def test_explanations_look_at_change_and_source():
-    assert all(entry.reason and entry.change and entry.source for entry in EQUIVALENT)
+    assert all(
+        entry.reason and entry.change and (entry.source or entry.operands) for entry in EQUIVALENT
+    )
     swapped = Mutation("swap operands: sub.f32 %f1, %f2, %f3 -> sub.f32 %f1, %f3, %f2", 1, "")
     assert "distance" in explanation("key_deviation_f32", swapped, "x_difference = fresh_x[j]")
     assert explanation("rope_rotate_f32", swapped, "float x = a - b;") == ""
@@ -124,3 +188,26 @@ def test_explanations_look_at_what_is_compared():
     assert "lane 0" in explanation("key_deviation_f32", Mutation(swapped, 12, KERNEL), source)
     used = KERNEL.replace("ret;", "add.s32 %r7, %r6, 1;\nret;")
     assert explanation("key_deviation_f32", Mutation(swapped, 12, used), source) == ""
+    of_thread = KERNEL.replace("%r4, MASK", "%r1, -31")
+    change = "change immediate: and.b32 %r5, %r1, -32 -> and.b32 %r5, %r1, -31"
+    assert "lane 0" in explanation("key_deviation_f32", Mutation(change, 9, of_thread), source)
+    used = of_thread.replace("ret;", "add.s32 %r7, %r6, 1;\nret;")
+    assert explanation("key_deviation_f32", Mutation(change, 9, used), source) == ""
+
+
+def test_instructions_whose_result_nothing_reads_are_found():
+    changed = Mutation("change immediate: sub.s32", 12, KERNEL)
+    assert explanation("k", changed, "") == ""
+    unread = KERNEL.replace("setp.eq.s32 %p2, %r6, 0;\n", "")
+    assert "nothing reads" in explanation("k", changed._replace(ptx=unread), "")
+
+
+def test_operands_of_vector_loads_are_found():
+    ptx = KERNEL.replace("mov.u32 %r3, 0;", "ld.param.v2.u32 {%r3, %r8}, [%rd1+8];").replace(
+        "$L:\nadd.s32 %r3, %r3, 4;", "$L:\nsetp.lt.s32 %p3, %r8, 1;"
+    )
+    ptx = ptx.replace("@%p1 bra", "@%p3 bra")
+    change = "change immediate: setp.lt.s32 %p3, %r8, 1 -> setp.lt.s32 %p3, %r8, 0"
+    assert "without agents" in explanation("key_deviation_f32", Mutation(change, 7, ptx), "")
+    other = ptx.replace("+8]", "+16]")
+    assert explanation("key_deviation_f32", Mutation(change, 7, other), "") == ""

@@ -41,7 +41,7 @@ EQUIVALENT = (
     # Loops and bounds
     Equivalent(
         "the loop runs once at least: with nothing to do plans launch nothing, and blocks leave",
-        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
+        change=r"setp\.lt\.s(32|64) \S+ \S+, 1 -> setp\.lt\.s\1 \S+ \S+, 0$",
         source=r"for \(int32_t (layer = 0; layer < p\.num_layers|j = 0; j < p\.destinations"
         r"|agent = 0; agent < source\.num_agents|pass = 0; pass < shape\.passes)"
         r"|if \(item < items\) load",
@@ -56,6 +56,20 @@ EQUIVALENT = (
         "one more round, whose rows are beyond the page and whose agents beyond the last",
         change=r"setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
         source=r"first < p\.num_agents|pass < shape\.passes",
+    ),
+    Equivalent(
+        "without agents one more round, whose agents are beyond the last",
+        kernel="key_deviation",
+        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
+        source="",
+        operands=r"ld\.param\.\S+ (%\w+|\{%\w+, ?%\w+\}), \[%rd\d+\+8\]",  # num_agents
+    ),
+    Equivalent(
+        "asks of the first agent of a round again what the loop has asked",
+        kernel="key_deviation",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"has_token\[i\] = first \+ i < p\.num_agents",
+        operands=r"mov\.u32 %\w+, 0\b",  # not the second agent, one more than the first
     ),
     Equivalent(
         "threads left over would do what others do as well, with the same result",
@@ -154,6 +168,44 @@ EQUIVALENT = (
         change=r"setp\.ge\.s32 .* -> setp\.gt",
         source=r"const bool more = next\.chunk < chunk_end",
     ),
+    Equivalent(
+        "a block of no own rows has nothing to store",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"own_rows == 0 && !is_last",
+    ),
+    Equivalent(
+        "one word more, of which no row is before the end",
+        kernel="diff_encode_compact",
+        change=r"setp\.(le\.s32 .* -> setp\.lt|gt\.s32 .* -> setp\.ge)",
+        source=r"word \* block_size < last",
+    ),
+    Equivalent(
+        "copies again what blocks of other layers copy",
+        kernel="diff_encode_compact",
+        change=r"shl\.b32 .*, 1 -> .*, 0$",
+        source=r"first_layer = .*blockIdx\.z\) \* tile\.layers",
+    ),
+    Equivalent(
+        "no block is without layers",
+        kernel="diff_encode_compact",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source="",
+        operands=r"^shl\.b32 %\w+, %\w+, 1\nshl\.b32 %\w+, %\w+, 1$",
+    ),
+    Equivalent(
+        "keys and values in the other order",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 (\S+ \S+), 0 -> (setp\.ne\.s32\s+\1, 0|setp\.eq\.s32 \1, 1)$",
+        source=r"is_key = item % 2 == 0",
+        operands=r"^and\.b32 %\w+, %\w+, 1$",
+    ),
+    Equivalent(
+        "there are 256 threads",
+        kernel="diff_encode_compact",
+        change=r"setp\.gt\.s32 .*, 255 -> .*, 256$",
+        source=r"i < warp\) rank",
+    ),
     # Signs and bits
     Equivalent(
         "zero has no sign: its magnitude and its angle are the same either way",
@@ -190,6 +242,17 @@ EQUIVALENT = (
         only_compared_with_0=True,
     ),
     Equivalent(
+        "lane 0 alone writes, whose number of the thread has zeros there",
+        kernel="key_deviation",
+        change=r"and\.b64 .*, 2305843009213693948 -> .*, 2305843009213693949$",
+        source=r"token = .* / kWarpSize",
+    ),
+    Equivalent(
+        "there are 0, 2 or more rotary dims",
+        change=r"setp\.gt\.s32 .*, 0 -> .*, 1$",
+        source=r"max_position && p\.rope\.rotary_dim > 0",
+    ),
+    Equivalent(
         "pages have 8, 16 or 32 rows",
         kernel="collective_attention",
         change=r"setp\.gt\.s64 .*, (8 -> .*, 9|16 -> .*, 17)$",
@@ -223,7 +286,8 @@ EQUIVALENT = (
         "wide kernels have halves of the rotary dims of whole vectors: nothing to round up",
         kernel="_wide$",
         change=r"add\.s32 .*, 3 -> .*, 2$",
-        source=r"\(rotary_dim / 2 \+ 3\) / 4 \* 4",
+        source=r"\(rotary_dim / 2 \+ 3\) / 4 \* 4|^$",
+        operands=r"shr\.s32 %\w+, %\w+, 1$",
     ),
     # expf and logf
     Equivalent(
@@ -257,6 +321,8 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
     code = _Code(mutation.ptx, mutation.line)
     if _changes_a_bit_of_zeros(mutation, code):
         return "the bits that a mask has more or less are 0 in what it masks"
+    if code.is_unused():
+        return "nothing reads what the instruction computes"
     for entry in EQUIVALENT:
         if (
             re.search(entry.kernel, kernel)
@@ -290,18 +356,30 @@ class _Code:
             read = read[1:]
         found = []
         for register in read:
-            above = [each for each in self._statements[: self._here] if _result(each) == register]
+            above = [each for each in self._statements[: self._here] if register in _results(each)]
             found += above[-1:]
         return "\n".join(found)
 
+    def is_unused(self) -> bool:
+        return _result(self.statement) != "" and not self._uses(self.statement)
+
     def is_only_compared_with_0(self) -> bool:
-        result = re.escape(_result(self.statement))
-        used = re.compile(rf"{result}\b")
-        uses = [each for each in self._statements if used.search(each)]
-        return all(
-            each == self.statement or re.fullmatch(rf"setp\.(ne|eq)\.s32 %\w+, {result}, 0", each)
-            for each in uses
-        )
+        """Whether its result is, or a difference that it is a part of."""
+
+        def compared(statement: str) -> bool:
+            result = re.escape(_result(statement))
+            return all(
+                re.fullmatch(rf"setp\.(ne|eq)\.s32 %\w+, {result}, 0", use)
+                or (re.fullmatch(rf"sub\.s32 %\w+, %\w+, {result}", use) and compared(use))
+                for use in self._uses(statement)
+            )
+
+        return compared(self.statement)
+
+    def _uses(self, statement: str) -> list[str]:
+        """The other instructions that name what an instruction writes."""
+        result = re.compile(rf"{re.escape(_result(statement))}\b")
+        return [each for each in self._statements if each != statement and result.search(each)]
 
     def zeros(self, operand: str, known: dict[str, int] | None = None) -> int:
         """Bits that are 0 in an operand whatever the kernel is given, the lowest first."""
@@ -351,10 +429,16 @@ def _lowest(bits: int) -> int:
     return (bits ^ bits + 1) >> 1 if bits != -1 else -1
 
 
+def _results(statement: str) -> list[str]:
+    """The registers that an instruction writes."""
+    written = re.match(r"(?:@!?%\w+ )?(?!st\.|bra|red\.)[a-z][\w.]* (%\w+|\{[^}]*\}),", statement)
+    return re.findall(r"%\w+", written[1]) if written else []
+
+
 def _result(statement: str) -> str:
     """The register that an instruction writes, "" if it writes none or several."""
-    written = re.match(r"(?:@!?%\w+ )?(?!st\.|bra|red\.)[a-z][\w.]* (%\w+),", statement)
-    return written[1] if written else ""
+    results = _results(statement)
+    return results[0] if len(results) == 1 else ""
 
 
 def _changes_a_bit_of_zeros(mutation: Any, code: _Code) -> bool:

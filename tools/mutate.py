@@ -4,6 +4,7 @@
     python -m tools.mutate --operator diff_restore  those of one
     python -m tools.mutate --all --kernel f16       all variants whose name has "f16" in it
     python -m tools.mutate --sample 20 --seed 0     so many mutants, evenly from all operators
+    python -m tools.mutate --verdicts build/mutants.jsonl    goes on where an earlier run ended
 
 A mutant drops a barrier, a wait or a commit, flips a predicate, shifts an address, an immediate or
 a bound by one, or swaps operands (tools/ptxrun, "Mutations"). It is killed when a case of
@@ -18,13 +19,17 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
 import random
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 
@@ -33,7 +38,7 @@ from tools.equivalent_mutants import explanation
 
 import kernel_cases  # isort: skip
 import ptx_backend  # isort: skip
-from ptxrun.mutate import Mutation, Mutations, mutations  # isort: skip
+from ptxrun.mutate import Mutations, mutations  # isort: skip
 
 WANTED = 0.95
 
@@ -44,15 +49,26 @@ def step_limit(steps: int) -> int:
 
 
 @dataclass
-class Kernel:
-    """A kernel, the cases that launch it, and PTX with all that they launch.
+class MeasuredCase:
+    """A case with what the unchanged kernels took, and how many mutants failed it so far."""
 
-    Cases come with the steps that a launch may take, fastest first.
-    """
+    case: kernel_cases.Case
+    seconds: float
+    max_steps: int
+    kills: int = 0
+
+    @property
+    def kills_per_second(self) -> float:
+        return (self.kills + 1) / self.seconds
+
+
+@dataclass
+class Kernel:
+    """A kernel, the cases that launch it, and PTX with all that they launch."""
 
     operator: str
     name: str
-    cases: list[tuple[kernel_cases.Case, int]]
+    cases: list[MeasuredCase]
     ptx: str
 
     @property
@@ -63,24 +79,86 @@ class Kernel:
     def mutations(self) -> Mutations:
         return mutations(self.ptx, self.name)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the kernel's own instructions: other kernels and lines of the source may change."""
+        text = kernel_ptx.only_kernels(self.ptx, {self.name})
+        text = text[text.index(f".entry {self.name}(") :]
+        text = re.sub(r"^\s*(\.loc|\.file|\.section|//).*|\s+$", "", text, flags=re.M)
+        text = re.sub(r"\$L__BB\d+_", "$L__BB_", text)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant. ``explanation``: why no test can notice it, "" if none is known."""
+    """What became of a mutant.
+
+    ``killed_by`` is the case that failed, "" if none did; ``explanation`` is why no test can notice
+    it, "" if that is not known.
+    """
 
     kernel: str
+    index: int
     change: str
     source: str
-    killed: bool
+    killed_by: str
     explanation: str = ""
+
+    @property
+    def killed(self) -> bool:
+        return self.killed_by != ""
+
+
+class Verdicts:
+    """Verdicts of this run and of earlier ones, in a file of a JSON object a line.
+
+    A killed mutant is not run again while its kernel's instructions are the same, and one that
+    survived only in cases that it has not passed.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._killed_by: dict[tuple[str, str, int], str] = {}
+        self._passed: dict[tuple[str, str, int], set[str]] = {}
+        for line in path.read_text().splitlines() if path and path.exists() else ():
+            entry = json.loads(line)
+            key = entry["kernel"], entry["ptx"], entry["mutant"]
+            self._killed_by[key] = entry["killed_by"]
+            self._passed[key] = set(entry["passed"])
+
+    def killed_by(self, kernel: Kernel, index: int) -> str:
+        return self._killed_by.get((kernel.name, kernel.digest, index), "")
+
+    def passed(self, kernel: Kernel, index: int) -> set[str]:
+        """Names of cases that a survivor has passed."""
+        return self._passed.get((kernel.name, kernel.digest, index), set())
+
+    def add(self, kernel: Kernel, verdict: Verdict) -> None:
+        names = {measured.case.name for measured in kernel.cases}
+        passed = set() if verdict.killed else names
+        key = kernel.name, kernel.digest, verdict.index
+        known = self._killed_by.get(key), self._passed.get(key, set())
+        if self._path is None or (known[0] == verdict.killed_by and known[1] >= passed):
+            return
+        entry = {
+            "kernel": kernel.name,
+            "ptx": kernel.digest,
+            "mutant": verdict.index,
+            "change": verdict.change,
+            "source": verdict.source,
+            "killed_by": verdict.killed_by,
+            "passed": sorted(passed),
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
 
 
 def kernels_of(operator: str, variants: Iterable[kernel_cases.Variant]) -> list[Kernel]:
     """The kernels that cases of the operator launch. The unchanged kernels pass every case."""
     backend = ptx_backend.PtxBackend()
-    launched: dict[str, list[tuple[float, int, kernel_cases.Case, int]]] = {}
+    launched: dict[str, list[MeasuredCase]] = {}
     together: dict[str, set[str]] = {}
-    for index, case in enumerate(kernel_cases.cases_of(operator, variants)):
+    for case in kernel_cases.cases_of(operator, variants):
         case.run(backend)
         started = time.perf_counter()
         case.run(backend)
@@ -89,38 +167,46 @@ def kernels_of(operator: str, variants: Iterable[kernel_cases.Variant]) -> list[
         names = {launch.name.decode() for launch in plan.launches[: plan.num_launches]}
         limit = step_limit(max(stats.steps for stats in backend.stats))
         for name in names:
-            launched.setdefault(name, []).append((seconds, index, case, limit))
+            launched.setdefault(name, []).append(MeasuredCase(case, seconds, limit))
             together.setdefault(name, set()).update(names)
     ptx = ptx_backend.ptx_of(operator)
     return [
-        Kernel(
-            operator,
-            name,
-            [entry[2:] for entry in sorted(launched[name], key=lambda entry: entry[:2])],
-            kernel_ptx.only_kernels(ptx, together[name]),
-        )
+        Kernel(operator, name, launched[name], kernel_ptx.only_kernels(ptx, together[name]))
         for name in sorted(launched)
     ]
 
 
-def is_killed(kernel: Kernel, ptx: str) -> bool:
-    """Whether some case fails with this PTX."""
+def killing_case(kernel: Kernel, ptx: str, passed: Collection[str] = ()) -> str:
+    """The name of a case that fails with this PTX, "" if none does.
+
+    Cases whose names are in ``passed`` are left out. First come those that are quick and have
+    killed many.
+    """
     backend = ptx_backend.PtxBackend(ptx={kernel.operator: ptx}, stats=False)
-    try:
-        for case, max_steps in kernel.cases:
-            backend.options["max_steps"] = max_steps
-            case.run(backend)
-    except Exception:  # whatever a mutant breaks, it was noticed
-        return True
-    return False
+    for measured in sorted(kernel.cases, key=lambda each: -each.kills_per_second):
+        if measured.case.name in passed:
+            continue
+        backend.options["max_steps"] = measured.max_steps
+        try:
+            measured.case.run(backend)
+        except Exception:  # whatever a mutant breaks, it was noticed
+            measured.kills += 1
+            return measured.case.name
+    return ""
 
 
-def judge(kernel: Kernel, mutation: Mutation, lines: kernel_ptx.SourceLines) -> Verdict:
-    """Runs a mutant."""
-    killed = is_killed(kernel, mutation.ptx)
+def judge(
+    kernel: Kernel, index: int, lines: kernel_ptx.SourceLines, known: Verdicts | None = None
+) -> Verdict:
+    """Runs a mutant, unless its verdict is known."""
+    known = known or Verdicts()
+    mutation = kernel.mutations[index]
+    killed_by = known.killed_by(kernel, index)
+    if not killed_by:
+        killed_by = killing_case(kernel, mutation.ptx, known.passed(kernel, index))
     source = lines(mutation.line)
-    reason = "" if killed else explanation(kernel.short_name, mutation, source)
-    return Verdict(kernel.short_name, mutation.description, source, killed, reason)
+    reason = "" if killed_by else explanation(kernel.short_name, mutation, source)
+    return Verdict(kernel.short_name, index, mutation.description, source, killed_by, reason)
 
 
 def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, list[int]]]:
@@ -141,23 +227,30 @@ def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, 
     return [(kernel, sorted(chosen[kernel.name])) for kernel in kernels]
 
 
-_here: tuple[Kernel, kernel_ptx.SourceLines]  # of a process that runs mutants
+_here: tuple[Kernel, kernel_ptx.SourceLines, Verdicts]  # of a process that runs mutants
 
 
 def _judge_one(index: int) -> Verdict:
-    kernel, lines = _here
-    return judge(kernel, kernel.mutations[index], lines)
+    kernel, lines, known = _here
+    return judge(kernel, index, lines, known)
 
 
-def verdicts(kernel: Kernel, indices: Iterable[int], jobs: int = 1) -> Iterator[Verdict]:
-    """Runs the mutants of these indices, in order."""
+def verdicts(
+    kernel: Kernel, indices: Iterable[int], jobs: int = 1, known: Verdicts | None = None
+) -> Iterator[Verdict]:
+    """Runs the mutants of these indices, in order, and adds to the known verdicts."""
     global _here
-    _here = kernel, kernel_ptx.SourceLines(kernel.ptx + _files(kernel.operator))
+    known = known or Verdicts()
+    _here = kernel, kernel_ptx.SourceLines(kernel.ptx + _files(kernel.operator)), known
     if jobs == 1:
-        yield from map(_judge_one, indices)
+        for verdict in map(_judge_one, indices):
+            known.add(kernel, verdict)
+            yield verdict
         return
     with get_context("fork").Pool(jobs) as pool:  # forked: cases need not be made again
-        yield from pool.imap(_judge_one, indices, chunksize=4)
+        for verdict in pool.imap(_judge_one, indices, chunksize=4):
+            known.add(kernel, verdict)
+            yield verdict
 
 
 def _files(operator: str) -> str:
@@ -201,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="so many mutants instead of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument(
+        "--verdicts", type=Path, help="file of verdicts: what it has is not run again, others join"
+    )
     options = parser.parse_args(arguments)
     if reason := ptx_backend.PtxBackend.missing():
         parser.error(reason)
@@ -219,9 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     of_operator: dict[str, Counter[str]] = {operator: Counter() for operator in options.operator}
     lines: list[str] = []
+    known = Verdicts(options.verdicts)
     for kernel, indices in chosen:
         counts: Counter[str] = Counter()
-        for verdict in verdicts(kernel, indices, options.jobs):
+        for verdict in verdicts(kernel, indices, options.jobs, known):
             counts[outcome(verdict)] += 1
             if not verdict.killed:
                 print(described(verdict), flush=True)
