@@ -293,9 +293,7 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     yield _restored(
         "a page in one pass", variant, out_dtype, rotary_dim=32, num_kv_heads=1, masters=(20, 9, 17)
     )
-    heads_of_36_tasks = (
-        3 if F32 in (variant.dtype, out_dtype) else 6
-    )  # 7 rows at once of 8, if wide
+    heads_of_36_tasks = 3 if F32 in (variant.dtype, out_dtype) else 6  # 7 at once of 8, if wide
     yield _restored(
         "one row in the last pass", variant, out_dtype, head_dim=96, num_q_heads=heads_of_36_tasks,
         num_kv_heads=heads_of_36_tasks,
