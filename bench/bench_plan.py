@@ -11,6 +11,8 @@ import torch
 
 import tokendance as td
 from bench import ceilings
+from tokendance.mirror import round_arrays
+from tokendance.step import with_work
 
 TOKENS = 32768
 
@@ -21,14 +23,12 @@ def _collector(layers: int = 1) -> td.KVCollector:
     return td.KVCollector(td.DiffStore(geometry, rope, "64MiB", block_size=16))
 
 
-@pytest.mark.parametrize("tokens", [TOKENS // 8, TOKENS])
-@pytest.mark.parametrize("agents", [16, 64])
-def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
+def _prompts(agents: int, tokens: int) -> dict[str, list[td.Segment]]:
     """All agents share 64 segments in orders of their own, behind 64 private tokens."""
     rng = np.random.default_rng(0)
     length = tokens // 64
     shared = [td.shared(rng.integers(0, 50000, length)) for _ in range(64)]
-    prompts = {
+    return {
         f"agent {a}": [
             td.private(rng.integers(0, 50000, 64)),
             *[shared[i] for i in rng.permutation(64)],
@@ -36,6 +36,13 @@ def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
         ]
         for a in range(agents)
     }
+
+
+@pytest.mark.parametrize("tokens", [TOKENS // 8, TOKENS])
+@pytest.mark.parametrize("agents", [16, 64])
+def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
+    """Rounds whose agents share all segments."""
+    prompts = _prompts(agents, tokens)
     collector = _collector()
     plans: list[td.Plan] = []
 
@@ -49,6 +56,22 @@ def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
     abort()
     uses = agents * 64
     benchmark.extra_info["us_per_use"] = benchmark.stats.stats.min / uses * 1e6
+
+
+@pytest.mark.parametrize("agents", [16, 64])
+def bench_describe(benchmark: Any, agents: int) -> None:
+    """The round's fields and the work list of one decode step: once per step, for all layers."""
+    plan = _collector().plan(_prompts(agents, TOKENS))
+    rows = np.arange(agents, dtype=np.int32)
+    last = np.array([state.length - 1 for state in plan.states], dtype=np.int32)
+
+    def describe() -> None:
+        arrays, extents = round_arrays(plan.states, plan.store.block_size)
+        with_work(arrays, extents, rows, last, 1, "cpu")
+
+    benchmark.pedantic(describe, rounds=15, warmup_rounds=2)
+    plan.abort()
+    benchmark.extra_info["us_per_use"] = benchmark.stats.stats.min / (agents * 64) * 1e6
 
 
 def bench_digest(measure: Any) -> None:
