@@ -1,15 +1,17 @@
 """Recorded rounds through vLLM on the CPU, with and without prefix caching, and through tokendance.
 
     python -m bench.peers.vllm_cpu [town_square] [--agents 2,4,6] [--rounds 1:4] [--repeat 2]
-                                   [--new-tokens 12] [--threads 2] [--out build/vllm_cpu.json]
+                                   [--new-tokens 12] [--threads 2] [--prefix-only]
+                                   [--beyond 24,50] [--out build/vllm_cpu.json]
 
 All get the same model in fp32, the same prompts as token ids and the same threads; they take turns,
 and the best of each counts. A round is measured to the first token of all agents and to their last.
 Before the first run vLLM is installed into an environment of its own under ``build/``, which takes
 some minutes and gigabytes; nothing else is touched.
 
-At the end: how many agents each serves within the time that vLLM with prefix caching needs for each
-number of agents, between the measured numbers by interpolation.
+At the end: how many agents tokendance serves within the time that vLLM with prefix caching needs
+for each number of agents, between the measured numbers by interpolation. For that, tokendance may
+be measured with more agents than vLLM (``--beyond``).
 """
 
 from __future__ import annotations
@@ -93,7 +95,11 @@ def serve_with_tokendance(
 
 
 def measure(
-    model: Any, directory: Path, rounds: Sequence[Mapping[str, Any]], options: Any
+    model: Any,
+    directory: Path,
+    rounds: Sequence[Mapping[str, Any]],
+    systems: Sequence[str],
+    options: Any,
 ) -> dict[str, dict[str, float]]:
     """Per system the seconds of all rounds to first and to last tokens, the best of the repeats."""
     ids = [
@@ -102,13 +108,13 @@ def measure(
     ]
     longest = max(len(prompt) for prompts in ids for prompt in prompts)
     task = {"model": str(directory), "rounds": ids, "max_tokens": longest + options.new_tokens}
-    best: dict[str, dict[str, float]] = {name: {} for name in SYSTEMS}
+    best: dict[str, dict[str, float]] = {name: {} for name in systems}
 
     def keep(name: str, figure: str, seconds: Sequence[float]) -> None:
         best[name][figure] = min(best[name].get(figure, np.inf), float(sum(seconds)))
 
     for _ in range(options.repeat):
-        for name in SYSTEMS[:2]:
+        for name in systems[:-1]:
             for figure, new_tokens in (("first", 1), ("last", options.new_tokens)):
                 own = {"prefix_caching": name == "vllm_prefix", "new_tokens": new_tokens}
                 keep(name, figure, serve_with_vllm(task | own, options.threads))
@@ -136,10 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--prefix-only", action="store_true", help="leave plain vLLM out")
+    parser.add_argument("--beyond", default="", help="numbers of agents for tokendance alone")
     parser.add_argument("--out", type=Path, default=BUILD / "vllm_cpu.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    numbers = [int(number) for number in options.agents.split(",")]
+    compared = [int(number) for number in options.agents.split(",")]
+    numbers = compared + [int(number) for number in options.beyond.split(",") if number]
     try:
         model, tokenizer = load_model()
         encode = partial(tokenizer.encode, add_special_tokens=False)
@@ -150,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             recorded = [one for one in recorded if one.session == recorded[0].session]
             rounds = [tokenize_round(one, encode) for one in recorded]
-            cells.append(measure(model, smollm2_path(), rounds, options))
+            systems = SYSTEMS[1:] if options.prefix_only else SYSTEMS
+            if agents not in compared:
+                systems = SYSTEMS[2:]
+            cells.append(measure(model, smollm2_path(), rounds, systems, options))
             print(f"{options.workload}, {agents} agents, {len(rounds)} rounds:")
             for name, best in cells[-1].items():
                 times = ", ".join(f"{figure} tokens {best[figure]:.2f} s" for figure in best)
@@ -162,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.peers.vllm_cpu: {error}", file=sys.stderr)
         return 2
     for figure in ("first", "last"):
-        for i, agents in enumerate(numbers):
+        for i, agents in enumerate(compared):
             limit = cells[i]["vllm_prefix"][figure]
             ours = [cell["tokendance"][figure] for cell in cells]
             within = agents_within(limit, numbers, ours)
