@@ -18,6 +18,7 @@ from bench import ceilings
 from bench.mirrors import DECODE, make_round
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTIZED = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 # (Hk, G, D), N, S, P
 PREFILL = [((3, 3, 64), 4, 2048, 64), ((4, 7, 128), 2, 2048, 64), ((8, 4, 128), 2, 2048, 64)]
 
@@ -77,6 +78,34 @@ def bench_decode(
         bytes=moved,
         peers={"copies": copies.attention(), "sdpa": per_agent, "sdpa_batched": batched},
         facts=lambda _: {"bound": agents * (shared + private) / (shared + agents * private)},
+    )
+
+
+@pytest.mark.parametrize("pool", QUANTIZED)
+@pytest.mark.parametrize(("heads", "agents", "shared", "private"), DECODE[1:3])
+def bench_quantized_decode(
+    measure: Any, gemm: Any, heads: Any, agents: int, shared: int, private: int, pool: str
+) -> None:
+    """bf16 queries over keys and values of eight bits; beside it, over bf16."""
+    num_kv_heads, group, head_dim = heads
+    options = {
+        "agents": agents,
+        "shared": shared,
+        "private": private,
+        "num_kv_heads": num_kv_heads,
+        "group": group,
+        "head_dim": head_dim,
+        "dtype": torch.bfloat16,
+    }
+    case = make_round(**options, pool_dtype=QUANTIZED[pool])
+    moved = (shared + agents * private) * 2 * num_kv_heads * head_dim
+    flops = 4 * agents * (shared + private) * num_kv_heads * group * head_dim
+    measure(
+        case.attention(),
+        ceilings={"read": ceilings.read(moved), "gemm": gemm},
+        floor=lambda rates: max(moved / rates["read"], flops / rates["gemm"]),
+        bytes=moved,
+        peers={"bf16": make_round(**options).attention()},
     )
 
 

@@ -85,6 +85,7 @@ def make_round(
     dtype: torch.dtype = torch.float32,
     block_size: int = 16,
     dense: bool = False,
+    pool_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> BenchRound:
     """A round of ``agents`` prompts: ``private`` own rows, then ``shared`` rows in ``segments``.
@@ -96,6 +97,7 @@ def make_round(
         overridden: rows at the start of every segment that agents keep themselves.
         group: G.
         dense: every agent has all of its rows as own rows, as engines without sharing do.
+        pool_dtype: of keys and values where they are quantized; their scales are 1.
     """
     geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
     length = shared // segments
@@ -131,7 +133,8 @@ def make_round(
         mirrors.append(Mirror((), private + segments * length, kept, pages, position, 0))
     shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
     pools = [
-        torch.empty(shape, dtype=dtype, device=device).normal_() for _ in range(2 * num_layers)
+        torch.empty(shape, dtype=dtype, device=device).normal_().to(pool_dtype or dtype)
+        for _ in range(2 * num_layers)
     ]
     row_agent = np.repeat(np.arange(agents, dtype=np.int32), rows)
     total = private + segments * length
