@@ -1,6 +1,6 @@
 // Runs every CPU launch function on small ragged rounds, on several threads, in buffers of exactly
-// the size that the contract asks for: what AddressSanitizer, UBSan and ThreadSanitizer are to
-// watch.
+// the size that the contract asks for, and the planner on random prompts: what AddressSanitizer,
+// UBSan and ThreadSanitizer are to watch.
 //
 // What the results must be is for the Python tests to say; here a round trip is checked: what
 // restore writes, encode finds equal to the Masters, and attention's output lies within the values'
@@ -10,10 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <map>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "planner/layout.h"
 #include "planner/work_list.h"
 #include "tokendance/launch.h"
 
@@ -384,6 +386,91 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   for (float value : lse) CHECK(fabsf(value - (0.25f + logf(3.f))) < 1e-5f);
 }
 
+// A round of random prompts, laid out: spans tile each prompt, and each row that is not computed
+// stands in one use.
+void lay_out(uint32_t seed) {
+  std::mt19937 rng(seed);
+  const auto below = [&](uint32_t bound) { return static_cast<int32_t>(rng() % bound); };
+  const int32_t segments = 1 + below(9), agents = 1 + below(6), masters = below(4);
+  const int32_t block_size = 8 << below(3);
+  std::vector<int32_t> length, place_indptr = {0}, segment, prefix, exact_prefix, tokens;
+  std::vector<uint8_t> is_shared;
+  for (int32_t s = 0; s < segments; ++s) length.push_back(1 + below(70));
+  for (int32_t a = 0; a < agents; ++a) {
+    tokens.push_back(0);
+    for (int32_t places = below(8); places > 0; --places) {
+      segment.push_back(below(segments));
+      is_shared.push_back(below(5) > 0);
+      tokens.back() += length[segment.back()];
+    }
+    place_indptr.push_back(static_cast<int32_t>(segment.size()));
+    prefix.push_back(tokens.back() > 1 && below(3) == 0 ? below(tokens.back()) : 0);
+    exact_prefix.push_back(prefix.back() > 0 ? below(prefix.back() + 1) : 0);
+  }
+  std::vector<int32_t> stored(segments, -1), stored_rows(segments, 0), earlier(segment.size(), -1);
+  std::vector<int32_t> contexts;
+  std::vector<uint8_t> is_exact, has_seen, agent_computes, segment_computes;
+  for (int32_t m = 0; m < masters; ++m) {
+    const int32_t of = below(segments);
+    stored[of] = m;
+    stored_rows[of] = std::max(1, length[of] - below(2));
+    contexts.push_back(below(5));
+    is_exact.push_back(below(2));
+    for (int32_t s = 0; s < segments; ++s) has_seen.push_back(below(2));
+  }
+  for (int32_t a = 0; a < agents; ++a) agent_computes.push_back(below(6) == 0);
+  for (int32_t s = 0; s < segments; ++s) segment_computes.push_back(below(6) == 0);
+  std::map<std::pair<int32_t, int32_t>, int32_t> known;
+  MatchInput input = {};
+  input.prompts = {agents,           segments,      place_indptr.data(), segment.data(),
+                   is_shared.data(), length.data(), prefix.data()};
+  input.exact_prefix = exact_prefix.data();
+  input.earlier_context = earlier.data();
+  input.agent_computes = agent_computes.data();
+  input.segment_computes = segment_computes.data();
+  input.num_masters = masters;
+  input.stored = stored.data();
+  input.stored_rows = stored_rows.data();
+  input.master_context = contexts.data();
+  input.master_is_exact = is_exact.data();
+  input.master_has_seen = has_seen.data();
+  input.shortest = block_size / 2;
+  input.alone = below(3) == 0;
+  input.informed = below(2);
+  input.lone = below(2);
+  input.chain = [&](int32_t context, int32_t next) {
+    return known.try_emplace({context, next}, static_cast<int32_t>(known.size()) + 5).first->second;
+  };
+  const Match match = match_round(input);
+  CHECK(match.order.size() == static_cast<size_t>(agents));
+  std::vector<int32_t> repaired(segment.size());
+  for (int32_t& rows : repaired) rows = below(12);
+  const Tiling tiling = tile_round(input.prompts, match, repaired.data(), block_size);
+  const int64_t all_masters = masters + static_cast<int64_t>(match.made.size());
+  for (int32_t a = 0; a < agents; ++a) {
+    int32_t end = 0;
+    std::vector<int> rows(tokens[a], 0);
+    for (int32_t i = tiling.span_indptr[a]; i < tiling.span_indptr[a + 1]; ++i) {
+      CHECK(tiling.span_end[i] > end);
+      end = tiling.span_end[i];
+    }
+    CHECK(end == tokens[a] && match.exact_length[a] <= tokens[a]);
+    for (int32_t i = tiling.own_indptr[a]; i < tiling.own_indptr[a + 1]; ++i) ++rows[tiling.own[i]];
+    size_t page = tiling.mask_indptr[a];
+    for (int32_t u = tiling.use_indptr[a]; u < tiling.use_indptr[a + 1]; ++u) {
+      CHECK(tiling.use_master[u] >= 0 && tiling.use_master[u] < all_masters);
+      for (int32_t row = 0; row < tiling.use_length[u]; ++row) {
+        const uint32_t mask = tiling.masks[page + row / block_size];
+        rows[tiling.use_delta[u] + row] += (mask >> row % block_size & 1) == 0;
+      }
+      page += (tiling.use_length[u] + block_size - 1) / block_size;
+    }
+    CHECK(page == static_cast<size_t>(tiling.mask_indptr[a + 1]));
+    for (int32_t row = prefix[a]; row < tokens[a]; ++row) CHECK(rows[row] == 1);
+    for (int32_t row = 0; row < prefix[a]; ++row) CHECK(rows[row] == 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -402,6 +489,7 @@ int main() {
     run(dtype, DType::kBFloat16, 128, 0, false, 8, 20, seed++);
     run(dtype, DType::kFloat32, 256, 128, false, 16, 0, seed++);
   }
+  for (uint32_t round = 0; round < 300; ++round) lay_out(round);
   printf("%u rounds on %s: no failure\n", seed, cpu_isa());
   return 0;
 }
