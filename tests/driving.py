@@ -16,8 +16,10 @@ GEOMETRY = td.KVGeometry(
 ROPE = td.Rope.default(head_dim=64, theta=10000.0, max_position=4096)
 
 
-def make_store(capacity: str = "64MiB", block_size: int = 8) -> td.DiffStore:
-    return td.DiffStore(GEOMETRY, ROPE, capacity, block_size=block_size)
+def make_store(
+    capacity: str = "64MiB", block_size: int = 8, quantization: td.Quantization | None = None
+) -> td.DiffStore:
+    return td.DiffStore(GEOMETRY, ROPE, capacity, block_size=block_size, quantization=quantization)
 
 
 def tokens(seed: int, count: int) -> np.ndarray:

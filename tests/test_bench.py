@@ -8,7 +8,7 @@ import pytest
 
 from bench import compare
 from bench.ceilings import Ceiling
-from bench.fidelity import answers, drift, front, leakage, replays
+from bench.fidelity import answers, drift, front, leakage, quantized, replays
 from bench.rounds import Cell, table
 from tokendance.replay import SystemResult
 
@@ -107,3 +107,12 @@ def test_other_tables_of_fidelity():
     one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
     said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
     assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
+
+
+def test_the_table_of_quantized_pools():
+    names = ("kl", "worst_kl", "siblings_kl", "top1", "stored_mib", "dense_mib")
+    figures = dict(zip(names, (0.01, 0.02, 0.015, 0.9, 19.7, 152.0), strict=True))
+    text = quantized.text({"debate": {"everything": {"e4m3": figures}}})
+    head, *_, row = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.count("|") == row.count("|")
+    assert row == "| everything | e4m3 | 0.01000 | 0.02000 | 0.01500 | 0.900 | 19.7 | 152.0 |"

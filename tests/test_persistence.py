@@ -144,7 +144,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path: expected a saved DiffStore, got"):
         td.DiffStore.load(tmp_path / "other", ROPE, "64MiB")
     torch.save({"format": "tokendance.DiffStore", "version": 99}, tmp_path / "newer")
-    with pytest.raises(ValueError, match="path: expected version 1, got 99"):
+    with pytest.raises(ValueError, match="path: expected version 2, got 99"):
         td.DiffStore.load(tmp_path / "newer", ROPE, "64MiB")
     with pytest.raises(OSError, match="missing"):
         td.DiffStore.load(tmp_path / "missing", ROPE, "64MiB")

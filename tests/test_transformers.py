@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from tokendance.integrations.transformers import (  # noqa: E402
     TransformersEngine,
     geometry_of,
+    quantization_of,
     rope_of,
 )
 
@@ -125,6 +126,30 @@ def test_everything_gives_the_models_own_logits(name: str) -> None:
         for agent, row in expected.items():
             torch.testing.assert_close(logits[agent], row, **CLOSE)
         plan.commit()
+
+
+@pytest.mark.parametrize("selection", [td.Everything(), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["llama", "yarn", "qwen3"])
+def test_quantized_stores_stay_near_plain_ones(name: str, dtype: torch.dtype, selection) -> None:
+    model = tiny(name)
+    scales = quantization_of(model, [A.tolist(), [*C.tolist(), *B.tolist()]], dtype, margin=1.3)
+    found = []
+    for quantization in (None, scales):
+        store = td.DiffStore(
+            geometry_of(model), rope_of(model, 4096), "256MiB", quantization=quantization
+        )
+        one = TransformersEngine(model, td.KVCollector(store, selection=selection))
+        plan = one.collector.plan(prompts())
+        logits = one.prefill(plan)
+        decoded = one.decode(plan, {agent: [5, 6] for agent in logits})
+        plan.commit()
+        found.append({a: torch.cat([logits[a][None], decoded[a]]) for a in logits})
+    for agent, plain in found[0].items():
+        distance = (found[1][agent] - plain).norm(dim=1) / plain.norm(dim=1)
+        assert (distance > 0).all()
+        assert (distance < 0.4).all()  # a random model is no calm one
+        assert distance.mean() < 0.25
 
 
 @pytest.mark.parametrize("name", ["llama", "yarn", "mistral-window"])

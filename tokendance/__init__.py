@@ -7,6 +7,7 @@ from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
 from tokendance.plan import Plan
 from tokendance.pool import OutOfPagesError, PagePool
+from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.rounds import RoundExtents, RoundTensors
 from tokendance.segments import Segment, private, shared, split_round
@@ -34,6 +35,7 @@ __all__ = [
     "OutOfPagesError",
     "PagePool",
     "Plan",
+    "Quantization",
     "ReuseWarning",
     "Rope",
     "RoundExtents",

@@ -439,6 +439,7 @@ def _compare_rows(
             slots,
             [k],
             [v],
+            *store.pool.scales_of([layer]),
         )
         for x in (k.double(), v.double()):
             difference = (x[:rows] - x[rows:]).square().sum((1, 2))

@@ -20,7 +20,8 @@ class KVGeometry:
         num_q_heads: Hq, a multiple of ``num_kv_heads`` (grouped-query attention).
         num_kv_heads: Hk.
         head_dim: D, one of 64, 80, 96, 128, 256.
-        dtype: of keys, values and queries: float32, float16 or bfloat16.
+        dtype: of the model's keys, values and queries: float32, float16 or bfloat16. A store may
+            keep keys and values quantized (:class:`~tokendance.quantization.Quantization`).
 
     Raises:
         ValueError: for anything else, naming the argument.

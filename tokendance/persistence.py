@@ -22,12 +22,13 @@ from torch import Tensor
 from tokendance.geometry import KVGeometry
 from tokendance.mirror import Master, Mirror, Use
 from tokendance.pool import PagePool, Pages
+from tokendance.quantization import Quantization
 from tokendance.segments import Segment
 
 if TYPE_CHECKING:
     from tokendance.store import LayerRope
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "tokendance.DiffStore"
 _GEOMETRY = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
 
@@ -90,6 +91,13 @@ def pack(
         "version": VERSION,
         "geometry": {name: getattr(geometry, name) for name in _GEOMETRY},
         "dtype": geometry.dtype,
+        "quantization": None
+        if pool.quantization is None
+        else {
+            "dtype": pool.quantization.dtype,
+            "k_scale": pool.quantization.k_scale.cpu(),
+            "v_scale": pool.quantization.v_scale.cpu(),
+        },
         "block_size": pool.block_size,
         "positions": positions,
         "ropes": rope_digests(ropes, positions),
@@ -143,6 +151,11 @@ def geometry_in(state: Mapping[str, Any]) -> KVGeometry:
     return KVGeometry(**state["geometry"], dtype=state["dtype"])
 
 
+def quantization_in(state: Mapping[str, Any]) -> Quantization | None:
+    saved = state["quantization"]
+    return None if saved is None else Quantization(**saved)
+
+
 def unpack(
     state: Mapping[str, Any], pool: PagePool, take_pages: Callable[[int], Pages]
 ) -> tuple[list[Master], dict[str, Mirror]]:
@@ -152,7 +165,7 @@ def unpack(
     at = torch.from_numpy(pages.astype(np.int64)).to(pool.device)
     for name, pools in (("k_pools", pool.k_pools), ("v_pools", pool.v_pools)):
         for to, kept in zip(pools, state[name], strict=True):
-            to.index_copy_(0, at, kept.to(pool.device))
+            _bits(to).index_copy_(0, at, _bits(kept.to(pool.device)))
     masters = [
         Master(
             digest=bytes.fromhex(saved["digest"]),
@@ -186,6 +199,11 @@ def unpack(
         for saved in state["mirrors"]
     }
     return masters, mirrors
+
+
+def _bits(pages: Tensor) -> Tensor:
+    """torch copies e4m3 by index as bytes only."""
+    return pages.view(torch.uint8) if pages.element_size() == 1 else pages
 
 
 def rope_digests(ropes: Sequence[LayerRope], positions: int) -> list[str]:

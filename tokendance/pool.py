@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokendance.arrays import Array, as_output
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
+from tokendance.quantization import LARGEST, Quantization
 
 Pages = NDArray[np.int32]
 
@@ -30,6 +32,7 @@ class PagePool:
         allocate: ``allocate(n)`` returns n page ids that nobody else uses, or raises
             :class:`OutOfPagesError`.
         free: ``free(pages)`` gives page ids back.
+        quantization: what the elements of e4m3 or int8 pools stand for; scales of 1 by default.
 
     Raises:
         ValueError: for wrong shapes, dtypes or strides, naming the argument.
@@ -41,6 +44,7 @@ class PagePool:
         v_pools: Sequence[Array],
         allocate: Callable[[int], Sequence[int]],
         free: Callable[[Sequence[int]], None],
+        quantization: Quantization | None = None,
     ) -> None:
         if not k_pools or len(k_pools) != len(v_pools):
             raise ValueError(f"v_pools: expected {max(len(k_pools), 1)} layers, got {len(v_pools)}")
@@ -72,20 +76,43 @@ class PagePool:
                         f"{name}[{layer}]: expected strides {pools[0].stride()} of layer 0, "
                         f"got {pool.stride()}"
                     )
+        self.quantization = self._checked(quantization)
         self._allocate = allocate
         self._free = free
 
+    def _checked(self, quantization: Quantization | None) -> Quantization | None:
+        shape, dtype = [self.num_layers, self.k_pools[0].shape[2]], self.dtype
+        if quantization is None:
+            if dtype not in LARGEST:
+                return None
+            ones = torch.ones(shape)
+            quantization = Quantization(dtype, ones, ones.clone())
+        if quantization.dtype != dtype or list(quantization.k_scale.shape) != shape:
+            raise ValueError(
+                f"quantization: expected {dtype} with scales {shape}, got {quantization.dtype} "
+                f"with scales {list(quantization.k_scale.shape)}"
+            )
+        return quantization.to(self.device)
+
     @classmethod
     def own(
-        cls, geometry: KVGeometry, num_pages: int, block_size: int, device: torch.device | str
+        cls,
+        geometry: KVGeometry,
+        num_pages: int,
+        block_size: int,
+        device: torch.device | str,
+        quantization: Quantization | None = None,
     ) -> PagePool:
-        """A pool that allocates its tensors, ``num_pages`` pages of ``block_size`` rows, itself."""
+        """A pool that allocates its tensors, ``num_pages`` pages of ``block_size`` rows, itself.
+
+        Its dtype is that of the geometry, or of the quantization.
+        """
         if block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {block_size}")
         shape = (num_pages, block_size, geometry.num_kv_heads, geometry.head_dim)
+        dtype = geometry.dtype if quantization is None else quantization.dtype
         pools = [
-            torch.empty(shape, dtype=geometry.dtype, device=device)
-            for _ in range(2 * geometry.num_layers)
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * geometry.num_layers)
         ]
         free = list(range(num_pages - 1, -1, -1))
 
@@ -96,7 +123,7 @@ class PagePool:
             del free[len(free) - count :]
             return taken[::-1]
 
-        return cls(pools[0::2], pools[1::2], allocate, free.extend)
+        return cls(pools[0::2], pools[1::2], allocate, free.extend, quantization)
 
     @property
     def num_layers(self) -> int:
@@ -115,10 +142,37 @@ class PagePool:
         return self.k_pools[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.k_pools[0].dtype
+
+    def scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """The scales ``[Hk]`` of a layer's keys and values; None where nothing is quantized."""
+        if self.quantization is None:
+            return None, None
+        return self.quantization.k_scale[layer], self.quantization.v_scale[layer]
+
+    def scales_of(self, layers: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """The same ``[len(layers), Hk]`` of several."""
+        if self.quantization is None:
+            return None, None
+        both = (self.quantization.k_scale, self.quantization.v_scale)
+        first, last = layers[0], layers[-1] + 1
+        if list(layers) == list(range(first, last)):
+            k, v = (scale[first:last] for scale in both)
+        else:
+            k, v = (torch.stack([scale[layer] for layer in layers]) for scale in both)
+        return k, v
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page: keys and values in all layers."""
-        page = self.k_pools[0].shape[1:].numel() * self.k_pools[0].element_size()
-        return 2 * self.num_layers * page
+        return self.block_size * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: keys and values in all layers."""
+        row = self.k_pools[0].shape[2:].numel() * self.k_pools[0].element_size()
+        return 2 * self.num_layers * row
 
     def allocate(self, count: int) -> Pages:
         """Takes ``count`` pages. Raises :class:`OutOfPagesError`."""

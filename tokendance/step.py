@@ -174,6 +174,7 @@ class Step:
             queries.new_empty(floats, dtype=torch.float32),
             out,
             lse,
+            *self._store.pool.scales(layer),
         )
         return out
 
@@ -255,10 +256,15 @@ class Step:
         rope = self._store.layer_rope(layer)
         pool = self._store.pool
         tables = (rope.cos, rope.sin, rope.interleaved)
+        k_scale, v_scale = pool.scales(layer)
         ops.rope_rotate_out(
-            k, None, slots, None, positions, *tables, rope.attention_factor, pool.k_pools[layer]
+            *(k, None, slots, None, positions, *tables, rope.attention_factor),
+            pool.k_pools[layer],
+            out_scale=k_scale,
         )
-        ops.rope_rotate_out(v, None, slots, None, None, *tables, 1.0, pool.v_pools[layer])
+        ops.rope_rotate_out(
+            *(v, None, slots, None, None, *tables, 1.0), pool.v_pools[layer], out_scale=v_scale
+        )
 
     # KeyDeviation ---------------------------------------------------------------------------------
 
@@ -304,12 +310,14 @@ class Step:
                 )
             master = group[0][1].master
             at = np.arange(master.origin, master.origin + length, dtype=np.int32)
+            slots = torch.from_numpy(slots_of(master.pages, length, block)).to(store.device)
+            cached, slots = self._readable(layer, k, slots)
             deviation = ops.key_deviation(
                 k,
                 torch.from_numpy(fresh).to(store.device),
                 None,
-                store.pool.k_pools[layer],
-                torch.from_numpy(slots_of(master.pages, length, block)).to(store.device),
+                cached,
+                slots,
                 torch.from_numpy(at).to(store.device),
                 rope.cos,
                 rope.sin,
@@ -318,6 +326,19 @@ class Step:
             )
             top = torch.topk(deviation, selection.rows_of(length)).indices
             self._plan.chosen[key] = top.sort().values.cpu().numpy().astype(np.int32)
+
+    def _readable(self, layer: int, k: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of the pool, and where they stand, in a tensor of the dtype of fresh keys ``k``."""
+        pool, rope = self._store.pool, self._store.layer_rope(layer)
+        if pool.quantization is None:
+            return pool.k_pools[layer], slots
+        rows = k.new_empty((slots.shape[0], *k.shape[1:]))
+        ops.rope_rotate_out(
+            *(pool.k_pools[layer], slots, None, None, None),
+            *(rope.cos, rope.sin, rope.interleaved, 1.0, rows),
+            x_scale=pool.scales(layer)[0],
+        )
+        return rows, torch.arange(slots.shape[0], device=slots.device)
 
     def _drop_rows(self) -> NDArray[np.int64]:
         """Makes the chosen rows own rows and forgets the others; returns the rows that stay."""

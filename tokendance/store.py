@@ -26,6 +26,7 @@ from tokendance.mirror import (
     slots_of,
 )
 from tokendance.pool import OutOfPagesError, PagePool, Pages
+from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.rounds import RoundTensors
 from tokendance.segments import Segment
@@ -47,6 +48,9 @@ class LayerRope:
 @dataclass(frozen=True)
 class StoreStats:
     """What a store holds. Rows are tokens; bytes are keys and values of all layers.
+
+    Dense bytes are of the model's dtype, the others of the pool's: what a quantized pool saves is
+    part of `compression`.
 
     Attributes:
         agents, masters: Mirrors and Masters.
@@ -92,7 +96,9 @@ class DiffStore:
         capacity: bytes of pages, an int or text such as ``"8GiB"``. Not with ``pool``.
         device: of the pages. Not with ``pool``.
         block_size: rows of a page: 8, 16 or 32. Not with ``pool``.
-        pool: pages of the engine, instead of own ones.
+        pool: pages of the engine, instead of own ones. They may be quantized, see
+            :class:`PagePool`.
+        quantization: keeps own pages in e4m3 or int8. Not with ``pool``.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -109,20 +115,24 @@ class DiffStore:
         device: torch.device | str = "cpu",
         block_size: int = 16,
         pool: PagePool | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
+        if pool is not None and quantization is not None:
+            raise ValueError("quantization: expected that of the pool, got one beside a pool")
         if pool is None:
             assert capacity is not None
             if block_size not in BLOCK_SIZES:
                 raise ValueError(f"block_size: expected one of {BLOCK_SIZES}, got {block_size}")
-            pages = parse_bytes(capacity) // (geometry.row_bytes * block_size)
+            dtype = geometry.dtype if quantization is None else quantization.dtype
+            page_bytes = geometry.row_bytes * block_size * dtype.itemsize // geometry.dtype.itemsize
+            pages = parse_bytes(capacity) // page_bytes
             if pages < 1:
                 raise ValueError(
-                    f"capacity: expected at least one page of {geometry.row_bytes * block_size} "
-                    f"bytes, got {capacity}"
+                    f"capacity: expected at least one page of {page_bytes} bytes, got {capacity}"
                 )
-            pool = PagePool.own(geometry, pages, block_size, device)
+            pool = PagePool.own(geometry, pages, block_size, device, quantization)
         self._check_pool(geometry, pool)
         self.geometry = geometry
         self.pool = pool
@@ -144,8 +154,10 @@ class DiffStore:
                 f"pool: expected [num_pages, {pool.block_size}, {geometry.num_kv_heads}, "
                 f"{geometry.head_dim}], got {list(shape)}"
             )
-        if pool.k_pools[0].dtype != geometry.dtype:
-            raise ValueError(f"pool: expected {geometry.dtype}, got {pool.k_pools[0].dtype}")
+        if pool.quantization is None and pool.dtype != geometry.dtype:
+            raise ValueError(
+                f"pool: expected {geometry.dtype} or a quantized dtype, got {pool.dtype}"
+            )
 
     @property
     def block_size(self) -> int:
@@ -303,7 +315,8 @@ class DiffStore:
         Args:
             agents: one agent or N.
             layers: one layer or several; then an array of ``k_cache`` and ``v_cache`` for each.
-            k_cache, v_cache: written: ``[rows, Hk, D]`` or ``[num_pages, block, Hk, D]``.
+            k_cache, v_cache: written: ``[rows, Hk, D]`` or ``[num_pages, block, Hk, D]``, of the
+                pool's dtype; of a quantized pool in fp32, fp16 or bf16 what its elements stand for.
             slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p
                 goes to, page * block + row of the page; -1 = leave out. Positions from T on are
                 left out.
@@ -342,6 +355,7 @@ class DiffStore:
                 slots,
                 [keys[i] for i in same],
                 [values[i] for i in same],
+                *self.pool.scales_of([which[i] for i in same]),
             )
 
     def _restore_round(self, mirrors: list[Mirror]) -> RoundTensors:
@@ -375,7 +389,10 @@ class DiffStore:
             atol, rtol: a row is not stored again if its Master row, moved to its position, is
                 within ``atol + rtol * |moved|`` of it in every dim of K and V of every layer. At 0
                 and 0 it must have the same bits, so that `restore` gives back what was put, bit for
-                bit.
+                bit. A quantized pool keeps what the caches are rounded to, and comparisons are of
+                that. A moved key is rounded once more, and its first rounding is turned with it, so
+                that it hardly ever has the agent's bits: an ``atol`` of an eighth of the largest
+                keys (e4m3) or of two scales (int8) finds such rows the same.
 
         Raises:
             ValueError: agents, layers or lengths do not fit each other; the store is as it was.
@@ -383,6 +400,7 @@ class DiffStore:
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
         self._check_dense(tensors, layout)
+        tensors = {agent: self._as_stored(k, v) for agent, (k, v) in tensors.items()}
         layouts = lay_out(layout, self.find, {}, Nothing(), Source.MASTER, self.block_size)
         held: list[Master] = []
         taken: list[Pages] = []
@@ -473,6 +491,7 @@ class DiffStore:
                 round_,
                 atol,
                 rtol,
+                *self.pool.scales_of(same),
             )
             masks |= round_.use_masks.cpu().numpy().view(np.uint32)
         own = np.ones(mirror.length, dtype=bool)
@@ -519,6 +538,25 @@ class DiffStore:
                 x, rows, slots, None, None, rope.cos, rope.sin, rope.interleaved, 1.0, pool
             )
 
+    def _as_stored(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Dense rows in the pool's dtype."""
+        stored: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for layer, rows in enumerate(zip(keys, values, strict=True)):
+            rope = self._ropes[layer]
+            for x, scale, to in zip(rows, self.pool.scales(layer), stored, strict=True):
+                out = x
+                if x.dtype != self.pool.dtype:
+                    out = torch.empty(x.shape, dtype=self.pool.dtype, device=x.device)
+                    ops.rope_rotate_out(
+                        *(x, None, None, None, None, rope.cos, rope.sin, rope.interleaved, 1.0),
+                        out,
+                        out_scale=scale,
+                    )
+                to.append(out)
+        return stored
+
     def _check_dense(
         self,
         dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
@@ -545,7 +583,8 @@ class DiffStore:
                             f"dense[{agent!r}] {name}[{layer}]: expected {[length, *heads]}, "
                             f"got {list(tensor.shape)}"
                         )
-                    if tensor.dtype != self.geometry.dtype or tensor.device != self.device:
+                    known = tensor.dtype in (self.geometry.dtype, self.pool.dtype)
+                    if not known or tensor.device != self.device:
                         raise ValueError(
                             f"dense[{agent!r}] {name}[{layer}]: expected {self.geometry.dtype} on "
                             f"{self.device}, got {tensor.dtype} on {tensor.device}"
@@ -580,7 +619,8 @@ class DiffStore:
 
         Args:
             path: of the file. It holds data only; loading it runs no code.
-            rope, capacity, device, pool: as of a new store. Geometry and block size are the file's.
+            rope, capacity, device, pool: as of a new store. Geometry, block size and quantization
+                are the file's.
 
         Raises:
             OSError: the file cannot be read.
@@ -590,8 +630,20 @@ class DiffStore:
         """
         state = persistence.read_state(path)
         store = cls(
-            persistence.geometry_in(state), rope, capacity, device, state["block_size"], pool
+            persistence.geometry_in(state),
+            rope,
+            capacity,
+            device,
+            state["block_size"],
+            pool,
+            persistence.quantization_in(state) if pool is None else None,
         )
+        saved = persistence.quantization_in(state)
+        mine = store.pool.quantization
+        if (saved is None) != (mine is None) or (saved is not None and not saved.equals(mine)):
+            raise ValueError(
+                "pool: expected the dtype and the scales that the store was saved with, got others"
+            )
         if store.block_size != state["block_size"]:
             raise ValueError(
                 f"pool: expected block_size {state['block_size']}, got {store.block_size}"
@@ -631,15 +683,14 @@ class DiffStore:
         own_rows = sum(len(mirror.own_position) for mirror in self._mirrors.values())
         own_rows += sum(master.length for master in outputs.values())
         dense_rows = sum(mirror.length for mirror in self._mirrors.values())
-        row_bytes = self.geometry.row_bytes
         return StoreStats(
             agents=len(self._mirrors),
             masters=len(masters),
             dense_rows=dense_rows,
             master_rows=master_rows,
             own_rows=own_rows,
-            dense_bytes=dense_rows * row_bytes,
-            row_bytes=(master_rows + own_rows) * row_bytes,
+            dense_bytes=dense_rows * self.geometry.row_bytes,
+            row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
             stored_bytes=len(pages) * self.pool.page_bytes,
             total_pages=self.pool.num_pages,
             used_pages=int(np.count_nonzero(self._page_users)),

@@ -8,6 +8,7 @@
     tolerance [town_square]
     audits [town_square]
     answers [--sessions 4]
+    quantized [town_square debate]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
 measured again, so that it can be stopped and continued. It writes ``front.md`` and, with
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bench.fidelity import answers, audits, drift, front, leakage, tolerance
+from bench.fidelity import answers, audits, drift, front, leakage, quantized, tolerance
 from tokendance.workloads import find_workload, read_rounds
 
 
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.add_argument("workload", nargs="?", default="town_square")
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
+    one = commands.add_parser("quantized")
+    one.add_argument("workloads", nargs="*", default=list(quantized.WORKLOADS))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model)
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result, write = leakage.run(*loaded, options.workload), leakage.text
     elif options.command == "tolerance":
         result, write = tolerance.run(*loaded, options.workload), tolerance.text
+    elif options.command == "quantized":
+        result, write = quantized.run(*loaded, options.workloads), quantized.text
     elif options.command == "audits":
         result, write = audits.run(*loaded, options.workload), audits.text
     else:

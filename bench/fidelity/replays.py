@@ -13,6 +13,7 @@ from torch import Tensor
 from tokendance.baselines import FullPrefill, PerRequestBlend
 from tokendance.collector import KVCollector
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
+from tokendance.quantization import Quantization
 from tokendance.replay import divergence_of
 from tokendance.segments import Segment
 from tokendance.selection import parse_selection
@@ -99,13 +100,16 @@ def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
         one.logits = {agent: torch.stack(parts) for agent, parts in rows.items()}
 
 
-def make_engine(model: Any, source: str, selection: str) -> Any:
+def make_engine(
+    model: Any, source: str, selection: str, quantization: Quantization | None = None
+) -> Any:
     """A collector over an empty store of its own, and the engine that runs it."""
     store = DiffStore(
         geometry_of(model),
         rope_of(model, model.config.max_position_embeddings),
         "16GiB",
         block_size=8,
+        quantization=quantization,
     )
     return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
 
@@ -123,7 +127,7 @@ def measure(model: Any, way: str, rounds: Sequence[Round]) -> list[Figures]:
     if kind == PIC:
         return _measure_pic(PerRequestBlend(model, float(rest)), rounds)
     engine = make_engine(model, "master" if kind == NEUTRAL else kind, rest)
-    return [_measure_round(engine, one, kind == NEUTRAL) for one in rounds]
+    return [measure_round(engine, one, kind == NEUTRAL) for one in rounds]
 
 
 def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figures]:
@@ -145,7 +149,8 @@ def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figur
     return result
 
 
-def _measure_round(engine: Any, one: Round, neutral: bool) -> Figures:
+def measure_round(engine: Any, one: Round, neutral: bool = False) -> Figures:
+    """Runs and commits a round."""
     prompts = dict(one.prompts)
     if neutral:
         first = next(iter(prompts.values()))

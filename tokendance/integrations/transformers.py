@@ -19,6 +19,7 @@ from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
 from tokendance.plan import Plan
+from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.step import Step
 
@@ -42,6 +43,30 @@ def geometry_of(model: Any) -> KVGeometry:
 def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
     """The rotation tables of a transformers model; see `Rope.from_config`."""
     return Rope.from_config(model.config, max_position)
+
+
+def quantization_of(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    margin: float | None = None,
+) -> Quantization:
+    """Scales for a model's keys and values, from what it makes of some prompts.
+
+    Args:
+        token_ids: the prompts; a few hundred tokens of the kind that is to be served will do.
+        dtype, margin: see `Quantization.from_samples`.
+    """
+    layers: list[list[list[Tensor]]] = [[[], []] for _ in range(model.config.num_hidden_layers)]
+    for ids in token_ids:
+        prompt = torch.tensor([list(ids)], device=model.device)
+        with torch.inference_mode():
+            cache = model.model(prompt, use_cache=True).past_key_values
+        for parts, layer in zip(layers, cache.layers, strict=True):
+            for kept, rows in zip(parts, (layer.keys, layer.values), strict=True):
+                kept.append(rows[0].transpose(0, 1))
+    keys, values = ([torch.cat(parts[which]) for parts in layers] for which in (0, 1))
+    return Quantization.from_samples(keys, values, dtype, margin).to(model.device)
 
 
 def sample_token(
@@ -73,7 +98,8 @@ class TransformersEngine:
 
     Args:
         model: an ``AutoModelForCausalLM`` of one of ``MODEL_TYPES``, in eval mode.
-        collector: over a store of the model's geometry, rotation tables and device.
+        collector: over a store of the model's geometry, rotation tables and device; its pool may
+            be quantized (`quantization_of`).
 
     Raises:
         ValueError: another architecture, or a store that does not fit the model.

@@ -24,7 +24,10 @@ template <bool kInterleaved, bool kExact, typename T>
 class RowComparison {
  public:
   RowComparison(const DiffEncodeParams& params, LineAngles<T, kInterleaved>& angles)
-      : params_(params), angles_(angles), rtol_(broadcast(params.rtol)) {}
+      : params_(params),
+        angles_(angles),
+        atol_(broadcast(params.atol)),
+        rtol_(broadcast(params.rtol)) {}
 
   // `scales` of the layer's heads, null = 1.
   bool same_key(const T* dense, const T* master, int64_t shift, const float* scales) const {
@@ -98,7 +101,10 @@ class RowComparison {
 
   // In units of the head's elements.
   TOKENDANCE_INLINE F32 atol_of(const float* scales, int32_t head) const {
-    return broadcast(scales ? params_.atol / scales[head] : params_.atol);
+    if constexpr (kIsQuantized<T>) {
+      if (scales) return broadcast(params_.atol / scales[head]);
+    }
+    return atol_;
   }
 
   TOKENDANCE_INLINE void compare_unmoved(Difference& differs, const T* in, const T* held,
@@ -115,7 +121,7 @@ class RowComparison {
 
   const DiffEncodeParams& params_;
   LineAngles<T, kInterleaved>& angles_;
-  F32 rtol_;
+  F32 atol_, rtol_;
 };
 
 // Sets in a mask word the bits of the rows of a page that differ.
