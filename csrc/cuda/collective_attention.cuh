@@ -37,7 +37,7 @@
 // integer instructions for four elements. With four warps at work an A100, of 64 integer lanes a
 // clock and multiprocessor, widens 64 / 7 bytes a clock, at 1.41 GHz 1.4 TB/s of 2.0: tiles of more
 // than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions.
-// Queries and weights are fp16. Registers 135 (D = 64) to 246 (D = 256), shared memory 22 to 58 KB.
+// Queries and weights are fp16. Registers 135 (D = 64) to 236 (D = 256), shared memory 22 to 58 KB.
 #pragma once
 
 #include "cuda/attention_products.cuh"
