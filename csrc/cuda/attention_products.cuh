@@ -137,26 +137,26 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
           }
         }
       }
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < kKeys / 32; ++k) {
-      uint32_t weight[2][4];  // of 16 keys each
+      for (int k = 0; k < kKeys / 32; ++k) {
+        uint32_t weight[2][4];  // of 16 keys each
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float (&pair)[4] = weights[4 * k + i / 2];
-        weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
+        for (int i = 0; i < 8; ++i) {
+          const float (&pair)[4] = weights[4 * k + i / 2];
+          weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t value[4];  // of 8 keys each
-        load_transposed_matrices(value,
-                                 shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t value[4];  // of 8 keys each
+          load_transposed_matrices(
+              value, shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
-          multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
-          multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+          for (int i = 0; i < 2; ++i) {
+            const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+            multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
+            multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+          }
         }
       }
     }
