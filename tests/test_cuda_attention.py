@@ -20,6 +20,8 @@ pytestmark = [
     pytest.mark.skipif(PtxBackend.missing() is not None, reason=PtxBackend.missing() or ""),
 ]
 DTYPES = test_collective_attention.DTYPES
+SHORT = [torch.float16, torch.bfloat16]
+E4M3 = torch.float8_e4m3fn
 HEAD_DIMS = test_collective_attention.HEAD_DIMS
 ALIGNED = 1 << 20
 
@@ -54,6 +56,7 @@ def plan(head_dim=128, dtype=2, **changes):
         "num_kv_heads": heads,
         "head_dim": head_dim,
         "dtype": dtype,
+        "pool_dtype": dtype,
     }
     params = ptx_backend.CollectiveAttentionParams(**(members | changes))
     planned = ptx_backend.plan("collective_attention", params)
@@ -100,6 +103,21 @@ def test_every_kernel_has_its_name_and_fits(dtype, head_dim):
         assert attention.shared_bytes <= 99 * 1024
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [1, 2])
+def test_kernels_of_e4m3_pools(dtype, head_dim):
+    short = ("f32", "f16", "bf16")[dtype]
+    for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 8}, "narrow")):
+        attention, merge = plan(head_dim, dtype, pool_dtype=3, **changes)
+        expected = [f"{short}_e4m3_d{head_dim}_{width}", f"merge_{short}_wide"]
+        assert names([attention, merge]) == expected
+        assert attention.shared_bytes <= 99 * 1024
+        [plain, _] = plan(head_dim, dtype)
+        assert attention.shared_bytes < plain.shared_bytes
+    odd = ptx_backend.RowLayout(1 << 16, 16 * 520, 520, head_dim, 16)
+    assert names(plan(head_dim, dtype, pool_dtype=3, v_layout=odd))[0].endswith("narrow")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -131,6 +149,44 @@ def test_narrow_kernels(ptx, dtype, head_dim):
     )
     check(ptx, case, wide=True)
     assert ptx.launched.launches[0].name.decode().endswith(f"_d{head_dim}_narrow")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("query_dtype", SHORT, ids=str)
+def test_narrow_kernels_of_e4m3_pools(ptx, query_dtype, head_dim):
+    case = attention_round(
+        20, head_dim=head_dim, dtype=E4M3, query_dtype=query_dtype, layout="unaligned",
+        masters=(150, 20), rows=2,
+    )  # fmt: skip
+    check(ptx, case, wide=True)
+    assert ptx.launched.launches[0].name.decode().endswith(f"_e4m3_d{head_dim}_narrow")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_e4m3_pools_on_sm_90(head_dim):
+    """Where there are instructions that convert."""
+    case = attention_round(
+        27, head_dim=head_dim, dtype=E4M3, query_dtype=torch.bfloat16, masters=(150, 20), rows=2
+    )
+    check(PtxBackend("90"), case)
+
+
+@pytest.mark.parametrize("layout", ["separate", "unaligned"])
+def test_e4m3_pages_that_lie_far_apart(ptx, layout):
+    case = attention_round(
+        28, agents=2, masters=(40,), whole_uses=True, dtype=E4M3, query_dtype=torch.float16, rows=2
+    )
+    stride = 2_200_000_000 + 16 + (layout == "unaligned")
+    far = replace(
+        case,
+        k_pool=[testing.far_apart(case.k_pool[0], stride)],
+        v_pool=[testing.far_apart(case.v_pool[0], stride)],
+    )
+    outputs = [torch.full(case.q.shape, torch.nan, dtype=case.q.dtype) for _ in range(2)]
+    for each, out in zip((case, far), outputs, strict=True):
+        run(ptx, each, out)
+    assert outputs[0][case.real_rows].isfinite().all()
+    testing.assert_same_bits(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -403,3 +403,24 @@ def test_sm_90(case):
     newer.merge_states_out(partial, lse, None, out, merged_lse)
     for got, want in zip((out, merged_lse), reference.merge_states(partial, lse), strict=True):
         testing.assert_close(got, want, torch.float32)
+
+
+def test_quantized_rows_on_sm_90():
+    """Where there are instructions that convert."""
+    newer = PtxBackend("90")
+    e4m3 = torch.float8_e4m3fn
+    for interleaved, layout in ((False, "padded"), (True, "unaligned")):
+        options = {"interleaved": interleaved, "layout": layout}
+        for pair in ((e4m3, e4m3), (e4m3, torch.float16), (torch.float32, e4m3)):
+            every = test_rope_rotate.every_element(*pair, **options)
+            test_rope_rotate.check(newer, every)
+            scaled = test_rope_rotate.conversion(1, *pair, out_layout=layout, **options)
+            test_rope_rotate.check(newer, scaled)
+        case = testing.random_round(4, agents=2, masters=(20,), room_for_all=True, dtype=e4m3)
+        for dtype in (e4m3, torch.bfloat16):
+            dense = testing.dense_cache(case, 5, dtype=dtype, layout=layout)
+            test_diff_restore.check(newer, case, dense)
+        dense = test_diff_encode.restored(case)
+        blank = test_diff_encode.forget_mirrors(case)
+        test_diff_encode.check(newer, blank, dense)
+        test_diff_encode.check(newer, blank, dense, 0.02, 0.1)

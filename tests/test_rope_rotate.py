@@ -448,11 +448,14 @@ def every_element(dtype, out_dtype, **options):
     """All the elements that are numbers, or also what lies between them and beyond the limits."""
     codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
     numbers = codes[codes.isfinite()].sort().values
-    if dtype != E4M3:
+    if dtype == out_dtype:  # elsewhere the bits of a NaN may be any
+        numbers = torch.cat([torch.full((64,), torch.nan), numbers])
+    elif out_dtype == E4M3:
         between = (numbers[1:] + numbers[:-1]) / 2
         step = between.abs() * 2**-7
-        limits = torch.tensor([449.0, 464.0, 480.0, 1e4, 2**-10, 2**-11, 0.0])
-        numbers = torch.cat([numbers, between, between + step, between - step, limits, -limits])
+        limits = torch.tensor([464.0, 1e4, torch.inf, -torch.inf, torch.nan, 2**-10, 2**-11])
+        limits = limits.repeat_interleave(64)  # a head of each, for every element of a vector
+        numbers = torch.cat([limits, numbers, between, between + step, between - step])
     heads = -(-numbers.numel() // 64)
     moves = random_moves(12, rows=3, heads=heads, dtype=dtype, out_dtype=out_dtype, **options)
     content = numbers[torch.arange(64 * heads) % numbers.numel()].view(heads, 64).to(dtype)

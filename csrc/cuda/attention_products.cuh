@@ -114,24 +114,49 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
   static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
                                                     const Float8* values, int32_t lane,
                                                     float (&sums)[kHeadDim / 8][4]) {
+    if constexpr (kHeadDim == 256) {
+      // 16 keys at a time, for the sums take half of the registers.
+      const uint32_t value_row = lane % 16, value_piece = lane / 16;
 #pragma unroll
-    for (int k = 0; k < kKeys / 32; ++k) {
-      uint32_t weight[2][4];  // of 16 keys each
+      for (int k = 0; k < kKeys / 16; ++k) {
+        const uint32_t weight[4] = {
+            pack_pair<__half>(weights[2 * k][0], weights[2 * k][1]),
+            pack_pair<__half>(weights[2 * k][2], weights[2 * k][3]),
+            pack_pair<__half>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
+            pack_pair<__half>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float (&pair)[4] = weights[4 * k + i / 2];
-        weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        for (int n = 0; n < kHeadDim / 32; ++n) {
+          uint32_t value[4];  // of 8 keys each, twice 16 dims
+          load_transposed_matrices(value, shared_address(values + 16 * k * kHeadDim +
+                                                         Rows::piece(value_row, n, value_piece)));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+            multiply_add<__half>(sums[4 * n + 2 * i], weight, first.even, second.even);
+            multiply_add<__half>(sums[4 * n + 2 * i + 1], weight, first.odd, second.odd);
+          }
+        }
       }
+    } else {
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 16; ++n) {
-        uint32_t value[4];  // of 8 keys each
-        load_transposed_matrices(value,
-                                 shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
+      for (int k = 0; k < kKeys / 32; ++k) {
+        uint32_t weight[2][4];  // of 16 keys each
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
-          multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
-          multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+        for (int i = 0; i < 8; ++i) {
+          const float (&pair)[4] = weights[4 * k + i / 2];
+          weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 16; ++n) {
+          uint32_t value[4];  // of 8 keys each
+          load_transposed_matrices(
+              value, shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+            multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
+            multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+          }
         }
       }
     }

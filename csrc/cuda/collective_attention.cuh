@@ -31,6 +31,13 @@
 //   256        242 - 246   82 KB           1 and 2; tiles of 32 keys
 //
 // fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps.
+//
+// Keys and values of e4m3 are 1 byte an element, in stages of half the size, so that decode may do
+// 2 FLOPs per byte and query row. Every warp widens the tile for itself: before sm_89 by seven
+// integer instructions for four elements. With four warps at work an A100, of 64 integer lanes a
+// clock and multiprocessor, widens 64 / 7 bytes a clock, at 1.41 GHz 1.4 TB/s of 2.0: tiles of more
+// than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions.
+// Queries and weights are fp16. Registers 135 (D = 64) to 236 (D = 256), shared memory 22 to 58 KB.
 #pragma once
 
 #include "cuda/attention_products.cuh"

@@ -19,6 +19,9 @@
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
 // KB. The compaction: 56 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
 // way per thread.
+//
+// e4m3 rows are compared 8 bytes at a time and copied 16: a thread has as many elements as of
+// 16-bit types, and so as many registers or fewer.
 #pragma once
 
 #include "cuda/diff_encode_plan.h"

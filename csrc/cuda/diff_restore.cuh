@@ -21,6 +21,10 @@
 // Shared memory for pages of 16 rows of 4 heads of 128 at 16 bits and 10 agents: two stages of
 // 16 KB, targets and angles 7.6 KB: three blocks take 121 of A100's 164 KB, and have 48 KB of loads
 // under way.
+//
+// Of e4m3 a thread has 8 elements at a time, 4 where they become fp32: cp.async of 8 or 4 bytes, by
+// way of L1. Values of e4m3 are copied, and keys that do not move; those that do are bound by their
+// conversions before sm_89, as rope_rotate is.
 #pragma once
 
 #include <type_traits>
