@@ -237,28 +237,32 @@ def attention_decode(
     agents: int,
     shared: int,
     private: int,
+    pool_dtype: torch.dtype | None = None,
 ) -> Shape:
     """A row of every agent over the Masters, at another shift for each, and its own rows.
 
     Args:
         heads: Hk, G and D.
+        pool_dtype: of keys and values where they are quantized.
     """
-    case = _attention_round(device, dtype, heads, agents, shared, private, rows=1)
+    case = _attention_round(device, dtype, heads, agents, shared, private, 1, pool_dtype)
     num_kv_heads, group, head_dim = heads
     peers = {"sdpa": _sdpa(case, agents, queries=1)}
-    if cascade := _cascade(case):
+    if pool_dtype is None and (cascade := _cascade(case)):
         peers["cascade"] = cascade
+    kept = "" if pool_dtype is None else " in e4m3"
+    itemsize = (pool_dtype or dtype).itemsize
     return Shape(
         _name(
             "attention, decode",
             dtype,
             num_kv_heads,
             head_dim,
-            f"G {group}, {agents} agents, {shared} shared, {private} own",
+            f"G {group}, {agents} agents, {shared} shared, {private} own{kept}",
         ),
         dtype,
         case.attention(),
-        bytes=(shared + agents * private) * 2 * num_kv_heads * head_dim * dtype.itemsize,
+        bytes=(shared + agents * private) * 2 * num_kv_heads * head_dim * itemsize,
         peers=peers,
     )
 
@@ -300,6 +304,7 @@ def _attention_round(
     shared: int,
     private: int,
     rows: int,
+    pool_dtype: torch.dtype | None = None,
 ) -> BenchRound:
     num_kv_heads, group, head_dim = heads
     return make_round(
@@ -311,6 +316,7 @@ def _attention_round(
         group=group,
         head_dim=head_dim,
         dtype=dtype,
+        pool_dtype=pool_dtype,
         device=device,
     )
 
@@ -395,6 +401,10 @@ SHAPES: list[tuple[Callable[..., Shape], dict[str, Any]]] = [
     *((attention_decode, _attention(*sizes, dtype=bf16)) for sizes in DECODE),
     *((attention_decode, _attention(*sizes, dtype=f16)) for sizes in DECODE[2:3]),
     *((attention_decode, _attention(*sizes, dtype=f32)) for sizes in DECODE[2:3]),
+    *(
+        (attention_decode, _attention(*sizes, dtype=bf16, pool_dtype=torch.float8_e4m3fn))
+        for sizes in DECODE[1:4]
+    ),
     *((attention_prefill, _attention(*sizes, dtype=bf16)) for sizes in PREFILL),
     (attention_prefill, _attention((8, 1, 64), 2, 4096, 64, dtype=f32)),
 ]

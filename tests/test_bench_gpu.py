@@ -81,6 +81,8 @@ def test_bytes_and_flops_of_attention():
     sizes = {"heads": heads, "agents": 3, "shared": 64, "private": 5, "dtype": torch.float16}
     # 64 shared rows and 5 of each agent: K and V of 2 heads of 64 at 2 bytes.
     assert gpu.attention_decode(CPU, **sizes).bytes == (64 + 15) * 512
+    eight_bits = sizes | {"pool_dtype": torch.float8_e4m3fn}
+    assert gpu.attention_decode(CPU, **eight_bits).bytes == (64 + 15) * 256
     # Row i of 69 sees i + 1 keys: 2415 for each of 3 agents and 6 heads, twice 64 multiply-adds.
     assert gpu.attention_prefill(CPU, **sizes).flops == 2415 * 3 * 6 * 256
 

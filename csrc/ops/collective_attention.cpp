@@ -34,6 +34,10 @@ Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, cons
   params.head_dim = checked_head_dim("q", dims["head_dim"]);
   params.num_q_heads = static_cast<int32_t>(dims["q_heads"]);
   params.pool_dtype = paired_dtype("k_pool", k_pool, q, Quantized::kResult);
+  if (!q.is_cpu() && is_quantized(params.pool_dtype) && params.dtype == DType::kFloat32) {
+    fail("q: expected float16 or bfloat16 where k_pool is ", dtype_text(k_pool.scalar_type()),
+         " on ", device_text(q), ", got float32");
+  }
   params.k_layout = Argument("k_pool", k_pool)
                         .pages(dims, "num_pages", e.block_size, "kv_heads", params.head_dim);
   params.v_layout = Argument("v_pool", v_pool)
