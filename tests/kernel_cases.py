@@ -65,6 +65,20 @@ def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> C
     )
 
 
+def last_block_first(case: Case) -> Case:
+    """The case with blocks in descending order, where the backend knows of an order."""
+
+    def run(backend: Any) -> None:
+        options = getattr(backend, "options", {})
+        options["last_block_first"] = True
+        try:
+            case.run(backend)
+        finally:
+            del options["last_block_first"]
+
+    return Case(f"{case.name}, last block first", run)
+
+
 def _known(name: str, module: ModuleType, case: Any, dense: Any, expected: Any) -> Case:
     """A check whose results come from elsewhere."""
     return Case(name, lambda backend: module.check(backend, case, dense, expected=expected))
@@ -281,7 +295,9 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     yield checked(module, "halfway", module.forget_mirrors(halfway), dense)
     near = module.forget_mirrors(small)
     long, dense = module.long_prompts(**_round_options(variant))
-    yield checked(module, "long prompts", module.forget_mirrors(long), dense)
+    long_prompts = checked(module, "long prompts", module.forget_mirrors(long), dense)
+    yield long_prompts
+    yield last_block_first(long_prompts)
     yield checked(module, "one own row", *module.one_own_row(**_round_options(variant)))
     yield checked(module, "little room", *module.little_room(1, **_round_options(variant)))
     within = module.uses_of_no_rows_within_others(**_round_options(variant))
@@ -327,7 +343,7 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     unmoved = testing.random_round(
         5, agents=2, masters=(9,), whole_uses=True, rotary_dim=0, **sizes
     )
-    blank = module.forget_mirrors(unmoved)
+    blank = replace(module.forget_mirrors(unmoved), cos=torch.empty(1, 0), sin=torch.empty(1, 0))
     yield checked(module, "no rotation", blank, module.restored(unmoved))
     alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
