@@ -300,17 +300,28 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     yield last_block_first(long_prompts)
     yield checked(module, "one own row", *module.one_own_row(**_round_options(variant)))
     yield checked(module, "little room", *module.little_room(1, **_round_options(variant)))
-    within = module.uses_of_no_rows_within_others(**_round_options(variant))
-    yield checked(module, "uses of no rows within others", *within)
     blank = testing.random_round(
         18, agents=2, masters=(9,), num_layers=8, num_q_heads=1, num_kv_heads=1, **sizes
     )
     dense = module.restored(blank, spare_columns=72 * 256)  # blocks enough for two layers in each
     yield checked(module, "layers in a block", module.forget_mirrors(blank), dense)
+    few = testing.random_round(
+        20, agents=2, masters=(9,), num_q_heads=1, num_kv_heads=1, head_dim=32,
+        **{**sizes, "layout": "separate" if variant.wide else "unaligned"},
+    )  # fmt: skip
+    yield checked(module, "a head of 32", module.forget_mirrors(few), module.restored(few))
+    dense = module.restored(small, layout=in_layout)
+    first_of_second_half = rotary_dim + (64 - rotary_dim) // 2
+    for agent, length in enumerate(small.length.tolist()):
+        module.alter_key(dense, agent, slice(0, length, 2), head=1, dim=first_of_second_half)
+    yield checked(module, "a dim that is not rotated", module.forget_mirrors(small), dense)
+    page = module.uses_that_end_with_a_page(**_round_options(variant))
+    yield checked(module, "uses that end with a page", *page)
     yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
     for heads, head_dim in ((3, 80), (9, 256) if variant.wide else (5, 64)):
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))
         dense = module.restored(rows, layout=in_layout)
+        module.alter_key(dense, 0, slice(0, int(rows.length[0])), head=2, dim=0)
         yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
     yield _known("bad indices", module, blank, dense, expected)

@@ -169,6 +169,13 @@ EQUIVALENT = (
         source=r"const bool more = next\.chunk < chunk_end",
     ),
     Equivalent(
+        "a use begins where those before it have ended: none of them covers what comes after a use"
+        " of no rows",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"use_length \+ use\) == 0\) --use",
+    ),
+    Equivalent(
         "a block of no own rows has nothing to store",
         kernel="diff_encode_compact",
         change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
@@ -228,6 +235,13 @@ EQUIVALENT = (
         "every lane or thread has the same value, and any other than the first may write it",
         change=OTHER_THAN_0,
         source=ONE_WRITES,
+    ),
+    Equivalent(
+        "every lane has the mask of the page, and any other than the first may write it",
+        kernel="diff_encode_compare",
+        change=OTHER_THAN_0,
+        source=r"return round\.agent_use\[",  # what is loaded after lane == 0 is asked
+        operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(
         "every lane or thread has the same value, and all but the first may write it",
