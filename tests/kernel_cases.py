@@ -305,11 +305,6 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     )
     dense = module.restored(blank, spare_columns=72 * 256)  # blocks enough for two layers in each
     yield checked(module, "layers in a block", module.forget_mirrors(blank), dense)
-    few = testing.random_round(
-        20, agents=2, masters=(9,), num_q_heads=1, num_kv_heads=1, head_dim=32,
-        **{**sizes, "layout": "separate" if variant.wide else "unaligned"},
-    )  # fmt: skip
-    yield checked(module, "a head of 32", module.forget_mirrors(few), module.restored(few))
     dense = module.restored(small, layout=in_layout)
     first_of_second_half = rotary_dim + (64 - rotary_dim) // 2
     for agent, length in enumerate(small.length.tolist()):
@@ -321,7 +316,8 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     for heads, head_dim in ((3, 80), (9, 256) if variant.wide else (5, 64)):
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))
         dense = module.restored(rows, layout=in_layout)
-        module.alter_key(dense, 0, slice(0, int(rows.length[0])), head=2, dim=0)
+        for agent, length in enumerate(rows.length.tolist()):
+            module.alter_key(dense, agent, slice(agent, length, 2), head=2, dim=0)
         yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
     yield _known("bad indices", module, blank, dense, expected)

@@ -169,6 +169,12 @@ EQUIVALENT = (
         source=r"const bool more = next\.chunk < chunk_end",
     ),
     Equivalent(
+        "a head has 64 dims at least: of pairs of single elements every lane has one",
+        kernel="diff_encode_compare_.*_narrow$",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"tasks = p\.num_heads \* tasks_of_head",
+    ),
+    Equivalent(
         "a use begins where those before it have ended: none of them covers what comes after a use"
         " of no rows",
         kernel="diff_encode_compact",
