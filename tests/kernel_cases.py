@@ -317,7 +317,8 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))
         dense = module.restored(rows, layout=in_layout)
         for agent, length in enumerate(rows.length.tolist()):
-            module.alter_key(dense, agent, slice(agent, length, 2), head=2, dim=0)
+            for head in (1, 2):
+                module.alter_key(dense, agent, slice(agent + 2 * head - 2, length, 4), head, dim=0)
         yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
     yield _known("bad indices", module, blank, dense, expected)
