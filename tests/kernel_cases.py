@@ -74,6 +74,20 @@ def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> C
     )
 
 
+def last_block_first(case: Case) -> Case:
+    """The case with blocks in descending order, where the backend knows of an order."""
+
+    def run(backend: Any) -> None:
+        options = getattr(backend, "options", {})
+        options["last_block_first"] = True
+        try:
+            case.run(backend)
+        finally:
+            del options["last_block_first"]
+
+    return Case(f"{case.name}, last block first", run)
+
+
 def _known(name: str, module: ModuleType, case: Any, dense: Any, expected: Any) -> Case:
     """A check whose results come from elsewhere."""
     return Case(name, lambda backend: module.check(backend, case, dense, expected=expected))
@@ -342,21 +356,31 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     yield checked(module, "halfway", module.forget_mirrors(halfway), dense)
     near = module.forget_mirrors(small)
     long, dense = module.long_prompts(**_round_options(variant))
-    yield checked(module, "long prompts", module.forget_mirrors(long), dense)
+    long_prompts = checked(module, "long prompts", module.forget_mirrors(long), dense)
+    yield long_prompts
+    yield last_block_first(long_prompts)
     yield checked(module, "one own row", *module.one_own_row(**_round_options(variant)))
     yield checked(module, "little room", *module.little_room(1, **_round_options(variant)))
-    within = module.uses_of_no_rows_within_others(**_round_options(variant))
-    yield checked(module, "uses of no rows within others", *within)
     blank = testing.random_round(
         18, agents=2, masters=(9,), num_layers=8, num_q_heads=1, num_kv_heads=1, **sizes
     )
     dense = module.restored(blank, spare_columns=72 * 256)  # blocks enough for two layers in each
     yield checked(module, "layers in a block", module.forget_mirrors(blank), dense)
+    dense = module.restored(small, layout=in_layout)
+    first_of_second_half = rotary_dim + (64 - rotary_dim) // 2
+    for agent, length in enumerate(small.length.tolist()):
+        module.alter_key(dense, agent, slice(0, length, 2), head=1, dim=first_of_second_half)
+    yield checked(module, "a dim that is not rotated", module.forget_mirrors(small), dense)
+    page = module.uses_that_end_with_a_page(**_round_options(variant))
+    yield checked(module, "uses that end with a page", *page)
     yield checked(module, "early ends", *module.prompts_that_end_early(**_round_options(variant)))
     many_heads = 9 if variant.plain is None else 17
     for heads, head_dim in ((3, 80), (many_heads, 256) if variant.wide else (5, 64)):
         rows = module.wide_rows(heads, head_dim, **_round_options(variant))
         dense = module.restored(rows, layout=in_layout)
+        for agent, length in enumerate(rows.length.tolist()):
+            for head in (1, 2):
+                module.alter_key(dense, agent, slice(agent + 2 * head - 2, length, 4), head, dim=0)
         yield checked(module, f"{heads} heads of {head_dim}", module.forget_mirrors(rows), dense)
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
     yield _known("bad indices", module, blank, dense, expected)
@@ -389,7 +413,7 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     unmoved = testing.random_round(
         5, agents=2, masters=(9,), whole_uses=True, rotary_dim=0, **sizes
     )
-    blank = module.forget_mirrors(unmoved)
+    blank = replace(module.forget_mirrors(unmoved), cos=torch.empty(1, 0), sin=torch.empty(1, 0))
     yield checked(module, "no rotation", blank, module.restored(unmoved))
     alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)

@@ -93,7 +93,7 @@ def encode_of_many_agents(**options):
     """More rows than a block has threads, and more agents than it has warps."""
     case = testing.random_round(
         5, agents=12, masters=(35,), private_length=2, block_size=32, num_kv_heads=1, head_dim=128,
-        room_for_all=True, **options,
+        whole_uses=True, room_for_all=True, **options,
     )  # fmt: skip
     dense = test_diff_encode.restored(case)
     for agent, length in enumerate(case.length.tolist()):

@@ -267,14 +267,15 @@ def long_prompts(**options):
 
 
 def one_own_row(**options):
-    """Two agents of one use, of several blocks of the compaction; the first agent has a row."""
+    """Two agents of one use, of several blocks of the compaction; the first agent has a row, and
+    the second every other, all of them the first row of its dense KV."""
     case = testing.random_round(
         15, agents=2, masters=(600,), whole_uses=True, masks="none", private_length=0,
         num_q_heads=1, num_kv_heads=1, room_for_all=True, block_size=8, **options,
     )  # fmt: skip
     dense = restored(case)
     alter(dense, 0, [7])
-    alter(dense, 1, range(0, int(case.length[1]), 50))
+    dense.slot_mapping[1, : int(case.length[1]) : 2] = 0
     return forget_mirrors(case), dense
 
 
@@ -283,35 +284,30 @@ def test_one_own_row(backend):
     assert encoded.round.own_length[0] == 1
 
 
-def uses_of_no_rows_within_others(**options):
-    """Uses of no rows that come after the use that covers their position."""
+def alter_key(dense, agent, positions, head, dim):
+    """Changes one element of the first layer's keys in the rows at these positions."""
+    slots = dense.slot_mapping[agent, positions]
+    rows = reference.gather_rows(dense.k[0], slots).clone()
+    rows[:, head, dim] += 1
+    reference.scatter_rows(dense.k[0], slots, rows)
+
+
+def uses_that_end_with_a_page(**options):
+    """Uses of a Master's first page alone, and more room for masks than they need."""
     case = testing.random_round(
-        16, agents=3, masters=(0, 20, 0), whole_uses=True, masks="none", private_length=4,
+        19, agents=2, masters=(40,), whole_uses=True, masks="none", num_q_heads=1, num_kv_heads=1,
         room_for_all=True, **options,
     )  # fmt: skip
     dense = restored(case)
     blank = forget_mirrors(case)
-    round, empty = blank.round, 0
-    for first in range(case.filled.uses - 1):
-        second = first + 1
-        agent = int(round.use_agent[first])
-        lengths = round.use_length[first : second + 1].tolist()
-        if lengths != [0, 20] or agent != round.use_agent[second]:
-            continue
-        for field in (round.use_master, round.use_shift, round.use_length):
-            field[first], field[second] = int(field[second]), int(field[first])
-        round.use_delta[first] = int(round.use_delta[second])
-        round.use_delta[second] += 3
-        round.use_page_indptr[second] = int(round.use_page_indptr[second + 1])
-        for use in (first, second):
-            round.agent_use[agent, int(round.use_master[use])] = use
-        empty += 1
-    assert empty > 0
+    uses = case.filled.uses
+    blank.round.use_length[:uses] = case.filled.block_size
+    blank.round.use_page_indptr[:] = torch.arange(len(blank.round.use_page_indptr)).clamp(max=uses)
     return blank, dense
 
 
-def test_uses_of_no_rows_within_others(backend):
-    check(backend, *uses_of_no_rows_within_others())
+def test_uses_that_end_with_a_page(backend):
+    check(backend, *uses_that_end_with_a_page())
 
 
 def test_long_prompts(backend):

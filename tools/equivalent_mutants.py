@@ -169,6 +169,19 @@ EQUIVALENT = (
         source=r"const bool more = next\.chunk < chunk_end",
     ),
     Equivalent(
+        "a head has 64 dims at least: of pairs of single elements every lane has one",
+        kernel="diff_encode_compare_.*_narrow$",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"tasks = p\.num_heads \* tasks_of_head",
+    ),
+    Equivalent(
+        "a use begins where those before it have ended: none of them covers what comes after a use"
+        " of no rows",
+        kernel="diff_encode_compact",
+        change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
+        source=r"use_length \+ use\) == 0\) --use",
+    ),
+    Equivalent(
         "a block of no own rows has nothing to store",
         kernel="diff_encode_compact",
         change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
@@ -185,6 +198,13 @@ EQUIVALENT = (
         kernel="diff_encode_compact",
         change=r"shl\.b32 .*, 1 -> .*, 0$",
         source=r"first_layer = .*blockIdx\.z\) \* tile\.layers",
+    ),
+    Equivalent(
+        "no block is without layers: wide kernels ask before the loop alone, of a bound of its own",
+        kernel="diff_encode_compact_.*_wide$",
+        change=r"shl\.b32 .*, 1 -> .*, 2$",
+        source=r"end_layer = min\(",
+        operands=r"^min\.s32",
     ),
     Equivalent(
         "no block is without layers",
@@ -223,6 +243,13 @@ EQUIVALENT = (
         source=ONE_WRITES,
     ),
     Equivalent(
+        "every lane has the mask of the page, and any other than the first may write it",
+        kernel="diff_encode_compare",
+        change=OTHER_THAN_0,
+        source=r"return round\.agent_use\[",  # what is loaded after lane == 0 is asked
+        operands=r"^(sub|and)\.[sb]32 ",
+    ),
+    Equivalent(
         "every lane or thread has the same value, and all but the first may write it",
         change=r"flip predicate",
         operands=IS_0,
@@ -249,8 +276,16 @@ EQUIVALENT = (
     ),
     Equivalent(
         "there are 0, 2 or more rotary dims",
-        change=r"setp\.gt\.s32 .*, 0 -> .*, 1$",
-        source=r"max_position && p\.rope\.rotary_dim > 0",
+        change=r"setp\.gt\.s32 .*, 0 -> .*, 1$|setp\.lt\.s32 (\S+ \S+), 1 -> (setp\.le\.s32\s+\1, 1"
+        r"|setp\.lt\.s32 \1, 2)$",
+        source=r"p\.rope\.rotary_dim > 0",
+    ),
+    Equivalent(
+        "a shift without angles differs either way: what stands in their place nobody wrote, and as"
+        " executed here it is NaN",
+        kernel="diff_encode_compare",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"rotary_dim > 0 && abs\(p\.round\.use_shift\[use\]\) >= p\.rope\.max_position",
     ),
     Equivalent(
         "pages have 8, 16 or 32 rows",
@@ -286,7 +321,7 @@ EQUIVALENT = (
         "wide kernels have halves of the rotary dims of whole vectors: nothing to round up",
         kernel="_wide$",
         change=r"add\.s32 .*, 3 -> .*, 2$",
-        source=r"\(rotary_dim / 2 \+ 3\) / 4 \* 4|^$",
+        source=r"\(rotary_dim / 2 \+ 3\) / 4 \* 4|vectors = p\.head_dim / V|^$",
         operands=r"shr\.s32 %\w+, %\w+, 1$",
     ),
     # expf and logf

@@ -172,6 +172,7 @@ class Module:
         max_lanes: int = 8192,
         max_steps: int = 20_000_000,
         smem_limit: int = 227 * 1024,
+        last_block_first: bool = False,
     ) -> Stats:
         """Run a kernel to its end.
 
@@ -184,7 +185,8 @@ class Module:
         the result, "warp" also looks at lanes of one warp that no `__syncwarp` orders. `stats`
         False leaves traffic uncounted, which is faster. `max_lanes` threads run together (whole
         blocks, at least one). `max_steps` blocks of code are executed before the kernel is taken
-        to loop for ever.
+        to loop for ever. Blocks run in ascending order, `last_block_first` in descending order:
+        results that differ depend on an order that a GPU does not promise.
 
         Raises PtxError, with kernel, PTX line, instruction, thread and address, for accesses out
         of bounds or misaligned, deadlocks, divergent barriers and traps, and UnsupportedError for
@@ -204,10 +206,10 @@ class Module:
         warps = np.zeros(len(code.blocks), i64)
         threads = np.zeros(len(code.blocks), i64)
         together = max(1, max_lanes // math.prod(block))
-        blocks = range(math.prod(grid))
+        blocks = range(math.prod(grid))[:: -1 if last_block_first else 1]
         started = time.perf_counter()
         with np.errstate(all="ignore"):
-            for first in blocks[::together]:
+            for first in range(0, len(blocks), together):
                 here = blocks[first : first + together]
                 chunk = Chunk(self._arena, code, grid, block, here, params, shared, result)
                 chunk.count_traffic = stats

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from ptxrun import Module
 
 rng = np.random.default_rng
 
@@ -132,3 +133,27 @@ def test_work_queue(instructions):
     instructions.launch("5queue", 3, 64, [taken, out, 40], race=True)
     assert (out == [i * (i - 1) // 2 for i in range(40)]).all()
     assert taken[0] == 43  # each of three blocks takes one more and stops
+
+
+# ---- order ----
+@pytest.mark.parametrize("max_lanes", [32, 8192])
+@pytest.mark.parametrize(("last_block_first", "last"), [(False, 6), (True, 0)])
+def test_order_of_blocks(max_lanes, last_block_first, last):
+    """All blocks write one word: the one that comes last is seen."""
+    ptx = """
+    .version 7.0
+    .target sm_80
+    .address_size 64
+    .visible .entry all(.param .u64 out)
+    {
+    .reg .b32 %r<2>;
+    .reg .b64 %rd<2>;
+    ld.param.u64 %rd1, [out];
+    mov.u32 %r1, %ctaid.x;
+    st.global.u32 [%rd1], %r1;
+    ret;
+    }
+    """
+    out = np.full(1, -1, "i4")
+    Module(ptx).launch("all", 7, 32, [out], max_lanes=max_lanes, last_block_first=last_block_first)
+    assert out[0] == last
