@@ -288,7 +288,7 @@ def alter_key(dense, agent, positions, head, dim):
     """Changes one element of the first layer's keys in the rows at these positions."""
     slots = dense.slot_mapping[agent, positions]
     rows = reference.gather_rows(dense.k[0], slots).clone()
-    rows[:, head, dim] += 1
+    rows[:, head, dim] = (-1 - rows[:, head, dim].float()).to(rows.dtype)
     reference.scatter_rows(dense.k[0], slots, rows)
 
 
