@@ -18,7 +18,7 @@ from tokendance.integrations.transformers import geometry_of, quantization_of
 from tokendance.quantization import Quantization
 
 WORKLOADS = ("town_square", "debate")
-SELECTIONS = ("everything", "leading:4:6:24")
+SELECTIONS = ("everything", "leading:4:96:24")
 
 
 def run(
