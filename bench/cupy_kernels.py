@@ -118,6 +118,7 @@ def rope_rotate(xp: Any) -> Call:
         scale=1.0,
         rope=tables(cos, sin),
         dtype=1,
+        out_dtype=1,
     )
 
     def expected() -> Any:
@@ -189,6 +190,7 @@ def collective_attention(xp: Any) -> Call:
         rotary_scale=1.0,
         rope=tables(cos, sin),
         dtype=1,
+        pool_dtype=1,
     )
 
     def expected() -> Any:

@@ -25,8 +25,10 @@ def rope_rotate(**changes):
         "head_dim": 128,
         "rope": rope(),
         "dtype": 2,
+        **changes,
     }
-    return ptx_backend.plan("rope_rotate", ptx_backend.RopeRotateParams(**(members | changes)))
+    members.setdefault("out_dtype", members["dtype"])
+    return ptx_backend.plan("rope_rotate", ptx_backend.RopeRotateParams(**members))
 
 
 def kernel_of(plan):
