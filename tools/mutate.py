@@ -210,7 +210,7 @@ def judge(
 
 
 def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, list[int]]]:
-    """Indices of mutants of each kernel: `count` in all, as many of one operator as of another."""
+    """Indices of mutants of kernels: `count` in all, as many of one operator as of another."""
     generator = random.Random(seed)
     operators = sorted({kernel.operator for kernel in kernels})
     chosen: dict[str, list[int]] = {kernel.name: [] for kernel in kernels}
@@ -224,7 +224,7 @@ def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, 
         ]
         for name, index in generator.sample(every, min(share, len(every))):
             chosen[name].append(index)
-    return [(kernel, sorted(chosen[kernel.name])) for kernel in kernels]
+    return [(kernel, sorted(chosen[kernel.name])) for kernel in kernels if chosen[kernel.name]]
 
 
 _here: tuple[Kernel, kernel_ptx.SourceLines, Verdicts]  # of a process that runs mutants
