@@ -68,11 +68,6 @@ class Measurement:
         return self._total(self.rows, "store_bytes")
 
     @property
-    def bytes_ratio(self) -> float:
-        """Bytes of rows, relative to the fewest."""
-        return (self.read + self.written) / (self.fewest_read + self.fewest_written)
-
-    @property
     def sector_ratio(self) -> float:
         """Sectors of rows, relative to the fewest that hold what the requests asked for."""
         return self._total(self.rows, "sectors") / self._total(self.rows, "ideal")

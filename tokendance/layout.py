@@ -64,10 +64,6 @@ class OptedOut:
     agents: frozenset[str] = frozenset()
     segments: frozenset[bytes] = frozenset()
 
-    def holds(self, agent: str | None, segment: Segment) -> bool:
-        """Whether the agent computes the segment."""
-        return agent in self.agents or segment.digest in self.segments
-
 
 _MAX_LENGTH = np.iinfo(np.int32).max  # positions are int32
 
