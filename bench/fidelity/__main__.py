@@ -3,8 +3,8 @@
     python -m bench.fidelity [--threads 1] [--out build/fidelity] COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
-    drift [--agents 4] [--rounds 12]
-    leakage [town_square]
+    drift [--agents 4] [--rounds 10] [--seeds 2] [--new-tokens 32]
+    leakage [town_square] [--secrets 3] [--rounds 2]
     tolerance [town_square]
     audits [town_square]
     ideas [town_square]
@@ -45,10 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--new-tokens", type=int, default=12)
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
-    one.add_argument("--rounds", type=int, default=12)
+    one.add_argument("--rounds", type=int, default=10)
+    one.add_argument("--seeds", type=int, default=2)
+    one.add_argument("--new-tokens", type=int, default=32)
     for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
         one.add_argument("workload", nargs="?", default="town_square")
+        if name == "leakage":
+            one.add_argument("--secrets", type=int, default=3)
+            one.add_argument("--rounds", type=int, default=2)
     one = commands.add_parser("rows")
     one.add_argument("workload", nargs="?", default="agentsociety")
     one.add_argument("--round", type=int, default=1)
@@ -64,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _front(loaded, options)
         return 0
     if options.command == "drift":
-        result, write = drift.run(*loaded, options.agents, options.rounds), drift.text
+        numbers = options.agents, options.rounds, options.seeds, options.new_tokens
+        result, write = drift.run(*loaded, *numbers), drift.text
     elif options.command == "leakage":
-        result, write = leakage.run(*loaded, options.workload), leakage.text
+        numbers = options.secrets, options.rounds
+        result, write = leakage.run(*loaded, options.workload, *numbers), leakage.text
     elif options.command == "tolerance":
         result, write = tolerance.run(*loaded, options.workload), tolerance.text
     elif options.command == "quantized":
