@@ -349,6 +349,27 @@ EQUIVALENT = (
         change=r"(drop|loosen) async (commit|wait)",
         source=r"cp\.async\.(commit|wait)_group",
     ),
+    # Quantized rows
+    Equivalent(
+        "the last bit of a number halfway between two of e4m3 is 0; that of others goes into the"
+        " base and is taken off again",
+        change=r"and\.b32 .*, 2139095040 -> .*, 2139095041$",
+        source=r"uint32_t power = .* & 0x7f800000;",
+    ),
+    Equivalent(
+        "threads left over would move a row of the next block as well, and rows that change their"
+        " type are not moved in place",
+        kernel="rope_rotate_.*_to_",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"row_of_block >= tile\.rows",
+    ),
+    Equivalent(
+        "there is a layer at least",
+        kernel="diff_encode_compare",
+        change=r"setp\.lt\.s32 (\S+ \S+), 1 -> setp\.lt\.s32 \1, 0$",
+        source=r"v_in = k_in \+ tile\.agents \* block_size",
+        operands=r"ld\.param\.v2\.u32 \{%\w+, ?%\w+\}, \[%rd1\+192\]",  # num_layers, num_heads
+    ),
 )
 
 
