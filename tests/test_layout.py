@@ -169,6 +169,107 @@ def test_alone_computes_segments_without_context() -> None:
     plan.commit()
 
 
+def test_each_segment_may_have_a_source_of_its_own() -> None:
+    given = td.shared(A)
+    asked: list[td.Segment] = []
+
+    def source(segment: td.Segment) -> str:
+        asked.append(segment)
+        return "alone" if segment == given else "master"
+
+    collector = td.KVCollector(make_store(), source, td.LeadingTokens(4))
+    prompts = {
+        "a": [td.private(MINE), given, td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), given, td.private(C)],
+    }
+    plan = collector.plan(prompts)
+    assert asked == [given, td.shared(B)]  # once each, and nothing private
+    assert plan.master_agents == ["a"]
+    repaired_and_reused = [Origin.REPAIRED, Origin.REUSED]
+    own = [Origin.OWN]
+    found = {agent: [o for _, _, o in origins(plan, agent)] for agent in prompts}
+    assert found["a"] == [*own, *repaired_and_reused, Origin.MASTER, *own]
+    assert found["b"] == [*own, *repaired_and_reused, *repaired_and_reused, *own]
+    assert [master.context for master in plan.state("b").uses.masters][1] == b""
+    run_prefill(collector, plan)
+    assert plan.rows_computed == 50 + 13 + 29 + 2 * 17 + 3 * 4
+    plan.commit()
+    # What is there serves whatever the source, and a segment of nobody else's that was computed
+    # without a context carries nothing of one.
+    plan = collector.plan({"c": [td.private(C), *prompts["a"][1:3]], "d": [given, td.shared(C)]})
+    assert [o for _, _, o in origins(plan, "c")][1:3] == repaired_and_reused
+    assert [o for _, _, o in origins(plan, "d")] == [Origin.EXACT, Origin.MASTER]
+    plan.abort()
+
+
+def test_segments_of_one_agent_are_reused_only_if_computed_without_a_context() -> None:
+    def source(segment: td.Segment) -> str:
+        return "alone" if segment == td.shared(A) else "master"
+
+    collector = td.KVCollector(make_store(), source, td.LeadingTokens(4))
+    both = [td.shared(A), td.shared(B)]
+    run_round(collector, {"a": [td.private(MINE), *both], "b": [td.private(YOURS), *both]})
+    plan = collector.plan({"b": [td.private(C), *both, td.private(MINE)], "c": [td.private(YOURS)]})
+    assert [o for _, _, o in origins(plan, "b")] == [
+        Origin.OWN,
+        Origin.REPAIRED,
+        Origin.REUSED,
+        Origin.OWN,
+        Origin.OWN,
+    ]
+    plan.abort()
+
+
+def test_alone_for_all_segments_one_by_one_is_alone() -> None:
+    prompts = {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
+        "b": [td.private(YOURS), td.shared(B), td.shared(C), td.shared(A)],
+        "c": [td.shared(C), td.private(A)],
+    }
+    for selection in (td.LeadingTokens(4), td.KeyDeviation(), td.Everything(), td.Nothing()):
+        found = []
+        for source in ("alone", lambda _: "alone"):
+            collector = td.KVCollector(make_store(), source, selection)
+            collector.opt_out("c")
+            plan = collector.plan(prompts)
+            found.append([origins(plan, agent) for agent in prompts])
+        assert found[0] == found[1]
+
+
+def test_outputs_become_masters_by_the_source_of_their_segment() -> None:
+    said = {"a": [1, 2, 3, 4, 5], "b": [6, 7, 8, 9, 10]}
+
+    def source(segment: td.Segment) -> str:
+        return "producer" if segment == td.shared(said["a"]) else "alone"
+
+    store = make_store()
+    collector = td.KVCollector(store, source)
+    plan = collector.plan({"a": [td.private(MINE)], "b": [td.private(YOURS)]})
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, said))
+    plan.commit()
+    assert store.find(td.shared(said["a"])) is not None
+    assert store.find(td.shared(said["b"])) is None
+
+
+def test_an_unknown_source_of_a_segment_is_refused() -> None:
+    store = make_store()
+    answers = {td.shared(A): "master"}
+    collector = td.KVCollector(store, lambda segment: answers.get(segment, "nobody"))
+    wanted = r"source: expected one of \['master', 'alone', 'producer'\], got 'nobody' of Segment"
+    with pytest.raises(ValueError, match=wanted):
+        collector.plan({"a": [td.private(MINE), td.shared(B)], "b": [td.shared(B)]})
+    plan = collector.plan({"a": [td.private(MINE), td.shared(A)], "b": [td.shared(A)]})
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"b": [1, 2]}))
+    with pytest.raises(ValueError, match=wanted):
+        plan.commit()
+    assert store.agents == []
+    plan.truncate("b", len(A))
+    plan.commit()
+    assert store.agents == ["a", "b"]
+
+
 @pytest.mark.parametrize("source", ["master", "producer"])
 def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> None:
     store = make_store()

@@ -59,7 +59,7 @@ class RoundLayout:
         master_is_exact: _Flags,
         master_has_seen: _Flags,  # [masters, segments]
         shortest: int,
-        alone: bool,
+        alone: _Flags,  # by segment
         informed: bool,
         lone: bool,
         chain: Callable[[int, int], int],  # context, segment -> context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from tokendance.audit import (
     judge,
     tell,
 )
-from tokendance.layout import OptedOut, Source, lay_out
+from tokendance.layout import OptedOut, Source, Sources, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment
@@ -44,7 +44,10 @@ class KVCollector:
             segments is kept. ``"alone"``: it is computed without any context, as
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
-            Masters as their agents computed them.
+            Masters as their agents computed them. Or a function that says so of each segment: of
+            the shared ones of a round that is planned, and of decoded outputs when they are
+            committed. One that answers ``"producer"`` for outputs and ``"alone"`` for the rest has
+            what agents wrote as they wrote it, and what they were given without a context.
         selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=96)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
@@ -55,13 +58,13 @@ class KVCollector:
     def __init__(
         self,
         store: DiffStore,
-        source: str = "master",
+        source: str | Callable[[Segment], str] = "master",
         selection: Selection | None = None,
         gate: Gate | None = None,
     ) -> None:
-        sources = [known.value for known in Source]
-        if source not in sources:
-            raise ValueError(f"source: expected one of {sources}, got {source!r}")
+        known = [one.value for one in Source]
+        if not callable(source) and source not in known:
+            raise ValueError(f"source: expected one of {known}, got {source!r}")
         selection = DEFAULT if selection is None else selection
         if not isinstance(selection, LeadingTokens | KeyDeviation | Everything | Nothing):
             raise ValueError(
@@ -71,7 +74,7 @@ class KVCollector:
         if gate is not None and not isinstance(gate, Gate):
             raise ValueError(f"gate: expected a Gate, got {gate!r}")
         self.store = store
-        self.source = Source(source)
+        self.source: Sources = source if callable(source) else Source(source)
         self.selection = selection
         self.gate = gate
         self._opted_out = OptedOut()
@@ -88,7 +91,8 @@ class KVCollector:
 
         Raises:
             TypeError: something else than segments.
-            ValueError: a prompt is longer than the rotation tables.
+            ValueError: a prompt is longer than the rotation tables, or an unknown source of a
+                segment.
             OutOfPagesError: the store has too few pages; it is as it was, but for evictions.
         """
         for agent, segments in prompts.items():

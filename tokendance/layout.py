@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import chain as put_together
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,22 @@ class Source(Enum):
     MASTER = "master"
     ALONE = "alone"
     PRODUCER = "producer"
+
+
+Sources: TypeAlias = Source | Callable[[Segment], str]
+"""One for all segments, or the name of each one's by the segment."""
+
+
+def source_of(source: Sources, segment: Segment) -> Source:
+    """Raises ``ValueError`` for a name that is none of a `Source`."""
+    if isinstance(source, Source):
+        return source
+    name = source(segment)
+    try:
+        return Source(name)
+    except ValueError:
+        known = [one.value for one in Source]
+        raise ValueError(f"source: expected one of {known}, got {name!r} of {segment}") from None
 
 
 class Origin(Enum):
@@ -132,7 +148,7 @@ def lay_out(
     find: Find,
     mirrors: Mapping[str, Mirror],
     selection: Selection,
-    source: Source,
+    source: Sources,
     block_size: int,
     max_length: int = _MAX_LENGTH,
     opted_out: OptedOut = OptedOut(),
@@ -151,7 +167,7 @@ def lay_out(
         opted_out: who and what is computed whatever the selection.
 
     Raises:
-        ValueError: a prompt is longer than that.
+        ValueError: a prompt is longer than that, or an unknown source of a segment.
     """
     numbers = _Numbers(prompts)
     for agent, length in zip(prompts, numbers.lengths.tolist(), strict=True):
@@ -190,7 +206,7 @@ def _match(
     find: Find,
     earlier: Sequence[_Earlier],
     selection: Selection,
-    source: Source,
+    source: Sources,
     block_size: int,
     opted_out: OptedOut,
 ) -> list[Master]:
@@ -203,7 +219,11 @@ def _match(
     masters = [one[0] for one in found if one]
     stored = np.full(len(found), -1, dtype=np.int32)
     stored[[e for e, one in enumerate(found) if one]] = np.arange(len(masters))
-    everything = isinstance(selection, Everything)
+    alone = np.zeros(len(found), dtype=np.uint8)
+    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
+    if not isinstance(selection, Everything):
+        for e, one in enumerate(numbers.segments):
+            alone[e] = one.is_shared and source_of(source, one) is Source.ALONE
     round_.match(
         exact_prefix=np.array(
             [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
@@ -220,12 +240,10 @@ def _match(
         master_is_exact=np.array([m.exact for m in masters], dtype=np.uint8),
         master_has_seen=numbers.seen_by(masters),
         shortest=block_size // 2,
-        # Without context almost nothing is exact: under Everything no Master is worth computing
-        # alone.
-        alone=source is Source.ALONE and not everything,
+        alone=alone,
         # Only where inexact rows are reused does it matter what a Master has seen.
         informed=isinstance(selection, LeadingTokens | KeyDeviation),
-        lone=isinstance(selection, LeadingTokens) and source is not Source.ALONE,
+        lone=isinstance(selection, LeadingTokens),
         chain=numbers.chain,
     )
     for agent, segment, origin, number, place, is_exact in round_.made:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokendance.layout import AgentLayout, Origin, Source, Span
+from tokendance.layout import AgentLayout, Origin, Source, Sources, Span, source_of
 from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, no_pages, pages_for, slots_of
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment, shared
@@ -119,7 +119,7 @@ class Plan:
         layouts: Sequence[AgentLayout],
         agents: Iterable[str],
         selection: Selection,
-        source: Source,
+        source: Sources,
     ) -> None:
         self.store = store
         self.selection = selection
@@ -345,28 +345,33 @@ class Plan:
     ) -> None:
         """Makes what was computed the agents' KV in the store, and its Masters visible to others.
 
-        With the source ``"producer"`` an agent's output becomes a Master too: its pages are handed
-        over.
+        With the source ``"producer"``, or where the output's segment has it, an agent's output
+        becomes a Master too: its pages are handed over.
 
         Args:
             agents: one, several, or (None) all that have not ended.
             namespace: of the segments that outputs become (see `shared`).
 
         Raises:
-            KeyError, ValueError: an unknown agent, one that has ended, or one whose prefill has not
-                finished; then nothing is committed.
+            KeyError, ValueError: an unknown agent, one that has ended, one whose prefill has not
+                finished, or an unknown source of an output; then nothing is committed.
         """
         states = [(name, self.state(name)) for name in self._names(agents)]
         for name, state in states:
             if state.phase is Phase.PREFILL:
                 raise ValueError(f"agents: expected a finished prefill, got {name!r} in prefill")
+        outputs = {
+            name: shared(state.output_ids, namespace=namespace)
+            for name, state in states
+            if state.output is not None
+        }
+        sources = {name: source_of(self.source, output) for name, output in outputs.items()}
         for name, state in states:
             segments: tuple[Segment, ...] = state.segments
             if state.output is not None:
-                segment = shared(state.output_ids, namespace=namespace)
-                segments = (*segments, segment)
-                if self.source is Source.PRODUCER:
-                    state.output.digest = segment.digest
+                segments = (*segments, outputs[name])
+                if sources[name] is Source.PRODUCER:
+                    state.output.digest = outputs[name].digest
             for master in state.uses.masters:
                 if master.digest:
                     self.store.publish(master)

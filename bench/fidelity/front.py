@@ -58,9 +58,10 @@ def run(
             if way in table.setdefault(workload, {}):
                 continue
             if workload not in rounds:
-                rounds[workload] = read_workload(workload, tokenizer)
-                recompute(model, rounds[workload], new_tokens)
-            table[workload][way] = measure(model, way, rounds[workload])
+                before, *measured = read_workload(workload, tokenizer, before=1)
+                recompute(model, measured, new_tokens)
+                rounds[workload] = measured, [before]
+            table[workload][way] = measure(model, way, *rounds[workload])
             path.parent.mkdir(parents=True, exist_ok=True)
             text = {w: {k: [asdict(f) for f in v] for k, v in p.items()} for w, p in table.items()}
             path.write_text(json.dumps(text, indent=1) + "\n")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tokendance.collector import KVCollector
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
 from tokendance.quantization import Quantization
 from tokendance.replay import divergence_of
-from tokendance.segments import Segment
+from tokendance.segments import Segment, private, shared
 from tokendance.selection import parse_selection
 from tokendance.store import DiffStore
 from tokendance.workloads import find_workload, read_rounds, tokenize_round
@@ -32,6 +33,8 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 }
 PIC = "pic"
 NEUTRAL = "neutral"
+OUTPUTS_AND_ALONE = "producer+alone"
+SHORT_AND_ALONE = "master+alone"
 
 
 @dataclass
@@ -66,10 +69,11 @@ class Figures:
     top1: dict[str, float]
 
 
-def read_workload(name: str, tokenizer: Any) -> list[Round]:
-    """The rounds of `WORKLOADS`, without full recompute's part."""
+def read_workload(name: str, tokenizer: Any, before: int = 0) -> list[Round]:
+    """The rounds of `WORKLOADS` and ``before`` more in front, without full recompute's part."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    options = WORKLOADS[name]
+    begin, end = WORKLOADS[name]["rounds"]
+    options = {**WORKLOADS[name], "rounds": (begin - before, end)}
     path = find_workload(name)
     recorded = read_rounds(path, **options)
     recorded = [one for one in recorded if one.session == recorded[0].session]
@@ -101,7 +105,10 @@ def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
 
 
 def make_engine(
-    model: Any, source: str, selection: str, quantization: Quantization | None = None
+    model: Any,
+    source: str | Callable[[Segment], str],
+    selection: str,
+    quantization: Quantization | None = None,
 ) -> Any:
     """A collector over an empty store of its own, and the engine that runs it."""
     store = DiffStore(
@@ -114,20 +121,56 @@ def make_engine(
     return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
 
 
-def measure(model: Any, way: str, rounds: Sequence[Round]) -> list[Figures]:
+def measure(
+    model: Any, way: str, rounds: Sequence[Round], before: Sequence[Round] = ()
+) -> list[Figures]:
     """Runs a session's rounds, one after the other, by one way of reuse.
 
     Args:
         way: ``pic:RATIO``, ``SOURCE/SELECTION`` (as `KVCollector` and `parse_selection` name them),
-            or ``neutral/SELECTION``: the source ``"master"`` with one more prompt in front that
-            holds the first agent's shared segments alone, so that no agent's private context is in
-            any Master. Its rows count.
+            or with a source that is none of the collector's:
+            ``neutral``: ``"master"`` with one more prompt in front that holds the first agent's
+            shared segments alone, so that no agent's private context is in any Master. Its rows
+            count. ``producer+alone``: what agents wrote by ``"producer"``, all else ``"alone"``.
+            ``master+alone``: ``"alone"`` for the segments that are longer than the workload's
+            median, ``"master"`` for the others.
+        rounds: to be measured.
+        before: whose outputs are there when the first one begins, if the source has them; nothing
+            else of them is.
     """
     kind, _, rest = way.partition(":" if way.startswith(PIC) else "/")
     if kind == PIC:
         return _measure_pic(PerRequestBlend(model, float(rest)), rounds)
-    engine = make_engine(model, "master" if kind == NEUTRAL else kind, rest)
-    return [measure_round(engine, one, kind == NEUTRAL) for one in rounds]
+    engine = make_engine(model, _source(kind, [*before, *rounds]), rest)
+    produces = kind.startswith("producer")
+    if produces:
+        for one in before:
+            _produce(engine, one)
+    return [measure_round(engine, one, kind == NEUTRAL, produces) for one in rounds]
+
+
+def _source(kind: str, rounds: Sequence[Round]) -> str | Callable[[Segment], str]:
+    if kind == OUTPUTS_AND_ALONE:
+        written = {shared(ids).digest for one in rounds for ids in one.outputs.values()}
+        return lambda segment: "producer" if segment.digest in written else "alone"
+    if kind == SHORT_AND_ALONE:
+        prompts = [prompt for one in rounds for prompt in one.prompts.values()]
+        lengths = {s.digest: s.length for prompt in prompts for s in prompt if s.is_shared}
+        middle = median(lengths.values())
+        return lambda segment: "alone" if segment.length > middle else "master"
+    return "master" if kind == NEUTRAL else kind
+
+
+def _produce(engine: Any, one: Round) -> None:
+    """Leaves a round's outputs in the store, decoded behind prompts that reuse nothing."""
+    plan = engine.collector.plan(
+        {agent: [private(s.token_ids) for s in prompt] for agent, prompt in one.prompts.items()}
+    )
+    engine.prefill(plan)
+    engine.decode(plan, one.outputs)
+    plan.commit()
+    for agent in one.prompts:
+        engine.collector.store.release(agent)
 
 
 def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figures]:
@@ -149,8 +192,10 @@ def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figur
     return result
 
 
-def measure_round(engine: Any, one: Round, neutral: bool = False) -> Figures:
-    """Runs and commits a round."""
+def measure_round(
+    engine: Any, one: Round, neutral: bool = False, produces: bool = False
+) -> Figures:
+    """Runs and commits a round, with what its agents wrote if a later round is to find it."""
     prompts = dict(one.prompts)
     if neutral:
         first = next(iter(prompts.values()))
@@ -167,7 +212,7 @@ def measure_round(engine: Any, one: Round, neutral: bool = False) -> Figures:
     )
     for agent, ids in one.fed.items():
         plan.truncate(agent, plan.length(agent) - len(ids))
-    if one.outputs and engine.collector.source.value == "producer":
+    if one.outputs and produces:
         engine.decode(plan, one.outputs)
     plan.commit()
     if neutral:

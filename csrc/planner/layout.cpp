@@ -239,15 +239,11 @@ class Matcher {
 
   Match run() {
     find_wanted();
-    MasterAgents masters(p_, wanted_);
     if (in_.lone) find_lone();
-    if (in_.alone) {
-      make_alone();
-      for (int32_t agent = 0; agent < p_.num_agents; ++agent) out_.order.push_back(agent);
-    } else {
-      masters.choose(in_.informed);
-      out_.order = std::move(masters.order());
-    }
+    make_alone();
+    MasterAgents masters(p_, wanted_);
+    masters.choose(in_.informed);
+    out_.order = std::move(masters.order());
     for (const int32_t agent : out_.order) match_agent(agent, masters);
     return std::move(out_);
   }
@@ -277,7 +273,8 @@ class Matcher {
     }
   }
 
-  // Segments that one agent of the round has, if there are several agents.
+  // Segments that one agent of the round has, if there are several agents. A Master that is
+  // computed alone carries nothing of another context.
   void find_lone() {
     if (p_.num_agents < 2) return;
     std::vector<int32_t> last(p_.num_segments, -1), users(p_.num_segments, 0);
@@ -289,7 +286,7 @@ class Matcher {
       }
     }
     for (int64_t segment = 0; segment < p_.num_segments; ++segment) {
-      lone_[segment] = users[segment] == 1;
+      lone_[segment] = users[segment] == 1 && !in_.alone[segment];
     }
   }
 
@@ -301,10 +298,11 @@ class Matcher {
     return index;
   }
 
+  // Those that are computed alone; nobody wants them from an agent then.
   void make_alone() {
     for (int32_t agent = 0; agent < p_.num_agents; ++agent) {
       for (const int32_t segment : wanted_[agent]) {
-        if (computes(agent, segment) || made_[segment] >= 0) continue;
+        if (!in_.alone[segment] || computes(agent, segment) || made_[segment] >= 0) continue;
         make({.agent = -1,
               .segment = segment,
               .origin = 0,
@@ -312,6 +310,10 @@ class Matcher {
               .place = -1,
               .is_exact = true});
       }
+    }
+    for (std::vector<int32_t>& wanted : wanted_) {
+      const auto is_alone = [&](int32_t segment) { return in_.alone[segment] != 0; };
+      wanted.erase(std::remove_if(wanted.begin(), wanted.end(), is_alone), wanted.end());
     }
   }
 

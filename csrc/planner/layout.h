@@ -42,9 +42,9 @@ struct MatchInput {
   const uint8_t* master_is_exact;   // [masters]
   const uint8_t* master_has_seen;   // [masters, segments] shared segments left of it
   int32_t shortest;                 // a shorter segment is not shared
-  bool alone;     // Masters are computed without a context, not by an agent of the round
+  const uint8_t* alone;  // [segments] its Master is computed without a context, by no agent
   bool informed;  // it matters what a Master has seen, so a second agent may make Masters too
-  bool lone;      // a shared segment that no other agent has is computed
+  bool lone;      // a shared segment that no other agent has is computed, unless it is `alone`
   // The context `context` followed by a segment. 0 is the empty one.
   std::function<int32_t(int32_t context, int32_t segment)> chain;
 };

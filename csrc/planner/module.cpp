@@ -179,8 +179,8 @@ class RoundLayout {
   void match(const Array& exact_prefix, const Array& earlier_context, const Flags& agent_computes,
              const Flags& segment_computes, const Array& stored, const Array& stored_rows,
              const Array& master_context, const Flags& master_is_exact,
-             const Flags& master_has_seen, int32_t shortest, bool alone, bool informed, bool lone,
-             std::function<int32_t(int32_t, int32_t)> chain) {
+             const Flags& master_has_seen, int32_t shortest, const Flags& alone, bool informed,
+             bool lone, std::function<int32_t(int32_t, int32_t)> chain) {
     const int64_t agents = prompts_.num_agents, segments = prompts_.num_segments;
     MatchInput input;
     input.prompts = prompts_;
@@ -197,7 +197,7 @@ class RoundLayout {
     input.master_has_seen =
         flag_data("master_has_seen", master_has_seen, input.num_masters * segments);
     input.shortest = shortest;
-    input.alone = alone;
+    input.alone = flag_data("alone", alone, segments);
     input.informed = informed;
     input.lone = lone;
     input.chain = std::move(chain);

@@ -409,7 +409,7 @@ void lay_out(uint32_t seed) {
   }
   std::vector<int32_t> stored(segments, -1), stored_rows(segments, 0), earlier(segment.size(), -1);
   std::vector<int32_t> contexts;
-  std::vector<uint8_t> is_exact, has_seen, agent_computes, segment_computes;
+  std::vector<uint8_t> is_exact, has_seen, agent_computes, segment_computes, alone;
   for (int32_t m = 0; m < masters; ++m) {
     const int32_t of = below(segments);
     stored[of] = m;
@@ -420,6 +420,8 @@ void lay_out(uint32_t seed) {
   }
   for (int32_t a = 0; a < agents; ++a) agent_computes.push_back(below(6) == 0);
   for (int32_t s = 0; s < segments; ++s) segment_computes.push_back(below(6) == 0);
+  const int32_t alone_of_three = below(4);
+  for (int32_t s = 0; s < segments; ++s) alone.push_back(below(3) < alone_of_three);
   std::map<std::pair<int32_t, int32_t>, int32_t> known;
   MatchInput input = {};
   input.prompts = {agents,           segments,      place_indptr.data(), segment.data(),
@@ -435,7 +437,7 @@ void lay_out(uint32_t seed) {
   input.master_is_exact = is_exact.data();
   input.master_has_seen = has_seen.data();
   input.shortest = block_size / 2;
-  input.alone = below(3) == 0;
+  input.alone = alone.data();
   input.informed = below(2);
   input.lone = below(2);
   input.chain = [&](int32_t context, int32_t next) {
