@@ -70,7 +70,7 @@ def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
         ),
         ceilings={"copy": copy, "fill": fill},
         floor=lambda rates: max(moved / rates["copy"], written / rates["fill"]),
-        facts=lambda seconds: {"of_copy": moved / copy.rate / seconds},
+        facts=lambda seconds: {"of_copy": moved / copy.rate / seconds["call"]},
         bytes=moved,
         peers=peers,
     )

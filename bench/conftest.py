@@ -45,7 +45,7 @@ class Measure:
         bytes: float = 0,
         flops: float = 0,
         peers: Mapping[str, Callable[[], object]] | None = None,
-        facts: Callable[[float], Mapping[str, float]] | None = None,
+        facts: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
     ) -> None:
         """
         Args:
@@ -54,7 +54,8 @@ class Measure:
             floor: the least seconds that the call can take, from the ceilings' rates.
             bytes, flops: that one call moves or computes, for the rate in the report.
             peers: other ways to the same result; the report has their times over ours.
-            facts: from the seconds of the best call, numbers to print beside.
+            facts: numbers to print beside, from the seconds of the best call (under "call") and
+                of the peers.
         """
         best: dict[str, float] = {}
 
@@ -75,7 +76,7 @@ class Measure:
         info = {"fraction_of_ceiling": fraction}
         info |= {f"over_{name}": time / took for name, time in best.items()}
         if facts:
-            info |= facts(took)
+            info |= facts({"call": took, **best})
         self._benchmark.extra_info.update(info)
         rate = f"{bytes / took / 1e9:7.2f} GB/s" if bytes else f"{flops / took / 1e9:7.1f} GFLOP/s"
         rest = "  ".join(

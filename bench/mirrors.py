@@ -25,6 +25,7 @@ DECODE = [
     ((8, 8, 128), 8, 1024, 1024),
     ((3, 3, 64), 64, 1024, 64),
 ]
+RESIDENT_PAGES = 4
 LONGER = 3  # private tokens that the agent which made the Masters had more than these
 
 
@@ -85,6 +86,7 @@ def make_round(
     dtype: torch.dtype = torch.float32,
     block_size: int = 16,
     dense: bool = False,
+    resident: bool = False,
     pool_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> BenchRound:
@@ -97,6 +99,7 @@ def make_round(
         overridden: rows at the start of every segment that agents keep themselves.
         group: G.
         dense: every agent has all of its rows as own rows, as engines without sharing do.
+        resident: Masters and Mirrors consist of the same few pages, so that none comes from memory.
         pool_dtype: of keys and values where they are quantized; their scales are 1.
     """
     geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
@@ -140,6 +143,9 @@ def make_round(
     total = private + segments * length
     row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
     arrays, extents = round_arrays(mirrors, block_size)
+    if resident:
+        for name in ("master_pages", "own_pages"):
+            arrays[name] = arrays[name] % RESIDENT_PAGES
     kind = torch.device(device).type
     arrays, extents = with_work(arrays, extents, row_agent, row_position, group, kind)
     rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)

@@ -160,10 +160,18 @@ def conversions(sizes: dict[str, Any]) -> Iterator[Case]:
         10, *types.values(), heads=3, destinations=2, rows=13, rotary_dim=32, scale=1.25, **options
     )
     yield checked(module, "scales", several)
-    copied = module.conversion(11, *types.values(), **options)
+    copied = module.conversion(11, *types.values(), scale=1.25, **options)
     copied.position_from = copied.position_to = None
     yield checked(module, "copies with scales", copied)
-    yield checked(module, "every element", module.every_element(**sizes))
+    if types["dtype"] == E4M3:
+        any_nan = types["out_dtype"] != E4M3
+        for name, made in (("code", module.every_code), ("scaled code", module.scaled_codes)):
+            every = made(types["out_dtype"], **options)
+            expected = module.expectation(every)
+            check = functools.partial(module.check, moves=every, expected=expected, any_nan=any_nan)
+            yield Case(f"every {name}", check)
+    else:
+        yield checked(module, "every interval", module.every_interval(types["dtype"], **options))
 
 
 def copies(
@@ -274,9 +282,18 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     large = test_cuda_launches.with_capacity(large, own_pages=600)
     dense = dense_cache(large, 1, layout=sizes["layout"], page_size=None)
     yield checked(module, "agents and layers in a block", large, dense)
-    halfway = module.halfway_round(**sizes)
+    halfway = module.halfway_round(out_dtype=out_dtype, **sizes)
     yield checked(module, "halfway", halfway, dense_cache(halfway, 1, layout=out_layout))
     if variant.plain is not None:
+        options = {"interleaved": variant.interleaved, "layout": sizes["layout"]}
+        for every in module.every_code_rounds(out_dtype, **options):
+            dense = dense_cache(every, 1, layout=out_layout)
+            expected = module.expectation(every, dense)
+            any_nan = out_dtype != E4M3
+            check = functools.partial(
+                module.check, case=every, dense=dense, expected=expected, any_nan=any_nan
+            )
+            yield Case("every code", check)
         bare = replace(small, k_scale=None, v_scale=None)
         yield checked(module, "no scales", bare, dense_cache(bare, 1, layout=out_layout))
     case, dense, expected = test_cuda_launches.restore_with_bad_indices(
@@ -317,8 +334,8 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     )
     unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
     yield checked(module, "no rotation", unmoved, dense_cache(unmoved, 1))
-    if out_dtype == variant.dtype:
-        yield checked(module, "own rows beyond the last", *module.own_rows_beyond_the_last(**sizes))
+    beyond = module.own_rows_beyond_the_last(out_dtype, **sizes)
+    yield checked(module, "own rows beyond the last", *beyond)
 
 
 def _restored(name: str, variant: Variant, out_dtype: torch.dtype, **options: Any) -> Case:
@@ -418,6 +435,16 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
     yield checked(module, "no Masters", module.forget_mirrors(alone), module.restored(alone))
+    if variant.plain is not None:
+        options = {"interleaved": variant.interleaved, "layout": sizes["layout"]}
+        for every in module.every_code_rounds(**options):
+            dense = module.restored(every, layout=in_layout)
+            yield checked(module, "every code", module.forget_mirrors(every), dense)
+        blank, dense = module.one_nan_in_every_row(**options)
+        for tolerances in ({"atol": 40.0}, {"rtol": 0.2}):
+            yield checked(module, "a NaN in every row", blank, dense, **tolerances)
+        blank, dense = module.one_step_in_every_row(E4M3, **options)
+        yield checked(module, "a step in every row", blank, dense, atol=1.5)
     many, dense = test_cuda_launches.encode_of_many_agents(**_round_options(variant))
     yield checked(module, "many agents", module.forget_mirrors(many), dense)
 

@@ -411,9 +411,12 @@ def test_quantized_rows_on_sm_90():
     e4m3 = torch.float8_e4m3fn
     for interleaved, layout in ((False, "padded"), (True, "unaligned")):
         options = {"interleaved": interleaved, "layout": layout}
+        test_rope_rotate.check(newer, test_rope_rotate.every_interval(torch.float32, **options))
+        for dtype in (e4m3, torch.float16):
+            for made in (test_rope_rotate.every_code, test_rope_rotate.scaled_codes):
+                every = made(dtype, **options)
+                test_rope_rotate.check(newer, every, any_nan=dtype != e4m3)
         for pair in ((e4m3, e4m3), (e4m3, torch.float16), (torch.float32, e4m3)):
-            every = test_rope_rotate.every_element(*pair, **options)
-            test_rope_rotate.check(newer, every)
             scaled = test_rope_rotate.conversion(1, *pair, out_layout=layout, **options)
             test_rope_rotate.check(newer, scaled)
         case = testing.random_round(4, agents=2, masters=(20,), room_for_all=True, dtype=e4m3)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import e4m3
 import numpy as np
 import pytest
+import random_rounds
 import ties
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from tokendance.rounds import RoundTensors
 OPERATOR = "diff_encode"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*PLAIN, *testing.QUANTIZED]
-HEAD_DIMS = [64, 80, 96, 128, 256]
+HEAD_DIMS = random_rounds.HEAD_DIMS
 ABSURD_SLOT = 1 << 40  # stands in the slot mapping where no token does
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -466,37 +468,15 @@ def prompts_that_end_early(**options):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    agents=st.integers(0, 8),
-    masters=st.integers(0, 5),
-    master_length=st.sampled_from([3, 40, 100]),
-    private_length=st.sampled_from([0, 9, 50]),
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.sampled_from([1, 2, 5]),
-    head_dim=st.sampled_from(HEAD_DIMS),
-    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    **random_rounds.ARGUMENTS,
+    **random_rounds.LENGTHS,
     dtype=st.sampled_from(PLAIN),
-    interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
     in_layout=st.sampled_from(testing.LAYOUTS),
     page_size=st.sampled_from([None, 1, 16, 256]),
-    block_size=st.sampled_from([8, 16, 32]),
-    repeat=st.booleans(),
     table_slack=st.sampled_from([0, 3000]),
 )
-def test_random_rounds(
-    fast_backend, seed, num_kv_heads, head_dim, part, in_layout, page_size, **options
-):
-    case = testing.random_round(
-        seed,
-        num_q_heads=num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * part) // 2 * 2,
-        room_for_all=True,
-        rows=0,
-        **options,
-    )
+def test_random_rounds(fast_backend, seed, in_layout, page_size, **options):
+    case = random_rounds.random_round(seed, room_for_all=True, rows=0, **options)
     dense = restored(case, seed, page_size=page_size, layout=in_layout)
     check(fast_backend, forget_mirrors(case), dense)
 
@@ -533,37 +513,91 @@ def test_tolerances_are_of_what_elements_stand_for(backend, dtype):
     assert check(backend, bare, dense, 2.0).round.own_length[0] == 0
 
 
+def one_step_in_every_row(dtype, **options):
+    """Each row differs in one element from the Master's, by 2: in one of keys and values, a layer,
+    a head and a half of it. Some heads have a scale of 0.5, where that is a difference of 1."""
+    case = testing.random_round(
+        24, agents=1, masters=(24,), whole_uses=True, masks="none", private_length=0, num_layers=2,
+        num_q_heads=3, num_kv_heads=3, dtype=dtype, room_for_all=True, **options,
+    )  # fmt: skip
+    case.round.use_shift[0] = 0
+    for pool in case.k_pool + case.v_pool:
+        pool.copy_(torch.full_like(pool, 16))
+    dense = restored(case)
+    for row in range(24):
+        layer, (head, half) = row // 6 % 2, divmod(row % 6, 2)
+        rows = (dense.k, dense.v)[row // 12][layer]
+        slot = dense.slot_mapping[0, row : row + 1]
+        content = reference.gather_rows(rows, slot).clone()
+        content[0, head, 40 * half] = 18
+        reference.scatter_rows(rows, slot, content)
+    k_scale = torch.tensor([[1.0, 0.5, 1.0], [0.5, 0.5, 1.0]])
+    return replace(forget_mirrors(case), k_scale=k_scale, v_scale=1.5 - k_scale), dense
+
+
+@pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
+def test_every_head_has_its_own_tolerance(backend, dtype):
+    blank, dense = one_step_in_every_row(dtype)
+    got = check(backend, blank, dense, atol=1.5)
+    differs = torch.stack([blank.k_scale, blank.v_scale]).repeat_interleave(2) == 1
+    count, first = int(got.round.own_length[0]), int(got.round.own_page_indptr[0]) * 16
+    positions = got.round.own_position[first : first + count]
+    assert positions.tolist() == differs.nonzero().flatten().tolist()
+
+
+def every_code_rounds(**options):
+    """All the elements, turned as what is encoded was, or made infinite by the angles."""
+    for infinite in (False, True):
+        case = e4m3.round_of(e4m3.every_code(), room_for_all=True, **options)
+        if infinite:
+            e4m3.make_infinite(case.cos, case.sin)
+        yield case
+
+
+def test_every_element_in_every_lane(backend):
+    for case in every_code_rounds():
+        got = check(backend, forget_mirrors(case), restored(case))
+        assert int(got.round.own_length.sum()) == 0
+
+
+def one_nan_in_every_row(**options):
+    """Rows of the largest element but for a NaN in one of keys and values, of dense rows and
+    Masters: in all of them, in every lane of both vectors of a thread."""
+    rows = torch.full((64, 2, 64), 448.0).to(e4m3.E4M3)
+    case = e4m3.round_of(rows, room_for_all=True, **options)
+    case.round.use_shift[:2] = 0
+    dense = restored(case)
+    pages = case.round.master_pages[:8].long()
+    slots = dense.slot_mapping[0, :64]
+    for kind, (pool, out) in enumerate(((case.k_pool, dense.k), (case.v_pool, dense.v))):
+        held, given = rows.clone(), rows.clone()
+        for index, side in enumerate((held, given)):
+            for lane in range(16):
+                is_second, place = divmod(lane, 8)
+                head, dim = (0, 32 * is_second + place) if kind == 0 else (is_second, place)
+                side[32 * kind + 16 * index + lane, head, dim] = torch.nan
+        pool[0][pages] = held.view(8, 8, 2, 64)
+        reference.scatter_rows(out[0], slots, given)
+    return forget_mirrors(case), dense
+
+
+def test_nan_is_within_no_tolerance(backend):
+    blank, dense = one_nan_in_every_row()
+    for tolerances in ((40.0, 0.0), (0.0, 0.2)):
+        got = check(backend, blank, dense, *tolerances)
+        assert got.round.own_length[:2].tolist() == [64, 32]
+
+
 @pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    agents=st.integers(0, 8),
-    masters=st.integers(0, 5),
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.sampled_from([1, 2, 5]),
-    head_dim=st.sampled_from(HEAD_DIMS),
-    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
-    interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
+    **random_rounds.ARGUMENTS,
     in_layout=st.sampled_from(testing.LAYOUTS),
-    block_size=st.sampled_from([8, 16, 32]),
     atol=st.sampled_from([0.0, 0.01]),
     rtol=st.sampled_from([0.0, 0.01]),
 )
-def test_random_quantized_rounds(
-    fast_backend, dtype, seed, num_kv_heads, head_dim, part, in_layout, atol, rtol, **options
-):
-    case = testing.random_round(
-        seed,
-        dtype=dtype,
-        num_q_heads=num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * part) // 2 * 2,
-        room_for_all=True,
-        rows=0,
-        **options,
-    )
+def test_random_quantized_rounds(fast_backend, dtype, seed, in_layout, atol, rtol, **options):
+    case = random_rounds.random_round(seed, dtype=dtype, room_for_all=True, rows=0, **options)
     dense = restored(case, seed, layout=in_layout)
     for agent, length in enumerate(case.length.tolist()):
         alter(dense, agent, range(agent, length, 7), layer=agent % len(dense.k))

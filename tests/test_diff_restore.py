@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import e4m3
 import pytest
+import random_rounds
 import ties
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from tokendance.rounds import RoundTensors
 OPERATOR = "diff_restore"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*PLAIN, *testing.QUANTIZED]
-HEAD_DIMS = [64, 80, 96, 128, 256]
+HEAD_DIMS = random_rounds.HEAD_DIMS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -37,14 +39,17 @@ def expectation(case, dense):
     return expected
 
 
-def check(backend, case, dense, expected=None):
-    """Compares all of every storage with the reference's; returns the reference's dense rows."""
+def check(backend, case, dense, expected=None, any_nan=False):
+    """Compares all of every storage with the reference's; returns the reference's dense rows.
+
+    ``any_nan``: a NaN that is written may have any bits.
+    """
     expected = expected or expectation(case, dense)
     mine, actual = case.copy(backend.device), dense.copy(backend.device)
     restored(backend, mine, actual)
+    for got, want in zip(actual.k + actual.v, expected.k + expected.v, strict=True):
+        testing.assert_same_storage(got, want, "out", any_nan)
     for name, got, want in (
-        *(("k_out", *pair) for pair in zip(actual.k, expected.k, strict=True)),
-        *(("v_out", *pair) for pair in zip(actual.v, expected.v, strict=True)),
         *(("k_pool", *pair) for pair in zip(mine.k_pool, case.k_pool, strict=True)),
         *(("v_pool", *pair) for pair in zip(mine.v_pool, case.v_pool, strict=True)),
         ("round", mine.round.buffer, case.round.buffer),
@@ -149,7 +154,7 @@ def test_the_agent_that_made_a_master_gets_its_bits_back(backend, dtype):
     testing.assert_same_bits(reference.gather_rows(expected.k[0], dense.slot_mapping[0, :40]), rows)
 
 
-def own_rows_beyond_the_last(**options):
+def own_rows_beyond_the_last(out_dtype=None, **options):
     """A round whose entries for own rows that no agent has name pages and positions, dense rows."""
     case = testing.random_round(
         18, agents=3, masters=(20,), private_length=5, slack=False, **options
@@ -157,7 +162,7 @@ def own_rows_beyond_the_last(**options):
     filled, size = case.filled, case.filled.block_size
     capacity = replace(filled, master_pages=filled.master_pages + 1, own_pages=filled.own_pages + 2)
     case = replace(case, round=RoundTensors.from_arrays(case.arrays, filled, capacity))
-    dense = testing.dense_cache(case, 1)
+    dense = testing.dense_cache(case, 1, dtype=out_dtype)
     round = case.round
     for agent, length in enumerate(round.own_length[: filled.agents].tolist()):
         first, end = (round.own_page_indptr[agent : agent + 2] * size).tolist()
@@ -175,14 +180,14 @@ def test_entries_that_no_agent_has_are_not_read(backend, dtype):
     check(backend, *own_rows_beyond_the_last(dtype=dtype))
 
 
-def halfway_round(dtype, **options):
+def halfway_round(dtype, out_dtype=None, **options):
     case = testing.random_round(
         17, agents=2, masters=(19,), whole_uses=True, table_slack=9, dtype=dtype, **options
     )
     for pool in case.k_pool + case.v_pool:
         ties.fill_odd_even(pool)
-    ties.set_angles(case.cos, case.sin, dtype)
-    return case
+    ties.set_angles(case.cos, case.sin, out_dtype or dtype)
+    return replace(case, k_scale=None, v_scale=None)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
@@ -195,37 +200,17 @@ def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    agents=st.integers(0, 8),
-    masters=st.integers(0, 5),
-    master_length=st.sampled_from([3, 40, 100]),
-    private_length=st.sampled_from([0, 9, 50]),
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.sampled_from([1, 2, 5]),
-    head_dim=st.sampled_from(HEAD_DIMS),
-    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
+    **random_rounds.ARGUMENTS,
+    **random_rounds.LENGTHS,
     dtype=st.sampled_from(PLAIN),
-    interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
     out_layout=st.sampled_from(testing.LAYOUTS),
     page_size=st.sampled_from([None, 1, 16, 256]),
-    block_size=st.sampled_from([8, 16, 32]),
     start=st.sampled_from([0, 0, 2000]),
-    repeat=st.booleans(),
     cut=st.booleans(),
     holes=st.booleans(),
 )
-def test_random_rounds(
-    fast_backend, seed, num_kv_heads, head_dim, part, out_layout, page_size, **options
-):
-    case = testing.random_round(
-        seed,
-        num_q_heads=num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * part) // 2 * 2,
-        **options,
-    )
+def test_random_rounds(fast_backend, seed, out_layout, page_size, **options):
+    case = random_rounds.random_round(seed, **options)
     dense = testing.dense_cache(case, seed, page_size=page_size, layout=out_layout, skip=0.05)
     check(fast_backend, case, dense)
 
@@ -255,35 +240,32 @@ def test_scales_between_quantized_tensors_cancel(backend, dtype):
     check(backend, bare, dense, expected)
 
 
+def every_code_rounds(out_dtype, **options):
+    """All the elements; and read out with scales, or made infinite by the angles."""
+    yield e4m3.round_of(e4m3.every_code(), **options)
+    rows, scale = e4m3.scaled_codes(out_dtype)
+    case = e4m3.round_of(rows, **options)
+    if out_dtype == e4m3.E4M3:
+        e4m3.make_infinite(case.cos, case.sin)
+    yield replace(case, k_scale=scale[None], v_scale=scale[None])
+
+
+@pytest.mark.parametrize("out_dtype", [e4m3.E4M3, *PLAIN], ids=str)
+def test_every_element_in_every_lane(backend, out_dtype):
+    for case in every_code_rounds(out_dtype):
+        dense = testing.dense_cache(case, 1, dtype=out_dtype)
+        check(backend, case, dense, any_nan=out_dtype != e4m3.E4M3)
+
+
 @pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
-    agents=st.integers(0, 8),
-    masters=st.integers(0, 5),
-    num_layers=st.integers(1, 3),
-    num_kv_heads=st.sampled_from([1, 2, 5]),
-    head_dim=st.sampled_from(HEAD_DIMS),
-    part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
-    interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
+    **random_rounds.ARGUMENTS,
     out_layout=st.sampled_from(testing.LAYOUTS),
     out_dtype=st.sampled_from([*PLAIN, None]),
-    block_size=st.sampled_from([8, 16, 32]),
-    repeat=st.booleans(),
     cut=st.booleans(),
 )
-def test_random_quantized_rounds(
-    fast_backend, dtype, seed, num_kv_heads, head_dim, part, out_layout, out_dtype, **options
-):
-    case = testing.random_round(
-        seed,
-        dtype=dtype,
-        num_q_heads=num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * part) // 2 * 2,
-        **options,
-    )
+def test_random_quantized_rounds(fast_backend, dtype, seed, out_layout, out_dtype, **options):
+    case = random_rounds.random_round(seed, dtype=dtype, **options)
     dense = testing.dense_cache(case, seed, layout=out_layout, skip=0.05, dtype=out_dtype)
     check(fast_backend, case, dense)

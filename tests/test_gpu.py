@@ -22,8 +22,9 @@ from tokendance.rounds import RoundExtents, RoundTensors
 pytestmark = pytest.mark.usefixtures("one_thread")
 WITHOUT_GPU = backends.missing("cuda")
 needs_gpu = pytest.mark.skipif(WITHOUT_GPU is not None, reason=WITHOUT_GPU or "")
+E4M3 = torch.float8_e4m3fn
 NUM_GPUS = torch.cuda.device_count()
-for_two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+for_pools = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3], ids=str)
 SLEEP = 20_000_000  # cycles of a GPU: far longer than the host takes to enqueue two calls
 
 
@@ -74,10 +75,17 @@ class Call:
         pairs = [(self.case.round.buffer, case.round.buffer), (self.case.q, case.q)]
         pairs += zip(self.case.k_pool, case.k_pool, strict=True)
         pairs += zip(self.case.v_pool, case.v_pool, strict=True)
+        if case.k_scale is not None:
+            pairs += [(self.case.k_scale, case.k_scale), (self.case.v_scale, case.v_scale)]
         for mine, other in pairs:
             mine.copy_(other)
         for result in self.results:
             result.fill_(torch.nan)
+
+
+def of_first_layer(case):
+    """Scales of keys and of values, where the pools have any."""
+    return [scale if scale is None else scale[0] for scale in (case.k_scale, case.v_scale)]
 
 
 class Attention(Call):
@@ -97,12 +105,13 @@ class Attention(Call):
         ops.collective_attention_out(
             *(case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved),
             *(case.round, case.scale, 0, 0.0, None, 1.0, self.workspace, self.out, self.lse),
+            *of_first_layer(case),
         )
 
     def check(self, case):
         expected, expected_lse = reference.collective_attention(
             *(case.q, case.k_pool[0], case.v_pool[0], case.cos, case.sin, case.interleaved),
-            *(case.round, case.scale, 0, 0.0, None, 1.0),
+            *(case.round, case.scale, 0, 0.0, None, 1.0, *of_first_layer(case)),
         )
         out, lse, real = self.out.cpu(), self.lse.cpu(), case.real_rows
         testing.assert_close(out[real], expected[real], case.q.dtype, "out")
@@ -132,7 +141,7 @@ class Restore(Call):
         case = self.case
         ops.diff_restore(
             *(case.k_pool, case.v_pool, case.cos, case.sin, case.interleaved, case.round),
-            *(self.slots, self.k, self.v),
+            *(self.slots, self.k, self.v, case.k_scale, case.v_scale),
         )
 
     def check(self, case):
@@ -140,15 +149,46 @@ class Restore(Call):
         v = [torch.full_like(rows, torch.nan, device="cpu") for rows in self.v]
         reference.diff_restore(
             *(case.k_pool, case.v_pool, case.cos, case.sin, case.interleaved, case.round),
-            *(self.slots.cpu(), k, v),
+            *(self.slots.cpu(), k, v, case.k_scale, case.v_scale),
         )
         for got, want in zip(self.results, k + v, strict=True):
             testing.assert_same_bits(got, want)
 
 
+class Rotate(Call):
+    """`rope_rotate` of the first heads of all queries to their positions, stored as keys are."""
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        self.keys = self.case.q[:, : case.k_pool[0].shape[2]]
+        self.out = torch.empty(self.keys.shape, dtype=case.k_pool[0].dtype, device=device)
+        self.results = [self.out]
+
+    def __call__(self):
+        case = self.case
+        scale, _ = of_first_layer(case)
+        ops.rope_rotate_out(
+            *(self.keys, None, None, None, case.round.row_position),
+            *(case.cos, case.sin, case.interleaved, 1.0, self.out, None, scale),
+        )
+
+    def check(self, case):
+        real = case.real_rows
+        expected = torch.full(self.out.shape, torch.nan, dtype=self.out.dtype)
+        keys = case.q[:, : self.keys.shape[1]]
+        scale, _ = of_first_layer(case)
+        reference.rope_rotate_out(
+            *(keys, real, real, None, case.round.row_position[real]),
+            *(case.cos, case.sin, case.interleaved, 1.0, expected, None, scale),
+        )
+        testing.assert_same_bits(self.out.cpu()[real], expected[real])
+
+
 def rounds(dtype):
     """Rounds that have little in common, the last of no agents at all."""
     options = {"dtype": dtype, "num_layers": 2}
+    if dtype == E4M3:
+        options["query_dtype"] = torch.bfloat16
     return of_one_size(
         [
             attention_round(1, **options),
@@ -175,8 +215,8 @@ def recorded(call, device):
     return graph.replay
 
 
-@for_two_dtypes
-@pytest.mark.parametrize("operator", [Attention, Restore])
+@for_pools
+@pytest.mark.parametrize("operator", [Attention, Restore, Rotate])
 def test_a_graph_serves_rounds_of_other_contents(device, operator, dtype):
     cases = rounds(dtype)
     call = operator(cases[0], device)
@@ -199,8 +239,8 @@ def stream_of_its_own(device):
     return torch.cuda.stream(stream)
 
 
-@for_two_dtypes
-@pytest.mark.parametrize("operator", [Attention, Restore])
+@for_pools
+@pytest.mark.parametrize("operator", [Attention, Restore, Rotate])
 def test_two_streams(device, operator, dtype):
     """Each call waits for what its stream does before: the stream sleeps, then changes the round.
 

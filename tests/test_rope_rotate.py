@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import e4m3
 import pytest
 import ties
 import torch
@@ -138,12 +139,15 @@ def expectation(moves):
     return expected
 
 
-def check(backend, moves, expected=None):
-    """Runs the operator on a copy and compares all of the storages with the reference's."""
+def check(backend, moves, expected=None, any_nan=False):
+    """Runs the operator on a copy and compares all of the storages with the reference's.
+
+    ``any_nan``: a NaN that is written may have any bits.
+    """
     expected = expected or expectation(moves)
     actual = moves.copy(backend.device)
     backend.rope_rotate_out(*actual.arguments())
-    testing.assert_same_storage(actual.out, expected.out, "out")
+    testing.assert_same_storage(actual.out, expected.out, "out", any_nan)
     testing.assert_same_storage(actual.x, moves.x, "x")
     return actual
 
@@ -302,7 +306,7 @@ def halfway_moves(dtype, **options):
     moves = random_moves(43, dtype=dtype, **options)
     moves.x.copy_(moves.x.float().nan_to_num(0.0))
     ties.fill_odd_even(moves.x)
-    ties.set_angles(moves.cos, moves.sin, dtype)
+    ties.set_angles(moves.cos, moves.sin, moves.out.dtype)
     return moves
 
 
@@ -444,30 +448,52 @@ def test_what_lies_beyond_the_largest_element_is_limited(backend, dtype):
     check(backend, moves)
 
 
-def every_element(dtype, out_dtype, **options):
-    """All the elements that are numbers, or also what lies between them and beyond the limits."""
-    codes = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
-    numbers = codes[codes.isfinite()].sort().values
-    if dtype == out_dtype:  # elsewhere the bits of a NaN may be any
-        numbers = torch.cat([torch.full((64,), torch.nan), numbers])
-    elif out_dtype == E4M3:
-        between = (numbers[1:] + numbers[:-1]) / 2
-        step = between.abs() * 2**-7
-        limits = torch.tensor([464.0, 1e4, torch.inf, -torch.inf, torch.nan, 2**-10, 2**-11])
-        limits = limits.repeat_interleave(64)  # a head of each, for every element of a vector
-        numbers = torch.cat([limits, numbers, between, between + step, between - step])
-    heads = -(-numbers.numel() // 64)
-    moves = random_moves(12, rows=3, heads=heads, dtype=dtype, out_dtype=out_dtype, **options)
-    content = numbers[torch.arange(64 * heads) % numbers.numel()].view(heads, 64).to(dtype)
-    moves.row_in = torch.tensor([0, 1, 2])
-    reference.scatter_rows(moves.x, moves.row_in, content.expand(3, -1, -1))
+def staying_and_turned(rows, out_dtype, **options):
+    """Each of these rows to two places: where it stays and where it is turned."""
+    count, heads, head_dim = rows.shape
+    options |= {"rows": count, "heads": heads, "head_dim": head_dim, "dtype": rows.dtype}
+    moves = random_moves(12, out_dtype=out_dtype, destinations=2, **options)
+    moves.row_in, there = torch.arange(count), moves.position_from
+    moves.position_to = torch.stack([there, (there + 7) % 100], dim=1)
+    reference.scatter_rows(moves.x, moves.row_in, rows)
     return moves
 
 
-@pytest.mark.parametrize("plain", [None, *PLAIN], ids=str)
-def test_every_element_and_what_lies_between(backend, plain):
-    check(backend, every_element(E4M3, plain or E4M3))
-    check(backend, every_element(plain or E4M3, E4M3))
+def every_code(out_dtype, **options):
+    return staying_and_turned(e4m3.every_code(), out_dtype, **options)
+
+
+def scaled_codes(out_dtype, **options):
+    rows, scale = e4m3.scaled_codes(out_dtype)
+    moves = staying_and_turned(rows, out_dtype, **options)
+    moves.x_scale = scale
+    if out_dtype == E4M3:
+        moves.out_scale = torch.ones_like(scale)
+    return moves
+
+
+def every_interval(dtype, **options):
+    return staying_and_turned(e4m3.every_interval(dtype), E4M3, **options)
+
+
+@pytest.mark.parametrize("out_dtype", [E4M3, *PLAIN], ids=str)
+def test_every_element_in_every_lane(backend, out_dtype):
+    any_nan = out_dtype != E4M3
+    check(backend, every_code(out_dtype), any_nan=any_nan)
+    check(backend, scaled_codes(out_dtype), any_nan=any_nan)
+
+
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
+def test_every_element_and_what_lies_between(backend, dtype):
+    moves = every_interval(dtype)
+    check(backend, moves)
+    moves.out_scale = torch.tensor([1 - 2**-23, 1 + 2**-23])  # just beside what is halfway
+    check(backend, moves)
+    if dtype != torch.float32:
+        bits = moves.x.view(torch.int16)
+        infinity = torch.tensor(torch.inf, dtype=dtype).view(torch.int16)
+        bits[moves.x.isnan()] = infinity + 1  # another NaN, of the fewest bits
+        check(backend, moves)
 
 
 @pytest.mark.parametrize("to", ["in", "out"])

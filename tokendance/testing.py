@@ -965,9 +965,17 @@ def same_bits(actual: Tensor, expected: Tensor) -> Tensor:
     return actual.contiguous().view(bits) == expected.contiguous().view(bits)
 
 
-def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Compares shape, dtype and every bit. Raises ``AssertionError``."""
+def assert_same_bits(
+    actual: Tensor, expected: Tensor, what: str = "", any_nan: bool = False
+) -> None:
+    """Compares shape, dtype and every bit; with ``any_nan`` a NaN may be any other NaN.
+
+    Raises ``AssertionError``.
+    """
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if any_nan:
+        actual = torch.where(actual.isnan(), torch.nan, actual)
+        expected = torch.where(expected.isnan(), torch.nan, expected)
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} and {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {actual.shape} and {expected.shape}"
     differs = ~same_bits(actual, expected)
@@ -977,11 +985,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
     )
 
 
-def assert_same_storage(actual: Tensor, expected: Tensor, what: str = "") -> None:
+def assert_same_storage(
+    actual: Tensor, expected: Tensor, what: str = "", any_nan: bool = False
+) -> None:
     """:func:`assert_same_bits` of whole storages: nothing beside the tensor was written, either."""
     assert actual.stride() == expected.stride(), f"{what}: {actual.stride()}, {expected.stride()}"
-    assert_same_bits(actual, expected, what)
-    assert_same_bits(whole_storage(actual), whole_storage(expected), f"{what}: whole storage")
+    assert_same_bits(actual, expected, what, any_nan)
+    storages = whole_storage(actual), whole_storage(expected)
+    assert_same_bits(*storages, f"{what}: whole storage", any_nan)
 
 
 def _where(condition: Tensor) -> list[int]:

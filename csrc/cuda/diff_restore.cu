@@ -11,8 +11,6 @@ namespace tokendance {
                                         const __grid_constant__ Tile tile) {         \
     cuda::diff_restore<In, Out, V, interleaved>(p, tile);                            \
   }
-#define TOKENDANCE_DEFINE_OF_ONE_TYPE(op, variant, T, V, interleaved) \
-  TOKENDANCE_DEFINE(op, variant, T, T, V, interleaved)
 using cuda::Float8;
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE_OF_ONE_TYPE, diff_restore)
 TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_DEFINE, diff_restore)

@@ -1,8 +1,8 @@
 // e4m3 in registers: a sign, four bits of exponent (bias 7) and three of mantissa. +-448 are the
 // largest numbers, 0x7f and 0xff are NaN, there is no infinity.
 //
-// From sm_89 on there are instructions that convert; before, it is integer arithmetic, to the same
-// bits. Words hold four elements, the first in the lowest byte.
+// From sm_89 on there are instructions that convert; before, it is arithmetic, to the same bits.
+// Words hold four elements, the first in the lowest byte.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -64,17 +64,15 @@ __device__ __forceinline__ uint32_t float_to_float8(float x) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
   return pair;
 #else
-  constexpr uint32_t kLargest = 0x43e00000, kSmallestNormal = 0x3c800000;  // 448 and 2^-6
-  const uint32_t bits = __float_as_uint(x);
-  const uint32_t magnitude = min(bits & 0x7fffffff, kLargest);
+  const float magnitude = fminf(fabsf(x), 448.0f);
   // The sum with 2^20 times the power of two that is not above the number (not below 2^-6, as for
   // subnormals) ends where the e4m3 ends: the adder rounds. Its last bits count eighths.
-  const uint32_t power = max(magnitude, kSmallestNormal) & 0x7f800000;
+  const uint32_t power = __float_as_uint(fmaxf(magnitude, 0x1p-6f)) & 0x7f800000;
   const uint32_t base = power + (20u << 23);
-  const float sum = __fadd_rn(__uint_as_float(magnitude), __uint_as_float(base));
+  const float sum = __fadd_rn(magnitude, __uint_as_float(base));
   const uint32_t eighths = __float_as_uint(sum) - base;
-  const uint32_t code = ((power - kSmallestNormal) >> 20) + eighths;
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7f : code | (bits >> 24 & 0x80);
+  const uint32_t code = (power >> 20) + eighths - (121u << 3);  // 2^-6 has the exponent 121
+  return isnan(x) ? 0x7f : code | (__float_as_uint(x) >> 24 & 0x80);
 #endif
 }
 

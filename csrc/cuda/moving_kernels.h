@@ -44,6 +44,11 @@
   TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, f16_to_e4m3, __half, Float8, 8) \
   TOKENDANCE_QUANTIZED_KERNELS_OF(X, op, bf16_to_e4m3, __nv_bfloat16, Float8, 8)
 
+// Defines a kernel of the first list where the operator's TOKENDANCE_DEFINE takes two types, as the
+// others do.
+#define TOKENDANCE_DEFINE_OF_ONE_TYPE(op, variant, T, V, interleaved) \
+  TOKENDANCE_DEFINE(op, variant, T, T, V, interleaved)
+
 #define TOKENDANCE_KERNEL_NAME(op, variant, ...) "tokendance_" #op "_" #variant,
 
 namespace tokendance {

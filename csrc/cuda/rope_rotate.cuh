@@ -12,8 +12,8 @@
 // With a latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
 //
 // e4m3 rows have half the bytes for the same FLOPs. From sm_89 on a conversion is an instruction
-// for two elements; before, some 10 of integer arithmetic each way, 25 PTX instructions per byte in
-// all (bench.traffic): more than an A100 issues at its bandwidth, so that these bound it there.
+// for two elements; before, some 10 for each, either way, 26 PTX instructions per byte in all
+// (bench.traffic): more than an A100 issues at its bandwidth, so that these bound it there.
 //
 // Half-split heads of 160 bytes (D = 80 at 16 bits) have halves of 2.5 sectors: a warp's request
 // touches 3 there, the neighbouring request the other half of the same sector.
