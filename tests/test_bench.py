@@ -116,6 +116,14 @@ def test_other_tables_of_fidelity():
     assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
 
 
+def test_answers_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "answers.json"
+    found = [{"session": "a", "recorded": "5", **{key: {"x": "5"} for key in answers.SYSTEMS}}]
+    path.write_text(json.dumps(found))
+    monkeypatch.setattr(answers, "make_system", lambda name, model: None)
+    assert answers.run(None, Characters(), ["a"], path) == found  # nothing is left to run
+
+
 class Characters:
     """A tokenizer."""
 
@@ -130,6 +138,18 @@ def test_rows_of_selections_are_those_of_a_plan():
     assert nothing["repaired"] <= 6  # last rows of prompts
     assert leading["computed"] - nothing["computed"] >= leading["repaired"] > 0  # and more Masters
     assert rows.text(found).splitlines()[2].startswith("| nothing | ")
+
+
+def test_mixtures_name_a_source_by_the_segment():
+    short, long, written = td.shared([1] * 3), td.shared([2] * 9), td.shared([3] * 5)
+    prompts = {"a": [td.private([7] * 40), short, long, written]}
+    rounds = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
+    mixed = replays.source_of_way("producer+alone", rounds)
+    assert [mixed(one) for one in prompts["a"][1:]] == ["alone", "alone", "producer"]
+    mixed = replays.source_of_way("master+alone", rounds)
+    assert [mixed(one) for one in prompts["a"][1:]] == ["master", "alone", "master"]
+    assert replays.source_of_way("neutral", rounds) == "master"
+    assert replays.source_of_way("producer", rounds) == "producer"
 
 
 def test_repairs_that_siblings_could_share_are_counted():

@@ -13,8 +13,8 @@
     quantized [town_square debate]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
-measured again, so that it can be stopped and continued. It writes ``front.md`` and, with
-matplotlib, one picture per workload. The others write JSON and Markdown of their names.
+measured again, so that it can be stopped and continued; so can ``answers``. It writes ``front.md``
+and, with matplotlib, one picture per workload. The others write JSON and Markdown of their names.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
-        result, write = answers.run(*loaded, sessions), answers.text
+        result = answers.run(*loaded, sessions, options.out / "answers.json")
+        write = answers.text
     text = write(result)
     print(text)
     (options.out / f"{options.command}.md").write_text(text + "\n")
