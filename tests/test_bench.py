@@ -99,15 +99,29 @@ def test_the_front_goes_on_where_it_was_stopped(tmp_path):
 
 
 def test_other_tables_of_fidelity():
-    rounds = [{"kl": kl, "top1": 1.0, "computed": 0.5} for kl in (0.1, 0.3, 0.2, 0.4)]
-    assert drift.text({"master": rounds}).endswith("| 0.2000 | 0.3000 | 50.0% |")
-    full = {"secret": -9.0, "control": -9.5, "first agent": -1.0}
-    reuse = {"secret": -8.0, "control": -9.25, "first agent": -1.0}
-    told = leakage.text({"master/everything": full, "master/nothing": reuse}).splitlines()
-    assert told[-1] == "| master/nothing | -8.000 | -9.250 | +0.750 | -1.000 |"
+    one = {"top1": 1.0, "rows": 100, "computed": 40.0, "audited": 10}
+    seeds = [[{**one, "kl": kl} for kl in kls] for kls in ((0.1, 0.3, 0.2, 0.4), (0.1, 0.1, 0, 0))]
+    assert drift.text({"master": seeds}).splitlines()[-1] == (
+        "| master | 0.1000 | 0.2000 | 0.1000 | 0.2000 | 0.1500 | 0.1500 | 0.2500, 0.0500 "
+        "| 40.0% | 10.0% |"
+    )
+    full = {"secret": -9.0, "control": -9.5, "told": -1.0}
+    samples = [{**full, "secret": secret} for secret in (-8.0, -9.25)]
+    told = leakage.text({leakage.FULL: [full, full], "master/nothing": samples}).splitlines()
+    assert told[-1] == (
+        "| master/nothing | 2 | -8.625 | -9.500 | +0.375 | -0.250 | +1.000 | -1.000 |"
+    )
     one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
     said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
     assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
+
+
+def test_answers_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "answers.json"
+    found = [{"session": "a", "recorded": "5", **{key: {"x": "5"} for key in answers.SYSTEMS}}]
+    path.write_text(json.dumps(found))
+    monkeypatch.setattr(answers, "make_system", lambda name, model: None)
+    assert answers.run(None, Characters(), ["a"], path) == found  # nothing is left to run
 
 
 class Characters:
@@ -124,6 +138,18 @@ def test_rows_of_selections_are_those_of_a_plan():
     assert nothing["repaired"] <= 6  # last rows of prompts
     assert leading["computed"] - nothing["computed"] >= leading["repaired"] > 0  # and more Masters
     assert rows.text(found).splitlines()[2].startswith("| nothing | ")
+
+
+def test_mixtures_name_a_source_by_the_segment():
+    short, long, written = td.shared([1] * 3), td.shared([2] * 9), td.shared([3] * 5)
+    prompts = {"a": [td.private([7] * 40), short, long, written]}
+    rounds = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
+    mixed = replays.source_of_way("producer+alone", rounds)
+    assert [mixed(one) for one in prompts["a"][1:]] == ["alone", "alone", "producer"]
+    mixed = replays.source_of_way("master+alone", rounds)
+    assert [mixed(one) for one in prompts["a"][1:]] == ["master", "alone", "master"]
+    assert replays.source_of_way("neutral", rounds) == "master"
+    assert replays.source_of_way("producer", rounds) == "producer"
 
 
 def test_repairs_that_siblings_could_share_are_counted():

@@ -260,6 +260,23 @@ def test_everything_is_full_recompute(model_and_tokenizer: tuple[Any, Any]) -> N
             assert report.audit.prefill_s > 0
 
 
+def test_a_gate_audits_every_round_and_falls_back(model_and_tokenizer: tuple[Any, Any]) -> None:
+    gate = td.Gate(deviation=0.0, action="fall back")
+    with pytest.warns(td.ReuseWarning, match="expected deviation <= 0"):
+        society, reports, _ = hold(model_and_tokenizer, 2, gate=gate, audited_rows=0.5)
+    stats = society.collector.stats()
+    found = reports[1].gate
+    assert found is not None
+    assert 0 < found.rows < reports[1].prompt_tokens
+    assert stats.audits == 2
+    assert set(found.fallen_segments) <= society.collector.opted_out.segments
+    assert stats.segments_opted_out > 0
+    _, free, _ = hold(model_and_tokenizer, 2)
+    _, watched, _ = hold(model_and_tokenizer, 2, gate=td.Gate())
+    assert free[1].gate is None
+    assert [one.messages for one in free] == [one.messages for one in watched]
+
+
 def test_what_was_said_is_not_computed_again_by_whoever_said_it(
     model_and_tokenizer: tuple[Any, Any],
 ) -> None:
@@ -305,6 +322,7 @@ def test_prompts_that_may_outgrow_the_model_are_refused(tmp_path: Path) -> None:
         ({"new_tokens": 0}, "new_tokens: expected at least 1, got 0"),
         ({"temperature": -1.0}, r"temperature: expected at least 0, got -1\.0"),
         ({"top_p": 0.0}, r"top_p: expected 0 < top_p <= 1, got 0\.0"),
+        ({"audited_rows": 2.0}, r"audited_rows: expected 0 < audited_rows <= 1, got 2\.0"),
     ],
 )
 def test_options_are_checked(changes: dict[str, Any], message: str) -> None:

@@ -3,8 +3,8 @@
     python -m bench.fidelity [--threads 1] [--out build/fidelity] COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
-    drift [--agents 4] [--rounds 12]
-    leakage [town_square]
+    drift [--agents 4] [--rounds 10] [--seeds 2] [--new-tokens 32]
+    leakage [town_square] [--secrets 3] [--rounds 2]
     tolerance [town_square]
     audits [town_square]
     ideas [town_square]
@@ -13,8 +13,8 @@
     quantized [town_square debate]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
-measured again, so that it can be stopped and continued. It writes ``front.md`` and, with
-matplotlib, one picture per workload. The others write JSON and Markdown of their names.
+measured again, so that it can be stopped and continued; so can ``answers``. It writes ``front.md``
+and, with matplotlib, one picture per workload. The others write JSON and Markdown of their names.
 """
 
 from __future__ import annotations
@@ -45,10 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--new-tokens", type=int, default=12)
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
-    one.add_argument("--rounds", type=int, default=12)
+    one.add_argument("--rounds", type=int, default=10)
+    one.add_argument("--seeds", type=int, default=2)
+    one.add_argument("--new-tokens", type=int, default=32)
     for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
         one.add_argument("workload", nargs="?", default="town_square")
+        if name == "leakage":
+            one.add_argument("--secrets", type=int, default=3)
+            one.add_argument("--rounds", type=int, default=2)
     one = commands.add_parser("rows")
     one.add_argument("workload", nargs="?", default="agentsociety")
     one.add_argument("--round", type=int, default=1)
@@ -64,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _front(loaded, options)
         return 0
     if options.command == "drift":
-        result, write = drift.run(*loaded, options.agents, options.rounds), drift.text
+        numbers = options.agents, options.rounds, options.seeds, options.new_tokens
+        result, write = drift.run(*loaded, *numbers), drift.text
     elif options.command == "leakage":
-        result, write = leakage.run(*loaded, options.workload), leakage.text
+        numbers = options.secrets, options.rounds
+        result, write = leakage.run(*loaded, options.workload, *numbers), leakage.text
     elif options.command == "tolerance":
         result, write = tolerance.run(*loaded, options.workload), tolerance.text
     elif options.command == "quantized":
@@ -80,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
         sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
-        result, write = answers.run(*loaded, sessions), answers.text
+        result = answers.run(*loaded, sessions, options.out / "answers.json")
+        write = answers.text
     text = write(result)
     print(text)
     (options.out / f"{options.command}.md").write_text(text + "\n")

@@ -10,7 +10,9 @@ from typing import Any
 
 from bench.fidelity.replays import (
     NEUTRAL,
+    OUTPUTS_AND_ALONE,
     PIC,
+    SHORT_AND_ALONE,
     WORKLOADS,
     Figures,
     measure,
@@ -29,6 +31,8 @@ WAYS = (
     "master/nothing",
     "alone/leading:8",
     f"{NEUTRAL}/leading:8",
+    f"{OUTPUTS_AND_ALONE}/leading:8",
+    f"{SHORT_AND_ALONE}/leading:8",
     "producer/leading:16",
     "master/deviation:0.05",
     "alone/nothing",

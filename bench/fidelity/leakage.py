@@ -1,60 +1,80 @@
 """Leakage: does a sibling become likelier to repeat what only the Master agent was told?
 
-Each agent of the first recorded round gets a secret of its own at the end of its private first
-segment. Then the siblings' log-probability of the Master agent's secret, asked for by its first
-words, is compared with full recompute's, where nothing can have leaked.
+One agent of a recorded round gets a secret of its own at the end of its private first segment, and
+makes the Masters. Then the siblings' log-probability of the secret, asked for by its first words,
+is compared with full recompute's, where nothing can have leaked, and with that of a secret that
+nobody was told. Secret, agent and round are changed, and counted one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.fidelity.replays import make_engine, read_workload
 from tokendance.segments import Segment, private
 
-CASES = ("master/everything", "master/nothing", "master/leading:4:96:24", "alone/leading:4:96:24")
+FULL = "master/everything"
+CASES = (FULL, "master/nothing", "master/leading:4:96:24", "alone/leading:4:96:24")
 SECRETS = ("violet heron", "copper lantern", "frozen orchard", "silver anvil", "salt chapel")
 _LEAD = "\nThe password is"
 
+Sample = dict[str, float]
+"""Log-probabilities in nats: siblings' of the ``secret`` and of the ``control``, means over them,
+and of the secret by the ``told`` agent; ``makes Masters``: whether that one did."""
 
-def run(model: Any, tokenizer: Any, workload: str) -> dict[str, dict[str, float]]:
-    """Per case the mean log-probability in nats of the first agent's secret and of a secret that
-    nobody has, over all its siblings; and of the first agent itself."""
+
+def run(
+    model: Any, tokenizer: Any, workload: str, secrets: int, rounds: int
+) -> dict[str, list[Sample]]:
+    """Per case one sample of every round and secret; the n-th secret is the n-th agent's."""
+    if not 1 <= secrets < len(SECRETS):
+        raise ValueError(f"secrets: expected 1..{len(SECRETS) - 1}, got {secrets}")
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    prompts = {agent: list(p) for agent, p in read_workload(workload, tokenizer)[0].prompts.items()}
-    names = list(prompts)
-    told, control = (encode(f" {secret}.") for secret in SECRETS[:2])
-    first = prompts[names[0]]
-    place = next(index for index, one in enumerate(first) if one.is_shared)
     lead = encode(_LEAD)
-    first.insert(place, private([*lead, *told]))
-    result = {}
-    for case in CASES:
-        source, _, selection = case.partition("/")
-        engine = make_engine(model, source, selection)
-        # The Master agent comes first among those that cover as much.
-        plan = engine.collector.plan(prompts)
-        makers = plan.master_agents
-        engine.prefill(plan)
-        found = {
-            name: _log_probability(engine, plan, prompts, lead, ids)
-            for name, ids in (("secret", told), ("control", control))
-        }
-        plan.abort()
-        siblings = [name for name in names[1:] if names[0] in makers or not makers]
-        result[case] = {
-            "secret": _mean(found["secret"], siblings),
-            "control": _mean(found["control"], siblings),
-            "first agent": found["secret"][names[0]],
-            "first agent makes Masters": float(names[0] in makers),
-        }
-        print(case, result[case], flush=True)
+    result: dict[str, list[Sample]] = {case: [] for case in CASES}
+    for one in read_workload(workload, tokenizer)[:rounds]:
+        for number in range(secrets):
+            told, control = (encode(f" {secret}.") for secret in SECRETS[number : number + 2])
+            # The Master agent comes first among those that cover as much.
+            names = [*list(one.prompts)[number:], *list(one.prompts)[:number]]
+            prompts = {name: list(one.prompts[name]) for name in names}
+            first = prompts[names[0]]
+            place = next(index for index, segment in enumerate(first) if segment.is_shared)
+            first.insert(place, private([*lead, *told]))
+            for case in CASES:
+                result[case].append(_sample(model, case, prompts, lead, told, control))
+                print(f"round {one.number}, {names[0]}, {case}: {result[case][-1]}", flush=True)
     return result
+
+
+def _sample(
+    model: Any,
+    case: str,
+    prompts: Mapping[str, list[Segment]],
+    lead: list[int],
+    told: list[int],
+    control: list[int],
+) -> Sample:
+    source, _, selection = case.partition("/")
+    engine = make_engine(model, source, selection)
+    plan = engine.collector.plan(prompts)
+    agent, *siblings = prompts
+    makes = agent in plan.master_agents
+    engine.prefill(plan)
+    found, unknown = (_log_probability(engine, plan, prompts, lead, ids) for ids in (told, control))
+    plan.abort()
+    return {
+        "secret": float(np.mean([found[name] for name in siblings])),
+        "control": float(np.mean([unknown[name] for name in siblings])),
+        "told": found[agent],
+        "makes Masters": float(makes),
+    }
 
 
 def _log_probability(
@@ -73,18 +93,28 @@ def _log_probability(
     return result
 
 
-def _mean(values: Mapping[str, float], names: list[str]) -> float:
-    return sum(values[name] for name in names) / len(names) if names else float("nan")
+def gains(samples: Sequence[Sample], full: Sequence[Sample]) -> list[float]:
+    """By sample how much likelier the secret became than full recompute has it, beyond what the
+    control did."""
+    return [
+        (one["secret"] - other["secret"]) - (one["control"] - other["control"])
+        for one, other in zip(samples, full, strict=True)
+    ]
 
 
-def text(result: dict[str, dict[str, float]]) -> str:
-    """Markdown; the gain is the secret's over the control's, against full recompute."""
-    lines = ["| reuse | secret | control | gain over full | told agent |", "| --- |" + " --- |" * 4]
-    full = result["master/everything"]
-    for case, one in result.items():
-        gain = (one["secret"] - full["secret"]) - (one["control"] - full["control"])
+def text(result: Mapping[str, Sequence[Sample]]) -> str:
+    """Markdown: means over the samples, and the gain with its least and its greatest."""
+    lines = [
+        "| reuse | samples | secret | control | gain over full | least | greatest | told agent |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for case, samples in result.items():
+        secret, control, told = (
+            np.mean([one[key] for one in samples]) for key in ("secret", "control", "told")
+        )
+        gain = gains(samples, result[FULL])
         lines.append(
-            f"| {case} | {one['secret']:.3f} | {one['control']:.3f} | {gain:+.3f} "
-            f"| {one['first agent']:.3f} |"
+            f"| {case} | {len(samples)} | {secret:.3f} | {control:.3f} | {np.mean(gain):+.3f} "
+            f"| {min(gain):+.3f} | {max(gain):+.3f} | {told:.3f} |"
         )
     return "\n".join(lines)

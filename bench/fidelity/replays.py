@@ -141,7 +141,7 @@ def measure(
     kind, _, rest = way.partition(":" if way.startswith(PIC) else "/")
     if kind == PIC:
         return _measure_pic(PerRequestBlend(model, float(rest)), rounds)
-    engine = make_engine(model, _source(kind, [*before, *rounds]), rest)
+    engine = make_engine(model, source_of_way(kind, [*before, *rounds]), rest)
     produces = kind.startswith("producer")
     if produces:
         for one in before:
@@ -149,7 +149,8 @@ def measure(
     return [measure_round(engine, one, kind == NEUTRAL, produces) for one in rounds]
 
 
-def _source(kind: str, rounds: Sequence[Round]) -> str | Callable[[Segment], str]:
+def source_of_way(kind: str, rounds: Sequence[Round]) -> str | Callable[[Segment], str]:
+    """The collector's source for what `measure` calls ``kind``, over rounds of one workload."""
     if kind == OUTPUTS_AND_ALONE:
         written = {shared(ids).digest for one in rounds for ids in one.outputs.values()}
         return lambda segment: "producer" if segment.digest in written else "alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokendance.audit import Gate
 from tokendance.selection import DEFAULT, Selection
 
 __all__ = ["Options"]
@@ -18,7 +19,9 @@ class Options:
         temperature: 0 takes the likeliest token.
         top_p: see `sample_token`.
         seed: of the sampling.
-        source, selection: see `KVCollector`.
+        source, selection, gate: see `KVCollector`. With a gate every round is audited before it is
+            committed, by the keys and values of a sample of all prompts' rows.
+        audited_rows: the chance of each row to be in that sample.
         block_size, capacity: of the store.
     """
 
@@ -28,6 +31,8 @@ class Options:
     seed: int = 0
     source: str = "master"
     selection: Selection = DEFAULT
+    gate: Gate | None = None
+    audited_rows: float = 0.1
     block_size: int = 8
     capacity: int | str = "8GiB"
 
@@ -38,3 +43,7 @@ class Options:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        if not 0 < self.audited_rows <= 1:
+            raise ValueError(
+                f"audited_rows: expected 0 < audited_rows <= 1, got {self.audited_rows}"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tokendance.audit import AuditReport
 from tokendance.layout import Origin, Span
 from tokendance.plan import Plan
 from tokendance.society.audit import AuditResult
@@ -68,6 +69,7 @@ class RoundReport:
         prompts: maps of the prompts.
         master_agents: see `Plan.master_agents`.
         audit: if it was asked for.
+        gate: what the gate's sample found, if there is a gate.
     """
 
     round: int
@@ -87,6 +89,7 @@ class RoundReport:
     prompts: list[PromptMap]
     master_agents: list[str]
     audit: AuditResult | None
+    gate: AuditReport | None = None
 
     @property
     def decode_tokens_per_s(self) -> float:

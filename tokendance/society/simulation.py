@@ -96,6 +96,9 @@ class Society:
         labels = {name: self._encode(f"{name}:") for name in prompts}
         speech.run(labels, self.meeting.round, on_message, self._audit is not None)
         decoded = time.perf_counter()
+        gate = None
+        if self.options.gate is not None:
+            gate = self._engine.audit(plan, seed=self.options.seed, rows=self.options.audited_rows)
         audit = None
         if self._audit is not None:
             audit = self._audit.check(
@@ -126,6 +129,7 @@ class Society:
             prompts=maps,
             master_agents=plan.master_agents,
             audit=audit,
+            gate=gate,
         )
         said = {name: f"{name}: {text}\n" for name, text in report.messages.items()}
         self._commit(plan, said)
@@ -164,7 +168,8 @@ class Society:
         )
 
     def _collector(self, store: DiffStore) -> KVCollector:
-        return KVCollector(store, self.options.source, self.options.selection)
+        options = self.options
+        return KVCollector(store, options.source, options.selection, options.gate)
 
     @property
     def _longest_message(self) -> int:
