@@ -398,7 +398,7 @@ class Reached:
 class PtxBackend:
     """The operators by executing their PTX; tensors are on the CPU and mutated in place.
 
-    ``arch`` is the architecture that nvcc compiles for. ``ptx`` replaces the PTX of an operator
+    ``arch`` is the architecture that nvcc compiles for. ``modules`` replace the PTX of operators
     (mutated kernels). ``options`` are those of ``ptxrun.Module.launch``. After a call, ``stats``
     holds the interpreter's counters of each launch and ``launched`` the plan; ``reached`` is what
     all calls reached of each kernel.
@@ -407,12 +407,14 @@ class PtxBackend:
     name = "ptx"
     device = torch.device("cpu")
 
-    def __init__(self, arch: str = "80", ptx: dict[str, str] | None = None, **options: Any) -> None:
+    def __init__(
+        self, arch: str = "80", modules: dict[str, ptxrun.Module] | None = None, **options: Any
+    ) -> None:
         self.arch = arch
         self.stats: list[ptxrun.Stats] = []
         self.launched: LaunchPlan | None = None
         self.reached: dict[str, Reached] = {}
-        self._replaced = ptx or {}
+        self._replacing = modules or {}
         self.options = {"race": "warp", **options}
         self._modules: dict[tuple[str, str], ptxrun.Module] = {}
         self._module: ptxrun.Module | None = None
@@ -427,10 +429,11 @@ class PtxBackend:
 
     def module(self, operator: str, part: str = "*") -> ptxrun.Module:
         """The operator's PTX, loaded; ``part``: see :func:`sources_of`."""
+        if operator in self._replacing:
+            return self._replacing[operator]
         key = operator, part
         if key not in self._modules:
-            text = self._replaced.get(operator) or ptx_of(operator, self.arch, part)
-            self._modules[key] = ptxrun.Module(text)
+            self._modules[key] = ptxrun.Module(ptx_of(operator, self.arch, part))
         return self._modules[key]
 
     def _buffers(self, operator: str, part: str = "*") -> Buffers:

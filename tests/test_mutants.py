@@ -58,32 +58,52 @@ def test_a_sample_is_repeatable_and_even():
 def test_a_survivor_comes_with_its_source(monkeypatch):
     """Cases that look at nothing let everything past, and the line is named."""
     [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
-    monkeypatch.setattr(mutate, "killing_case", lambda kernel, ptx, passed: "")
+    monkeypatch.setattr(mutate, "killing_case", lambda kernel, mutation, cases: "")
     found = list(mutate.verdicts(kernel, range(30)))
     assert {mutate.outcome(verdict) for verdict in found} <= {"survived", "equivalent"}
     assert any("rope_rotate.cuh" in verdict.source for verdict in found)
 
 
 def test_a_later_run_goes_on_where_one_ended(monkeypatch, tmp_path):
-    """Killed mutants are not run again, and survivors only in cases that they have not passed."""
+    """Killed mutants are not run again, and survivors only in cases that they have not passed.
+
+    Cases that do not execute what was changed are never run, and few of what is explained.
+    """
     [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
     path = tmp_path / "verdicts.jsonl"
-    asked: list[set[str]] = []
-    answers = ["some case", "", "another", "", "", "found later", ""]
+    asked: list[list[str]] = []
+    answers = ["some case", "", "another", "", "", "found later", "", ""]
 
-    def killing_case(kernel, ptx, passed):
-        asked.append(passed)
+    def names(cases):
+        return [measured.case.name for measured in cases]
+
+    def killing_case(kernel, mutation, cases):
+        asked.append(names(cases))
         return answers[len(asked) - 1]
 
+    def explanation(name, mutation, source):
+        return "a reason" if mutation == kernel.mutations[4] else ""
+
     monkeypatch.setattr(mutate, "killing_case", killing_case)
+    monkeypatch.setattr(mutate, "explanation", explanation)
     first = list(mutate.verdicts(kernel, range(4), known=mutate.Verdicts(path)))
     assert [verdict.killed_by for verdict in first] == answers[:4]
     second = list(mutate.verdicts(kernel, range(5), known=mutate.Verdicts(path)))
-    assert [verdict.killed_by for verdict in second] == ["some case", "", "another", *answers[5:]]
-    names = {measured.case.name for measured in kernel.cases}
-    assert asked == [set()] * 4 + [names, names, set()]
+    assert [verdict.killed_by for verdict in second] == ["some case", "", "another", *answers[5:7]]
+    assert [verdict.explanation for verdict in second] == [""] * 4 + ["a reason"]
+    executing = [names(kernel.cases_of(mutation, False)) for mutation in kernel.mutations[:5]]
+    assert len(executing[4]) > mutate.FEW
+    assert asked == [*executing[:4], [], [], executing[4][: mutate.FEW]]
     assert len(path.read_text().splitlines()) == 6
     assert mutate.Verdicts(path).killed_by(kernel, 3) == "found later"
+
+    third = list(mutate.verdicts(kernel, range(4, 5), known=mutate.Verdicts(path)))
+    assert third == second[4:]
+    assert asked[7] == []
+    kernel.cases[0].executed = frozenset()
+    assert names(kernel.cases_of(kernel.mutations[0], False)) == [
+        name for name in executing[0] if name != kernel.cases[0].case.name
+    ]
 
     other = replace(kernel, ptx=kernel.ptx.replace("mad.lo.s32", "mad.lo.u32", 1))
     known = mutate.Verdicts(path)
@@ -110,18 +130,20 @@ def test_cases_that_kill_most_come_first(monkeypatch):
 
         return kernel_cases.Case(name, run)
 
+    ptx = ".entry k()\n{\n.reg .b32 %r<2>;\nadd.s32 %r1, %r1, 1;\nret;\n}\n"
     cases = [
-        mutate.MeasuredCase(case("slow"), 1.0, 10),
-        mutate.MeasuredCase(case("quick"), 0.2, 10),
-        mutate.MeasuredCase(case("kills", fails=True), 0.5, 10),
+        mutate.MeasuredCase(case("slow"), 100, frozenset()),
+        mutate.MeasuredCase(case("quick"), 20, frozenset()),
+        mutate.MeasuredCase(case("kills", fails=True), 50, frozenset()),
     ]
-    kernel = mutate.Kernel("rope_rotate", "k", cases, "")
+    kernel = mutate.Kernel("rope_rotate", "k", cases, ptx)
+    [mutation, *_] = kernel.mutations
     for expected in (["quick", "kills"], ["quick", "kills"], ["kills"]):
         ran.clear()
-        assert mutate.killing_case(kernel, "") == "kills"
+        assert mutate.killing_case(kernel, mutation, cases) == "kills"
         assert ran == expected
     ran.clear()
-    assert mutate.killing_case(kernel, "", {"kills", "quick"}) == ""
+    assert mutate.killing_case(kernel, mutation, cases[:1]) == ""
     assert ran == ["slow"]
 
 

@@ -8,6 +8,7 @@ instructions that define its registers.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -384,7 +385,7 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             re.search(entry.kernel, kernel)
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
-            and re.search(entry.operands, code.operands())
+            and (not entry.operands or re.search(entry.operands, code.operands()))
             and (not entry.only_compared_with_0 or code.is_only_compared_with_0())
         ):
             return entry.reason
@@ -395,15 +396,20 @@ class _Code:
     """What stands around an instruction of a kernel's PTX: `line` counts from 1."""
 
     def __init__(self, ptx: str, line: int) -> None:
-        lines = ptx.split("\n")
-        begin = max((i for i in range(line) if kernel_ptx.is_entry(lines[i])), default=0)
-        end = next((i for i in range(line, len(lines)) if kernel_ptx.is_entry(lines[i])), None)
-        self._statements = [" ".join(text.split()).rstrip(";") for text in lines[begin:end]]
-        self._here = line - 1 - begin
+        self._lines, self._here = kernel_ptx.lines_around(ptx, line)
+        self.statement = _statement(self._lines[self._here])
 
-    @property
-    def statement(self) -> str:
-        return self._statements[self._here] if self._statements else ""
+    @functools.cached_property
+    def _statements(self) -> list[str]:
+        return [_statement(line) for line in self._lines]
+
+    @functools.cached_property
+    def _definitions(self) -> dict[str, list[str]]:
+        """The instructions that write a register, and no other."""
+        found: dict[str, list[str]] = {}
+        for statement in self._statements:
+            found.setdefault(_result(statement), []).append(statement)
+        return found
 
     def operands(self) -> str:
         """The instructions above that define what this one reads, one a line."""
@@ -417,7 +423,11 @@ class _Code:
         return "\n".join(found)
 
     def is_unused(self) -> bool:
-        return _result(self.statement) != "" and not self._uses(self.statement)
+        result = _result(self.statement)
+        if not result:
+            return False
+        named = re.compile(rf"{re.escape(result)}\b")
+        return not any(named.search(line) for i, line in enumerate(self._lines) if i != self._here)
 
     def is_only_compared_with_0(self) -> bool:
         """Whether its result is, or a difference that it is a part of."""
@@ -445,7 +455,7 @@ class _Code:
         known = known or {}
         if operand in known or len(known) > DEEPEST:
             return known.get(operand, 0)
-        definitions = [each for each in self._statements if _result(each) == operand]
+        definitions = self._definitions.get(operand, [])
         found = -1 if definitions else 0
         while True:  # in a loop a register may depend on itself: what holds if it holds before
             before = found
@@ -478,6 +488,11 @@ class _Code:
 
 
 DEEPEST = 12
+
+
+def _statement(line: str) -> str:
+    """A line without its semicolon and spare blanks."""
+    return " ".join(line.split()).rstrip(";")
 
 
 def _lowest(bits: int) -> int:

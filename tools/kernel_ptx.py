@@ -21,9 +21,12 @@ _LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?",
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
 
 
-def is_entry(line: str) -> bool:
-    """Whether a kernel begins on a line of PTX."""
-    return _ENTRY.match(line) is not None
+def lines_around(ptx: str, line: int) -> tuple[list[str], int]:
+    """The lines of the kernel that a line of the PTX, from 1, stands in, and which it is of them,
+    from 0."""
+    here = sum(map(len, ptx.split("\n")[: line - 1])) + line - 1
+    begin, end = max(ptx.rfind(".entry ", 0, here), 0), ptx.find(".entry ", here)
+    return ptx[begin : None if end < 0 else end].rstrip().split("\n"), ptx.count("\n", begin, here)
 
 
 def operators() -> list[str]:

@@ -9,10 +9,11 @@
 A mutant drops a barrier, a wait or a commit, flips a predicate, shifts an address, an immediate or
 a bound by one, or swaps operands (tools/ptxrun, "Mutations"). It is killed when a case of
 tests/kernel_cases.py fails: results that are not the reference's, an access out of bounds, a race,
-a deadlock, or far more work than the original does. What survives is printed with its instruction
-and the line of the source. A survivor that tools/equivalent_mutants.py explains cannot be noticed
-by any test and counts apart. The exit status is 1 when less than 95 % of the others are killed for
-some operator.
+a deadlock, or far more work than the original does. Cases that do not execute the instruction are
+left out. What survives is printed with its instruction and the line of the source. A survivor that
+tools/equivalent_mutants.py explains cannot be noticed by any test and counts apart; of the cases it
+is run in the shortest few alone, enough to find an explanation that says too much. The exit status
+is 1 when less than 95 % of the others are killed for some operator.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ import json
 import random
 import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,9 +38,11 @@ from tools.equivalent_mutants import explanation
 
 import kernel_cases  # isort: skip
 import ptx_backend  # isort: skip
-from ptxrun.mutate import Mutations, mutations  # isort: skip
+from ptxrun import Module  # isort: skip
+from ptxrun.mutate import Mutation, Mutations, mutations  # isort: skip
 
 WANTED = 0.95
+FEW = 3  # cases of a mutant that is explained
 
 
 def step_limit(steps: int) -> int:
@@ -50,16 +52,17 @@ def step_limit(steps: int) -> int:
 
 @dataclass
 class MeasuredCase:
-    """A case with what the unchanged kernels took, and how many mutants failed it so far."""
+    """A case with the steps that a mutant may take, the positions of the kernel's instructions that
+    it executes, and how many mutants failed it so far."""
 
     case: kernel_cases.Case
-    seconds: float
     max_steps: int
+    executed: frozenset[int]
     kills: int = 0
 
     @property
-    def kills_per_second(self) -> float:
-        return (self.kills + 1) / self.seconds
+    def kills_per_step(self) -> float:
+        return (self.kills + 1) / self.max_steps
 
 
 @dataclass
@@ -78,6 +81,24 @@ class Kernel:
     @functools.cached_property
     def mutations(self) -> Mutations:
         return mutations(self.ptx, self.name)
+
+    @functools.cached_property
+    def module(self) -> Module:
+        return Module(self.ptx)
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, list[int]]:
+        """Of the instructions on a line of the PTX."""
+        found: dict[int, list[int]] = {}
+        for instruction in self.module.instructions(self.name):
+            found.setdefault(instruction.line, []).append(instruction.position)
+        return found
+
+    def cases_of(self, mutation: Mutation, explained: bool) -> list[MeasuredCase]:
+        """Cases that execute the mutated instruction: the shortest few, if that is explained."""
+        positions = self._positions[mutation.line]
+        found = [each for each in self.cases if not each.executed.isdisjoint(positions)]
+        return sorted(found, key=lambda each: each.max_steps)[: FEW if explained else None]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -134,10 +155,10 @@ class Verdicts:
         return self._passed.get((kernel.name, kernel.digest, index), set())
 
     def add(self, kernel: Kernel, verdict: Verdict) -> None:
-        names = {measured.case.name for measured in kernel.cases}
-        passed = set() if verdict.killed else names
         key = kernel.name, kernel.digest, verdict.index
         known = self._killed_by.get(key), self._passed.get(key, set())
+        cases = kernel.cases_of(kernel.mutations[verdict.index], verdict.explanation != "")
+        passed = set() if verdict.killed else known[1] | {each.case.name for each in cases}
         if self._path is None or (known[0] == verdict.killed_by and known[1] >= passed):
             return
         entry = {
@@ -155,19 +176,18 @@ class Verdicts:
 
 def kernels_of(operator: str, variants: Iterable[kernel_cases.Variant]) -> list[Kernel]:
     """The kernels that cases of the operator launch. The unchanged kernels pass every case."""
-    backend = ptx_backend.PtxBackend()
+    backend = ptx_backend.PtxBackend(stats=False)
     launched: dict[str, list[MeasuredCase]] = {}
     together: dict[str, set[str]] = {}
     for case in kernel_cases.cases_of(operator, variants):
+        backend.reached.clear()
         case.run(backend)
-        started = time.perf_counter()
-        case.run(backend)
-        seconds = time.perf_counter() - started
         plan = backend.launched
         names = {launch.name.decode() for launch in plan.launches[: plan.num_launches]}
         limit = step_limit(max(stats.steps for stats in backend.stats))
         for name in names:
-            launched.setdefault(name, []).append(MeasuredCase(case, seconds, limit))
+            executed = frozenset(backend.reached[name].instructions)
+            launched.setdefault(name, []).append(MeasuredCase(case, limit, executed))
             together.setdefault(name, set()).update(names)
     ptx = ptx_backend.ptx_of(operator)
     return [
@@ -176,16 +196,14 @@ def kernels_of(operator: str, variants: Iterable[kernel_cases.Variant]) -> list[
     ]
 
 
-def killing_case(kernel: Kernel, ptx: str, passed: Collection[str] = ()) -> str:
-    """The name of a case that fails with this PTX, "" if none does.
+def killing_case(kernel: Kernel, mutation: Mutation, cases: Iterable[MeasuredCase]) -> str:
+    """The name of one of these cases that fails with a mutant, "" if none does.
 
-    Cases whose names are in ``passed`` are left out. First come those that are quick and have
-    killed many.
+    First come those that are short and have killed many.
     """
-    backend = ptx_backend.PtxBackend(ptx={kernel.operator: ptx}, stats=False)
-    for measured in sorted(kernel.cases, key=lambda each: -each.kills_per_second):
-        if measured.case.name in passed:
-            continue
+    module = mutation.of(kernel.module, kernel.name)
+    backend = ptx_backend.PtxBackend(modules={kernel.operator: module}, stats=False)
+    for measured in sorted(cases, key=lambda each: -each.kills_per_step):
         backend.options["max_steps"] = measured.max_steps
         try:
             measured.case.run(backend)
@@ -201,11 +219,16 @@ def judge(
     """Runs a mutant, unless its verdict is known."""
     known = known or Verdicts()
     mutation = kernel.mutations[index]
-    killed_by = known.killed_by(kernel, index)
-    if not killed_by:
-        killed_by = killing_case(kernel, mutation.ptx, known.passed(kernel, index))
     source = lines(mutation.line)
-    reason = "" if killed_by else explanation(kernel.short_name, mutation, source)
+    killed_by, reason = known.killed_by(kernel, index), ""
+    if not killed_by:
+        reason = explanation(kernel.short_name, mutation, source)
+        passed = known.passed(kernel, index)
+        cases = kernel.cases_of(mutation, reason != "")
+        killed_by = killing_case(
+            kernel, mutation, [each for each in cases if each.case.name not in passed]
+        )
+        reason = "" if killed_by else reason
     return Verdict(kernel.short_name, index, mutation.description, source, killed_by, reason)
 
 

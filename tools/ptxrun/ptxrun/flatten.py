@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .errors import PtxError, UnsupportedError
 from .lexer import parse_literal, split_commas
 from .parse import ParsedModule
 from .program import (
+    DROPPED,
     TYPE_BYTES,
     Address,
     Function,
@@ -37,6 +39,54 @@ _RUNTIME_TRAPS = ("__assertfail", "__assert_fail", "malloc", "free")
 def flatten(module: ParsedModule, name: str) -> Kernel:
     """The kernel of an entry; recursion and indirect calls are refused."""
     return _Flattener(module, module.functions[name]).kernel
+
+
+def with_text(
+    module: ParsedModule, statement: Sequence[Instruction], text: str
+) -> list[Instruction]:
+    """A statement's instructions with another text, which names nothing else: "" drops them.
+
+    They jump where they did. A branch around a guarded instruction gets the guard of the new text.
+    """
+    names: dict[str, Any] = {}
+    for instruction in statement:
+        names |= _names(instruction)
+    return [_with_text(_Reader(module), each, text, names) for each in statement]
+
+
+def _with_text(
+    reader: "_Reader", instruction: Instruction, text: str, names: dict[str, Any]
+) -> Instruction:
+    if not text:
+        dropped = replace(instruction, opcode=DROPPED, text=text)
+        dropped.modifiers, dropped.operands, dropped.predicate, dropped.target = [], [], None, None
+        return dropped
+    new, rest = reader.head(text, instruction.line, instruction.function, [names])
+    new.position, new.target = instruction.position, instruction.target
+    if instruction.opcode == "bra" and new.opcode != "bra":
+        assert new.predicate is not None
+        register, negated = new.predicate
+        return replace(instruction, text=text, predicate=(register, not negated))
+    if instruction.predicate is None:
+        new.predicate = None
+    new.operands = instruction.operands
+    if new.target is None:
+        new.operands = reader.operands(rest, [names], instruction.line)
+    return new
+
+
+def _names(instruction: Instruction) -> dict[str, Any]:
+    """Registers and variables that an instruction names."""
+    found: dict[str, Any] = {}
+    pending: list[Any] = [*instruction.operands, *(instruction.predicate or ())]
+    for operand in pending:
+        if isinstance(operand, Register | Variable):
+            found[operand.name] = operand
+        elif isinstance(operand, Vector):
+            pending += operand.items
+        elif isinstance(operand, Address | Not | Pair | SymbolOffset):
+            pending += (getattr(operand, name) for name in operand.__slots__)
+    return found
 
 
 class _Labels:
@@ -73,9 +123,94 @@ class _Labels:
         return f"{self._serial}.{block}.{name}"
 
 
-class _Flattener:
-    def __init__(self, module: ParsedModule, entry: Function):
+class _Reader:
+    """Reads instructions; scopes map names to what they stand for."""
+
+    def __init__(self, module: ParsedModule):
         self.module = module
+
+    def lookup(self, name: str, scopes: Sequence[dict[str, Any]]) -> Register | Variable | None:
+        """What a name stands for."""
+        for scope in reversed(scopes):
+            if name in scope:
+                return scope[name]
+        return self.module.variables.get(name)
+
+    def head(
+        self, text: str, line: int, function: str, scopes: Sequence[dict[str, Any]]
+    ) -> tuple[Instruction, str]:
+        """An instruction without its operands, and the text of those."""
+        rest, predicate = text, None
+        if guard := _GUARD.match(rest):
+            register = self.lookup(guard.group(2), scopes)
+            if not isinstance(register, Register):
+                raise PtxError(f"PTX line {line}: bad predicate in {text}")
+            predicate = (register, guard.group(1) == "!")
+            rest = rest[guard.end() :]
+        match = _OPCODE.match(rest)
+        if not match:
+            raise PtxError(f"PTX line {line}: cannot parse {text}")
+        opcode, *modifiers = _MODIFIER_DOT.split(match.group(1))
+        instruction = Instruction(opcode, modifiers, [], line, text, function, predicate)
+        return instruction, match.group(2).strip()
+
+    def operands(self, text: str, scopes: Sequence[dict[str, Any]], line: int) -> list[Operand]:
+        """What an instruction that jumps nowhere works on."""
+        return [self.operand(part, scopes, line) for part in split_commas(text)]
+
+    def operand(self, text: str, scopes: Sequence[dict[str, Any]], line: int) -> Operand:
+        """One operand."""
+        text = text.strip()
+        if text == "_":
+            return Sink()
+        if text.startswith("{"):
+            items = split_commas(text[1 : text.rindex("}")])
+            return Vector([self.operand(item, scopes, line) for item in items])
+        if text.startswith("["):
+            return self._address(text, scopes, line)
+        if text.startswith("!"):
+            return Not(self.operand(text[1:], scopes, line))
+        if "|" in text:
+            first, second = text.split("|")
+            return Pair(self.operand(first, scopes, line), self.operand(second, scopes, line))
+        literal = parse_literal(text)
+        if literal is not None:
+            return literal
+        entry = self.lookup(text, scopes)
+        if entry is not None:
+            return entry
+        if text.startswith("%"):
+            return Special(text[1:])
+        if text == "WARP_SZ":
+            return Integer(32)
+        if match := _SYMBOL_AND_OFFSET.match(text):
+            entry = self.lookup(match.group(1), scopes)
+            if isinstance(entry, Variable):
+                return SymbolOffset(entry, int(match.group(2) + match.group(3)))
+        if re.match(r"^(.+)\.([xyzwrgba])$", text):
+            raise UnsupportedError(f"PTX line {line}: vector element operand {text}")
+        if text in self.module.functions:
+            raise UnsupportedError(
+                f"PTX line {line}: address of function {text} (indirect calls are not supported)"
+            )
+        raise PtxError(f"PTX line {line}: unknown operand {text!r}")
+
+    def _address(self, text: str, scopes: Sequence[dict[str, Any]], line: int) -> Address:
+        base, offset = text[1 : text.rindex("]")].strip(), 0
+        if "," in base:
+            raise UnsupportedError(f"PTX line {line}: tensor/vector address operand {text}")
+        match = _BASE_AND_OFFSET.match(base)
+        if match and parse_literal(base) is None:
+            literal = parse_literal(match.group(3))
+            if isinstance(literal, Integer):
+                offset = literal.value if match.group(2) == "+" else -literal.value
+                base = match.group(1).strip()
+        return Address(self.operand(base, scopes, line), offset)
+
+
+class _Flattener(_Reader):
+    def __init__(self, module: ParsedModule, entry: Function):
+        super().__init__(module)
         self.kernel = Kernel(entry.name, entry.directives)
         self.serial = 0
         scope: dict[str, Any] = {}
@@ -161,7 +296,7 @@ class _Flattener:
             address=address,
         )
 
-    def _lookup(self, name: str, scopes: Sequence[dict[str, Any]]) -> Register | Variable | None:
+    def lookup(self, name: str, scopes: Sequence[dict[str, Any]]) -> Register | Variable | None:
         for scope in reversed(scopes):
             entry = scope.get(name)
             if isinstance(entry, str):
@@ -176,55 +311,6 @@ class _Flattener:
             self.kernel.shared_variables.setdefault(name, variable)
         return variable
 
-    # ---- operands ----
-    def _operand(self, text: str, scopes: Sequence[dict[str, Any]], line: int) -> Operand:
-        text = text.strip()
-        if text == "_":
-            return Sink()
-        if text.startswith("{"):
-            items = split_commas(text[1 : text.rindex("}")])
-            return Vector([self._operand(item, scopes, line) for item in items])
-        if text.startswith("["):
-            return self._address(text, scopes, line)
-        if text.startswith("!"):
-            return Not(self._operand(text[1:], scopes, line))
-        if "|" in text:
-            first, second = text.split("|")
-            return Pair(self._operand(first, scopes, line), self._operand(second, scopes, line))
-        literal = parse_literal(text)
-        if literal is not None:
-            return literal
-        entry = self._lookup(text, scopes)
-        if entry is not None:
-            return entry
-        if text.startswith("%"):
-            return Special(text[1:])
-        if text == "WARP_SZ":
-            return Integer(32)
-        if match := _SYMBOL_AND_OFFSET.match(text):
-            entry = self._lookup(match.group(1), scopes)
-            if isinstance(entry, Variable):
-                return SymbolOffset(entry, int(match.group(2) + match.group(3)))
-        if re.match(r"^(.+)\.([xyzwrgba])$", text):
-            raise UnsupportedError(f"PTX line {line}: vector element operand {text}")
-        if text in self.module.functions:
-            raise UnsupportedError(
-                f"PTX line {line}: address of function {text} (indirect calls are not supported)"
-            )
-        raise PtxError(f"PTX line {line}: unknown operand {text!r}")
-
-    def _address(self, text: str, scopes: Sequence[dict[str, Any]], line: int) -> Address:
-        base, offset = text[1 : text.rindex("]")].strip(), 0
-        if "," in base:
-            raise UnsupportedError(f"PTX line {line}: tensor/vector address operand {text}")
-        match = _BASE_AND_OFFSET.match(base)
-        if match and parse_literal(base) is None:
-            literal = parse_literal(match.group(3))
-            if isinstance(literal, Integer):
-                offset = literal.value if match.group(2) == "+" else -literal.value
-                base = match.group(1).strip()
-        return Address(self._operand(base, scopes, line), offset)
-
     # ---- instructions ----
     def _instruction(
         self,
@@ -236,19 +322,8 @@ class _Flattener:
         labels: _Labels,
         return_label: str | None,
     ) -> None:
-        rest, predicate = text, None
-        if guard := _GUARD.match(rest):
-            register = self._lookup(guard.group(2), scopes)
-            if not isinstance(register, Register):
-                raise PtxError(f"PTX line {line}: bad predicate in {text}")
-            predicate = (register, guard.group(1) == "!")
-            rest = rest[guard.end() :]
-        match = _OPCODE.match(rest)
-        if not match:
-            raise PtxError(f"PTX line {line}: cannot parse {text}")
-        opcode, *modifiers = _MODIFIER_DOT.split(match.group(1))
-        rest = match.group(2).strip()
-        instruction = Instruction(opcode, modifiers, [], line, text, function.name, predicate)
+        instruction, rest = self.head(text, line, function.name, scopes)
+        opcode = instruction.opcode
         if opcode == "call":
             self._call(function, instruction, rest, scopes, stack)
             return
@@ -256,15 +331,13 @@ class _Flattener:
             instruction.target = labels.resolve(rest)
         elif opcode == "brx":
             index, table = split_commas(rest)
-            instruction.operands = [self._operand(index, scopes, line)]
+            instruction.operands = [self.operand(index, scopes, line)]
             instruction.target = labels.resolve(table)
         elif opcode == "ret" and return_label is not None:
             instruction.opcode, instruction.modifiers = "bra", ["ret"]
             instruction.target = return_label
         else:
-            instruction.operands = [
-                self._operand(operand, scopes, line) for operand in split_commas(rest)
-            ]
+            instruction.operands = self.operands(rest, scopes, line)
         self.kernel.instructions.append(instruction)
 
     def _call(
@@ -297,7 +370,7 @@ class _Flattener:
         scope = {}
         formal = callee.results + callee.params
         for parameter, argument in zip(formal, results + arguments, strict=True):
-            entry = self._lookup(argument, scopes)
+            entry = self.lookup(argument, scopes)
             if not isinstance(entry, Variable):
                 raise UnsupportedError(
                     f"PTX line {line}: call argument {argument} is not a .param variable"

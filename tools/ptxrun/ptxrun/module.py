@@ -1,5 +1,6 @@
 """PTX text -> kernels that can be launched."""
 
+import copy
 import math
 import struct
 import time
@@ -7,10 +8,10 @@ import time
 import numpy as np
 
 from .chunk import Chunk
-from .codegen import compile_kernel
+from .codegen import compile_kernel, with_instructions
 from .dtypes import i64, u8
 from .errors import PtxError, RaceError, UnsupportedError
-from .flatten import flatten
+from .flatten import flatten, with_text
 from .lexer import parse_literal, split_initialiser
 from .parse import ParsedModule
 from .program import TYPE_BYTES, Float, Instruction
@@ -116,6 +117,26 @@ class Module:
             kernel.param_base = buffer.base
             self._compiled[name] = compile_kernel(kernel)
         return self._compiled[name]
+
+    def with_statement(self, name: str, line: int, old: str, new: str) -> "Module":
+        """This module with another statement in one of its kernels, "" for none.
+
+        It stands on `line` of the PTX, and names what the old one does. Everything else is shared,
+        arrays and variables too, so that only the code around the statement is compiled.
+        """
+        name = self.find(name)
+        code = self.compiled(name)
+        found = [
+            each
+            for each in code.instructions
+            if each.line == line and each.text == old and each.function == name
+        ]
+        if not found or any(each.opcode == found[0].opcode for each in found[1:]):
+            raise PtxError(f"{name}: not one {old!r} on PTX line {line}")
+        changed = with_text(self._parsed, found, new)
+        module = copy.copy(self)
+        module._compiled = {**self._compiled, name: with_instructions(code, changed)}
+        return module
 
     def _pack(self, kernel, args):
         """Arguments -> bytes of the parameter buffer."""

@@ -16,15 +16,25 @@ from typing import NamedTuple
 
 from .errors import PtxError
 from .lexer import parse_literal, split_commas
+from .module import Module
 from .program import TYPE_BYTES, Integer
 
 
 class Mutation(NamedTuple):
-    """One mutant: what was changed, on which line of the PTX (1 is the first), and the new PTX."""
+    """One mutant: what was changed, on which line of the PTX (1 is the first), and the new PTX.
+
+    `old` and `new` are the statement before and after, `new` is "" where it was dropped.
+    """
 
     description: str
     line: int
     ptx: str
+    old: str = ""
+    new: str = ""
+
+    def of(self, module: Module, entry_name: str) -> Module:
+        """The module of the unchanged PTX with this change."""
+        return module.with_statement(entry_name, self.line, self.old, self.new)
 
 
 class Killed(NamedTuple):
@@ -45,6 +55,7 @@ class _Edit(NamedTuple):
     kind: str
     start: int
     end: int
+    old: str
     new: str
 
 
@@ -112,7 +123,7 @@ def sample(ptx_text: str, entry_name: str, count: int, seed: int) -> list[Mutati
 def run_mutants(
     ptx_text: str,
     entry_name: str,
-    check: Callable[[str], bool],
+    check: Callable[[Module], bool],
     *,
     count: int | None = None,
     seed: int = 0,
@@ -120,14 +131,15 @@ def run_mutants(
 ) -> MutationReport:
     """Run `check` on mutants of the kernel and report which it noticed.
 
-    `check(ptx)` executes the PTX and returns True when every result is right; it notices a mutant
-    by returning False or by raising (PtxError, RaceError, AssertionError, ...). It should launch
+    `check(module)` executes the kernel and returns True when every result is right; it notices a
+    mutant by returning False or by raising (PtxError, RaceError, AssertionError, ...). It launches
     with `max_steps` a small multiple of what the original needs, or a mutant that loops for ever
     takes minutes to be noticed. `count` mutants are sampled with `seed`; None runs all of them.
     `on_result(mutation, killed)` is called after each. Raises ValueError when the check does not
     pass on the unchanged PTX, for then its verdicts mean nothing.
     """
-    if not check(ptx_text):
+    module = Module(ptx_text)
+    if not check(module):
         raise ValueError("check: expected True on the unchanged PTX, got False")
     if count is None:
         chosen = mutations(ptx_text, entry_name)
@@ -137,7 +149,7 @@ def run_mutants(
     for mutation in chosen:
         reason = None
         try:
-            if not check(mutation.ptx):
+            if not check(mutation.of(module, entry_name)):
                 reason = "check returned False"
         except Exception as error:  # whatever a mutant breaks, it was noticed
             reason = f"{type(error).__name__}: {error}"
@@ -151,12 +163,13 @@ def run_mutants(
 
 
 def _apply(text: str, edit: _Edit) -> Mutation:
-    old = text[edit.start : edit.end]
-    ptx = text[: edit.start] + edit.new + "\n" * old.count("\n") + text[edit.end :]
-    change = f"{edit.kind}: {' '.join(old.split())}"
+    lines = "\n" * text.count("\n", edit.start, edit.end)
+    ptx = text[: edit.start] + edit.new + lines + text[edit.end :]
+    change = f"{edit.kind}: {edit.old}"
     if edit.new:
         change += f" -> {edit.new}"
-    return Mutation(change, text.count("\n", 0, edit.start) + 1, ptx)
+    line = text.count("\n", 0, edit.start) + 1
+    return Mutation(change, line, ptx, edit.old, " ".join(edit.new.split()))
 
 
 def _edits(text: str, entry_name: str) -> Iterator[_Edit]:
@@ -175,9 +188,10 @@ def _edits(text: str, entry_name: str) -> Iterator[_Edit]:
             return
         if token.group().endswith(";"):
             statement = token.group()[:-1].rstrip()
+            old = " ".join(statement.split())
             for kind, new in _variants(statement):
                 # A dropped statement leaves its semicolon: an empty statement is legal PTX.
-                yield _Edit(kind, token.start(), token.start() + len(statement), new)
+                yield _Edit(kind, token.start(), token.start() + len(statement), old, new)
 
 
 def _entry_position(code: str, entry_name: str) -> int:

@@ -141,6 +141,9 @@ Operand = (
 )
 
 
+DROPPED = "nothing"  # opcode of what stands where a mutant has dropped an instruction
+
+
 @dataclass(slots=True, eq=False)
 class Instruction:
     """One instruction of a flattened kernel.

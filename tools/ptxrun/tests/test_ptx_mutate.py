@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ptxrun import Module, PtxError
 from ptxrun.mutate import mutations, run_mutants, sample
+from ptxrun.program import DROPPED
 
 # 64 threads: copy in 16-byte vectors, read the mirrored thread's one, fold it in a short loop, and
 # store one float for each of the first n threads, after a leading float that stays as it is.
@@ -51,14 +52,14 @@ $LOOP:
 """
 
 
-def passes(ptx, count=40):
+def passes(module, count=40):
     """Whether the kernel writes exactly the wanted floats."""
     values = np.arange(256, dtype=np.float32).reshape(64, 4)
     output = np.full(80, -1, np.float32)
     want = output.copy()
     a, b, _, d = values[::-1].T
     want[1 : count + 1] = (a * b * 3 + d)[:count]
-    Module(ptx).launch("mirror", 1, 64, [values, output, count], race=True, max_steps=500)
+    module.launch("mirror", 1, 64, [values, output, count], race=True, max_steps=500)
     return np.array_equal(output, want)
 
 
@@ -204,18 +205,104 @@ def test_a_thorough_check_kills_every_mutant():
 
 
 def test_a_weak_check_lets_mutants_survive():
-    report = run_mutants(MIRROR, "mirror", lambda ptx: passes(ptx, count=64))
+    report = run_mutants(MIRROR, "mirror", lambda module: passes(module, count=64))
     assert [mutation.description for mutation in report.survived] == [
         "change comparison: setp.ge.u32 %p2, %r2, %r1 -> setp.gt.u32 %p2, %r2, %r1"
     ]
-    few = run_mutants(MIRROR, "mirror", lambda ptx: True, count=5, seed=2)
+    few = run_mutants(MIRROR, "mirror", lambda module: True, count=5, seed=2)
     assert few.survived == sample(MIRROR, "mirror", 5, 2)
     assert few.killed == []
 
 
 def test_the_check_must_pass_on_the_original():
     with pytest.raises(ValueError, match="unchanged PTX"):
-        run_mutants(MIRROR, "mirror", lambda ptx: False)
+        run_mutants(MIRROR, "mirror", lambda module: False)
+
+
+def assert_same_code(module, kernel, mutation):
+    """A mutant made of a module is the one that its PTX is."""
+    found, expected = (
+        made.compiled(kernel) for made in (mutation.of(module, kernel), Module(mutation.ptx))
+    )
+    made = [each for each in found.instructions if each.opcode != DROPPED]
+    assert [str(each) for each in made] == [str(each) for each in expected.instructions]
+    if mutation.new:
+        assert found.source == expected.source
+        assert [vars_of(block) for block in found.blocks] == [
+            vars_of(block) for block in expected.blocks
+        ]
+
+
+def vars_of(block):
+    """What the scheduler knows of a block."""
+    names = ("index", "ending", "target", "spins", "successors", "reads", "writes", "defs")
+    return [getattr(block, name) for name in names], str(block.collective), block.classes
+
+
+def test_a_mutant_of_a_module_is_that_of_its_text():
+    module = Module(MIRROR)
+    for mutation in mutations(MIRROR, "mirror"):
+        assert_same_code(module, "mirror", mutation)
+    assert passes(module)
+
+
+GUARDED = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry k(.param .u64 k_out)
+{
+    .reg .pred %p<2>;
+    .reg .b32 %r<4>;
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [k_out];
+    mov.u32 %r1, %tid.x;
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 bar.warp.sync -1;
+    @!%p1 bar.sync 1, 32;
+    bar.sync 0;
+    @%p1 shfl.sync.down.b32 %r1, %r1, 1, 31, -1;
+    { .reg .b32 x; mov.u32 x, %r1; add.s32 %r1,
+     x, 1; }
+    mul.wide.u32 %rd2, %r1, 4;
+    add.s64 %rd2, %rd1, %rd2;
+    @%p1 st.global.u32 [%rd2], %r1;
+    @%p1 exit;
+    ret;
+}
+"""
+
+
+def test_mutants_of_guarded_and_nested_statements():
+    module = Module(GUARDED)
+    output = np.zeros(40, np.uint32)
+    module.launch("k", 1, 64, [output])
+    want, found = output.copy(), list(mutations(GUARDED, "k"))
+    for mutation in found:
+        assert_same_code(module, "k", mutation)
+        outcomes = []
+        for made in (mutation.of(module, "k"), Module(mutation.ptx)):
+            output[:] = 0
+            try:
+                made.launch("k", 1, 64, [output], race="warp", max_steps=100)
+                outcomes.append(output.tolist())
+            except PtxError as error:
+                outcomes.append(type(error))
+        assert outcomes[0] == outcomes[1], mutation.description
+    assert len(found) > 12
+    output[:] = 0
+    module.launch("k", 1, 64, [output])
+    assert np.array_equal(output, want)
+
+
+def test_a_statement_must_be_there_once():
+    module = Module(GUARDED)
+    with pytest.raises(PtxError, match=r"not one 'bar\.sync 0' on PTX line 3"):
+        module.with_statement("k", 3, "bar.sync 0", "")
+    twice = Module(GUARDED.replace("bar.sync 0;", "bar.sync 0; bar.sync 0;"))
+    with pytest.raises(PtxError, match=r"not one 'bar\.sync 0' on PTX line 14"):
+        twice.with_statement("k", 14, "bar.sync 0", "")
+    with pytest.raises(PtxError, match="other registers in mov"):
+        module.with_statement("k", 10, "mov.u32 %r1, %tid.x", "mov.u32 %r1, %r1")
 
 
 def test_mutants_of_a_compiled_kernel_are_valid_ptx(load):
@@ -224,4 +311,4 @@ def test_mutants_of_a_compiled_kernel_are_valid_ptx(load):
     chosen = sample(gemm.text, kernel, 20, 0)
     assert len({mutation.description.split(":")[0] for mutation in chosen}) >= 9
     for mutation in chosen:
-        Module(mutation.ptx).compiled(kernel)
+        assert_same_code(gemm, kernel, mutation)

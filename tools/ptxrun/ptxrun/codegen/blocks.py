@@ -1,10 +1,8 @@
 """Basic blocks of a kernel, which registers live between them, and their compiled functions."""
 
-import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -41,8 +39,9 @@ class Block:
     `ending` says what comes then: `fall` (the next block), `branch` (`target`), `conditional`
     (`target` where `run` returns True, else the next), `table` (`table[what run returns]`),
     `barrier` (the next, once all are there), `exit` or `trap`. `collective` is the first
-    instruction when it needs other lanes of the warp. `run(lanes, registers)` executes the block;
-    it reads the registers numbered in `reads` and writes those in `writes` that live on.
+    instruction when it needs other lanes of the warp. `run(lanes, registers)` executes the block,
+    `source` is its text; it reads the registers numbered in `reads`, sets those in `defs` and
+    writes back those in `writes`, which live on.
     """
 
     index: int
@@ -56,7 +55,9 @@ class Block:
     classes: Counter[str] = field(default_factory=Counter)
     successors: list[int] = field(default_factory=list)
     reads: list[int] = field(default_factory=list)
+    defs: set[int] = field(default_factory=set)
     writes: list[int] = field(default_factory=list)
+    source: str = ""
     run: Callable[..., Any] | None = None
 
     @property
@@ -67,14 +68,18 @@ class Block:
 @dataclass(slots=True, eq=False)
 class CompiledKernel:
     """Executable blocks of a kernel; `live_in[b]` are the registers that block b and what follows
-    it may read before writing them."""
+    it may read before writing them, `environment` the names that generated code uses."""
 
     kernel: Kernel
     blocks: list[Block]
     instructions: list[Instruction]
     register_dtypes: list[str]
     live_in: list[set[int]]
-    source: str
+    environment: dict[str, Any]
+
+    @property
+    def source(self) -> str:
+        return "\n".join(block.source for block in self.blocks)
 
 
 def compile_kernel(kernel: Kernel) -> CompiledKernel:
@@ -82,33 +87,60 @@ def compile_kernel(kernel: Kernel) -> CompiledKernel:
     instructions, labels = _branch_around_guarded(kernel)
     blocks = _split(kernel, instructions, labels)
     environment = _environment()
-    constants: dict[tuple[str, bytes], str] = {}
-    emitters = []
-    for block in blocks:
-        emitter = BlockEmitter(kernel, environment, constants, block)
-        for instruction in block.instructions:
-            emitter.emit(instruction)
-        emitters.append(emitter)
-    live_in = _liveness(blocks, emitters)
-    functions: list[str] = []
+    emitters = [_emit(kernel, environment, block) for block in blocks]
+    live_in = _liveness(blocks)
     for block, emitter in zip(blocks, emitters, strict=True):
-        live_out = set().union(*(live_in[successor] for successor in block.successors))
-        emitter.write_back(live_out)
-        block.reads = sorted(emitter.uses)
-        block.writes = sorted(emitter.defs & live_out)
-        body = "".join(f" {line}\n" for line in emitter.lines)
-        functions.append(f"def block{block.index}(lanes,R):\n{body} return {emitter.returned}\n")
-        exec(_code(functions[-1], kernel.name), environment)
-        block.run = environment[f"block{block.index}"]
-    source = "\n".join(functions)
+        _finish(block, emitter, live_in)
     dtypes = [register_dtype(register) for register in kernel.registers]
-    return CompiledKernel(kernel, blocks, instructions, dtypes, live_in, source)
+    return CompiledKernel(kernel, blocks, instructions, dtypes, live_in, environment)
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def _code(function: str, kernel: str) -> CodeType:
-    """Compiled source of a block's function: a kernel and its mutants have most of them alike."""
-    return compile(function, f"<ptx {kernel}>", "exec")
+def with_instructions(code: CompiledKernel, changed: Sequence[Instruction]) -> CompiledKernel:
+    """The kernel with these instructions at their positions; all other blocks are shared.
+
+    They jump where those that stood there did, begin and end blocks where those did, or are
+    `DROPPED`, and read and write the same registers; PtxError is raised when they do not.
+    """
+    instructions, blocks = list(code.instructions), list(code.blocks)
+    for instruction in changed:
+        instructions[instruction.position] = instruction
+    for index, block in enumerate(blocks):
+        first, last = block.instructions[0].position, block.last.position
+        if not any(first <= instruction.position <= last for instruction in changed):
+            continue
+        new = replace(block, instructions=instructions[first : last + 1], barrier_result=None)
+        _describe(new)
+        if is_control(block.last) and not is_control(new.last):
+            new.ending = "fall"
+        emitter = _emit(code.kernel, code.environment, new)
+        if new.defs != block.defs or not set(new.reads) <= set(block.reads):
+            raise PtxError(f"{code.kernel.name}: other registers in {changed[0]}")
+        _finish(new, emitter, code.live_in)
+        blocks[index] = new
+    return replace(code, instructions=instructions, blocks=blocks)
+
+
+def _emit(kernel: Kernel, environment: dict[str, Any], block: Block) -> BlockEmitter:
+    """Write a block's code, and note which registers it reads and sets."""
+    emitter = BlockEmitter(kernel, environment, block)
+    for instruction in block.instructions:
+        emitter.emit(instruction)
+    block.reads, block.defs = sorted(emitter.uses), emitter.defs
+    return emitter
+
+
+def _finish(block: Block, emitter: BlockEmitter, live_in: list[set[int]]) -> None:
+    """Compile a block's function."""
+    live_out = set().union(*(live_in[successor] for successor in block.successors))
+    emitter.write_back(live_out)
+    block.writes = sorted(emitter.defs & live_out)
+    name = f"block{block.index}"
+    body = "".join(f" {line}\n" for line in emitter.lines)
+    block.source = f"def {name}(lanes,R):\n{body} return {emitter.returned}\n"
+    functions: dict[str, Callable[..., Any]] = {}
+    code = compile(block.source, f"<ptx {emitter.kernel.name}>", "exec")
+    exec(code, emitter.environment, functions)
+    block.run = functions[name]
 
 
 def _environment() -> dict[str, Any]:
@@ -158,10 +190,8 @@ def _split(kernel: Kernel, instructions: list[Instruction], labels: dict[str, in
     blocks = []
     for index, start in enumerate(bounds[:-1]):
         block = Block(index, instructions[start : bounds[index + 1]])
-        first, last = block.instructions[0], block.last
-        block.collective = first if is_collective(first) else None
-        block.spins = any(map(spins, block.instructions))
-        block.classes = Counter(map(instruction_class, block.instructions))
+        _describe(block)
+        last = block.last
         block.successors = [index + 1]
         if is_control(last):
             if last.opcode == "bra":
@@ -183,14 +213,22 @@ def _split(kernel: Kernel, instructions: list[Instruction], labels: dict[str, in
     return blocks
 
 
-def _liveness(blocks: list[Block], emitters: list[BlockEmitter]) -> list[set[int]]:
+def _describe(block: Block) -> None:
+    """Note what kinds of instructions a block consists of."""
+    first = block.instructions[0]
+    block.collective = first if is_collective(first) else None
+    block.spins = any(map(spins, block.instructions))
+    block.classes = Counter(map(instruction_class, block.instructions))
+
+
+def _liveness(blocks: list[Block]) -> list[set[int]]:
     live_in: list[set[int]] = [set() for _ in range(len(blocks) + 1)]
     changed = True
     while changed:
         changed = False
-        for block, emitter in zip(reversed(blocks), reversed(emitters), strict=True):
+        for block in reversed(blocks):
             live_out = set().union(*(live_in[successor] for successor in block.successors))
-            live = emitter.uses | (live_out - emitter.defs)
+            live = live_out - block.defs | set(block.reads)
             if live != live_in[block.index]:
                 live_in[block.index] = live
                 changed = True

@@ -1,6 +1,6 @@
 """Kinds of instructions: what ends a block, what needs a whole warp, and classes for counting."""
 
-from ..program import Instruction
+from ..program import DROPPED, Instruction
 
 CONTROL = {"bra", "brx", "ret", "exit", "trap", "bar", "barrier"}
 COLLECTIVE = {
@@ -27,6 +27,7 @@ IGNORED = {
     "setmaxnreg",
     "pmevent",
     "brkpt",
+    DROPPED,
 }
 _OWN_CLASS = {
     "mma",

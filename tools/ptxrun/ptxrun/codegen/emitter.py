@@ -107,11 +107,9 @@ class Emitter:
         self,
         kernel: Kernel,
         environment: dict[str, Any],
-        constants: dict[tuple[str, bytes], str],
         block: Any,
     ):
-        self.kernel, self.block = kernel, block
-        self.environment, self.constants = environment, constants
+        self.kernel, self.block, self.environment = kernel, block, environment
         self.lines: list[str] = []
         self.returned = "None"
         self.uses: set[int] = set()
@@ -170,11 +168,9 @@ class Emitter:
         return self._constant(np.array([bits], carrier).view(BY_NAME[dtype])[0], dtype)
 
     def _constant(self, scalar: Any, dtype: str) -> str:
-        key = (dtype, scalar.tobytes())
-        if key not in self.constants:
-            name = f"K_{dtype}_{len(self.constants)}"
-            self.constants[key], self.environment[name] = name, scalar
-        return self.constants[key]
+        name = f"K_{dtype}_{scalar.tobytes().hex()}"
+        self.environment[name] = scalar
+        return name
 
     def immediate(self, operand: Integer | Float, dtype: str) -> str:
         """A literal as `dtype`; an integer for a float type gives its bits, and so the reverse."""
