@@ -421,7 +421,7 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
         (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
     ):
         options = {**sizes, "layout": pool}
-        mixed = testing.random_round(7, agents=2, masters=(20,), **options)
+        mixed = testing.random_round(7, agents=2, masters=(20,), rotary_dim=32, **options)
         dense = module.restored(mixed, layout=dense_rows)
         module.alter(dense, 0, range(0, int(mixed.length[0]), 3))
         yield checked(module, f"{pool} and {dense_rows}", module.forget_mirrors(mixed), dense)

@@ -27,13 +27,16 @@ pytestmark = [
 def test_a_sample_of_mutants_is_killed():
     """Of 20 mutants of all operators at least 95 % are noticed, or explained.
 
-    Not of the kernels of e4m3, whose survivors are not all explained: docs/kernels.md counts them.
+    Not of attention over e4m3, whose survivors are not all explained.
     """
-    variants = [one for one in kernel_cases.REPRESENTATIVE if one.plain is None]
+    every = kernel_cases.REPRESENTATIVE
+    plain = [one for one in every if one.plain is None]
     kernels = [
         kernel
         for operator in kernel_ptx.operators()
-        for kernel in mutate.kernels_of(operator, variants)
+        for kernel in mutate.kernels_of(
+            operator, plain if operator == "collective_attention" else every
+        )
     ]
     found = [
         verdict
