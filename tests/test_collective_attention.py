@@ -216,6 +216,22 @@ def rising_round(first, second, **options):
     return case
 
 
+def equal_keys_round(**options):
+    """Queries of zeros: the LSE of a row is the logarithm of the number of keys that it sees, which
+    no rounding of queries or keys changes. Numbers of many mantissas, upper and lower."""
+
+    def wanted(case):
+        return case.filled.rows == 16
+
+    case = first_round(
+        wanted, 0, agents=1, masters=(50,), masks="none", private_length=0, rows=16,
+        num_q_heads=2, num_kv_heads=1, **options,
+    )  # fmt: skip
+    case.q.zero_()
+    case.round.row_position[:16] = 1 + 3 * torch.arange(16) + int(case.arrays["use_delta"][0])
+    return case
+
+
 def by_one_position(case):
     """The same round in which uses are moved by one position up or down."""
     near = case.copy()
@@ -249,6 +265,7 @@ def check(
     rotary_scale=1.0,
     scale=None,
     wide=False,
+    lse_tolerance=None,
     expected=None,
 ):
     """Compares with the reference; nothing but rows that are not padding may be written."""
@@ -292,7 +309,7 @@ def check(
     assert lse[padding].isnan().all(), "the LSE of a padding row was written"
     rows_of = out[real, :num_q_heads, :head_dim]
     testing.assert_close(rows_of, expected[real], dtype, "out")
-    tolerance = testing.tolerance(dtype)
+    tolerance = lse_tolerance or testing.tolerance(dtype)
     torch.testing.assert_close(
         lse[real].double(), expected_lse[real], rtol=tolerance, atol=tolerance
     )
@@ -489,6 +506,12 @@ def test_single_own_rows(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_maxima_that_rise_in_half_of_a_warp(backend, dtype, first, second):
     check(backend, rising_round(first, second, dtype=dtype, rotary_dim=0))
+
+
+@pytest.mark.parametrize("work", ["random", "planned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lse_of_equal_keys(backend, dtype, work):
+    check(backend, equal_keys_round(dtype=dtype, work=work), lse_tolerance=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
