@@ -158,6 +158,12 @@ EQUIVALENT = (
         source=r"\d: __syncwarp\(\);$",
     ),
     Equivalent(
+        "a row of the tile before is done again, with the same result",
+        kernel="collective_attention",
+        change=r"add\.s32 .*, (64 -> .*, 63|32 -> .*, 31|128 -> .*, 127)$",
+        source=r"first < queries; first \+= kShape\.rows",
+    ),
+    Equivalent(
         "what an item of partials writes as its output, the merge writes over",
         kernel="collective_attention",
         change=r"setp\.gt\.s32 .*, -1 -> .*, 0$",
