@@ -199,6 +199,28 @@ def test_masks_of_zeros_are_found_through_loops():
         assert explanation("k", masked(old, new), "") == ""
 
 
+def test_bits_that_nothing_reads_are_found():
+    for old, new, use, known in (
+        (7, 6, "shr.u32 %r6, %r5, 1", True),
+        (7, 3, "shr.u32 %r6, %r5, 1", False),
+        (7, 5, "or.b32 %r6, %r3, %r5", False),
+        (7, 6, "or.b32 %r6, %r3, %r5", True),
+        (7, 6, "shr.u32 %r6, %r2, %r5", False),
+        (7, 6, "add.s32 %r6, %r2, %r5", False),
+        (7, 3, "and.b32 %r6, %r5, 3", True),
+    ):
+        after = "and.b32 %r7, %r6, 14;\nst.u32 [%rd1], %r7;"
+        ptx = (
+            masked(old, new)
+            .ptx.replace("%r4, %r2, %r3", "%r4, %r1, %r3")
+            .replace("sub.s32 %r6, %r1, %r5;\nsetp.eq.s32 %p2, %r6, 0;", f"{use};\n{after}")
+        )
+        mutant = masked(old, new)._replace(ptx=ptx)
+        assert ("mask" in explanation("k", mutant, "")) is known, use
+        stored = mutant._replace(ptx=ptx.replace(after, "st.u32 [%rd1], %r5;"))
+        assert explanation("k", stored, "") == ""
+
+
 def test_explanations_look_at_what_is_compared():
     source = "file.cuh:1: if (lane == 0) range[warp] = make_int2(low, high);"
     flipped = Mutation("flip predicate: @%p1 bra $L -> @!%p1 bra $L", 11, KERNEL)
