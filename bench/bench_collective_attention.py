@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from bench import ceilings
-from bench.mirrors import DECODE, make_round
+from bench.mirrors import DECODE, QUANTIZED, make_round
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-QUANTIZED = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 # (Hk, G, D), N, S, P
 PREFILL = [((3, 3, 64), 4, 2048, 64), ((4, 7, 128), 2, 2048, 64), ((8, 4, 128), 2, 2048, 64)]
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from bench import ceilings
-from bench.mirrors import make_round
+from bench.mirrors import DTYPES, make_round
 from tokendance import ops
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 64, 4, 4
 SIZES = {"1GiB": 1 << 30, "4MiB": 4 << 20}  # bytes of all agents' dense rows
 
@@ -30,7 +29,7 @@ def bench_diff_encode(measure: Any, dtype: str, size: str) -> None:
         segments=SEGMENTS,
         overridden=OVERRIDDEN,
         num_layers=layers,
-        dtype=DTYPES[dtype],
+        pool_dtype=DTYPES[dtype],
     )
     slots = torch.arange(AGENTS * case.length).view(AGENTS, case.length)
     dense = [torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from bench import ceilings
-from bench.mirrors import BenchRound, make_round
+from bench.mirrors import DTYPES, QUANTIZED, BenchRound, make_round
 from tokendance import ops
 from tokendance.mirror import Mirror, Use
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 64, 4, 4
+LAYERS, HEADS, HEAD_DIM = 2, 8, 128
 # Bytes of all agents' dense rows: what is written.
 SIZES = {"1GiB": 1 << 30, "4MiB": 4 << 20}
 
@@ -40,33 +40,63 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
-    layers = 2
-    row_bytes = 2 * layers * 8 * 128 * DTYPES[dtype].itemsize
-    shared = max(SIZES[size] // AGENTS // row_bytes - PRIVATE, 64) // 64 * 64
-    case = make_round(
-        agents=AGENTS,
-        shared=shared,
-        private=PRIVATE,
-        segments=SEGMENTS,
-        overridden=OVERRIDDEN,
-        num_layers=layers,
-        dtype=DTYPES[dtype],
-    )
-    slots = torch.arange(AGENTS * case.length).view(AGENTS, case.length)
-    caches = [torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]
-    k_out, v_out = caches[0::2], caches[1::2]
-    own = AGENTS * (PRIVATE + SEGMENTS * OVERRIDDEN)
-    read = shared - SEGMENTS * OVERRIDDEN + own  # no agent reads the rows that all override
-    moved = (read + slots.numel()) * row_bytes
+    case, slots, caches = _make(SIZES[size], DTYPES[dtype], DTYPES[dtype])
     peers = {
         "dense": lambda: _dense(case, slots, caches),
         "torch": lambda: _torch(case, slots, caches),
     }
-    written = slots.numel() * row_bytes
+    _measure(measure, case, slots, caches, peers=peers)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def bench_restore_read_out(measure: Any, dtype: str, size: str) -> None:
+    """Out of quantized pools into caches of bf16."""
+    scales = torch.full((LAYERS, HEADS), 0.05)
+    case, slots, caches = _make(SIZES[size], QUANTIZED[dtype], torch.bfloat16)
+    _measure(measure, case, slots, caches, scales, scales)
+
+
+def _make(
+    size: int, stored: torch.dtype, written: torch.dtype
+) -> tuple[BenchRound, Tensor, list[Tensor]]:
+    """A round whose rows take ``size`` bytes once ``written``, their slots, and where they go: a
+    cache for K and one for V of each layer in turn."""
+    row_bytes = 2 * LAYERS * HEADS * HEAD_DIM * written.itemsize
+    case = make_round(
+        agents=AGENTS,
+        shared=max(size // AGENTS // row_bytes - PRIVATE, 64) // 64 * 64,
+        private=PRIVATE,
+        segments=SEGMENTS,
+        overridden=OVERRIDDEN,
+        num_layers=LAYERS,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        pool_dtype=stored,
+    )
+    slots = torch.arange(AGENTS * case.length).view(AGENTS, case.length)
+    shape = (slots.numel(), HEADS, HEAD_DIM)
+    return case, slots, [torch.empty(shape, dtype=written) for _ in range(2 * LAYERS)]
+
+
+def _measure(
+    measure: Any,
+    case: BenchRound,
+    slots: Tensor,
+    caches: list[Tensor],
+    *scales: Tensor,
+    peers: dict[str, Callable[[], object]] | None = None,
+) -> None:
+    # No agent reads the rows that all override.
+    own = AGENTS * (PRIVATE + SEGMENTS * OVERRIDDEN)
+    rows = case.length - PRIVATE - SEGMENTS * OVERRIDDEN + own
+    written = sum(cache.nbytes for cache in caches)
+    moved = written + rows * 2 * LAYERS * HEADS * HEAD_DIM * case.k_pools[0].itemsize
     copy, fill = ceilings.copy(moved), ceilings.fill(written)
     measure(
         lambda: ops.diff_restore(
-            case.k_pools, case.v_pools, *case.tables, case.round, slots, k_out, v_out
+            *(case.k_pools, case.v_pools, *case.tables, case.round, slots),
+            *(caches[0::2], caches[1::2], *scales),
         ),
         ceilings={"copy": copy, "fill": fill},
         floor=lambda rates: max(moved / rates["copy"], written / rates["fill"]),
@@ -74,6 +104,11 @@ def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
         bytes=moved,
         peers=peers,
     )
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """As torch can index them: it has no kernels of e4m3 for that."""
+    return rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows
 
 
 Move = Callable[[Tensor, Tensor], Tensor]  # (rows, their shifts) -> moved rows
@@ -88,7 +123,8 @@ def _restore_densely(
         for layer, pools in enumerate(zip(case.k_pools, case.v_pools, strict=True)):
             for part, pages in enumerate(pools):
                 pool, cache = pages.flatten(0, 1), caches[2 * layer + part]
-                dense = torch.cat([pool[_rows(use, case)] for use in mirror.uses])
+                dense = torch.cat([_bits(pool)[_rows(use, case)] for use in mirror.uses])
+                dense = dense.view(pool.dtype)
                 if part == 0:
                     dense = move(dense, _shifts(mirror))
                 _put_own_rows(case, agent, pool, dense)
@@ -118,7 +154,7 @@ def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
         return _rotated(rows, case.rope.cos[at], case.rope.sin[at] * shift.sign()[:, None])
 
     def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
-        cache.index_copy_(0, targets, rows)
+        _bits(cache).index_copy_(0, targets, _bits(rows))
 
     _restore_densely(case, slots, caches, move, scatter)
 
@@ -139,7 +175,8 @@ def _put_own_rows(case: BenchRound, agent: int, pool: Tensor, dense: Tensor) -> 
     first = int(mirror.own_pages[0]) * case.block_size
     position = torch.from_numpy(mirror.own_position).long()
     inside = position >= PRIVATE
-    dense[position[inside] - PRIVATE] = pool[first : first + len(position)][inside]
+    own = _bits(pool)[first : first + len(position)]
+    _bits(dense)[position[inside] - PRIVATE] = own[inside]
 
 
 def _write_private(
@@ -148,4 +185,4 @@ def _write_private(
     mirror = case.mirrors[agent]
     first = int(mirror.own_pages[0]) * case.block_size
     position = torch.from_numpy(mirror.own_position[:PRIVATE]).long()
-    cache[slots[agent, position]] = pool[first : first + PRIVATE]
+    _bits(cache)[slots[agent, position]] = _bits(pool)[first : first + PRIVATE]

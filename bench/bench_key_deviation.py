@@ -9,11 +9,11 @@ import torch
 
 import tokendance as td
 from bench import ceilings
+from bench.mirrors import FLOATS
 from tokendance import ops
 
 AGENTS, HEADS, HEAD_DIM = 8, 8, 128
 FOOTPRINTS = {"1GiB": 1 << 30, "8MiB": 8 << 20}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @pytest.fixture(scope="module", params=FOOTPRINTS)
@@ -22,15 +22,15 @@ def footprint(request: Any) -> tuple[int, ceilings.Ceiling]:
     return size, ceilings.read(size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("positions", ["one_shift", "own_position"])
 def bench_key_deviation(measure: Any, footprint: Any, dtype: str, positions: str) -> None:
     """Cached keys stand at one shift from rotated fresh ones, or fresh ones are not rotated."""
     size, read = footprint
-    row_bytes = HEADS * HEAD_DIM * DTYPES[dtype].itemsize
+    row_bytes = HEADS * HEAD_DIM * FLOATS[dtype].itemsize
     tokens = size // (row_bytes * (AGENTS + 1)) // 16 * 16
-    fresh = torch.empty(AGENTS * tokens, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).normal_()
-    cached = torch.empty(tokens // 16, 16, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).normal_()
+    fresh = torch.empty(AGENTS * tokens, HEADS, HEAD_DIM, dtype=FLOATS[dtype]).normal_()
+    cached = torch.empty(tokens // 16, 16, HEADS, HEAD_DIM, dtype=FLOATS[dtype]).normal_()
     rope = td.Rope.default(head_dim=HEAD_DIM, theta=10000.0, max_position=tokens + 700)
     row = torch.arange(AGENTS * tokens).view(AGENTS, tokens)
     at = torch.arange(tokens, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 Beyond the cache and inside it; with one shift for all rows, as of a reused segment, and with a
 position of its own per row, as of fresh keys. Position and table reads are counted as bytes.
+Quantized rows move as they are; fresh keys become quantized, and quantized ones are read out.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import torch
 
 import tokendance as td
 from bench import ceilings
+from bench.mirrors import DTYPES, QUANTIZED
 from tokendance import ops
 
 HEADS, HEAD_DIM = 8, 128
 FOOTPRINTS = {"1GiB": 2 << 30, "8MiB": 8 << 20}  # of what is read and written together
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_POSITION = 32768
+ROPE = td.Rope.default(head_dim=HEAD_DIM, theta=10000.0, max_position=MAX_POSITION)
+
+
+def _rows(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[count, HEADS, HEAD_DIM]`` of 256 random rows, over and over."""
+    return torch.randn(256, HEADS, HEAD_DIM).to(dtype).repeat(count // 256, 1, 1)
 
 
 @pytest.fixture(scope="module", params=FOOTPRINTS)
@@ -33,9 +40,8 @@ def bench_rope_rotate(measure: Any, footprint: Any, dtype: str, positions: str) 
     size, copy = footprint
     row_bytes = HEADS * HEAD_DIM * DTYPES[dtype].itemsize
     rows = size // 2 // row_bytes
-    x = torch.empty(rows, HEADS, HEAD_DIM, dtype=DTYPES[dtype]).normal_()
+    x = _rows(rows, DTYPES[dtype])
     out = torch.empty_like(x)
-    rope = td.Rope.default(head_dim=HEAD_DIM, theta=10000.0, max_position=MAX_POSITION)
     to = torch.arange(rows, dtype=torch.int32) % (MAX_POSITION - 700)
     origin = None
     table_bytes = rows * HEAD_DIM * 4  # cos and sin of half the dims
@@ -45,7 +51,32 @@ def bench_rope_rotate(measure: Any, footprint: Any, dtype: str, positions: str) 
     moved = 2 * rows * row_bytes + table_bytes + index_bytes
     measure(
         lambda: ops.rope_rotate_out(
-            x, None, None, origin, to, rope.cos, rope.sin, rope.interleaved, 1.0, out
+            x, None, None, origin, to, ROPE.cos, ROPE.sin, ROPE.interleaved, 1.0, out
+        ),
+        ceilings={"copy": copy},
+        floor=lambda rates: moved / rates["copy"],
+        bytes=moved,
+    )
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("direction", ["quantize", "read_out"])
+def bench_conversion(measure: Any, footprint: Any, dtype: str, direction: str) -> None:
+    """Fresh bf16 keys, rotated, into a quantized pool; and quantized ones, moved, into bf16."""
+    size, copy = footprint
+    rows = size // (3 * HEADS * HEAD_DIM) // 256 * 256
+    x, out = (_rows(rows, of) for of in (torch.bfloat16, QUANTIZED[dtype]))
+    scale = torch.full((HEADS,), 0.05)
+    to = torch.arange(rows, dtype=torch.int32) % (MAX_POSITION - 700)
+    origin, x_scale, out_scale, table_bytes = None, None, scale, rows * HEAD_DIM * 4
+    if direction == "read_out":
+        x, out, origin, to = out, x, to, to + 700
+        x_scale, out_scale, table_bytes = scale, None, HEAD_DIM * 4
+    moved = x.nbytes + out.nbytes + table_bytes + rows * 4 * (1 if origin is None else 2)
+    measure(
+        lambda: ops.rope_rotate_out(
+            *(x, None, None, origin, to, ROPE.cos, ROPE.sin, ROPE.interleaved, 1.0, out),
+            *(x_scale, out_scale),
         ),
         ceilings={"copy": copy},
         floor=lambda rates: moved / rates["copy"],

@@ -29,6 +29,7 @@ from tokendance.rounds import RoundExtents
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import cuda_params  # isort: skip
 import ptx_backend  # isort: skip
 
 HEADS, HEAD_DIM = 8, 128
@@ -71,12 +72,12 @@ def row_layout(array: Any) -> Any:
     strides = [stride // array.itemsize for stride in array.strides]
     if array.ndim == 4:
         pages, block_size = array.shape[:2]
-        return ptx_backend.RowLayout(pages * block_size, *strides[:3], block_size)
-    return ptx_backend.RowLayout(array.shape[0], strides[0], 0, strides[1], 1)
+        return cuda_params.RowLayout(pages * block_size, *strides[:3], block_size)
+    return cuda_params.RowLayout(array.shape[0], strides[0], 0, strides[1], 1)
 
 
 def tables(cos: Any, sin: Any) -> Any:
-    return ptx_backend.RopeTables(address(cos), address(sin), len(cos), 2 * cos.shape[1], False)
+    return cuda_params.RopeTables(address(cos), address(sin), len(cos), 2 * cos.shape[1], False)
 
 
 def angles(xp: Any, positions: int) -> tuple[Any, Any]:
@@ -105,7 +106,7 @@ def rope_rotate(xp: Any) -> Call:
     to = xp.arange(rows, dtype=xp.int32) % 4096
     cos, sin = angles(xp, 4096)
     out = xp.zeros_like(x)
-    params = ptx_backend.RopeRotateParams(
+    params = cuda_params.RopeRotateParams(
         x=address(x),
         out=address(out),
         x_layout=row_layout(x),
@@ -135,7 +136,7 @@ def merge_states(xp: Any) -> Call:
     part = xp.asarray(rng.standard_normal(shape, dtype=np.float32))
     part_lse = xp.asarray(rng.standard_normal(shape[:3], dtype=np.float32))
     out, lse = xp.zeros(shape[1:], dtype=xp.float32), xp.zeros(shape[1:3], dtype=xp.float32)
-    params = ptx_backend.MergeStatesParams(
+    params = cuda_params.MergeStatesParams(
         partial_out=address(part),
         partial_lse=address(part_lse),
         out=address(out),
@@ -169,7 +170,7 @@ def collective_attention(xp: Any) -> Call:
     out = xp.zeros_like(q)
     lse = xp.zeros(q.shape[:2], dtype=xp.float32)
     workspace = xp.zeros(extents.partials * q.shape[1] * (HEAD_DIM + 1), dtype=xp.float32)
-    params = ptx_backend.CollectiveAttentionParams(
+    params = cuda_params.CollectiveAttentionParams(
         q=address(q),
         out=address(out),
         lse=address(lse),
@@ -203,7 +204,7 @@ def collective_attention(xp: Any) -> Call:
 
 
 def round_view(buffer: Any, extents: RoundExtents) -> Any:
-    view = ptx_backend.RoundView(extents=ptx_backend.Extents(*extents.as_list()))
+    view = cuda_params.RoundView(extents=cuda_params.Extents(*extents.as_list()))
     for name, (offset, _) in extents.offsets()[0].items():
         setattr(view, name, address(buffer) + 4 * offset)
     return view
@@ -224,7 +225,7 @@ def check_signatures(operator: str, arch: str, part: str = "*") -> list[str]:
     kernels = []
     for name, text in _PARAMS.findall(ptx_backend.ptx_of(operator, arch, part)):
         sizes = [int(size) for size in _BYTES.findall(text)]
-        wanted = [ctypes.sizeof(params), ctypes.sizeof(ptx_backend.Tile)]
+        wanted = [ctypes.sizeof(params), ctypes.sizeof(cuda_params.Tile)]
         if sizes != wanted:
             raise ValueError(f"{name}: expected parameters of {wanted} bytes, got {sizes}")
         kernels.append(name)

@@ -15,6 +15,9 @@ from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, pages_for,
 from tokendance.rounds import RoundTensors
 from tokendance.step import with_work
 
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZED = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+DTYPES = FLOATS | QUANTIZED
 # (Hk, G, D), N, S, P of decode steps.
 DECODE = [
     ((3, 3, 64), 16, 4096, 256),

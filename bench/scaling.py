@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from bench import ceilings
-from bench.mirrors import BenchRound, make_round
+from bench.mirrors import FLOATS, BenchRound, make_round
 
 AGENTS = (2, 4, 8, 16, 32, 64)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS: dict[str, Any] = {"num_kv_heads": 3, "group": 3, "head_dim": 64}  # of SmolLM2-135M
 WAYS = ("shared", "dense", "own rows alone")
 
@@ -80,13 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument("--shared", type=int, default=4096)
     parser.add_argument("--private", type=int, default=256)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=FLOATS, default="fp32")
     parser.add_argument("--calls", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/scaling"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    dtype = DTYPES[options.dtype]
+    dtype = FLOATS[options.dtype]
     found = {
         agents: measure(agents, options.shared, options.private, dtype, options.calls)
         for agents in AGENTS

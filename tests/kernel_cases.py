@@ -68,9 +68,13 @@ class Case:
 
 def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> Case:
     """The check of an operator's test module, with the reference's results known beforehand."""
+    tolerances = {name: options.pop(name) for name in ("lse_tolerance",) if name in options}
     expected = module.expectation(*arguments, **options)
     return Case(
-        name, lambda backend: module.check(backend, *arguments, **options, expected=expected)
+        name,
+        lambda backend: module.check(
+            backend, *arguments, **options, **tolerances, expected=expected
+        ),
     )
 
 
@@ -421,7 +425,7 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
         (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
     ):
         options = {**sizes, "layout": pool}
-        mixed = testing.random_round(7, agents=2, masters=(20,), **options)
+        mixed = testing.random_round(7, agents=2, masters=(20,), rotary_dim=32, **options)
         dense = module.restored(mixed, layout=dense_rows)
         module.alter(dense, 0, range(0, int(mixed.length[0]), 3))
         yield checked(module, f"{pool} and {dense_rows}", module.forget_mirrors(mixed), dense)
@@ -470,6 +474,10 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
         check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "rotary_scale": 1.2},
     )  # fmt: skip
+    yield attention(
+        "the other style", 2, masters=(40,), rows=2, rotary_dim=34,
+        interleaved=not variant.interleaved, check={},
+    )  # fmt: skip
     for block_size in (8, 32):
         yield attention(
             f"pages of {block_size}", 3, block_size=block_size, agents=4, repeat=True, rows=2,
@@ -506,6 +514,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     for first, second in ((63, 127), (127, 63)):
         case = module.rising_round(first, second, rotary_dim=0, **sizes)
         yield checked(module, "maxima that rise", case)
+    for work in ("random", "planned"):
+        case = module.equal_keys_round(work=work, **sizes)
+        yield checked(module, "equal keys", case, lse_tolerance=1e-6)
     yield attention(
         "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cuda_params
 import ptx_backend
 import pytest
 import test_collective_attention
@@ -49,16 +50,16 @@ def plan(head_dim=128, dtype=2, **changes):
         "q_head_stride": head_dim,
         "out_row_stride": 4 * row,
         "out_head_stride": head_dim,
-        "k_layout": ptx_backend.RowLayout(1 << 16, size * row, row, head_dim, size),
-        "v_layout": ptx_backend.RowLayout(1 << 16, size * row, row, head_dim, size),
-        "round": ptx_backend.RoundView(extents=ptx_backend.Extents(**extents)),
+        "k_layout": cuda_params.RowLayout(1 << 16, size * row, row, head_dim, size),
+        "v_layout": cuda_params.RowLayout(1 << 16, size * row, row, head_dim, size),
+        "round": cuda_params.RoundView(extents=cuda_params.Extents(**extents)),
         "num_q_heads": 4 * heads,
         "num_kv_heads": heads,
         "head_dim": head_dim,
         "dtype": dtype,
         "pool_dtype": dtype,
     }
-    params = ptx_backend.CollectiveAttentionParams(**(members | changes))
+    params = cuda_params.CollectiveAttentionParams(**(members | changes))
     planned = ptx_backend.plan("collective_attention", params)
     return planned.launches[: planned.num_launches]
 
@@ -85,8 +86,8 @@ def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
 
 def test_the_launch_depends_on_capacities_only():
     """So that it can be captured in a CUDA graph."""
-    filled = ptx_backend.RoundView(
-        extents=ptx_backend.Extents(rows=24, work=5, partials=30, block_size=16),
+    filled = cuda_params.RoundView(
+        extents=cuda_params.Extents(rows=24, work=5, partials=30, block_size=16),
         work=ALIGNED,
         row_partials=ALIGNED,
     )
@@ -114,7 +115,7 @@ def test_kernels_of_e4m3_pools(dtype, head_dim):
         assert attention.shared_bytes <= 99 * 1024
         [plain, _] = plan(head_dim, dtype)
         assert attention.shared_bytes < plain.shared_bytes
-    odd = ptx_backend.RowLayout(1 << 16, 16 * 520, 520, head_dim, 16)
+    odd = cuda_params.RowLayout(1 << 16, 16 * 520, 520, head_dim, 16)
     assert names(plan(head_dim, dtype, pool_dtype=3, v_layout=odd))[0].endswith("narrow")
 
 
@@ -129,7 +130,7 @@ def test_kernels_of_e4m3_pools(dtype, head_dim):
         ({"q": ALIGNED + 2}, ["bf16_d128_wide", "merge_bf16_wide"]),
         ({"q_head_stride": 129}, ["bf16_d128_wide", "merge_bf16_wide"]),
         (
-            {"k_layout": ptx_backend.RowLayout(1 << 16, 16 * 513, 513, 128, 16)},
+            {"k_layout": cuda_params.RowLayout(1 << 16, 16 * 513, 513, 128, 16)},
             ["bf16_d128_narrow", "merge_bf16_wide"],
         ),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import cuda_params
 import ptx_backend
 import pytest
 
@@ -33,14 +34,14 @@ def test_without_a_gpu_it_compiles_and_checks_and_says_so(capsys):
 
 
 def test_a_kernel_that_takes_something_else_is_noticed(monkeypatch):
-    monkeypatch.setitem(ptx_backend.OPERATORS, "merge_states", ptx_backend.RopeTables)
+    monkeypatch.setitem(ptx_backend.OPERATORS, "merge_states", cuda_params.RopeTables)
     with pytest.raises(ValueError, match="expected parameters of \\[32, 16\\] bytes, got \\["):
         cupy_kernels.check_signatures("merge_states", "80")
 
 
 def test_a_struct_is_one_element_with_its_bytes():
     """CuPy passes NumPy arrays of one element by value, and no others."""
-    struct = ptx_backend.Tile(1, 2, 3, 4)
+    struct = cuda_params.Tile(1, 2, 3, 4)
     value = cupy_kernels.by_value(struct)
     assert (value.size, value.itemsize) == (1, 16)
     assert value.tobytes() == bytes(struct)

@@ -270,14 +270,16 @@ def long_prompts(**options):
 
 def one_own_row(**options):
     """Two agents of one use, of several blocks of the compaction; the first agent has a row, and
-    the second every other, all of them the first row of its dense KV."""
+    the second every other of a block, most of the next and none of the last. All of the second's
+    are the first row of the dense KV."""
     case = testing.random_round(
         15, agents=2, masters=(600,), whole_uses=True, masks="none", private_length=0,
         num_q_heads=1, num_kv_heads=1, room_for_all=True, block_size=8, **options,
     )  # fmt: skip
     dense = restored(case)
     alter(dense, 0, [7])
-    dense.slot_mapping[1, : int(case.length[1]) : 2] = 0
+    dense.slot_mapping[1, :256:2] = 0
+    dense.slot_mapping[1, 256:456] = 0
     return forget_mirrors(case), dense
 
 

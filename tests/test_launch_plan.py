@@ -1,16 +1,17 @@
 """What the CUDA operators launch: plans are pure functions of params, compiled for the host."""
 
+import cuda_params
 import ptx_backend
 import pytest
 
 ALIGNED = 1 << 20
-ROWS = ptx_backend.RowLayout(
+ROWS = cuda_params.RowLayout(
     num_rows=64, page_stride=4 * 128, row_stride=0, head_stride=128, block_size=1
 )
 
 
 def rope(rotary_dim=128, interleaved=False, cos=ALIGNED):
-    return ptx_backend.RopeTables(cos, ALIGNED, 64, rotary_dim, interleaved)
+    return cuda_params.RopeTables(cos, ALIGNED, 64, rotary_dim, interleaved)
 
 
 def rope_rotate(**changes):
@@ -28,7 +29,7 @@ def rope_rotate(**changes):
         **changes,
     }
     members.setdefault("out_dtype", members["dtype"])
-    return ptx_backend.plan("rope_rotate", ptx_backend.RopeRotateParams(**members))
+    return ptx_backend.plan("rope_rotate", cuda_params.RopeRotateParams(**members))
 
 
 def kernel_of(plan):
@@ -71,15 +72,15 @@ def test_grid_covers_every_task():
         ({"rope": rope(48, True)}, "rope_rotate_bf16_interleaved_wide"),
         ({"rope": rope(0, cos=0)}, "rope_rotate_bf16_half_wide"),
         (
-            {"x_layout": ptx_backend.RowLayout(64, 516, 0, 128, 1)},
+            {"x_layout": cuda_params.RowLayout(64, 516, 0, 128, 1)},
             "rope_rotate_bf16_half_narrow",
         ),
         (
-            {"out_layout": ptx_backend.RowLayout(64, 512, 516, 128, 16)},
+            {"out_layout": cuda_params.RowLayout(64, 512, 516, 128, 16)},
             "rope_rotate_bf16_half_narrow",
         ),
         (
-            {"x_layout": ptx_backend.RowLayout(64, 512, 0, 129, 1)},
+            {"x_layout": cuda_params.RowLayout(64, 512, 0, 129, 1)},
             "rope_rotate_bf16_half_narrow",
         ),
     ],

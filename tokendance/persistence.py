@@ -13,20 +13,18 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokendance.geometry import KVGeometry
+from tokendance.layer_ropes import LayerRope
 from tokendance.mirror import Master, Mirror, Use, Uses
 from tokendance.pool import PagePool, Pages
 from tokendance.quantization import Quantization
 from tokendance.segments import Segment
-
-if TYPE_CHECKING:
-    from tokendance.store import LayerRope
 
 VERSION = 2
 _FORMAT = "tokendance.DiffStore"

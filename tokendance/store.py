@@ -13,15 +13,13 @@ from torch import Tensor
 
 from tokendance import ops, persistence
 from tokendance.arrays import Array, as_tensor, as_tensors, is_array
+from tokendance.encoding import encode_round
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
-from tokendance.layout import AgentLayout, Source, lay_out
+from tokendance.layer_ropes import LayerRope, layer_ropes, same_rope
 from tokendance.mirror import (
     Master,
     Mirror,
-    Use,
     no_pages,
-    no_positions,
-    pages_for,
     round_arrays,
     slots_of,
 )
@@ -30,19 +28,8 @@ from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.rounds import RoundTensors
 from tokendance.segments import Segment
-from tokendance.selection import Nothing
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-@dataclass(frozen=True)
-class LayerRope:
-    """A layer's tables on the store's device; ``rotary_dim`` 0 where the layer has no RoPE."""
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
-    attention_factor: float
 
 
 @dataclass(frozen=True)
@@ -136,7 +123,7 @@ class DiffStore:
         self._check_pool(geometry, pool)
         self.geometry = geometry
         self.pool = pool
-        self._ropes, self.max_position = _layer_ropes(geometry, rope, pool.device)
+        self._ropes, self.max_position = layer_ropes(geometry, rope, pool.device)
         self._masters: dict[bytes, Master] = {}
         self._mirrors: dict[str, Mirror] = {}
         self._page_users = np.zeros(pool.num_pages, dtype=np.int32)
@@ -343,7 +330,7 @@ class DiffStore:
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
         round_ = self._restore_round([self._mirror(name) for name in names])
-        for same in _same_rope(which, self._ropes):
+        for same in same_rope(which, self._ropes):
             rope = self._ropes[which[same[0]]]
             ops.diff_restore(
                 [self.pool.k_pools[which[i]] for i in same],
@@ -399,120 +386,7 @@ class DiffStore:
             OutOfPagesError: the store is as it was, but for evictions.
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
-        self._check_dense(tensors, layout)
-        tensors = {agent: self._as_stored(k, v) for agent, (k, v) in tensors.items()}
-        layouts = lay_out(
-            layout, self.find, {}, Nothing(), Source.MASTER, self.block_size, self.max_position
-        )
-        held: list[Master] = []
-        taken: list[Pages] = []
-        try:
-            self._encode(layouts, tensors, atol, rtol, held, taken)
-        except BaseException:
-            for pages in taken:
-                self.drop_pages(pages)
-            raise
-        finally:
-            self.let_go(held)
-
-    def _encode(
-        self,
-        layouts: list[AgentLayout],
-        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
-        atol: float,
-        rtol: float,
-        held: list[Master],
-        taken: list[Pages],
-    ) -> None:
-        for layout in layouts:
-            for use in layout.made:
-                use.master.pages = self.take_pages(pages_for(use.length, self.block_size))
-                self.hold([use.master])
-                held.append(use.master)
-                self._copy_rows(layout, use, dense)
-            self.hold(layout.uses.masters)
-            held += layout.uses.masters
-        mirrors: list[tuple[str, Mirror]] = []
-        for layout in layouts:
-            assert layout.agent is not None
-            mirror = self._encode_agent(layout, dense[layout.agent], atol, rtol)
-            mirror.own_pages = self.take_pages(pages_for(len(mirror.own_position), self.block_size))
-            taken.append(mirror.own_pages)
-            rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(self.device)
-            slots = self.slots_of(mirror.own_pages, len(rows))
-            keys, values = dense[layout.agent]
-            for layer in range(self.geometry.num_layers):
-                self.write_rows(layer, keys[layer], values[layer], slots, rows)
-            mirrors.append((layout.agent, mirror))
-        for layout in layouts:
-            for use in layout.made:
-                self.publish(use.master)
-        for agent, mirror in mirrors:
-            self.put(agent, mirror)
-        taken.clear()
-
-    def _encode_agent(
-        self,
-        layout: AgentLayout,
-        dense: tuple[Sequence[Tensor], Sequence[Tensor]],
-        atol: float,
-        rtol: float,
-    ) -> Mirror:
-        """The agent's Mirror, as yet without pages: which rows of its uses are overridden.
-
-        A row is overridden if any layer differs, and layers of different tables are compared by
-        launches of their own; so only the masks are taken from them, and own rows are copied once
-        all are known.
-        """
-        layout.uses.masks[:] = 0
-        exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
-        mirror = Mirror(
-            layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact
-        )
-        arrays, extents = round_arrays([mirror], self.block_size)
-        slots = torch.arange(mirror.length, dtype=torch.int64, device=self.device)[None]
-        length = torch.tensor([mirror.length], dtype=torch.int32, device=self.device)
-        keys, values = dense
-        masks = np.zeros(extents.use_pages, dtype=np.uint32)
-        for same in _same_rope(range(self.geometry.num_layers), self._ropes):
-            round_ = RoundTensors.from_arrays(arrays, extents, device=self.device)
-            rope = self._ropes[same[0]]
-            ops.diff_encode(
-                [keys[i] for i in same],
-                [values[i] for i in same],
-                slots,
-                length,
-                [self.pool.k_pools[i] for i in same],
-                [self.pool.v_pools[i] for i in same],
-                rope.cos,
-                rope.sin,
-                rope.interleaved,
-                round_,
-                atol,
-                rtol,
-                *self.pool.scales_of(same),
-            )
-            masks |= round_.use_masks.cpu().numpy().view(np.uint32)
-        own = np.ones(mirror.length, dtype=bool)
-        mirror.uses.masks[:] = masks
-        for use in mirror.uses:
-            own[use.delta : use.delta + use.length] = False
-            own[use.delta + use.overridden(self.block_size)] = True
-        mirror.own_position = np.flatnonzero(own).astype(np.int32)
-        return mirror
-
-    def _copy_rows(
-        self,
-        layout: AgentLayout,
-        use: Use,
-        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
-    ) -> None:
-        assert layout.agent is not None
-        keys, values = dense[layout.agent]
-        begin, end = use.delta, use.delta + use.length
-        slots = self.slots_of(use.master.pages, use.length)
-        for layer in range(self.geometry.num_layers):
-            self.write_rows(layer, keys[layer][begin:end], values[layer][begin:end], slots)
+        encode_round(self, tensors, layout, atol, rtol)
 
     def slots_of(self, pages: Pages, rows: int) -> Tensor:
         """Pool rows, page * block_size + row of the page, of the first rows of a page list.
@@ -534,58 +408,6 @@ class DiffStore:
             ops.rope_rotate_out(
                 x, rows, slots, None, None, rope.cos, rope.sin, rope.interleaved, 1.0, pool
             )
-
-    def _as_stored(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Dense rows in the pool's dtype."""
-        stored: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for layer, rows in enumerate(zip(keys, values, strict=True)):
-            rope = self._ropes[layer]
-            for x, scale, to in zip(rows, self.pool.scales(layer), stored, strict=True):
-                out = x
-                if x.dtype != self.pool.dtype:
-                    out = torch.empty(x.shape, dtype=self.pool.dtype, device=x.device)
-                    ops.rope_rotate_out(
-                        *(x, None, None, None, None, rope.cos, rope.sin, rope.interleaved, 1.0),
-                        out,
-                        out_scale=scale,
-                    )
-                to.append(out)
-        return stored
-
-    def _check_dense(
-        self,
-        dense: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]],
-        layout: Mapping[str, Sequence[Segment]],
-    ) -> None:
-        if set(dense) != set(layout):
-            raise ValueError(f"layout: expected agents {sorted(dense)}, got {sorted(layout)}")
-        heads = [self.geometry.num_kv_heads, self.geometry.head_dim]
-        for agent, (keys, values) in dense.items():
-            length = sum(segment.length for segment in layout[agent])
-            if length > self.max_position:
-                raise ValueError(
-                    f"layout[{agent!r}]: expected at most {self.max_position} tokens, got {length}"
-                )
-            for name, tensors in (("keys", keys), ("values", values)):
-                if len(tensors) != self.geometry.num_layers:
-                    raise ValueError(
-                        f"dense[{agent!r}] {name}: expected {self.geometry.num_layers} layers, "
-                        f"got {len(tensors)}"
-                    )
-                for layer, tensor in enumerate(tensors):
-                    if list(tensor.shape) != [length, *heads]:
-                        raise ValueError(
-                            f"dense[{agent!r}] {name}[{layer}]: expected {[length, *heads]}, "
-                            f"got {list(tensor.shape)}"
-                        )
-                    known = tensor.dtype in (self.geometry.dtype, self.pool.dtype)
-                    if not known or tensor.device != self.device:
-                        raise ValueError(
-                            f"dense[{agent!r}] {name}[{layer}]: expected {self.geometry.dtype} on "
-                            f"{self.device}, got {tensor.dtype} on {tensor.device}"
-                        )
 
     # Persistence ----------------------------------------------------------------------------------
 
@@ -701,45 +523,3 @@ def parse_bytes(size: int | str) -> int:
     if match is None:
         raise ValueError(f'capacity: expected bytes or text such as "8GiB", got {size!r}')
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _approximate_from(uses: Sequence[Use]) -> int:
-    """First row that a tolerance may have changed."""
-    return min((use.delta for use in uses if use.shift != 0), default=0)
-
-
-def _layer_ropes(
-    geometry: KVGeometry, rope: Rope | Sequence[Rope | None], device: torch.device
-) -> tuple[list[LayerRope], int]:
-    ropes = list(rope) if isinstance(rope, Sequence) else [rope] * geometry.num_layers
-    if len(ropes) != geometry.num_layers:
-        raise ValueError(f"rope: expected {geometry.num_layers} layers, got {len(ropes)}")
-    tables = [one for one in ropes if one is not None]
-    max_position = min((one.max_position for one in tables), default=1 << 30)
-    made: dict[int, LayerRope] = {}
-    result = []
-    for one in ropes:
-        if id(one) not in made:
-            if one is None:
-                empty = torch.empty(max_position, 0, device=device)
-                made[id(one)] = LayerRope(empty, empty, False, 1.0)
-            else:
-                if one.rotary_dim > geometry.head_dim:
-                    raise ValueError(
-                        f"rope: expected rotary_dim <= head_dim={geometry.head_dim}, "
-                        f"got {one.rotary_dim}"
-                    )
-                moved = one.to(device)
-                made[id(one)] = LayerRope(
-                    moved.cos, moved.sin, moved.interleaved, moved.attention_factor
-                )
-        result.append(made[id(one)])
-    return result, max_position
-
-
-def _same_rope(layers: Sequence[int], ropes: Sequence[LayerRope]) -> list[list[int]]:
-    """Indices into ``layers``, grouped by the layers' tables: one launch serves a group."""
-    groups: dict[int, list[int]] = {}
-    for index, layer in enumerate(layers):
-        groups.setdefault(id(ropes[layer]), []).append(index)
-    return list(groups.values())

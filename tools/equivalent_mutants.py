@@ -152,6 +152,32 @@ EQUIVALENT = (
         source=r"__syncwarp\(\);  // all lanes (are done with what stood there|see the queries)",
     ),
     Equivalent(
+        "barriers of the block lie between the last use of the queries and outputs in their place",
+        kernel="collective_attention",  # the barrier after the outputs is missed by every case
+        change=r"drop barrier: bar\.warp\.sync",
+        source=r"\d: __syncwarp\(\);$",
+    ),
+    Equivalent(
+        "a row of the tile before is done again, with the same result",
+        kernel="collective_attention",
+        change=r"add\.s32 .*, (64 -> .*, 63|32 -> .*, 31|128 -> .*, 127)$",
+        source=r"first < queries; first \+= kShape\.rows",
+    ),
+    Equivalent(
+        "what an item of partials writes as its output, the merge writes over",
+        kernel="collective_attention",
+        change=r"setp\.gt\.s32 .*, -1 -> .*, 0$",
+        source=r"if \(partial_begin < 0\) write_output",
+    ),
+    Equivalent(
+        "the four lanes of a row have the same LSE, and two of them write it",
+        kernel="collective_attention",
+        change=r"and\.b32 .*, 3 -> .*, 2$",
+        source="",
+        operands=r"^and\.b32 %\w+, %\w+, 31$",
+        only_compared_with_0=True,
+    ),
+    Equivalent(
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
         kernel="collective_attention",
         change=r"add\.s32 .*, (63 -> .*, 64|31 -> .*, 32|15 -> .*, 16)$",
@@ -376,8 +402,8 @@ EQUIVALENT = (
 def explanation(kernel: str, mutation: Any, source: str) -> str:
     """Why no test can notice this mutant; "" if that is not known."""
     code = _Code(mutation.ptx, mutation.line)
-    if _changes_a_bit_of_zeros(mutation, code):
-        return "the bits that a mask has more or less are 0 in what it masks"
+    if _changes_no_bit_that_counts(mutation, code):
+        return "the bits that a mask has more or less are 0 in what it masks, or nothing reads them"
     if code.is_unused():
         return "nothing reads what the instruction computes"
     for entry in EQUIVALENT:
@@ -464,6 +490,29 @@ class _Code:
             if found == before:
                 return found
 
+    def unread(self, statement: str, depth: int = 0) -> int:
+        """Bits of an instruction's result that nothing depends on, the lowest first."""
+        found, result = -1, re.escape(_result(statement))
+        for use in self._uses(statement) if depth < DEEPEST else ():
+            match = re.fullmatch(
+                rf"(\w+)\.[bsu](?:32|64) %\w+, ((?:.*, )?){result}(?:, (\S+))?", use
+            )
+            if match is None:
+                return 0
+            name, other = match[1], match[2].removesuffix(", ") or match[3] or ""
+            literal = parse_literal(other)
+            if name == "shr" and isinstance(literal, Integer) and ".s" not in use.split()[0]:
+                found &= self.unread(use, depth + 1) << literal.value | (1 << literal.value) - 1
+            elif name == "and" and isinstance(literal, Integer):
+                found &= ~literal.value | self.unread(use, depth + 1)
+            elif name == "add" and isinstance(literal, Integer):  # no carry comes from 0
+                found &= _lowest(self.unread(use, depth + 1)) & _lowest(~literal.value)
+            elif name in ("mov", "or", "xor"):
+                found &= self.unread(use, depth + 1)
+            else:
+                return 0
+        return found if depth < DEEPEST else 0
+
     def _zeros_of(self, definition: str, known: dict[str, int]) -> int:
         opcode, _, rest = definition.partition(" ")
         name = opcode.split(".")[0]
@@ -512,9 +561,11 @@ def _result(statement: str) -> str:
     return results[0] if len(results) == 1 else ""
 
 
-def _changes_a_bit_of_zeros(mutation: Any, code: _Code) -> bool:
+def _changes_no_bit_that_counts(mutation: Any, code: _Code) -> bool:
     masks = re.search(r"and\.b(?:32|64) \S+ (\S+), (-?\d+) -> .*, (-?\d+)$", mutation.description)
     if masks is None:
         return False
     changed = int(masks[2]) ^ int(masks[3])
-    return changed & ~code.zeros(masks[1]) == 0
+    if changed & ~code.zeros(masks[1]) == 0:
+        return True
+    return changed & ~code.unread(code.statement) == 0

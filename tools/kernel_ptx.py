@@ -17,8 +17,8 @@ import ptx_backend  # noqa: E402
 
 PREFIX = "tokendance_"
 _ENTRY = re.compile(r"^[ \t]*(?:\.visible\s+)?\.entry\s+(\w+)", re.M)
-_LOC = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?", re.M)
-_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
+_LOC = re.compile(r"^[ \t]*\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?", re.M)
+_FILE = re.compile(r'^[ \t]*\.file\s+(\d+)\s+"([^"]+)"', re.M)
 
 
 def lines_around(ptx: str, line: int) -> tuple[list[str], int]:

@@ -13,8 +13,6 @@ namespace tokendance::TOKENDANCE_ISA {
 template <typename T>
 constexpr bool kIsQuantized = std::is_same_v<T, Float8> || std::is_same_v<T, Int8>;
 
-inline bool is_quantized(DType dtype) { return dtype == DType::kFloat8 || dtype == DType::kInt8; }
-
 inline int64_t bytes_of(DType dtype) {
   if (is_quantized(dtype)) return 1;
   return dtype == DType::kFloat32 ? 4 : 2;

@@ -109,7 +109,6 @@ class Argument {
 DType plain_dtype(std::string_view name, const Tensor& tensor);
 // The dtype of stored keys and values: fp32, fp16, bf16 or e4m3, or on the CPU int8.
 DType storage_dtype(std::string_view name, const Tensor& tensor);
-inline bool is_quantized(DType dtype) { return dtype == DType::kFloat8 || dtype == DType::kInt8; }
 
 // Which of a source and what is made of it may be quantized while the other is not.
 enum class Quantized { kSource, kResult, kEither };

@@ -42,8 +42,6 @@ void threaded(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, i
   for (std::thread& thread : threads) thread.join();
 }
 
-bool is_quantized(DType dtype) { return dtype == DType::kFloat8 || dtype == DType::kInt8; }
-
 int bytes_of(DType dtype) { return is_quantized(dtype) ? 1 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Values between 0.25 and 2 in magnitude, of either sign, as bits of the dtype; of a quantized one

@@ -27,76 +27,15 @@
 // Threads take (item, KV head) pairs as they get free. Partial results are merged in a second pass,
 // in the order that the work list gives: results do not depend on the number of threads.
 #include <algorithm>
-#include <limits>
-#include <memory>
 
+#include "cpu/attention_queries.h"
+#include "cpu/attention_results.h"
+#include "cpu/attention_scratch.h"
 #include "cpu/attention_tile.h"
 #include "cpu/parallel.h"
-#include "cpu/rotation.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
-
-constexpr int kBlockKeys = 64;
-constexpr int kMaxQueries = 128;  // query rows (rows * G * KV heads) that a tile takes at a time
-constexpr int kMinBlockSize = 8;
-constexpr int kBlockPages = kBlockKeys / kMinBlockSize;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f;
-constexpr float kLn2 = 0.693147181f;
-
-// A block of keys and values: where their rows stand, for the first head of the tile. Beyond
-// `count` the last row stands again.
-template <typename T>
-struct Block {
-  const T* keys[kBlockKeys];
-  const T* values[kBlockKeys];
-  int64_t first;  // row of the source
-  int count;
-};
-
-// A query row of the item that sees a part of the chunk: source rows `low` to `high`.
-struct ActiveRow {
-  int slot;  // among the rows of the item
-  int32_t low;
-  int32_t high;
-  int32_t position;
-  int32_t shift;
-  const int32_t* masks;  // override masks of its use, null for own rows
-};
-
-// What a thread works in; its size is independent of the round.
-struct Scratch {
-  // Of the rows of the item: state of the softmax, in units of log2, and the sums of values.
-  alignas(kCacheLine) float state_max[kMaxQueries];
-  alignas(kCacheLine) float state_sum[kMaxQueries];
-  alignas(kCacheLine) float out[kMaxQueries * kMaxHeadDim];
-  // Of the rows that see the chunk, adjacent.
-  ActiveRow active[kMaxQueries];
-  int num_active;
-  alignas(kCacheLine) float queries[kMaxQueries * kMaxHeadDim];      // [query][head_dim]
-  alignas(kCacheLine) float query_lanes[kMaxHeadDim * kMaxQueries];  // [head_dim][stride]
-  alignas(kCacheLine) float max[kMaxQueries];
-  alignas(kCacheLine) float sum[kMaxQueries];
-  alignas(kCacheLine) float rescale[kMaxQueries];
-  alignas(kCacheLine) int32_t low[kMaxQueries];
-  alignas(kCacheLine) int32_t high[kMaxQueries];
-  alignas(kCacheLine) int32_t masks[kBlockPages][kMaxQueries];
-  float* out_rows[kMaxQueries];
-  // Of the block.
-  alignas(kCacheLine) float weights[kBlockKeys * kMaxQueries];
-  alignas(kCacheLine) float wide_keys[kBlockKeys * kMaxHeadDim];
-  alignas(kCacheLine) float wide_values[kBlockKeys * kMaxHeadDim];
-  const float* key_rows[kBlockKeys];
-  const float* value_rows[kBlockKeys];
-  bool seen[kBlockKeys];
-  MoveAngles angles;
-};
-
-Scratch& thread_scratch() {
-  thread_local std::unique_ptr<Scratch> scratch(new Scratch);
-  return *scratch;
-}
 
 // Hides scores of the keys of lanes that do not see the key; tells whether any lane does.
 #if TOKENDANCE_LEVEL == TOKENDANCE_LEVEL_avx512
@@ -157,41 +96,21 @@ class Attention {
     const int rows = kMaxQueries / heads;
     for (int32_t row = item[0]; row < item[1]; row += rows) {
       for (int g = 0; g < group_; g += heads) {
-        const Tile tile{item,
-                        round_.work_rows + row,
-                        std::min(rows, item[1] - row),
-                        row - item[0],
-                        kv_head,
-                        kv_heads,
-                        g,
-                        std::min(heads, group_ - g)};
+        const AttentionTile tile{item,
+                                 round_.work_rows + row,
+                                 std::min(rows, item[1] - row),
+                                 row - item[0],
+                                 kv_head,
+                                 kv_heads,
+                                 g,
+                                 std::min(heads, group_ - g),
+                                 group_};
         run_tile(tile, next, scratch);
       }
     }
   }
 
-  // Merges the partial results of a row, if it has any.
-  void merge(int64_t row) const {
-    const int32_t* begin = round_.row_partials + round_.row_partial_indptr[row];
-    const int32_t* end = round_.row_partials + round_.row_partial_indptr[row + 1];
-    if (begin == end) return;
-    for (int head = 0; head < params_.num_q_heads; ++head) merge_head(row, head, begin, end);
-  }
-
  private:
-  struct Tile {
-    const int32_t* item;
-    const int32_t* rows;
-    int num_rows;
-    int first_row;  // of the item
-    int kv_head;    // the first
-    int kv_heads;
-    int first_head;  // of the group of each KV head
-    int heads;
-
-    int queries() const { return kv_heads * num_rows * heads; }
-  };
-
   const int32_t* item_of(int64_t task) const {
     return round_.work + task / params_.num_kv_heads * kWorkFields;
   }
@@ -203,30 +122,7 @@ class Attention {
     return std::min(params_.num_kv_heads, kMaxQueries / kMaxFlatQueries);
   }
 
-  // Calls visit(Q{}) for the type of queries and output.
-  template <typename Visit>
-  void with_query_element(const Visit& visit) const {
-    if constexpr (kIsQuantized<T>) {
-      with_element(params_.dtype, visit);
-    } else {
-      visit(T{});
-    }
-  }
-  int64_t out_offset(int64_t row, int head) const {
-    return row * params_.out_row_stride + head * params_.out_head_stride;
-  }
-  static float scale_of(const float* scales, int kv_head) {
-    return scales ? scales[kv_head] : 1.0f;
-  }
-  int q_head(const Tile& tile, int h, int g) const {
-    return (tile.kv_head + h) * group_ + tile.first_head + g;
-  }
   const int32_t* chunk(int32_t index) const { return round_.work_chunks + index * kChunkFields; }
-
-  void write_empty(int64_t row, int head) const {
-    alignas(kCacheLine) const float zeros[kMaxHeadDim] = {};
-    write_row(row, head, zeros, 1.0f);
-  }
 
   // Blocks ----------------------------------------------------------------------------------------
 
@@ -262,7 +158,7 @@ class Attention {
     find_block(fields[0], head, int64_t{fields[1]} * block_size_, pages * block_size_, block);
   }
 
-  void guess_after(const Tile& tile, int32_t index, int64_t next, Block<T>& block) const {
+  void guess_after(const AttentionTile& tile, int32_t index, int64_t next, Block<T>& block) const {
     block.count = 0;
     if (index + 1 < tile.item[3]) return guess_block(chunk(index + 1), tile.kv_head, block);
     if (next < 0) return;
@@ -270,145 +166,9 @@ class Attention {
     if (item[2] < item[3]) guess_block(chunk(item[2]), head_of(next), block);
   }
 
-  // Rows of a chunk -------------------------------------------------------------------------------
-
-  // Finds the rows of the tile that see a part of the chunk.
-  void find_active_rows(const Tile& tile, const int32_t* fields, Scratch& s) const {
-    const int32_t source = fields[0];
-    const int64_t begin = int64_t{fields[1]} * block_size_;
-    const int64_t end = int64_t{fields[2]} * block_size_;
-    s.num_active = 0;
-    for (int slot = 0; slot < tile.num_rows; ++slot) {
-      const int32_t row = tile.rows[slot];
-      const int32_t agent = round_.row_agent[row];
-      const int32_t position = round_.row_position[row];
-      ActiveRow active{slot, 0, 0, position, 0, nullptr};
-      int64_t low = begin, high = end - 1;
-      if (source >= 0) {
-        const int32_t use = round_.agent_use[agent * round_.extents.masters + source];
-        if (use < 0) continue;
-        const int64_t reach = int64_t{position} - round_.use_delta[use];
-        high = std::min({high, reach, int64_t{round_.use_length[use]} - 1});
-        if (params_.window > 0) low = std::max(low, reach - params_.window + 1);
-        active.shift = round_.use_shift[use];
-        active.masks = round_.use_masks + round_.use_page_indptr[use];
-      } else {
-        if (agent != -1 - source) continue;
-        const int32_t* positions =
-            round_.own_position + int64_t{round_.own_page_indptr[agent]} * block_size_;
-        const int32_t* last = positions + round_.own_length[agent];
-        high = std::min<int64_t>(high, std::upper_bound(positions, last, position) - positions - 1);
-        if (params_.window > 0) {
-          const int64_t hidden = int64_t{position} - params_.window;
-          low = std::max<int64_t>(low, std::partition_point(positions, last, [=](int32_t p) {
-                                         return p <= hidden;
-                                       }) - positions);
-        }
-      }
-      if (high < low) continue;
-      active.low = static_cast<int32_t>(low);
-      active.high = static_cast<int32_t>(high);
-      // Insertion keeps them in order of how far they see; mostly they come in order.
-      int at = s.num_active++;
-      for (; at > 0 && s.active[at - 1].high > active.high; --at) s.active[at] = s.active[at - 1];
-      s.active[at] = active;
-    }
-  }
-
-  // R(p) R(-shift).
-  void set_angles(const ActiveRow& row, MoveAngles& angles) const {
-    const RopeTables& rope = params_.rope;
-    const int half = rope.rotary_dim / 2;
-    const int64_t distance = row.shift < 0 ? -int64_t{row.shift} : row.shift;
-    const float* cos_row = rope.cos + int64_t{row.position} * half;
-    const float* sin_row = rope.sin + int64_t{row.position} * half;
-    const float* shift_cos = rope.cos + distance * half;
-    const float* shift_sin = rope.sin + distance * half;
-    const F32 sign = broadcast(row.shift < 0 ? -1.0f : 1.0f);
-    alignas(kCacheLine) float pairs[2 * kMaxHeadDim];
-    float* cos = rope.interleaved ? pairs : angles.cos;
-    float* sin = rope.interleaved ? pairs + kMaxHeadDim : angles.sin;
-    for (int i = 0; i < half; i += kLanes) {
-      const int n = std::min(half - i, kLanes);
-      const auto read = [&](const float* p) { return n == kLanes ? load(p + i) : load(p + i, n); };
-      const F32 c = read(cos_row), s = read(sin_row);
-      const F32 shift_c = read(shift_cos), shift_s = mul(read(shift_sin), sign);
-      store(cos + i, narrow<float>(fma_add(c, shift_c, mul(s, shift_s))));
-      store(sin + i, narrow<float>(fma_sub(s, shift_c, mul(c, shift_s))));
-    }
-    if (rope.interleaved) {
-      for (int i = 0; i < half; ++i) {
-        angles.cos[2 * i] = angles.cos[2 * i + 1] = cos[i];
-        angles.sin[2 * i + 1] = sin[i];
-        angles.sin[2 * i] = -sin[i];
-      }
-    }
-  }
-
-  // Queries of the active rows, [KV head][row][head], in fp32, times the factor of the scores. Own
-  // rows have shift 0, whose rotation leaves R(p) as it is.
-  void rotate_queries(const Tile& tile, Scratch& s) const {
-    with_query_element([&](auto element) {
-      using Q = decltype(element);
-      for (int i = 0; i < s.num_active; ++i) {
-        const ActiveRow& active = s.active[i];
-        if (params_.rope.rotary_dim > 0) set_angles(active, s.angles);
-        const Q* q_row =
-            static_cast<const Q*>(params_.q) + tile.rows[active.slot] * params_.q_row_stride;
-        for (int h = 0; h < tile.kv_heads; ++h) {
-          const float factor = query_factor_ * scale_of(params_.k_scale, tile.kv_head + h);
-          for (int g = 0; g < tile.heads; ++g) {
-            const int64_t query = (h * s.num_active + i) * tile.heads + g;
-            rotate_query(q_row + q_head(tile, h, g) * params_.q_head_stride, factor, s.angles,
-                         s.queries + query * params_.head_dim);
-          }
-        }
-      }
-    });
-  }
-
-  template <typename Q>
-  void rotate_query(const Q* q, float query_factor, const MoveAngles& angles, float* out) const {
-    const int rotary_dim = params_.rope.rotary_dim;
-    const F32 factor = broadcast(query_factor);
-    const F32 rotary_scale = broadcast(params_.rotary_scale);
-    const auto emit = [&](int dim, F32 value, int n) {
-      const Packed<float> packed = narrow<float>(mul(value, factor));
-      n == kLanes ? store(out + dim, packed) : store(out + dim, packed, n);
-    };
-    const auto emit_rotated = [&](int dim, F32 value, int n) {
-      emit(dim, mul(value, rotary_scale), n);
-    };
-    if (rotary_dim > 0 && params_.rope.interleaved) {
-      rotate_head<true>(q, angles, rotary_dim, emit_rotated);
-    } else if (rotary_dim > 0) {
-      rotate_head<false>(q, angles, rotary_dim, emit_rotated);
-    }
-    for (int dim = rotary_dim; dim < params_.head_dim; dim += kLanes) {
-      const int n = std::min(params_.head_dim - dim, kLanes);
-      emit(dim, n == kLanes ? load(q + dim) : load(q + dim, n), n);
-    }
-  }
-
-  // The queries with rows in the lanes; lanes beyond the rows are zero.
-  void transpose_queries(int queries, int stride, Scratch& s) const {
-    static const float zeros[kMaxHeadDim] = {};
-    const int head_dim = params_.head_dim;
-    for (int begin = 0; begin < stride; begin += 8) {
-      const float* rows[8];
-      for (int i = 0; i < 8; ++i) {
-        rows[i] = begin + i < queries ? s.queries + (begin + i) * int64_t{head_dim} : zeros;
-      }
-      float* lanes = s.query_lanes + begin;
-      for (int dim = 0; dim < head_dim; ++dim, lanes += stride) {
-        for (int i = 0; i < 8; ++i) lanes[i] = rows[i][dim];
-      }
-    }
-  }
-
   // Attention of a tile ---------------------------------------------------------------------------
 
-  void run_tile(const Tile& tile, int64_t next, Scratch& s) const {
+  void run_tile(const AttentionTile& tile, int64_t next, Scratch& s) const {
     const int queries = tile.queries();
     std::fill_n(s.state_max, queries, -kInfinity);
     std::fill_n(s.state_sum, queries, 0.0f);
@@ -416,23 +176,24 @@ class Attention {
     for (int32_t index = tile.item[2]; index < tile.item[3]; ++index) {
       attend_chunk(tile, index, next, s);
     }
+    const AttentionResults<T> results(params_);
     for (int h = 0; h < tile.kv_heads; ++h) {
       for (int slot = 0; slot < tile.num_rows; ++slot) {
-        for (int g = 0; g < tile.heads; ++g) write_result(tile, h, slot, g, s);
+        for (int g = 0; g < tile.heads; ++g) results.write(tile, h, slot, g, s);
       }
     }
   }
 
-  void attend_chunk(const Tile& tile, int32_t index, int64_t next, Scratch& s) const {
+  void attend_chunk(const AttentionTile& tile, int32_t index, int64_t next, Scratch& s) const {
     const int32_t* fields = chunk(index);
-    find_active_rows(tile, fields, s);
+    find_active_rows(params_, tile, fields, s);
     if (s.num_active == 0) return;
-    rotate_queries(tile, s);
+    rotate_queries<T>(params_, tile, query_factor_, s);
     // Of one KV head.
     const int queries = s.num_active * tile.heads;
     const int stride = (queries + kLanes - 1) / kLanes * kLanes;
     const bool flat = queries <= kMaxFlatQueries;
-    if (!flat) transpose_queries(queries, stride, s);
+    if (!flat) transpose_queries(queries, params_.head_dim, stride, s);
     int32_t low = s.active[0].low;
     const int32_t high = s.active[s.num_active - 1].high;
     for (int i = 0; i < s.num_active; ++i) {
@@ -490,7 +251,7 @@ class Attention {
 
   // visit(index among the queries of the chunk, index among those of the item).
   template <typename Visit>
-  static void for_each_query(const Tile& tile, const Scratch& s, const Visit& visit) {
+  static void for_each_query(const AttentionTile& tile, const Scratch& s, const Visit& visit) {
     for (int h = 0; h < tile.kv_heads; ++h) {
       for (int i = 0; i < s.num_active; ++i) {
         for (int g = 0; g < tile.heads; ++g) {
@@ -646,8 +407,8 @@ class Attention {
     return true;
   }
 
-  void attend_flat(const Tile& tile, const Rows& rows, Block<T>& block, const Block<T>& ahead,
-                   Scratch& s) const {
+  void attend_flat(const AttentionTile& tile, const Rows& rows, Block<T>& block,
+                   const Block<T>& ahead, Scratch& s) const {
     const bool masked = find_masks(rows, block, s) | !sees_all(rows, block, s);
     if (masked) {
       for (int k = 0; k < block.count; ++k) s.seen[k] = any_sees(rows, block, k, s);
@@ -748,82 +509,6 @@ class Attention {
     s.rescale[query] = rescale;
   }
 
-  // Results ---------------------------------------------------------------------------------------
-
-  float* partial_out(int64_t partial, int head) const {
-    return params_.workspace + (partial * params_.num_q_heads + head) * params_.head_dim;
-  }
-  float* partial_lse(int64_t partial, int head) const {
-    return params_.workspace + round_.extents.partials * params_.num_q_heads * params_.head_dim +
-           partial * params_.num_q_heads + head;
-  }
-
-  void write_result(const Tile& tile, int h, int slot, int g, const Scratch& s) const {
-    const int index = (h * tile.num_rows + slot) * tile.heads + g;
-    const int head = q_head(tile, h, g);
-    const float* sums = s.out + index * int64_t{params_.head_dim};
-    const float sum = s.state_sum[index];
-    const float max = s.state_max[index];
-    const float lse = sum == 0.0f ? -kInfinity : max * kLn2 + logf(sum);
-    const float inverse = sum == 0.0f ? 0.0f : scale_of(params_.v_scale, tile.kv_head + h) / sum;
-    if (tile.item[4] >= 0) {
-      const int64_t partial = int64_t{tile.item[4]} + tile.first_row + slot;
-      float* out = partial_out(partial, head);
-      const F32 factor = broadcast(inverse);
-      for (int i = 0; i < params_.head_dim; i += kLanes) {
-        store(out + i, narrow<float>(mul(load(sums + i), factor)));
-      }
-      *partial_lse(partial, head) = lse;
-      return;
-    }
-    const int64_t row = tile.rows[slot];
-    params_.lse[row * params_.num_q_heads + head] = lse;
-    write_row(row, head, sums, inverse * sink_factor(head, lse));
-  }
-
-  void write_row(int64_t row, int head, const float* sums, float factor) const {
-    with_query_element([&](auto element) {
-      using Q = decltype(element);
-      Q* out = static_cast<Q*>(params_.out) + out_offset(row, head);
-      const F32 factors = broadcast(factor);
-      for (int i = 0; i < params_.head_dim; i += kLanes) {
-        store(out + i, narrow<Q>(mul(load(sums + i), factors)));
-      }
-    });
-  }
-
-  // exp(lse) / (exp(lse) + exp(sink)): what a sink leaves of the output.
-  float sink_factor(int head, float lse) const {
-    if (!params_.sinks || lse == -kInfinity) return 1.0f;
-    return 1.0f / (1.0f + expf(params_.sinks[head] - lse));
-  }
-
-  void merge_head(int64_t row, int head, const int32_t* begin, const int32_t* end) const {
-    float max = -kInfinity;
-    for (const int32_t* partial = begin; partial < end; ++partial) {
-      max = std::max(max, *partial_lse(*partial, head));
-    }
-    float& lse = params_.lse[row * params_.num_q_heads + head];
-    if (max == -kInfinity) {
-      lse = -kInfinity;
-      return write_empty(row, head);
-    }
-    alignas(kCacheLine) float sums[kMaxHeadDim] = {};
-    float sum = 0.0f;
-    for (const int32_t* partial = begin; partial < end; ++partial) {
-      const float weight = expf(*partial_lse(*partial, head) - max);
-      if (weight == 0.0f) continue;
-      sum += weight;
-      const float* part = partial_out(*partial, head);
-      const F32 factor = broadcast(weight);
-      for (int i = 0; i < params_.head_dim; i += kLanes) {
-        store(sums + i, narrow<float>(fma_add(load(part + i), factor, load(sums + i))));
-      }
-    }
-    lse = max + logf(sum);
-    write_row(row, head, sums, sink_factor(head, lse) / sum);
-  }
-
   const CollectiveAttentionParams& params_;
   const RoundView& round_;
   const int group_;
@@ -837,7 +522,9 @@ class Attention {
 
 void collective_attention(const CollectiveAttentionParams& params, ParallelFor parallel_for) {
   with_stored_element(params.pool_dtype, [&](auto element) {
-    const Attention<decltype(element)> attention(params);
+    using T = decltype(element);
+    const Attention<T> attention(params);
+    const AttentionResults<T> results(params);
     parallel_items(parallel_for, attention.num_tasks(), [&](auto next) {
       Scratch& scratch = thread_scratch();
       const auto take = [&] {
@@ -855,7 +542,7 @@ void collective_attention(const CollectiveAttentionParams& params, ParallelFor p
     constexpr int64_t kRowsAtOnce = 4;
     parallel_ranges(parallel_for, params.round.extents.rows, kRowsAtOnce,
                     [&](int64_t begin, int64_t end) {
-                      for (int64_t row = begin; row < end; ++row) attention.merge(row);
+                      for (int64_t row = begin; row < end; ++row) results.merge(row);
                     });
   });
 }

@@ -20,6 +20,9 @@ enum class DType : int32_t {
   kFloat8 = 3,
   kInt8 = 4,  // on the CPU alone
 };
+constexpr bool is_quantized(DType dtype) {
+  return dtype == DType::kFloat8 || dtype == DType::kInt8;
+}
 
 // Rows of shape [heads, head_dim] in a tensor [rows, heads, head_dim] (block_size 1) or in pages
 // [pages, block_size, heads, head_dim]; innermost stride 1. Row r is row r % block_size of page

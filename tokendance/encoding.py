@@ -1,0 +1,211 @@
+"""Dense caches that an engine made, encoded against Masters: what `DiffStore.put_round` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendance import ops
+from tokendance.layer_ropes import same_rope
+from tokendance.layout import AgentLayout, Source, lay_out
+from tokendance.mirror import Master, Mirror, Use, no_pages, no_positions, pages_for, round_arrays
+from tokendance.pool import Pages
+from tokendance.rounds import RoundTensors
+from tokendance.segments import Segment
+from tokendance.selection import Nothing
+
+if TYPE_CHECKING:
+    from tokendance.store import DiffStore
+
+Dense = Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]]
+"""Per agent its keys and values, ``[tokens, Hk, D]`` per layer."""
+
+
+def encode_round(
+    store: DiffStore,
+    dense: Dense,
+    layout: Mapping[str, Sequence[Segment]],
+    atol: float,
+    rtol: float,
+) -> None:
+    """Checks ``dense``, and stores Masters that are missing and a Mirror of every agent; if that
+    fails, the store is as it was, but for evictions."""
+    _check_dense(store, dense, layout)
+    dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
+    layouts = lay_out(
+        layout, store.find, {}, Nothing(), Source.MASTER, store.block_size, store.max_position
+    )
+    held: list[Master] = []
+    taken: list[Pages] = []
+    try:
+        _encode(store, layouts, dense, atol, rtol, held, taken)
+    except BaseException:
+        for pages in taken:
+            store.drop_pages(pages)
+        raise
+    finally:
+        store.let_go(held)
+
+
+def _encode(
+    store: DiffStore,
+    layouts: list[AgentLayout],
+    dense: Dense,
+    atol: float,
+    rtol: float,
+    held: list[Master],
+    taken: list[Pages],
+) -> None:
+    for layout in layouts:
+        for use in layout.made:
+            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
+            store.hold([use.master])
+            held.append(use.master)
+            _copy_rows(store, layout, use, dense)
+        store.hold(layout.uses.masters)
+        held += layout.uses.masters
+    mirrors: list[tuple[str, Mirror]] = []
+    for layout in layouts:
+        assert layout.agent is not None
+        mirror = _encode_agent(store, layout, dense[layout.agent], atol, rtol)
+        mirror.own_pages = store.take_pages(pages_for(len(mirror.own_position), store.block_size))
+        taken.append(mirror.own_pages)
+        rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(store.device)
+        slots = store.slots_of(mirror.own_pages, len(rows))
+        keys, values = dense[layout.agent]
+        for layer in range(store.geometry.num_layers):
+            store.write_rows(layer, keys[layer], values[layer], slots, rows)
+        mirrors.append((layout.agent, mirror))
+    for layout in layouts:
+        for use in layout.made:
+            store.publish(use.master)
+    for agent, mirror in mirrors:
+        store.put(agent, mirror)
+    taken.clear()
+
+
+def _encode_agent(
+    store: DiffStore,
+    layout: AgentLayout,
+    dense: tuple[Sequence[Tensor], Sequence[Tensor]],
+    atol: float,
+    rtol: float,
+) -> Mirror:
+    """The agent's Mirror, as yet without pages: which rows of its uses are overridden.
+
+    A row is overridden if any layer differs, and layers of different tables are compared by
+    launches of their own; so only the masks are taken from them, and own rows are copied once
+    all are known.
+    """
+    layout.uses.masks[:] = 0
+    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
+    mirror = Mirror(layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact)
+    arrays, extents = round_arrays([mirror], store.block_size)
+    slots = torch.arange(mirror.length, dtype=torch.int64, device=store.device)[None]
+    length = torch.tensor([mirror.length], dtype=torch.int32, device=store.device)
+    keys, values = dense
+    masks = np.zeros(extents.use_pages, dtype=np.uint32)
+    layers = range(store.geometry.num_layers)
+    for same in same_rope(layers, [store.layer_rope(layer) for layer in layers]):
+        round_ = RoundTensors.from_arrays(arrays, extents, device=store.device)
+        rope = store.layer_rope(same[0])
+        ops.diff_encode(
+            [keys[i] for i in same],
+            [values[i] for i in same],
+            slots,
+            length,
+            [store.pool.k_pools[i] for i in same],
+            [store.pool.v_pools[i] for i in same],
+            rope.cos,
+            rope.sin,
+            rope.interleaved,
+            round_,
+            atol,
+            rtol,
+            *store.pool.scales_of(same),
+        )
+        masks |= round_.use_masks.cpu().numpy().view(np.uint32)
+    own = np.ones(mirror.length, dtype=bool)
+    mirror.uses.masks[:] = masks
+    for use in mirror.uses:
+        own[use.delta : use.delta + use.length] = False
+        own[use.delta + use.overridden(store.block_size)] = True
+    mirror.own_position = np.flatnonzero(own).astype(np.int32)
+    return mirror
+
+
+def _copy_rows(
+    store: DiffStore,
+    layout: AgentLayout,
+    use: Use,
+    dense: Dense,
+) -> None:
+    assert layout.agent is not None
+    keys, values = dense[layout.agent]
+    begin, end = use.delta, use.delta + use.length
+    slots = store.slots_of(use.master.pages, use.length)
+    for layer in range(store.geometry.num_layers):
+        store.write_rows(layer, keys[layer][begin:end], values[layer][begin:end], slots)
+
+
+def _as_stored(
+    store: DiffStore, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Dense rows in the pool's dtype."""
+    stored: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for layer, rows in enumerate(zip(keys, values, strict=True)):
+        rope = store.layer_rope(layer)
+        for x, scale, to in zip(rows, store.pool.scales(layer), stored, strict=True):
+            out = x
+            if x.dtype != store.pool.dtype:
+                out = torch.empty(x.shape, dtype=store.pool.dtype, device=x.device)
+                ops.rope_rotate_out(
+                    *(x, None, None, None, None, rope.cos, rope.sin, rope.interleaved, 1.0),
+                    out,
+                    out_scale=scale,
+                )
+            to.append(out)
+    return stored
+
+
+def _check_dense(
+    store: DiffStore,
+    dense: Dense,
+    layout: Mapping[str, Sequence[Segment]],
+) -> None:
+    if set(dense) != set(layout):
+        raise ValueError(f"layout: expected agents {sorted(dense)}, got {sorted(layout)}")
+    heads = [store.geometry.num_kv_heads, store.geometry.head_dim]
+    for agent, (keys, values) in dense.items():
+        length = sum(segment.length for segment in layout[agent])
+        if length > store.max_position:
+            raise ValueError(
+                f"layout[{agent!r}]: expected at most {store.max_position} tokens, got {length}"
+            )
+        for name, tensors in (("keys", keys), ("values", values)):
+            if len(tensors) != store.geometry.num_layers:
+                raise ValueError(
+                    f"dense[{agent!r}] {name}: expected {store.geometry.num_layers} layers, "
+                    f"got {len(tensors)}"
+                )
+            for layer, tensor in enumerate(tensors):
+                if list(tensor.shape) != [length, *heads]:
+                    raise ValueError(
+                        f"dense[{agent!r}] {name}[{layer}]: expected {[length, *heads]}, "
+                        f"got {list(tensor.shape)}"
+                    )
+                known = tensor.dtype in (store.geometry.dtype, store.pool.dtype)
+                if not known or tensor.device != store.device:
+                    raise ValueError(
+                        f"dense[{agent!r}] {name}[{layer}]: expected {store.geometry.dtype} on "
+                        f"{store.device}, got {tensor.dtype} on {tensor.device}"
+                    )
+
+
+def _approximate_from(uses: Sequence[Use]) -> int:
+    """First row that a tolerance may have changed."""
+    return min((use.delta for use in uses if use.shift != 0), default=0)
