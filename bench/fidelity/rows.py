@@ -10,7 +10,7 @@ from tokendance.layout import Origin, Source, lay_out
 from tokendance.selection import parse_selection
 from tokendance.workloads import find_workload, read_rounds, tokenize_round
 
-SELECTIONS = ("nothing", "leading:4", "leading:4:96:24", "leading:8", "leading:16")
+SELECTIONS = ("nothing", "leading:1", "leading:4", "leading:4:96:24", "leading:8", "leading:16")
 _BLOCK_SIZE = 8
 _COMPUTED = (Origin.OWN, Origin.MASTER, Origin.REPAIRED)
 
