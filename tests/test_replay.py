@@ -104,6 +104,7 @@ def test_summary_adds_costs_and_averages_divergences_by_agents() -> None:
         (["town_square", "--session", "none"], "session"),
         (["town_square", "--rounds", "9:"], "round"),
         (["town_square", "--agents", "0"], "agents: expected at least 1, got 0"),
+        (["town_square", "--selection", "few"], "selection: expected leading:COUNT"),
     ],
 )
 def test_the_command_names_what_is_wrong(arguments: list[str], text: str, capsys: Any) -> None:
@@ -132,3 +133,15 @@ def test_report_has_the_agreed_fields(smollm2: Any, tmp_path: Path) -> None:
     assert set(one["systems"]) == set(report["summary"]) == set(SYSTEMS)
     assert all(set(system) == fields for system in one["systems"].values())
     assert one["systems"]["tokendance"]["rows"] < one["systems"]["full"]["rows"]
+
+
+def test_a_system_repairs_what_is_selected() -> None:
+    model = tiny_llama()
+
+    def overridden(selection: td.LeadingTokens | td.Nothing) -> int:
+        system = make_system("tokendance", model, selection, capacity="64MiB")
+        system.prefill_round(prompts())
+        return system.stats.rows_overridden
+
+    assert overridden(td.Nothing()) == 0
+    assert 0 < overridden(td.LeadingTokens(1)) < overridden(td.LeadingTokens(4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,13 +126,19 @@ class CollectiveReuse:
         self._plan = None
 
 
-def make_system(name: str, model: Any) -> System:
-    """A system of `SYSTEMS` by its name. Raises ``ValueError`` for another."""
+def make_system(
+    name: str, model: Any, selection: Selection | None = None, capacity: int | str = "16GiB"
+) -> System:
+    """A system of `SYSTEMS` by its name.
+
+    ``selection``, of which None is the default, and the store's ``capacity`` are tokendance's.
+    Raises ``ValueError`` for another name.
+    """
     makers: dict[str, Callable[[Any], System]] = {
         "full": FullPrefill,
         "prefix": PrefixCaching,
         "pic": PerRequestBlend,
-        "tokendance": CollectiveReuse,
+        "tokendance": partial(CollectiveReuse, selection=selection, capacity=capacity),
     }
     if name not in makers:
         raise ValueError(f"systems: expected some of {SYSTEMS}, got {name!r}")

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put ChatML markers into the prompts")
     parser.add_argument("--systems", default="full,prefix,pic,tokendance", help="comma-separated")
+    parser.add_argument(
+        "--selection",
+        default="leading:4:96:24",
+        help="rows that tokendance recomputes: leading:COUNT[:UNSEEN], deviation:RATIO, everything "
+        "or nothing",
+    )
     parser.add_argument("--new-tokens", type=int, default=12, help="tokens compared per agent")
     parser.add_argument("--threads", type=int, help="threads of torch")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -35,11 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Replays; returns 0, or 2 after a message about arguments, files or the model."""
     from tokendance.models import load_model
     from tokendance.replay import RoundResult, make_system, replay_round, summarize
+    from tokendance.selection import parse_selection
     from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
+        selection = parse_selection(arguments.selection)
         path = find_workload(arguments.file)
         recorded = read_rounds(
             path,
@@ -52,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         model, tokenizer = load_model(arguments.model)
         encode = partial(tokenizer.encode, add_special_tokens=False)
         names = [name for name in arguments.systems.split(",") if name]
-        systems = [make_system(name, model) for name in sorted(names, key=lambda n: n != "full")]
+        names.sort(key=lambda name: name != "full")
+        systems = [make_system(name, model, selection) for name in names]
         longest = model.config.max_position_embeddings - arguments.new_tokens
         prompts = [tokenize_round(one, encode, max_tokens=longest) for one in recorded]
     except (ValueError, OSError, RuntimeError, ImportError) as error:
