@@ -470,6 +470,10 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
             "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
             check=check,
         )  # fmt: skip
+    for rows in (4, 6):  # a warp whose last query row is the last of those that are written at a time
+        yield attention(
+            f"outputs of {rows} rows", 0, agents=1, work="planned", rows=rows, masters=(40,), check={},
+        )  # fmt: skip
     yield attention(
         "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
         check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "rotary_scale": 1.2},

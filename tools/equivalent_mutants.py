@@ -277,6 +277,13 @@ EQUIVALENT = (
         operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(
+        "every lane of a row has its LSE, and any other than the first may write it",
+        kernel="collective_attention",
+        change=OTHER_THAN_0,
+        source=r"reinterpret_cast<float[24]\*>\(to \+ Products::dim\(n, lane\)\)",  # stands before
+        operands=r"^and\.b32\s+%\w+, %\w+, 3\b",  # lane % 4
+    ),
+    Equivalent(
         "every lane or thread has the same value, and all but the first may write it",
         change=r"flip predicate",
         operands=IS_0,
