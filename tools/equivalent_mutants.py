@@ -277,6 +277,12 @@ EQUIVALENT = (
         operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(
+        "of a dim modulo 4 a half is taken, and its last bit is lost",
+        kernel="collective_attention.*e4m3",
+        change=r"and\.b32 \S+ \S+, -4 -> and\.b32 \S+ \S+, -3$",
+        source=r"const int32_t y_dim = split \?",  # its place among the queries of e4m3
+    ),
+    Equivalent(
         "every lane of a row has its LSE, and any other than the first may write it",
         kernel="collective_attention",
         change=OTHER_THAN_0,
