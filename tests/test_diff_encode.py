@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import drawn_rounds
 import e4m3
 import numpy as np
 import pytest
-import random_rounds
 import ties
 import torch
 from hypothesis import given, settings
@@ -19,7 +19,7 @@ from tokendance.rounds import RoundTensors
 OPERATOR = "diff_encode"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*PLAIN, *testing.QUANTIZED]
-HEAD_DIMS = random_rounds.HEAD_DIMS
+HEAD_DIMS = drawn_rounds.HEAD_DIMS
 ABSURD_SLOT = 1 << 40  # stands in the slot mapping where no token does
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -470,15 +470,15 @@ def prompts_that_end_early(**options):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    **random_rounds.ARGUMENTS,
-    **random_rounds.LENGTHS,
+    **drawn_rounds.ARGUMENTS,
+    **drawn_rounds.LENGTHS,
     dtype=st.sampled_from(PLAIN),
     in_layout=st.sampled_from(testing.LAYOUTS),
     page_size=st.sampled_from([None, 1, 16, 256]),
     table_slack=st.sampled_from([0, 3000]),
 )
 def test_random_rounds(fast_backend, seed, in_layout, page_size, **options):
-    case = random_rounds.random_round(seed, room_for_all=True, rows=0, **options)
+    case = drawn_rounds.drawn_round(seed, room_for_all=True, rows=0, **options)
     dense = restored(case, seed, page_size=page_size, layout=in_layout)
     check(fast_backend, forget_mirrors(case), dense)
 
@@ -593,13 +593,13 @@ def test_nan_is_within_no_tolerance(backend):
 @pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(
-    **random_rounds.ARGUMENTS,
+    **drawn_rounds.ARGUMENTS,
     in_layout=st.sampled_from(testing.LAYOUTS),
     atol=st.sampled_from([0.0, 0.01]),
     rtol=st.sampled_from([0.0, 0.01]),
 )
 def test_random_quantized_rounds(fast_backend, dtype, seed, in_layout, atol, rtol, **options):
-    case = random_rounds.random_round(seed, dtype=dtype, room_for_all=True, rows=0, **options)
+    case = drawn_rounds.drawn_round(seed, dtype=dtype, room_for_all=True, rows=0, **options)
     dense = restored(case, seed, layout=in_layout)
     for agent, length in enumerate(case.length.tolist()):
         alter(dense, agent, range(agent, length, 7), layer=agent % len(dense.k))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import drawn_rounds
 import e4m3
 import pytest
-import random_rounds
 import ties
 import torch
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ from tokendance.rounds import RoundTensors
 OPERATOR = "diff_restore"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]
 DTYPES = [*PLAIN, *testing.QUANTIZED]
-HEAD_DIMS = random_rounds.HEAD_DIMS
+HEAD_DIMS = drawn_rounds.HEAD_DIMS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -200,8 +200,8 @@ def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
 
 @settings(max_examples=50, deadline=None)
 @given(
-    **random_rounds.ARGUMENTS,
-    **random_rounds.LENGTHS,
+    **drawn_rounds.ARGUMENTS,
+    **drawn_rounds.LENGTHS,
     dtype=st.sampled_from(PLAIN),
     out_layout=st.sampled_from(testing.LAYOUTS),
     page_size=st.sampled_from([None, 1, 16, 256]),
@@ -210,7 +210,7 @@ def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
     holes=st.booleans(),
 )
 def test_random_rounds(fast_backend, seed, out_layout, page_size, **options):
-    case = random_rounds.random_round(seed, **options)
+    case = drawn_rounds.drawn_round(seed, **options)
     dense = testing.dense_cache(case, seed, page_size=page_size, layout=out_layout, skip=0.05)
     check(fast_backend, case, dense)
 
@@ -260,12 +260,12 @@ def test_every_element_in_every_lane(backend, out_dtype):
 @pytest.mark.parametrize("dtype", testing.QUANTIZED, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(
-    **random_rounds.ARGUMENTS,
+    **drawn_rounds.ARGUMENTS,
     out_layout=st.sampled_from(testing.LAYOUTS),
     out_dtype=st.sampled_from([*PLAIN, None]),
     cut=st.booleans(),
 )
 def test_random_quantized_rounds(fast_backend, dtype, seed, out_layout, out_dtype, **options):
-    case = random_rounds.random_round(seed, dtype=dtype, **options)
+    case = drawn_rounds.drawn_round(seed, dtype=dtype, **options)
     dense = testing.dense_cache(case, seed, layout=out_layout, skip=0.05, dtype=out_dtype)
     check(fast_backend, case, dense)

@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
     "block_size": st.sampled_from([8, 16, 32]),
     "repeat": st.booleans(),
 }
-"""Of :func:`random_round`. Tests add what else ``testing.random_round`` takes."""
+"""Of :func:`drawn_round`. Tests add what else ``testing.random_round`` takes."""
 
 LENGTHS: dict[str, st.SearchStrategy[Any]] = {
     "master_length": st.sampled_from([3, 40, 100]),
@@ -31,7 +31,7 @@ LENGTHS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-def random_round(
+def drawn_round(
     seed: int, *, num_kv_heads: int, head_dim: int, part: float, **options: Any
 ) -> testing.RandomRound:
     """A round of no queries but one per KV head; ``part`` of the dims of a head are rotary."""
