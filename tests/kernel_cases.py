@@ -513,6 +513,8 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         bare = replace(bare, k_scale=None, v_scale=None)
         for soft_cap in (0.0, 2.0):
             yield checked(module, "no scales", bare, scale=0.001, soft_cap=soft_cap)
+        opposite = module.opposite_values_round(**sizes)
+        yield checked(module, "opposite values", opposite, window=2, lse_tolerance=1e-5)
     yield checked(module, "nothing for the first rows", module.blind_tile_round(**sizes))
     lonely = module.lonely_round(**sizes)
     for window in (0, 3):

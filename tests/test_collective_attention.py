@@ -237,6 +237,33 @@ def equal_keys_round(work, **options):
     return case
 
 
+def opposite_values_round(**options):
+    """Rows that see two keys each, the same twice, whose values are each other's negatives.
+
+    What elements are widened to shows to the last bit: in the LSEs, for no product of queries and
+    keys is rounded, and in outputs other than 0. Each key of a tile is seen.
+    """
+
+    def wanted(case):
+        return case.filled.rows == 32
+
+    case = first_round(
+        wanted, 0, agents=1, masters=(64,), masks="none", private_length=0, rows=32,
+        num_q_heads=2, num_kv_heads=1, rotary_dim=0, start=90, work="planned", **options,
+    )  # fmt: skip
+    pages = torch.from_numpy(case.arrays["master_pages"]).long()
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randint(0x70, 0x7F, (2, 32, 64), dtype=torch.uint8, generator=generator)
+    signs = torch.randint(0, 2, large.shape, dtype=torch.uint8, generator=generator) << 7
+    key, value = large | signs
+    for pool, pair in ((case.k_pool[0], (key, key)), (case.v_pool[0], (value, value ^ 0x80))):
+        shape = (len(pages), case.filled.block_size, 1, 64)
+        pool[pages] = torch.stack(pair, dim=1).view(pool.dtype).view(shape)
+    case.q.copy_(case.q.sign())
+    case.round.row_position[:32] = 1 + 2 * torch.arange(32) + int(case.arrays["use_delta"][0])
+    return replace(case, k_scale=None, v_scale=None)
+
+
 def by_one_position(case):
     """The same round in which uses are moved by one position up or down."""
     near = case.copy()
@@ -517,6 +544,15 @@ def test_maxima_that_rise_in_half_of_a_warp(backend, dtype, first, second):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lse_of_equal_keys(backend, dtype, work):
     check(backend, equal_keys_round(dtype=dtype, work=work), lse_tolerance=1e-6)
+
+
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [E4M3], ids=str)
+def test_opposite_values_of_equal_keys(backend, dtype, query_dtype):
+    case = opposite_values_round(dtype=dtype, query_dtype=query_dtype)
+    out, lse = check(backend, case, window=2, lse_tolerance=1e-5)
+    assert (out == 0).all()
+    assert lse.abs().min() > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
