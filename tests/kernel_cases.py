@@ -470,8 +470,8 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
             "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
             check=check,
         )  # fmt: skip
-    # Of 8 and of 12 query rows: the last is the last that a warp writes at a time.
-    for rows in (4, 7):
+    # Of 8, 12 and 14 query rows: the last is the last that a warp writes at a time.
+    for rows in (4, 7, 8):
         yield attention(
             f"outputs of up to {rows} rows", 0, agents=1, work="planned", rows=rows, masters=(40,),
             check={},

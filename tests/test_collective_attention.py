@@ -134,24 +134,32 @@ def blind_tile_round(**options):
 
 
 def lonely_round(**options):
-    """Agents with a single own row, before and after it; agent 0's is all of an item."""
+    """Agents with a single own row, before and after it; the last row of each comes three positions
+    later. Agent 0's own row is all of an item, another's follows a Master."""
 
     def wanted(case):
         arrays = case.arrays
-        if arrays["own_length"][0] != 1 or not (arrays["own_length"][1:] == 1).any():
+        if arrays["own_length"][0] != 1:
             return False
         own = arrays["own_position"][arrays["own_page_indptr"][0] * case.filled.block_size]
-        positions = arrays["row_position"][arrays["row_agent"] == 0]
+        items = items_of(case)
+        lonely = {-1 - int(agent) for agent in arrays["own_length"].nonzero()[0]}
         return (
-            (positions < own).any()
-            and (positions >= own).any()
-            and any(rows and chunks == [-1] for rows, chunks in items_of(case))
+            (arrays["row_position"][arrays["row_agent"] == 0] < own).any()
+            and any(len(rows) == 4 and chunks == [-1] for rows, chunks in items)
+            and any(rows and lonely & set(chunks[1:]) for rows, chunks in items)
         )
 
-    return first_round(
+    case = first_round(
         wanted, 0, agents=4, masters=(20, 9), masks="none", private_length=1, rows=4,
-        room_for_all=True, **options,
+        room_for_all=True, table_slack=3, **options,
     )  # fmt: skip
+    arrays = case.arrays
+    for agent in arrays["own_length"].nonzero()[0]:
+        own = arrays["own_position"][arrays["own_page_indptr"][agent] * case.filled.block_size]
+        last = int((arrays["row_agent"] == agent).nonzero()[0][-1])
+        case.round.row_position[last] = int(own) + 3
+    return case
 
 
 def lacking_round(**options):

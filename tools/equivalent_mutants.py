@@ -29,6 +29,7 @@ class Equivalent:
     kernel: str = ""
     operands: str = ""
     only_compared_with_0: bool = False  # the result is used for nothing else
+    or_halved: bool = False  # but without its last bit
 
 
 IS_0 = r"setp\.(ne|eq)\.s32 %\w+, %\w+, 0"
@@ -153,9 +154,9 @@ EQUIVALENT = (
     ),
     Equivalent(
         "barriers of the block lie between the last use of the queries and outputs in their place",
-        kernel="collective_attention",  # the barrier after the outputs is missed by every case
+        kernel="collective_attention",
         change=r"drop barrier: bar\.warp\.sync",
-        source=r"\d: __syncwarp\(\);$",
+        source=r"__syncwarp\(\);  // all lanes are done with the queries",
     ),
     Equivalent(
         "a row of the tile before is done again, with the same result",
@@ -176,6 +177,7 @@ EQUIVALENT = (
         source="",
         operands=r"^and\.b32 %\w+, %\w+, 31$",
         only_compared_with_0=True,
+        or_halved=True,
     ),
     Equivalent(
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
@@ -286,7 +288,8 @@ EQUIVALENT = (
         "every lane of a row has its LSE, and any other than the first may write it",
         kernel="collective_attention",
         change=OTHER_THAN_0,
-        source=r"reinterpret_cast<float[24]\*>\(to \+ Products::dim\(n, lane\)\)",  # stands before
+        source=r"reinterpret_cast<float[24]\*>\(to \+ Products::dim\(n, lane\)\)"  # stands before
+        r"|to\[Products::dim\(n, lane\) \+ 1\]",
         operands=r"^and\.b32\s+%\w+, %\w+, 3\b",  # lane % 4
     ),
     Equivalent(
@@ -415,8 +418,10 @@ EQUIVALENT = (
 def explanation(kernel: str, mutation: Any, source: str) -> str:
     """Why no test can notice this mutant; "" if that is not known."""
     code = _Code(mutation.ptx, mutation.line)
-    if _changes_no_bit_that_counts(mutation, code):
+    if _masks_no_bit_that_counts(mutation, code):
         return "the bits that a mask has more or less are 0 in what it masks, or nothing reads them"
+    if _adds_no_bit_that_counts(mutation, code):
+        return "nothing reads the bits that are added to zeros"
     if code.is_unused():
         return "nothing reads what the instruction computes"
     for entry in EQUIVALENT:
@@ -425,7 +430,7 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
             and (not entry.operands or re.search(entry.operands, code.operands()))
-            and (not entry.only_compared_with_0 or code.is_only_compared_with_0())
+            and (not entry.only_compared_with_0 or code.is_only_compared_with_0(entry.or_halved))
         ):
             return entry.reason
     return ""
@@ -468,7 +473,7 @@ class _Code:
         named = re.compile(rf"{re.escape(result)}\b")
         return not any(named.search(line) for i, line in enumerate(self._lines) if i != self._here)
 
-    def is_only_compared_with_0(self) -> bool:
+    def is_only_compared_with_0(self, or_halved: bool = False) -> bool:
         """Whether its result is, or a difference that it is a part of."""
 
         def compared(statement: str) -> bool:
@@ -476,6 +481,7 @@ class _Code:
             return all(
                 re.fullmatch(rf"setp\.(ne|eq)\.s32 %\w+, {result}, 0", use)
                 or (re.fullmatch(rf"sub\.s32 %\w+, %\w+, {result}", use) and compared(use))
+                or (or_halved and re.fullmatch(rf"shr\.u32 %\w+, {result}, 1", use))
                 for use in self._uses(statement)
             )
 
@@ -574,11 +580,21 @@ def _result(statement: str) -> str:
     return results[0] if len(results) == 1 else ""
 
 
-def _changes_no_bit_that_counts(mutation: Any, code: _Code) -> bool:
+def _masks_no_bit_that_counts(mutation: Any, code: _Code) -> bool:
     masks = re.search(r"and\.b(?:32|64) \S+ (\S+), (-?\d+) -> .*, (-?\d+)$", mutation.description)
     if masks is None:
         return False
     changed = int(masks[2]) ^ int(masks[3])
     if changed & ~code.zeros(masks[1]) == 0:
         return True
+    return changed & ~code.unread(code.statement) == 0
+
+
+def _adds_no_bit_that_counts(mutation: Any, code: _Code) -> bool:
+    numbers = re.search(r"add\.s32 \S+ (\S+), (\d+) -> .*, (\d+)$", mutation.description)
+    if numbers is None:
+        return False
+    changed = int(numbers[2]) ^ int(numbers[3])
+    if changed & ~_lowest(code.zeros(numbers[1])) != 0:
+        return False  # other bits change by a carry
     return changed & ~code.unread(code.statement) == 0

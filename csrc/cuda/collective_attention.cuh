@@ -631,7 +631,7 @@ class AttentionTile {
 
   // By way of the shared memory of the warp's queries, for stores of whole rows.
   __device__ __forceinline__ void write_output(int32_t lane, const float (&factor)[2]) const {
-    __syncwarp();
+    __syncwarp();  // all lanes are done with the queries
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
