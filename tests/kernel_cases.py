@@ -209,7 +209,9 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
     without_angles = module.random_keys(5, agents=3, rotary_dim=0, **sizes)
     without_angles[6] = without_angles[7] = torch.empty(1, 0)
     yield checked(module, "no rotation", without_angles)
-    yield checked(module, "no agents", module.random_keys(6, agents=0, tokens=3, **sizes))
+    for agents in (0, 1):
+        few = module.random_keys(6, agents=agents, tokens=3, **sizes)
+        yield checked(module, f"{agents} agents", few)
     keys, expected = test_cuda_launches.keys_with_bad_indices(
         variant.dtype, variant.interleaved, sizes["layout"]
     )

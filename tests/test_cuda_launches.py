@@ -194,9 +194,10 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
-    known[1][0, 3] = known[1][0, 4] = known[1][0, 6] = known[1][2, 6] = known[1][0, 7] = -1
+    known[1][0, 3] = known[1][0, 4] = known[1][:, 6] = known[1][0, 7] = -1
     beyond = fresh.shape[0] * fresh.shape[1]
-    fresh_row[0, 6], fresh_row[2, 6], fresh_row[0, 7] = -1, beyond, beyond
+    fresh_row[:, 6] = torch.tensor([-1, beyond, beyond])
+    fresh_row[0, 7] = beyond
     expected = test_key_deviation.expectation(known)
     return arguments, expected
 
