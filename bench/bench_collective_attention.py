@@ -57,7 +57,9 @@ def bench_decode(
     }
     case = make_round(agents=agents, shared=shared, private=private, **options)
     copies = make_round(agents=agents, shared=shared, private=private, dense=True, **options)
-    resident = make_round(agents=agents, shared=shared, private=private, resident=True, **options)
+    resident = make_round(
+        agents=agents, shared=shared, private=private, resident_pages=4, **options
+    )
     per_agent, batched = _sdpa(heads, agents, shared + private, DTYPES[dtype])
     row_bytes = 2 * num_kv_heads * head_dim * DTYPES[dtype].itemsize
     row_flops = 4 * agents * num_kv_heads * group * head_dim  # of one row that all agents see

@@ -1,143 +1,188 @@
-"""What the arithmetic of `rope_rotate` allows, whatever memory does.
+"""What the instructions of the operators that move rows allow, whatever memory does.
 
-    python -m bench.loops [--cpu znver4] [--mca llvm-mca-16]
+    python -m bench.loops
 
-Takes the inner loops out of the built library (AVX-512), counts their instructions per cache line,
-and asks llvm-mca (Debian's llvm-16 or newer; older ones do not know Zen 4) for the cycles of an
-iteration if every operand were in the first-level cache. With the clock that a chain of additions
-shows, that is the most bytes per second that the threads can move: where it lies near or below the
-ceiling of copying, arithmetic binds and not memory.
+In one thread, in cycles per cache line of keys and values that is read or written: the operator
+over a few rows again and again, which stay in the caches of the core; the same over as many
+different rows as the benchmarks inside the cache have; and the ceiling, the best copy or read of as
+many bytes. Where the first is not well below the last, arithmetic binds and not memory. Cycles are
+those of the clock that a chain of additions shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+import tokendance as td
 from bench import ceilings
+from bench.mirrors import FLOATS, make_round
+from tokendance import ops
 
-LIBRARY = Path(__file__).resolve().parent.parent / "tokendance" / "_C.so"
-FOOTPRINT = 8 << 20  # of the operators' benchmarks inside the cache
-LINE_BYTES = 64
-MOVED = 2  # lines read and written for each line of keys
+HEADS, HEAD_DIM = 8, 128
+AGENTS = 8
+PRIVATE = 16  # own rows at the start of a prompt
+FOOTPRINT = 8 << 20  # bytes in the cache
+FEW_ROWS = 2
+BLOCK = 16
+SHIFT = 700  # of all rows
+LINE = 64
+ROUNDS = 25
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A function of the library and what its loop moves.
+class Call:
+    """A call of an operator: what it moves, and the least seconds that takes by these ceilings."""
 
-    Attributes:
-        symbol: regular expression of the demangled name, after ``tokendance::avx512::``.
-        fused: multiplications fused with an addition that a line takes.
-    """
-
-    name: str
-    symbol: str
-    fused: int
+    run: Callable[[], object]
+    moved: int
+    ceilings: Mapping[str, ceilings.Ceiling]
+    floor: Callable[[Mapping[str, float]], float]
 
 
-KERNELS = [
-    Kernel("rope_rotate fp32", r"rotate_rows<false, \(.*Writing\)2, float>", 1),
-    Kernel("rope_rotate bf16", r"rotate_rows<false, \(.*Writing\)2, .*::BFloat16>", 2),
-    Kernel("rope_rotate fp16", r"rotate_rows<false, \(.*Writing\)2, .*::Float16>", 2),
-]
+def rope_rotate(dtype: torch.dtype, resident: bool) -> Call:
+    rows = FOOTPRINT // 2 // (HEADS * HEAD_DIM * dtype.itemsize)
+    kept = FEW_ROWS if resident else rows
+    x = torch.randn(kept, HEADS, HEAD_DIM).to(dtype)
+    out = torch.empty_like(x)
+    row = torch.arange(rows) % kept
+    position = torch.arange(rows, dtype=torch.int32)
+    to = position + SHIFT
+    cos, sin, interleaved = _tables(rows)
+    moved = 2 * rows * HEADS * HEAD_DIM * dtype.itemsize
+    return Call(
+        lambda: ops.rope_rotate_out(*(x, row, row, position, to, cos, sin, interleaved, 1.0, out)),
+        moved,
+        {"copy": ceilings.copy(moved)},
+        lambda rates: moved / rates["copy"],
+    )
 
 
-def disassemble(library: Path) -> dict[str, list[tuple[int, str]]]:
-    """Instructions with their addresses, by the demangled name of the function."""
-    text = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    functions: dict[str, list[tuple[int, str]]] = {}
-    body: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            body = functions.setdefault(head[1], [])
-        elif found := re.match(r"\s*([0-9a-f]+):\s+(.*\S)", line):
-            body.append((int(found[1], 16), found[2]))
-    return functions
+def key_deviation(dtype: torch.dtype, resident: bool) -> Call:
+    row_bytes = HEADS * HEAD_DIM * dtype.itemsize
+    tokens = FOOTPRINT // (row_bytes * (AGENTS + 1)) // BLOCK * BLOCK
+    kept = BLOCK if resident else tokens
+    fresh = torch.randn(AGENTS * kept, HEADS, HEAD_DIM).to(dtype)
+    cached = torch.randn(kept // BLOCK, BLOCK, HEADS, HEAD_DIM).to(dtype)
+    row = torch.arange(AGENTS * tokens).view(AGENTS, tokens)
+    cached_row = torch.arange(tokens)
+    if resident:
+        row, cached_row = row % FEW_ROWS, cached_row % FEW_ROWS
+    position = torch.arange(tokens, dtype=torch.int32)
+    fresh_position = (position + SHIFT).repeat(AGENTS, 1)
+    cos, sin, interleaved = _tables(tokens)
+    out = torch.empty(tokens)
+    moved = (AGENTS + 1) * tokens * row_bytes
+    return Call(
+        lambda: ops.key_deviation_out(
+            *(fresh, row, fresh_position, cached, cached_row, position),
+            *(cos, sin, interleaved, 1.0, out),
+        ),
+        moved,
+        {"read": ceilings.read(moved)},
+        lambda rates: moved / rates["read"],
+    )
 
 
-def inner_loops(body: Sequence[tuple[int, str]]) -> list[list[str]]:
-    """Bodies of loops that hold no other loop, without the jump back."""
-    index = {address: i for i, (address, _) in enumerate(body)}
-    spans = []
-    for i, (address, text) in enumerate(body):
-        jump = re.match(r"j[a-z]+\s+([0-9a-f]+) ", text)
-        if jump and int(jump[1], 16) in index and int(jump[1], 16) <= address:
-            spans.append((index[int(jump[1], 16)], i))
-    inner = [
-        (a, b) for a, b in spans if not any(a <= c and d < b for c, d in spans if (a, b) != (c, d))
-    ]
-    return [[text for _, text in body[a:b]] for a, b in inner]
+def diff_restore(dtype: torch.dtype, resident: bool) -> Call:
+    return _mirrored(dtype, resident, encodes=False)
 
 
-def rotation_loops(body: Sequence[tuple[int, str]]) -> list[list[str]]:
-    """The loops that rotate keys: they multiply, and fuse multiplications with additions."""
-    return [loop for loop in inner_loops(body) if count(loop, "vmulps") and count(loop, "vfm")]
+def diff_encode(dtype: torch.dtype, resident: bool) -> Call:
+    return _mirrored(dtype, resident, encodes=True)
 
 
-def count(loop: Sequence[str], operation: str) -> int:
-    return sum("zmm" in text and text.startswith(operation) for text in loop)
+def _mirrored(dtype: torch.dtype, resident: bool, encodes: bool) -> Call:
+    """Agents that share Masters at one shift. If ``resident``, all Masters' pages are one and the
+    same, all own pages another, and dense rows are those of the two."""
+    row_bytes = 2 * HEADS * HEAD_DIM * dtype.itemsize
+    shared = (FOOTPRINT // AGENTS // row_bytes - PRIVATE) // BLOCK * BLOCK
+    case = make_round(
+        agents=AGENTS,
+        shared=shared,
+        private=PRIVATE,
+        segments=1,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        block_size=BLOCK,
+        pool_dtype=dtype,
+        resident_pages=1 if resident else 0,
+    )
+    case.round.use_shift[:] = 7
+    length = PRIVATE + shared
+    slots = torch.arange(AGENTS * length).view(AGENTS, length)
+    if resident:
+        slots %= BLOCK
+        slots[:, :PRIVATE] += BLOCK
+    dense = [torch.empty(AGENTS * length, HEADS, HEAD_DIM, dtype=dtype) for _ in range(2)]
+    pools = case.k_pools, case.v_pools
+
+    def restore() -> None:
+        ops.diff_restore(*pools, *case.tables, case.round, slots, dense[:1], dense[1:])
+
+    restore()
+    written = AGENTS * length * row_bytes
+    moved = written + (shared + AGENTS * PRIVATE) * row_bytes
+    if not encodes:
+        return Call(
+            restore,
+            moved,
+            {"copy": ceilings.copy(moved), "fill": ceilings.fill(written)},
+            lambda rates: max(moved / rates["copy"], written / rates["fill"]),
+        )
+    lengths = torch.full((AGENTS,), length, dtype=torch.int32)
+    return Call(
+        lambda: ops.diff_encode(
+            dense[:1], dense[1:], slots, lengths, *pools, *case.tables, case.round
+        ),
+        moved,
+        {"read": ceilings.read(moved)},
+        lambda rates: moved / rates["read"],
+    )
 
 
-def cycles(loop: Sequence[str], mca: str, cpu: str) -> float:
-    """Of an iteration, by llvm-mca."""
-    source = "\n".join(re.sub(r"\s*[#<].*$", "", text) for text in loop if not text.startswith("j"))
-    command = [mca, "-mtriple=x86_64", f"-mcpu={cpu}", "-iterations=1000", "-"]
-    outcome = subprocess.run(command, input=source, capture_output=True, text=True)
-    if outcome.returncode != 0:
-        raise RuntimeError(outcome.stderr.strip())
-    found = re.search(r"Total Cycles:\s+(\d+)", outcome.stdout)
-    assert found is not None
-    return int(found[1]) / 1000
+def _tables(positions: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    rope = td.Rope.default(head_dim=HEAD_DIM, theta=10000.0, max_position=positions + SHIFT)
+    return rope.cos, rope.sin, rope.interleaved
+
+
+OPERATORS = (rope_rotate, key_deviation, diff_encode, diff_restore)
+
+
+def best(call: Call) -> float:
+    """Seconds of the best of several calls, ceilings sampled in between."""
+    took = float("inf")
+    for _ in range(ROUNDS):
+        for ceiling in call.ceilings.values():
+            ceiling.sample()
+        call.run()  # its rows come back into the cache
+        took = min(took, ceilings.seconds(call.run))
+    return took
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__)
-    parser.add_argument("--cpu", default="znver4", help="as llvm-mca calls it")
-    parser.add_argument("--mca", default="llvm-mca-16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    copy, clock = ceilings.copy(FOOTPRINT), ceilings.clock()
-    for _ in range(20):
-        copy.sample()
+    argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+    clock = ceilings.clock()
+    for _ in range(ROUNDS):
         clock.sample()
-    print(
-        f"{clock.rate / 1e9:.2f} GHz, {options.threads} threads; copying {FOOTPRINT >> 20} MiB: "
-        f"{copy.rate / 1e9:.0f} GB/s"
-    )
-    try:
-        functions = disassemble(LIBRARY)
-        for kernel in KERNELS:
-            pattern = re.compile(rf"tokendance::avx512::.*{kernel.symbol}")
-            body = next(body for name, body in functions.items() if pattern.search(name))
-            fastest = (float("inf"), 0.0)  # cycles and instructions of a line
-            for loop in rotation_loops(body):
-                lines = count(loop, "vfm") / kernel.fused
-                found = (cycles(loop, options.mca, options.cpu) / lines, len(loop) / lines)
-                fastest = min(fastest, found)
-            per_line, instructions = fastest
-            rate = MOVED * LINE_BYTES / per_line * clock.rate * options.threads
-            print(
-                f"{kernel.name:<20} {instructions:4.1f} instructions and {per_line:5.2f} "
-                f"cycles a line: at most {rate / 1e9:4.0f} GB/s, "
-                f"{rate / copy.rate:.2f} of copying"
-            )
-    except (OSError, RuntimeError, StopIteration, subprocess.SubprocessError) as error:
-        print(f"bench.loops: {error!r}", file=sys.stderr)
-        return 2
+    print(f"one thread at {clock.rate / 1e9:.2f} GHz, cycles a line of {LINE} bytes:")
+    columns = ("instructions", "in the cache", "ceiling", "allow", "reached")
+    print(" " * 20 + "".join(f"{column:>14}" for column in columns))
+    for operator in OPERATORS:
+        for name, dtype in FLOATS.items():
+            alone, cached = operator(dtype, True), operator(dtype, False)
+            seconds = best(alone), best(cached)
+            floor = cached.floor({name: each.rate for name, each in cached.ceilings.items()})
+            lines = cached.moved / LINE
+            cycles = [time * clock.rate / lines for time in (*seconds, floor)]
+            allow, reached = (floor / time for time in seconds)
+            numbers = [*(f"{count:14.1f}" for count in cycles), f"{allow:14.2f}{reached:14.2f}"]
+            print(f"{operator.__name__ + ' ' + name:20}" + "".join(numbers))
     return 0
 
 

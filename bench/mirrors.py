@@ -28,7 +28,6 @@ DECODE = [
     ((8, 8, 128), 8, 1024, 1024),
     ((3, 3, 64), 64, 1024, 64),
 ]
-RESIDENT_PAGES = 4
 LONGER = 3  # private tokens that the agent which made the Masters had more than these
 
 
@@ -89,7 +88,7 @@ def make_round(
     dtype: torch.dtype = torch.float32,
     block_size: int = 16,
     dense: bool = False,
-    resident: bool = False,
+    resident_pages: int = 0,
     pool_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> BenchRound:
@@ -102,7 +101,8 @@ def make_round(
         overridden: rows at the start of every segment that agents keep themselves.
         group: G.
         dense: every agent has all of its rows as own rows, as engines without sharing do.
-        resident: Masters and Mirrors consist of the same few pages, so that none comes from memory.
+        resident_pages: Masters consist of so many pages, over and over, and Mirrors of as many
+            others, so that none comes from memory; 0 = each has pages of its own.
         pool_dtype: of keys and values where they are quantized; their scales are 1.
     """
     geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
@@ -146,9 +146,9 @@ def make_round(
     total = private + segments * length
     row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
     arrays, extents = round_arrays(mirrors, block_size)
-    if resident:
-        for name in ("master_pages", "own_pages"):
-            arrays[name] = arrays[name] % RESIDENT_PAGES
+    if resident_pages:
+        for i, name in enumerate(("master_pages", "own_pages")):
+            arrays[name] = arrays[name] % resident_pages + i * resident_pages
     kind = torch.device(device).type
     arrays, extents = with_work(arrays, extents, row_agent, row_position, group, kind)
     rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import tokendance as td
-from bench import compare
+from bench import compare, loops, mirrors
 from bench.ceilings import Ceiling
 from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
@@ -42,6 +43,27 @@ def test_a_ceiling_is_the_best_sample_of_the_best_way():
     ceiling.sample()
     assert calls == ["a", "b", "a", "b"]
     assert ceiling.rate >= first > 0
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
+    """No dense row differs from its Master's: else the comparison would end with the first line."""
+    made = []
+
+    def make_round(**options):
+        made.append(mirrors.make_round(**options))
+        return made[-1]
+
+    monkeypatch.setattr(loops, "make_round", make_round)
+    monkeypatch.setattr(loops, "FOOTPRINT", 5 << 20)
+    for operator in loops.OPERATORS:
+        call = operator(torch.bfloat16, resident)
+        call.run()
+        assert call.floor(dict.fromkeys(call.ceilings, 1000000000.0)) > 0
+    assert len(made) == 2
+    for case in made:
+        assert case.length > loops.PRIVATE
+        assert (case.round.own_length == loops.PRIVATE).all()
 
 
 def test_rounds_are_held_against_what_rows_and_flops_promise():
