@@ -11,16 +11,15 @@ from bench import ceilings
 from bench.mirrors import DTYPES, make_round
 from tokendance import ops
 
-AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 64, 4, 4
-SIZES = {"1GiB": 1 << 30, "4MiB": 4 << 20}  # bytes of all agents' dense rows
+AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
+SIZES = {"1GiB": 1 << 30, "8MiB": 8 << 20}  # bytes of all agents' dense rows
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_diff_encode(measure: Any, dtype: str, size: str) -> None:
     """Dense caches that differ from the Masters in the first rows of every segment."""
-    layers = 2
-    row_bytes = 2 * layers * 8 * 128 * DTYPES[dtype].itemsize
+    row_bytes = 2 * 8 * 128 * DTYPES[dtype].itemsize
     shared = max(SIZES[size] // AGENTS // row_bytes - PRIVATE, 64) // 64 * 64
     case = make_round(
         agents=AGENTS,
@@ -28,12 +27,10 @@ def bench_diff_encode(measure: Any, dtype: str, size: str) -> None:
         private=PRIVATE,
         segments=SEGMENTS,
         overridden=OVERRIDDEN,
-        num_layers=layers,
         pool_dtype=DTYPES[dtype],
     )
     slots = torch.arange(AGENTS * case.length).view(AGENTS, case.length)
-    dense = [torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype]) for _ in range(2 * layers)]
-    k_in, v_in = dense[0::2], dense[1::2]
+    k_in, v_in = ([torch.empty(slots.numel(), 8, 128, dtype=DTYPES[dtype])] for _ in range(2))
     ops.diff_restore(case.k_pools, case.v_pools, *case.tables, case.round, slots, k_in, v_in)
     length = torch.full((AGENTS,), case.length, dtype=torch.int32)
     own = AGENTS * (PRIVATE + SEGMENTS * OVERRIDDEN)

@@ -23,10 +23,10 @@ from bench.mirrors import DTYPES, QUANTIZED, BenchRound, make_round
 from tokendance import ops
 from tokendance.mirror import Mirror, Use
 
-AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 64, 4, 4
-LAYERS, HEADS, HEAD_DIM = 2, 8, 128
+AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
+LAYERS, HEADS, HEAD_DIM = 1, 8, 128
 # Bytes of all agents' dense rows: what is written.
-SIZES = {"1GiB": 1 << 30, "4MiB": 4 << 20}
+SIZES = {"1GiB": 1 << 30, "8MiB": 8 << 20}
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
