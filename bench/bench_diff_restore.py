@@ -41,9 +41,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
     case, slots, caches = _make(SIZES[size], DTYPES[dtype], DTYPES[dtype])
+    rows = torch.empty_like(_bits(caches[0][: case.length - PRIVATE]))
     peers = {
-        "dense": lambda: _dense(case, slots, caches),
-        "torch": lambda: _torch(case, slots, caches),
+        "dense": lambda: _dense(case, slots, caches, rows),
+        "torch": lambda: _torch(case, slots, caches, rows),
     }
     _measure(measure, case, slots, caches, peers=peers)
 
@@ -116,15 +117,21 @@ Scatter = Callable[[Tensor, Tensor, Tensor], object]  # (cache, slots, rows)
 
 
 def _restore_densely(
-    case: BenchRound, slots: Tensor, caches: list[Tensor], move: Move, scatter: Scatter
+    case: BenchRound,
+    slots: Tensor,
+    caches: list[Tensor],
+    rows: Tensor,
+    move: Move,
+    scatter: Scatter,
 ) -> None:
-    """Materialise, rotate, scatter: agent by agent. ``caches``: K and V of each layer in turn."""
+    """Materialise, rotate, scatter: agent by agent. ``caches``: K and V of each layer in turn;
+    ``rows``: room for the bits of an agent's shared rows."""
     for agent, mirror in enumerate(case.mirrors):
         for layer, pools in enumerate(zip(case.k_pools, case.v_pools, strict=True)):
             for part, pages in enumerate(pools):
                 pool, cache = pages.flatten(0, 1), caches[2 * layer + part]
-                dense = torch.cat([_bits(pool)[_rows(use, case)] for use in mirror.uses])
-                dense = dense.view(pool.dtype)
+                torch.cat([_bits(pool)[_rows(use, case)] for use in mirror.uses], out=rows)
+                dense = rows.view(pool.dtype)
                 if part == 0:
                     dense = move(dense, _shifts(mirror))
                 _put_own_rows(case, agent, pool, dense)
@@ -132,7 +139,7 @@ def _restore_densely(
                 _write_private(case, agent, pool, slots, cache)
 
 
-def _dense(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
+def _dense(case: BenchRound, slots: Tensor, caches: list[Tensor], rows: Tensor) -> None:
     """Each pass as fast as we can make it."""
 
     def move(rows: Tensor, shift: Tensor) -> Tensor:
@@ -143,10 +150,10 @@ def _dense(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
     def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
         ops.rope_rotate_out(rows, None, targets, None, None, *case.tables, 1.0, cache)
 
-    _restore_densely(case, slots, caches, move, scatter)
+    _restore_densely(case, slots, caches, rows, move, scatter)
 
 
-def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
+def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor], rows: Tensor) -> None:
     """By torch's operators only."""
 
     def move(rows: Tensor, shift: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor]) -> None:
     def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
         _bits(cache).index_copy_(0, targets, _bits(rows))
 
-    _restore_densely(case, slots, caches, move, scatter)
+    _restore_densely(case, slots, caches, rows, move, scatter)
 
 
 def _rows(use: Use, case: BenchRound) -> slice:

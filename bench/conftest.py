@@ -1,8 +1,8 @@
 """The fixture that measures, and the report: one line per shape.
 
-Between two calls of the operator its ceilings and peers are called once each, so that all of them
-meet the same noise of the machine, and then the operator once more, not timed, so that what fits in
-the cache is there again. All figures are those of the best call. What is saved with
+Between two calls of the operator its ceilings and peers are called, so that all of them meet the
+same noise of the machine. A call of the operator or a peer is timed after one that is not, so that
+what fits in the cache is there. All figures are those of the best call. What is saved with
 ``--benchmark-json`` has them as ``extra_info``, for ``bench/compare.py``.
 """
 
@@ -64,6 +64,7 @@ class Measure:
             for ceiling in ceilings.values():
                 ceiling.sample()
             for name, peer in (peers or {}).items():
+                peer()
                 best[name] = min(best.get(name, float("inf")), seconds(peer))
             call()
 
