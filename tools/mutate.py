@@ -134,7 +134,8 @@ class Verdicts:
     """Verdicts of this run and of earlier ones, in a file of a JSON object a line.
 
     A killed mutant is not run again while its kernel's instructions are the same, and one that
-    survived only in cases that it has not passed.
+    survived only in cases that it has not passed. Cases are known by name: begin another file when
+    the data of one have changed.
     """
 
     def __init__(self, path: Path | None = None) -> None:
