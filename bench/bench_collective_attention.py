@@ -100,6 +100,7 @@ def bench_decode(
             "sdpa_batched": batched,
         },
         facts=bounds,
+        warm=False,
     )
 
 
@@ -128,6 +129,7 @@ def bench_quantized_decode(
         floor=lambda rates: max(moved / rates["read"], flops / rates["gemm"]),
         bytes=moved,
         peers={"bf16": make_round(**options).attention()},
+        warm=False,
     )
 
 

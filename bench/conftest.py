@@ -1,8 +1,7 @@
 """The fixture that measures, and the report: one line per shape.
 
 Between two calls of the operator its ceilings and peers are called, so that all of them meet the
-same noise of the machine. A call of the operator or a peer is timed after one that is not, so that
-what fits in the cache is there. All figures are those of the best call. What is saved with
+same noise of the machine. All figures are those of the best call. What is saved with
 ``--benchmark-json`` has them as ``extra_info``, for ``bench/compare.py``.
 """
 
@@ -47,6 +46,7 @@ class Measure:
         flops: float = 0,
         peers: Mapping[str, Callable[[], object]] | None = None,
         facts: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
+        warm: bool = True,
     ) -> None:
         """
         Args:
@@ -57,6 +57,9 @@ class Measure:
             peers: other ways to the same result; the report has their times over ours.
             facts: numbers to print beside, from the seconds of the best call (under "call") and
                 of the peers.
+            warm: a call of the operator or a peer is timed after one that is not, so that what fits
+                in the cache is there. Without, ceilings and peers have come between, as the other
+                layers of a model do.
         """
         best: dict[str, float] = {}
 
@@ -64,9 +67,11 @@ class Measure:
             for ceiling in ceilings.values():
                 ceiling.sample()
             for name, peer in (peers or {}).items():
-                peer()
+                if warm:
+                    peer()
                 best[name] = min(best.get(name, float("inf")), seconds(peer))
-            call()
+            if warm:
+                call()
 
         self._benchmark.pedantic(
             call,
