@@ -20,6 +20,7 @@ _LINES = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--calls", type=int, default=9, help="timed calls of every operator")
+    parser.addoption("--warm", action="store_true", help="whatever fits in the cache, decode too")
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
 
 
@@ -62,6 +63,7 @@ class Measure:
                 layers of a model do.
         """
         best: dict[str, float] = {}
+        warm = warm or self._config.getoption("--warm")
 
         def between_calls() -> None:
             for ceiling in ceilings.values():
