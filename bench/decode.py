@@ -7,7 +7,8 @@ All agents hold ``--share`` of their context in common, in orders of their own. 
 transformers decodes from is restored out of the store, so that both start from the same KV; steps
 alternate, and the best of each counts; the ratio is over the faster of transformers' two caches.
 Beside it stands the ratio of the bytes that a step reads, weights and keys and values: what sharing
-could give if nothing but bytes cost time.
+could give if nothing but bytes cost time, and the time of the model's linear layers alone, which is
+part of every system's step.
 """
 
 from __future__ import annotations
@@ -79,6 +80,19 @@ def best_seconds(calls: dict[str, Callable[[], object]], steps: int) -> dict[str
     return best
 
 
+def linear_layers(model: Any, rows: int) -> Callable[[], None]:
+    """All of the model's products with weights, of so many rows."""
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+
+    @torch.inference_mode()
+    def run() -> None:
+        for weight in weights:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+    return run
+
+
 def measure(model: Any, agents: int, context: int, share: float, steps: int) -> dict[str, float]:
     geometry = geometry_of(model)
     prompts = make_prompts(agents, context, share)
@@ -105,16 +119,21 @@ def measure(model: Any, agents: int, context: int, share: float, steps: int) -> 
         def together() -> None:
             engine.decode(plan, {agent: [1] for agent in prompts})
 
-        for name, seconds in best_seconds({kind: dense, "tokendance": together}, steps).items():
+        calls = {kind: dense, "tokendance": together, "linear": linear_layers(model, agents)}
+        for name, seconds in best_seconds(calls, steps).items():
             best[name] = min(best.get(name, seconds), seconds)
         del cache, dense
     plan.abort()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    linear = best.pop("linear")
+    faster = min(best[kind] for kind in CACHES)
     return {
         "agents": agents,
         "context": context,
         **{f"{name}_tokens_per_s": agents / seconds for name, seconds in best.items()},
-        "over_dense": min(best[kind] for kind in CACHES) / best["tokendance"],
+        "over_dense": faster / best["tokendance"],
+        "linear_share": linear / best["tokendance"],
+        "over_dense_besides": (faster - linear) / (best["tokendance"] - linear),
         "bytes_bound": (weights + rows * geometry.row_bytes) / (weights + stored),
         "dense_bytes": rows * geometry.row_bytes,
         "stored_bytes": stored,
@@ -147,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"transformers {found['dynamic_tokens_per_s']:.1f} (DynamicCache) and "
             f"{found['static_tokens_per_s']:.1f} (StaticCache) tokens/s, "
             f"tokendance {found['tokendance_tokens_per_s']:.1f} tokens/s, "
-            f"{found['over_dense']:.2f}x (bytes would give {found['bytes_bound']:.2f}x), KV "
+            f"{found['over_dense']:.2f}x (bytes would give {found['bytes_bound']:.2f}x); linear "
+            f"layers are {found['linear_share']:.2f} of its step, the rest is "
+            f"{found['over_dense_besides']:.2f}x; KV "
             f"{found['dense_bytes'] / 2**20:.0f} MiB dense, "
             f"{found['stored_bytes'] / 2**20:.0f} MiB stored"
         )
