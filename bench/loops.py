@@ -29,7 +29,7 @@ PRIVATE = 16  # own rows at the start of a prompt
 FOOTPRINT = 8 << 20  # bytes in the cache
 FEW_ROWS = 2
 BLOCK = 16
-SHIFT = 700  # of all rows
+SHIFT = 7  # of all rows
 LINE = 64
 ROUNDS = 25
 
@@ -49,7 +49,7 @@ def rope_rotate(dtype: torch.dtype, resident: bool) -> Call:
     kept = FEW_ROWS if resident else rows
     x = torch.randn(kept, HEADS, HEAD_DIM).to(dtype)
     out = torch.empty_like(x)
-    row = torch.arange(rows) % kept
+    row = torch.arange(rows) % kept  # rows written again, which one thread may do
     position = torch.arange(rows, dtype=torch.int32)
     to = position + SHIFT
     cos, sin, interleaved = _tables(rows)
@@ -112,7 +112,7 @@ def _mirrored(dtype: torch.dtype, resident: bool, encodes: bool) -> Call:
         pool_dtype=dtype,
         resident_pages=1 if resident else 0,
     )
-    case.round.use_shift[:] = 7
+    case.round.use_shift[:] = SHIFT
     length = PRIVATE + shared
     slots = torch.arange(AGENTS * length).view(AGENTS, length)
     if resident:

@@ -59,7 +59,7 @@ def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
     for operator in loops.OPERATORS:
         call = operator(torch.bfloat16, resident)
         call.run()
-        assert call.floor(dict.fromkeys(call.ceilings, 1000000000.0)) > 0
+        assert call.floor(dict.fromkeys(call.ceilings, 1e9)) > 0
     assert len(made) == 2
     for case in made:
         assert case.length > loops.PRIVATE
