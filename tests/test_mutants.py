@@ -235,7 +235,7 @@ def test_bits_of_a_lane_that_is_compared_or_halved():
     change = "change immediate: and.b32 %r5, %r4, 3 -> and.b32 %r5, %r4, 2"
     for use, known in (
         ("shr.u32 %r6, %r5, 1", True),
-        ("shr.u32 %r6, %r5, 2", False),
+        ("or.b32 %r6, %r1, %r5", False),
         ("add.s32 %r6, %r1, %r5", False),
     ):
         used = ptx.replace("sub.s32 %r6, %r1, %r5", f"setp.ne.s32 %p3, %r5, 0;\n{use}")

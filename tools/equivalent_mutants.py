@@ -28,8 +28,7 @@ class Equivalent:
     source: str
     kernel: str = ""
     operands: str = ""
-    only_compared_with_0: bool = False  # the result is used for nothing else
-    or_halved: bool = False  # but without its last bit
+    only_compared_with_0: bool = False  # the result; other uses do not read what a mask changes
 
 
 IS_0 = r"setp\.(ne|eq)\.s32 %\w+, %\w+, 0"
@@ -177,7 +176,6 @@ EQUIVALENT = (
         source="",
         operands=r"^and\.b32 %\w+, %\w+, 31$",
         only_compared_with_0=True,
-        or_halved=True,
     ),
     Equivalent(
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
@@ -418,7 +416,9 @@ EQUIVALENT = (
 def explanation(kernel: str, mutation: Any, source: str) -> str:
     """Why no test can notice this mutant; "" if that is not known."""
     code = _Code(mutation.ptx, mutation.line)
-    if _masks_no_bit_that_counts(mutation, code):
+    masks = _masks(mutation)
+    changed = masks[1] if masks else -1
+    if _masks_no_bit_that_counts(masks, code):
         return "the bits that a mask has more or less are 0 in what it masks, or nothing reads them"
     if _adds_no_bit_that_counts(mutation, code):
         return "nothing reads the bits that are added to zeros"
@@ -430,7 +430,7 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
             and (not entry.operands or re.search(entry.operands, code.operands()))
-            and (not entry.only_compared_with_0 or code.is_only_compared_with_0(entry.or_halved))
+            and (not entry.only_compared_with_0 or code.is_only_compared_with_0(changed))
         ):
             return entry.reason
     return ""
@@ -473,15 +473,16 @@ class _Code:
         named = re.compile(rf"{re.escape(result)}\b")
         return not any(named.search(line) for i, line in enumerate(self._lines) if i != self._here)
 
-    def is_only_compared_with_0(self, or_halved: bool = False) -> bool:
-        """Whether its result is, or a difference that it is a part of."""
+    def is_only_compared_with_0(self, changed: int = -1) -> bool:
+        """Whether its result is, or a difference that it is a part of; other uses may read bits
+        that are not among ``changed``."""
 
         def compared(statement: str) -> bool:
             result = re.escape(_result(statement))
             return all(
                 re.fullmatch(rf"setp\.(ne|eq)\.s32 %\w+, {result}, 0", use)
                 or (re.fullmatch(rf"sub\.s32 %\w+, %\w+, {result}", use) and compared(use))
-                or (or_halved and re.fullmatch(rf"shr\.u32 %\w+, {result}, 1", use))
+                or changed & ~self._unread_by(use, result) == 0
                 for use in self._uses(statement)
             )
 
@@ -511,26 +512,27 @@ class _Code:
 
     def unread(self, statement: str, depth: int = 0) -> int:
         """Bits of an instruction's result that nothing depends on, the lowest first."""
+        if depth >= DEEPEST:
+            return 0
         found, result = -1, re.escape(_result(statement))
-        for use in self._uses(statement) if depth < DEEPEST else ():
-            match = re.fullmatch(
-                rf"(\w+)\.[bsu](?:32|64) %\w+, ((?:.*, )?){result}(?:, (\S+))?", use
-            )
-            if match is None:
-                return 0
-            name, other = match[1], match[2].removesuffix(", ") or match[3] or ""
-            literal = parse_literal(other)
-            if name == "shr" and isinstance(literal, Integer) and ".s" not in use.split()[0]:
-                found &= self.unread(use, depth + 1) << literal.value | (1 << literal.value) - 1
-            elif name == "and" and isinstance(literal, Integer):
-                found &= ~literal.value | self.unread(use, depth + 1)
-            elif name == "add" and isinstance(literal, Integer):  # no carry comes from 0
-                found &= _lowest(self.unread(use, depth + 1)) & _lowest(~literal.value)
-            elif name in ("mov", "or", "xor"):
-                found &= self.unread(use, depth + 1)
-            else:
-                return 0
-        return found if depth < DEEPEST else 0
+        for use in self._uses(statement):
+            found &= self._unread_by(use, result, depth)
+        return found
+
+    def _unread_by(self, use: str, result: str, depth: int = 0) -> int:
+        """Bits of a register, as a pattern, that nothing depends on by way of this use."""
+        match = re.fullmatch(rf"(\w+)\.[bsu](?:32|64) %\w+, ((?:.*, )?){result}(?:, (\S+))?", use)
+        if match is None:
+            return 0
+        name, other = match[1], match[2].removesuffix(", ") or match[3] or ""
+        literal = parse_literal(other)
+        if name == "shr" and isinstance(literal, Integer) and ".s" not in use.split()[0]:
+            return self.unread(use, depth + 1) << literal.value | (1 << literal.value) - 1
+        if name == "and" and isinstance(literal, Integer):
+            return ~literal.value | self.unread(use, depth + 1)
+        if name == "add" and isinstance(literal, Integer):  # no carry comes from 0
+            return _lowest(self.unread(use, depth + 1)) & _lowest(~literal.value)
+        return self.unread(use, depth + 1) if name in ("mov", "or", "xor") else 0
 
     def _zeros_of(self, definition: str, known: dict[str, int]) -> int:
         opcode, _, rest = definition.partition(" ")
@@ -580,12 +582,17 @@ def _result(statement: str) -> str:
     return results[0] if len(results) == 1 else ""
 
 
-def _masks_no_bit_that_counts(mutation: Any, code: _Code) -> bool:
-    masks = re.search(r"and\.b(?:32|64) \S+ (\S+), (-?\d+) -> .*, (-?\d+)$", mutation.description)
+def _masks(mutation: Any) -> tuple[str, int] | None:
+    """What a changed mask masks, and the bits by which it differs."""
+    found = re.search(r"and\.b(?:32|64) \S+ (\S+), (-?\d+) -> .*, (-?\d+)$", mutation.description)
+    return (found[1], int(found[2]) ^ int(found[3])) if found else None
+
+
+def _masks_no_bit_that_counts(masks: tuple[str, int] | None, code: _Code) -> bool:
     if masks is None:
         return False
-    changed = int(masks[2]) ^ int(masks[3])
-    if changed & ~code.zeros(masks[1]) == 0:
+    masked, changed = masks
+    if changed & ~code.zeros(masked) == 0:
         return True
     return changed & ~code.unread(code.statement) == 0
 
