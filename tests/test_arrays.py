@@ -224,6 +224,38 @@ def test_a_step_takes_arrays():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_audits_and_scales_take_arrays():
+    scales = np.full((LAYERS, HEADS), 0.5, np.float32)
+    kept = td.Quantization(torch.int8, scales, torch.from_numpy(scales))
+    assert torch.equal(kept.k_scale, kept.v_scale)
+    with pytest.raises(ValueError, match=r"v_scale: expected \[2, 2\], got \[1, 2\]"):
+        td.Quantization(torch.int8, scales, scales[:1])
+
+    rope = td.Rope.default(head_dim=DIM, theta=10000.0, max_position=256)
+    store = td.DiffStore(geometry(), rope, capacity="1MiB", block_size=BLOCK)
+    collector = td.KVCollector(store)
+    heard = td.shared(range(100, 120))
+    plan = collector.plan({"ada": [td.private([1, 2]), heard], "ben": [td.private([3]), heard]})
+
+    def run(step):
+        with step:
+            for layer in range(LAYERS):
+                rows = torch.ones(step.num_rows, HEADS, DIM)
+                out = step.attend(layer, rows, rows, rows)
+                (out,) = step.keep(out)
+        return out.flatten(1)[step.logit_rows].numpy()
+
+    logits = {}
+    for step in collector.prefill(plan):
+        rows = run(step)
+        logits.update(zip(step.logit_agents, rows, strict=True))
+    audit = collector.audit(plan, agents=["ada", "ben"])
+    for step in audit.steps():
+        audit.add(run(step))
+    report = audit.report(logits)
+    assert (report.tokens, report.top1) == (2, 1.0)
+
+
 # CuPy --------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import tokendance
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -41,6 +43,14 @@ def test_python_blocks_run(page, request, capsys):
 def test_blocks_are_of_known_languages():
     used = {(match[1], name(page)) for page in PAGES for match in _BLOCK.finditer(page.read_text())}
     assert {language for language, _ in used} <= LANGUAGES, used
+
+
+def test_reference_has_every_public_name():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    named = set(re.findall(r"^::: tokendance\.(\w+)$", text, re.M))
+    for members in re.findall(r"members: \[(.*)\]", text):
+        named |= set(re.split(r",\s*", members))
+    assert set(tokendance.__all__) - {"__version__"} <= named
 
 
 def test_make_targets_that_are_named_exist():

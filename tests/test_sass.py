@@ -100,9 +100,53 @@ def test_plans_give_every_kernel_a_block():
     assert all(demand.shared_bytes <= sass.MAX_SHARED_BYTES for demand in demands.values())
 
 
-def test_the_table_has_every_kernel_for_both_architectures_and_attention_has_few():
+# Kernels that stand for others in docs/kernels.md.
+IN_DOCS = {
+    "rope_rotate": "rope_rotate_bf16_half_wide",
+    "key_deviation": "key_deviation_bf16_half_wide",
+    "diff_encode, compare": "diff_encode_compare_bf16_half_wide",
+    "diff_encode, compact": "diff_encode_compact_b16_wide",
+    "diff_restore": "diff_restore_bf16_half_wide",
+    "merge_states": "merge_states_bf16_wide",
+    "collective_attention": "collective_attention_bf16_d128_wide",
+    "rope_rotate, bf16 to e4m3": "rope_rotate_bf16_to_e4m3_half_wide",
+    "rope_rotate, e4m3": "rope_rotate_e4m3_half_wide",
+    "diff_encode, compare, e4m3": "diff_encode_compare_e4m3_half_wide",
+    "diff_restore, e4m3": "diff_restore_e4m3_half_wide",
+    "collective_attention, e4m3": "collective_attention_bf16_e4m3_d128_wide",
+    "collective_attention, merge": "collective_attention_merge_bf16_wide",
+}
+
+
+def table() -> dict[tuple[str, str], list[str]]:
+    """The checked table: by kernel and architecture, what follows."""
     _, _, *lines = sass.TABLE.read_text().splitlines()
-    compiled = {(name, arch) for name, arch, *_ in map(str.split, lines)}
+    return {(name, arch): rest for name, arch, *rest in map(str.split, lines)}
+
+
+def test_docs_say_what_the_table_says():
+    page = (sass.ROOT / "docs" / "kernels.md").read_text()
+    _, _, after = page.partition("| kernel | threads | registers | shared memory |")
+    rows = [line.strip("| ").split(" | ") for line in after.partition("\n\n")[0].splitlines()[2:]]
+    assert {name for name, *_ in rows} == set(IN_DOCS)
+    compiled = table()
+    for name, *written in rows:
+        old, new = (compiled[IN_DOCS[name], arch] for arch in ("80", "90"))
+        threads, _, _, shared = old[:4]
+        (registers, blocks, warps) = (
+            f"{of_old}, {of_new}"
+            for of_old, of_new in zip(
+                (old[1], old[4], old[5].partition("/")[0]),
+                (new[1], new[4], new[5].partition("/")[0]),
+                strict=True,
+            )
+        )
+        memory = f"{int(shared):,} B" if int(shared) else "none"
+        assert written == [threads, registers, memory, blocks, warps], name
+
+
+def test_the_table_has_every_kernel_for_both_architectures_and_attention_has_few():
+    compiled = set(table())
     names = {name.removeprefix("tokendance_") for name in sass.demands()}
     assert compiled == {(name, arch) for name in names for arch in ("80", "90")}
     assert len([name for name in names if name.startswith("collective_attention")]) <= 100

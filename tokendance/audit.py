@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokendance import ops
+from tokendance.arrays import Array, as_tensor
 from tokendance.layout import ORIGINS, AgentLayout, Origin, Source, foreign_uses, lay_out
 from tokendance.mirror import Mirror, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
@@ -280,7 +281,7 @@ class Audit:
         layouts[0].logit_rows = 1 + len(decoded)
         return Plan(store, layouts, [agent], Everything(), Source.MASTER)
 
-    def add(self, logits: Tensor) -> None:
+    def add(self, logits: Array) -> None:
         """Takes the logits of the step that was run last.
 
         Args:
@@ -292,15 +293,14 @@ class Audit:
         if self._step is None:
             raise ValueError("audit: expected a step that was run before add(), got none")
         names = self._step.logit_agents
-        if logits.dim() != 2 or len(logits) != len(names):
-            raise ValueError(
-                f"logits: expected [{len(names)}, vocabulary], got {list(logits.shape)}"
-            )
+        rows = as_tensor(logits)
+        if rows.dim() != 2 or len(rows) != len(names):
+            raise ValueError(f"logits: expected [{len(names)}, vocabulary], got {list(rows.shape)}")
         if names:
-            self._logits[names[0]].append(logits)
+            self._logits[names[0]].append(rows)
         self._step = None
 
-    def report(self, logits: Mapping[str, Tensor] | None = None) -> AuditReport:
+    def report(self, logits: Mapping[str, Array] | None = None) -> AuditReport:
         """Compares, applies the collector's gate, and adds to its statistics.
 
         Args:
@@ -323,12 +323,12 @@ class Audit:
             if agent in (logits or {}) and self._logits[agent]:
                 assert logits is not None
                 full = torch.cat(self._logits[agent])
-                ours = logits[agent]
-                ours = ours[None] if ours.dim() == 1 else ours
+                given = as_tensor(logits[agent])
+                ours = given[None] if given.dim() == 1 else given
                 if ours.dim() != 2 or ours.shape[1] != full.shape[1] or not len(ours):
                     raise ValueError(
                         f"logits[{agent!r}]: expected [rows, {full.shape[1]}], "
-                        f"got {list(logits[agent].shape)}"
+                        f"got {list(given.shape)}"
                     )
                 tokens = min(len(full), len(ours))
                 full, ours = full[:tokens], ours[:tokens].to(full.device)

@@ -17,7 +17,7 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 MARGIN = {torch.float8_e4m3fn: 2.0, torch.int8: 1.25}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Quantization:
     """The dtype of a quantized pool and the scales of its elements.
 
@@ -38,21 +38,23 @@ class Quantization:
     k_scale: Tensor
     v_scale: Tensor
 
-    def __post_init__(self) -> None:
-        if self.dtype not in LARGEST:
-            raise ValueError(f"dtype: expected one of {tuple(LARGEST)}, got {self.dtype}")
-        for name, scale in (("k_scale", self.k_scale), ("v_scale", self.v_scale)):
+    def __init__(self, dtype: torch.dtype, k_scale: Array, v_scale: Array) -> None:
+        if dtype not in LARGEST:
+            raise ValueError(f"dtype: expected one of {tuple(LARGEST)}, got {dtype}")
+        scales = {"k_scale": as_tensor(k_scale), "v_scale": as_tensor(v_scale)}
+        shape = scales["k_scale"].shape
+        for name, scale in scales.items():
             if scale.dtype != torch.float32 or scale.dim() != 2:
                 raise ValueError(
                     f"{name}: expected torch.float32 [layers, KV heads], "
                     f"got {scale.dtype} {list(scale.shape)}"
                 )
-            if scale.shape != self.k_scale.shape:
-                raise ValueError(
-                    f"{name}: expected {list(self.k_scale.shape)}, got {list(scale.shape)}"
-                )
+            if scale.shape != shape:
+                raise ValueError(f"{name}: expected {list(shape)}, got {list(scale.shape)}")
             if not bool((scale.isfinite() & (scale > 0)).all()):
                 raise ValueError(f"{name}: expected positive, finite scales, got {scale}")
+        for name, value in {"dtype": dtype, **scales}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def unit(cls, geometry: KVGeometry, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantization:

@@ -30,7 +30,12 @@
 //   128        185 - 189   66 KB           2 and 2
 //   256        242 - 246   82 KB           1 and 2; tiles of 32 keys
 //
-// fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps.
+// fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps:
+//
+//   64, 80     148 - 168   42, 52 KB       3 and 3
+//   96         166 - 168   62 KB           2 and 3
+//   128        168 - 182   82 KB           1 and 2
+//   256        234 - 237   81 KB           1 and 2
 //
 // Keys and values of e4m3 are 1 byte an element, in stages of half the size, so that decode may do
 // 2 FLOPs per byte and query row. Every warp widens the tile for itself: before sm_89 by seven

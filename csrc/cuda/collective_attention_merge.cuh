@@ -4,8 +4,12 @@
 //
 // Bytes: 4 * (D + 1) per partial, row and head, and the output. FLOPs: 2 per element read, below
 // one per byte: bound by memory (A100: 19.5 TFLOPS fp32, 2039 GB/s; H100: 67 TFLOPS, 3350 GB/s;
-// datasheets). 40 registers at most, no spills, no shared memory: six blocks of 256 threads and
-// more, at least 48 of 64 warps.
+// datasheets).
+//
+// Why these blocks. How many partials a row has is known on the device only, so a block has one row
+// and reads its part of row_partials once; more than 256 threads of a row's heads are other blocks.
+// 40 registers at most, no spills, no shared memory: six blocks of 256 threads and more, at least
+// 48 of 64 warps.
 #pragma once
 
 #include "cuda/collective_attention_plan.h"

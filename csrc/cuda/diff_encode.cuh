@@ -13,7 +13,8 @@
 // TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
-// multiprocessors: then a Master page is read again out of L2. Registers of the comparison: 110 at
+// multiprocessors: then a Master page is read again out of L2. With 16 the Master's rows are a
+// seventeenth of what is read. Registers of the comparison: 110 at
 // most on sm_80 and 114 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8

@@ -2,8 +2,11 @@
 //
 // Bytes of R rows, H heads, K partials at 16 bits: R * H * (K + 1) * (2 * D + 4). FLOPs: 2 per
 // element read: 1 FLOP/byte, bound by memory (A100: 19.5 TFLOPS fp32, 2039 GB/s; H100: 67 TFLOPS,
-// 3350 GB/s; datasheets). 40 registers at most, no spills, no shared memory: six blocks of 256
-// threads and more, at least 48 of 64 warps.
+// 3350 GB/s; datasheets).
+//
+// Why 256 threads. A thread has 16 bytes of one head, so that the lanes of a head read whole lines
+// of every partial, and nothing passes between threads: a block is as many whole heads as 256
+// threads hold. 32 registers, no spills, no shared memory: eight blocks, all 64 warps.
 #pragma once
 
 #include "cuda/merge_states_plan.h"

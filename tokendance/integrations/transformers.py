@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from tokendance.arrays import Array
 from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
@@ -191,7 +192,7 @@ class TransformersEngine:
     def audit(
         self,
         plan: Plan,
-        logits: Mapping[str, Tensor] | None = None,
+        logits: Mapping[str, Array] | None = None,
         agents: str | Sequence[str] | None = None,
         fraction: float = 1.0,
         seed: int = 0,
