@@ -10,8 +10,9 @@
 
 namespace tokendance::TOKENDANCE_ISA {
 
-constexpr int kBlockKeys = 64;
-constexpr int kMaxQueries = 128;  // query rows (rows * G * KV heads) that a tile takes at a time
+constexpr int kBlockKeys = 64;      // keys that are taken at a time, at most
+constexpr int kFlatBlockKeys = 16;  // where the dims stand in the lanes, with all KV heads
+constexpr int kMaxQueries = 128;    // query rows (rows * G * KV heads) that a tile takes at a time
 constexpr int kMinBlockSize = 8;
 constexpr int kBlockPages = kBlockKeys / kMinBlockSize;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

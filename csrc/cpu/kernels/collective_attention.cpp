@@ -20,6 +20,8 @@
 //
 // With few query rows one task takes all KV heads, block by block with the heads inside: their keys
 // lie side by side, and a pass per head would fetch every page's address translation once per head.
+// Blocks are of 16 keys there (or a page): with all heads, 64 keys and values of 8 heads of 128
+// dims and as many that are fetched ahead would fill a second-level cache of 1 MiB.
 //
 // A key that no row of the tile sees may hold anything, NaN too: its score is replaced and its
 // value is read as zeros. Scores are kept in units of log2, so that exp2 is all that is needed.
@@ -217,15 +219,20 @@ class Attention {
 
     Block<T> blocks[2];
     int current = 0;
+    const int block_keys = flat ? std::max(kFlatBlockKeys, block_size_) : kBlockKeys;
+    const auto find = [&](int64_t first_key, Block<T>& block) {
+      const int64_t rest = int64_t{high} + 1 - first_key;
+      find_block(fields[0], tile.kv_head, first_key, std::min<int64_t>(rest, block_keys), block);
+    };
     int64_t first = low / block_size_ * block_size_;
-    find_block(fields[0], tile.kv_head, first, int64_t{high} + 1 - first, blocks[0]);
+    find(first, blocks[0]);
     int begin = 0;  // rows before it see less far
     while (first <= high) {
       Block<T>& block = blocks[current];
       Block<T>& ahead = blocks[1 - current];
-      const int64_t following = first + kBlockKeys;
+      const int64_t following = first + block_keys;
       if (following <= high) {
-        find_block(fields[0], tile.kv_head, following, int64_t{high} + 1 - following, ahead);
+        find(following, ahead);
       } else {
         guess_after(tile, index, next, ahead);
       }
