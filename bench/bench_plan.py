@@ -67,7 +67,7 @@ def bench_describe(benchmark: Any, agents: int) -> None:
 
     def describe() -> None:
         arrays, extents = round_arrays(plan.states, plan.store.block_size)
-        with_work(arrays, extents, rows, last, 1, "cpu")
+        with_work(arrays, extents, rows, last, plan.store.geometry, "cpu")
 
     benchmark.pedantic(describe, rounds=15, warmup_rounds=2)
     plan.abort()

@@ -149,8 +149,7 @@ def make_round(
     if resident_pages:
         for i, name in enumerate(("master_pages", "own_pages")):
             arrays[name] = arrays[name] % resident_pages + i * resident_pages
-    kind = torch.device(device).type
-    arrays, extents = with_work(arrays, extents, row_agent, row_position, group, kind)
+    arrays, extents = with_work(arrays, extents, row_agent, row_position, geometry, device)
     rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)
     return BenchRound(
         geometry,

@@ -286,6 +286,8 @@ def test_extents_and_buffer_must_agree(case):
         restore(case, round=case.round.buffer[:-1])
     with raises("round: expected int32, got int64"):
         restore(case, round=case.round.buffer.long())
+    with raises("round: expected memory aligned to 16 bytes, got 0x"):
+        restore(case, round=torch.zeros(total + 1, dtype=torch.int32)[1:])
     pages = case.k_pool[0].shape[0]
     with raises(f"k_pool[0]: expected [num_pages, 16, heads, head_dim], got [{pages}, 8, 2, 64]"):
         restore(case, k_pool=[pool[:, :8] for pool in case.k_pool])

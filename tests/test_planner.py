@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokendance._planner import plan_work, work_capacity
+from tokendance.step import items_per_kv_head
 
 FIELDS = ("work", "work_rows", "work_chunks", "row_partial_indptr", "row_partials")
 
@@ -325,13 +327,42 @@ def test_row_that_sees_nothing_has_an_item() -> None:
 
 def test_items_are_balanced() -> None:
     arguments = decode_round(agents=32, shared=16384, private=1024)
-    plan = plan_work(**arguments, block_size=16, max_tile_rows=9, target_items=64, max_splits=32)
+    plan = plan_work(
+        **arguments,
+        block_size=16,
+        max_tile_rows=9,
+        read_bound_rows=3,
+        target_items=64,
+        max_splits=32,
+    )
     cost = [
-        sum(plan["work_chunks"][c0:c1, 2] - plan["work_chunks"][c0:c1, 1]) * max(4 * (r1 - r0), 9)
+        sum(plan["work_chunks"][c0:c1, 2] - plan["work_chunks"][c0:c1, 1]) * max(r1 - r0, 3)
         for r0, r1, c0, c1, *_ in plan["work"].tolist()
     ]
     assert cost == sorted(cost, reverse=True)
     assert max(cost) <= 1.1 * sum(cost) / 64
+
+
+def test_tiles_that_read_the_same_pages_run_together() -> None:
+    """32 agents in tiles of 8: each part of the Master is met by four tiles, one after the other."""
+    arguments = decode_round(agents=32, shared=16384, private=16)
+    plan = plan_work(**arguments, block_size=16, max_tile_rows=8, target_items=64, max_splits=64)
+    parts = [
+        plan["work_chunks"][c0].tolist()
+        for r0, r1, c0, *_ in plan["work"].tolist()
+        if r1 - r0 == 8
+    ]
+    assert len(parts) > 8
+    assert parts == sorted(parts)
+    assert all(parts.count(part) == 4 for part in parts)
+
+
+def test_a_device_is_kept_busy_by_all_kv_heads_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class H100:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    assert [items_per_kv_head(heads, "cuda:1") for heads in (1, 8, 40)] == [264, 33, 7]
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def plan_work(
     *,
     block_size: int,
     max_tile_rows: int,
+    read_bound_rows: int = 1,
     target_items: int,
     max_splits: int,
     window: int = 0,
@@ -133,6 +134,8 @@ def plan_work(
         block_size: rows of a page.
         max_tile_rows: query rows of an item at most: the kernel's tile height divided by the query
             heads of a KV head.
+        read_bound_rows: up to so many query rows an item takes as long as reading its pages, beyond
+            them in proportion to its rows.
         target_items: items that keep the device busy, for one KV head. Items that cost more than
             the step divided by this are split.
         max_splits: parts, at most, that the shared part of a tile and the own part of an agent are

@@ -82,7 +82,7 @@ class Everything:
 
 @dataclass(frozen=True)
 class Nothing:
-    """No row."""
+    """No reused row but the last of each prompt."""
 
 
 Selection = LeadingTokens | KeyDeviation | Everything | Nothing

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokendance import _planner, ops
 from tokendance.arrays import Array, as_tensor, as_tensors
+from tokendance.geometry import KVGeometry
 from tokendance.mirror import Use, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray, RoundExtents, RoundTensors
@@ -20,11 +21,12 @@ from tokendance.selection import KeyDeviation
 
 # Query heads x rows that a work item may have: the height of the kernels' tiles.
 _TILE_HEIGHT = 64
-# Items per KV head: two waves on a large GPU. On a CPU a few per thread share the work evenly; more
-# would only split tiles further, and each part loads and rotates its queries again.
-_GPU_ITEMS = 264
+# Items that keep a device busy. On a GPU as many as run at once, two blocks on a multiprocessor,
+# over all KV heads. On a CPU a few per thread share the work evenly; more would only split tiles
+# further, and each part loads and rotates its queries again.
+_BLOCKS_PER_MULTIPROCESSOR = 2
 _ITEMS_PER_THREAD = 4
-_MAX_SPLITS = 16
+_MAX_SPLITS = 64
 
 
 @dataclass
@@ -236,14 +238,13 @@ class Step:
             block = self._store.block_size
             geometry = self._store.geometry
             arrays, extents = round_arrays([rows.state for rows in self._rows], block)
-            group = geometry.num_q_heads // geometry.num_kv_heads
             arrays, extents = with_work(
                 arrays,
                 extents,
                 self._row_agent,
                 self._host_positions,
-                group,
-                self._store.device.type,
+                geometry,
+                self._store.device,
                 window,
             )
             self._rounds[window] = RoundTensors.from_arrays(
@@ -361,8 +362,8 @@ def with_work(
     extents: RoundExtents,
     row_agent: IntArray,
     row_position: IntArray,
-    group: int,
-    device_type: str,
+    geometry: KVGeometry,
+    device: torch.device | str,
     window: int = 0,
 ) -> tuple[dict[str, IntArray], RoundExtents]:
     """Adds the query rows of a step, and their work list, to the fields of a round.
@@ -370,10 +371,15 @@ def with_work(
     Args:
         arrays, extents: as `round_arrays` gives them.
         row_agent, row_position: int32 ``[R]``; the rows of an agent are adjacent and ascend.
-        group: G, query heads per KV head.
-        device_type: of the device that the work is cut for.
+        geometry: of the model: its heads, and the dtype of its queries.
+        device: that the work is cut for.
         window: sliding window that the work list may rely on; 0 = none.
     """
+    tile_rows = max(1, _TILE_HEIGHT * geometry.num_kv_heads // geometry.num_q_heads)
+    on_cpu = torch.device(device).type == "cpu"
+    # Tensor cores are done with a full tile before its pages are read; in fp32, and on a CPU,
+    # arithmetic takes longer from a quarter of a tile on.
+    reads_longest = not on_cpu and geometry.dtype != torch.float32
     work = _planner.plan_work(
         row_agent,
         row_position,
@@ -386,8 +392,9 @@ def with_work(
         arrays["own_page_indptr"],
         arrays["own_position"],
         block_size=extents.block_size,
-        max_tile_rows=max(1, _TILE_HEIGHT // group),
-        target_items=_target_items(device_type),
+        max_tile_rows=tile_rows,
+        read_bound_rows=tile_rows if reads_longest else -(-tile_rows // 4),
+        target_items=items_per_kv_head(geometry.num_kv_heads, device),
         max_splits=_MAX_SPLITS,
         window=window,
     )
@@ -411,8 +418,13 @@ def with_work(
     return {**arrays, **fields}, extents
 
 
-def _target_items(device_type: str) -> int:
-    return _ITEMS_PER_THREAD * torch.get_num_threads() if device_type == "cpu" else _GPU_ITEMS
+def items_per_kv_head(num_kv_heads: int, device: torch.device | str) -> int:
+    """Work items that keep ``device`` busy; each is run once per KV head."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _ITEMS_PER_THREAD * torch.get_num_threads()
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return -(-_BLOCKS_PER_MULTIPROCESSOR * count // num_kv_heads)
 
 
 def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:

@@ -134,9 +134,14 @@ class AttentionTile {
       const int32_t slot = query / group;
       QueryRow of_lane = {0, kv_head * group + query % group, -1, 0};
       if (slot < item.y - item.x) {
-        of_lane.row = __ldg(round.work_rows + item.x + slot);
-        of_lane.agent = __ldg(round.row_agent + of_lane.row);
-        of_lane.position = __ldg(round.row_position + of_lane.row);
+        const int32_t row = __ldg(round.work_rows + item.x + slot);
+        const int32_t position = __ldg(round.row_position + row);
+        // Beyond the tables there is no angle: such a row is left out, as padding is.
+        if (p.rope.rotary_dim == 0 || static_cast<uint32_t>(position) < p.rope.max_position) {
+          of_lane.row = row;
+          of_lane.agent = __ldg(round.row_agent + row);
+          of_lane.position = position;
+        }
       }
       query_rows()[lane] = of_lane;
     }
@@ -208,8 +213,10 @@ class AttentionTile {
       const int64_t reach = int64_t{query.position} - __ldg(round.use_delta + use);
       high = min(min(high, reach), int64_t{__ldg(round.use_length + use)} - 1);
       if (p.window > 0) low = max(low, reach - p.window + 1);
+      const int32_t shift = __ldg(round.use_shift + use);
+      if (p.rope.rotary_dim > 0 && abs(shift) >= p.rope.max_position) return sight;
       sight.masks = __ldg(round.use_page_indptr + use);
-      sight.shift = __ldg(round.use_shift + use);
+      sight.shift = shift;
     } else {
       sight.shift = 0;  // other agents' rows, too, which may be the next: R(p) serves all own rows
       if (query.agent != -1 - chunk.x) return sight;
@@ -295,8 +302,9 @@ class AttentionTile {
     return page <= next.last >> block_shift ? __ldg(next.pages + page) : 0;
   }
 
-  // Starts to copy the next tile's keys, or values. Rows that no query row sees are not read, and
-  // become zeros: they may hold NaN, which a weight of 0 does not make disappear.
+  // Starts to copy the next tile's keys, or values. Rows after the last that a query row sees are
+  // not read, and become zeros: they may hold NaN, which a weight of 0 does not make disappear.
+  // Rows before it that are hidden by masks or the window are read, and have to be finite.
   __device__ __forceinline__ void copy_tile(const void* pool, const RowLayout& layout,
                                             int32_t page_id, int32_t to) const {
     const int32_t thread = recomputed<kShape.threads>(this->thread);
@@ -355,6 +363,7 @@ class AttentionTile {
   __device__ __forceinline__ void rotate_queries() const {
     const int32_t lane = recomputed<kWarpSize>(this->lane);
     const int32_t half = p.rope.rotary_dim / 2;
+    constexpr int kBatch = kHeadDim < 256 ? 4 : 2;
     __syncwarp();  // all lanes are done with what stood there
 #pragma unroll 1
     for (int32_t first = 0; first < kHeadDim / 2; first += kWarpSize) {
@@ -365,31 +374,54 @@ class AttentionTile {
       const bool split = rotates && !p.rope.interleaved;
       const int32_t x_dim = split ? pair : 2 * pair;
       const int32_t y_dim = split ? pair + half : 2 * pair + 1;
-#pragma unroll 4
-      for (int32_t i = 0; i < kAttentionWarpRows; ++i) {
-        const int32_t shift = sights()[i].shift;
-        if (shift == kNoShift) continue;
-        const QueryRow query = query_rows()[i];
-        const T* const from =
-            static_cast<const T*>(p.q) + query.row * p.q_row_stride + query.head * p.q_head_stride;
-        float x[1], y[1];
-        unpack(load_vector<T, 1>(from + x_dim), x);
-        unpack(load_vector<T, 1>(from + y_dim), y);
-        if (rotates) {
-          const int64_t at = int64_t{query.position} * half + pair;
-          const int64_t shift_at = int64_t{abs(shift)} * half + pair;
-          const Angle angle = counter_rotation(
-              {__ldg(p.rope.cos + at), __ldg(p.rope.sin + at)},
-              angle_of_shift(__ldg(p.rope.cos + shift_at), __ldg(p.rope.sin + shift_at), shift));
-          rotate_pair(angle, x[0], y[0], &x[0], &y[0]);
-          x[0] = rounded_product(x[0], p.rotary_scale);
-          y[0] = rounded_product(y[0], p.rotary_scale);
+#pragma unroll 1
+      for (int32_t row = 0; row < kAttentionWarpRows; row += kBatch) {
+        int32_t shift[kBatch];
+        bool any = false;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          shift[i] = sights()[row + i].shift;
+          any |= shift[i] != kNoShift;
         }
-        Vector<Query, 1> rounded;
-        pack(x, &rounded);
-        store_vector<Query, 1>(queries() + QueryRows::element(i, place(x_dim)), rounded);
-        pack(y, &rounded);
-        store_vector<Query, 1>(queries() + QueryRows::element(i, place(y_dim)), rounded);
+        if (!any) continue;
+        // All loads of some rows before the first use, so that their latencies overlap. Rows that
+        // are not wanted are loaded like row 0: rather that than a branch between loads.
+        Vector<T, 1> x_of[kBatch], y_of[kBatch];
+        Angle angle[kBatch], back[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const QueryRow query = load_whole(query_rows() + row + i);
+          const T* const from = static_cast<const T*>(p.q) + query.row * p.q_row_stride +
+                                query.head * p.q_head_stride;
+          x_of[i] = load_vector<T, 1>(from + x_dim);
+          y_of[i] = load_vector<T, 1>(from + y_dim);
+          angle[i] = back[i] = {1.0f, 0.0f};
+          if (rotates) {
+            const int64_t at = int64_t{query.position} * half + pair;
+            const int64_t back_at =
+                (shift[i] == kNoShift ? 0 : int64_t{abs(shift[i])}) * half + pair;
+            angle[i] = {__ldg(p.rope.cos + at), __ldg(p.rope.sin + at)};
+            back[i] = {__ldg(p.rope.cos + back_at), __ldg(p.rope.sin + back_at)};
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          float x[1], y[1];
+          unpack(x_of[i], x);
+          unpack(y_of[i], y);
+          if (rotates) {
+            rotate_pair(
+                counter_rotation(angle[i], angle_of_shift(back[i].cos, back[i].sin, shift[i])),
+                x[0], y[0], &x[0], &y[0]);
+            x[0] = rounded_product(x[0], p.rotary_scale);
+            y[0] = rounded_product(y[0], p.rotary_scale);
+          }
+          Vector<Query, 1> rounded;
+          pack(x, &rounded);
+          store_vector<Query, 1>(queries() + QueryRows::element(row + i, place(x_dim)), rounded);
+          pack(y, &rounded);
+          store_vector<Query, 1>(queries() + QueryRows::element(row + i, place(y_dim)), rounded);
+        }
       }
     }
     __syncwarp();  // all lanes see the queries
@@ -545,7 +577,7 @@ class AttentionTile {
       maximum = fmaxf(maximum, __shfl_xor_sync(kAllLanes, maximum, 2));
       // A row that has seen nothing yet has weights 2^(-inf - 0) = 0.
       const float base = maximum == -INFINITY ? 0.0f : maximum;
-      rescale[j] = fast_exp2(highest[j] - base);
+      rescale[j] = maximum == highest[j] ? 1.0f : fast_exp2(highest[j] - base);
       highest[j] = maximum;
       float sum = 0.0f;
 #pragma unroll

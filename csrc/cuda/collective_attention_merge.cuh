@@ -37,22 +37,38 @@ __device__ __forceinline__ void merge_partials(const CollectiveAttentionParams& 
     return int64_t{__ldg(p.round.row_partials + i)} * p.num_q_heads + head;
   };
 
-  float highest = partial_lse[place_of(begin)];
+  // Loads of several partials at once: one after the other, their latencies would add up. The last
+  // partial stands in for those beyond the end, with a weight of 0.
+  constexpr int kBatch = 4;
+  float highest = -INFINITY;
 #pragma unroll 1
-  for (int32_t i = begin + 1; i < end; ++i) highest = fmaxf(highest, partial_lse[place_of(i)]);
+  for (int32_t i = begin; i < end; i += kBatch) {
+    float lse[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) lse[j] = __ldg(partial_lse + place_of(min(i + j, end - 1)));
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) highest = fmaxf(highest, lse[j]);
+  }
   // Where nothing was seen, all weights are exp(-inf - 0) = 0.
   const float base = highest == -INFINITY ? 0.0f : highest;
   float sum = 0.0f;
   float merged[V] = {};
-#pragma unroll 2
-  for (int32_t i = begin; i < end; ++i) {
-    const int64_t place = place_of(i);
-    const float weight = expf(partial_lse[place] - base);
-    float value[V];  // zeros, of a partial that saw nothing
-    load_floats<V>(p.workspace + place * p.head_dim + dim, value);
+#pragma unroll 1
+  for (int32_t i = begin; i < end; i += kBatch) {
+    float lse[kBatch], value[kBatch][V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) merged[j] = fmaf(weight, value[j], merged[j]);
-    sum += weight;
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t place = place_of(min(i + j, end - 1));
+      lse[j] = __ldg(partial_lse + place);
+      load_floats<V>(p.workspace + place * p.head_dim + dim, value[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const float weight = i + j < end ? expf(lse[j] - base) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < V; ++k) merged[k] = fmaf(weight, value[j][k], merged[k]);
+      sum += weight;
+    }
   }
   const float total = p.sinks ? sum + expf(__ldg(p.sinks + head) - base) : sum;
   const float factor = sum > 0.0f ? 1.0f / total : 0.0f;

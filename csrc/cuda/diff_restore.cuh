@@ -20,13 +20,14 @@
 // Registers: at most 80 on sm_80 and sm_90, no spills: three blocks of 256 threads, 24 of 64 warps.
 // Shared memory for pages of 16 rows of 4 heads of 128 at 16 bits and 10 agents: two stages of
 // 16 KB, targets and angles 7.6 KB: three blocks take 121 of A100's 164 KB, and have 48 KB of loads
-// under way. A head of a page may be more than a stage is to hold (fp32, D = 256, pages of 32 rows):
-// 79 KB then, and two blocks.
+// under way. A head of a page may be more than a stage is to hold (fp32, D = 256, pages of 32
+// rows): 79 KB then, and two blocks.
 //
 // Why 16 agents: reading a Master page is then a seventeenth of the bytes that it costs, and more
 // agents would take the angles' shared memory from the stages. Why two stages of 16 KB: a block has
 // one under way while it writes the other to all of its agents, and three blocks' 48 KB are more
-// than the 18 KB that H100's share of 25 bytes/ns holds under way for a latency of 700 ns (assumed).
+// than the 18 KB that H100's share of 25 bytes/ns holds under way for a latency of 700 ns
+// (assumed).
 //
 // Of e4m3 a thread has 8 elements at a time, 4 where they become fp32: cp.async of 8 or 4 bytes, by
 // way of L1. Values of e4m3 are copied, and keys that do not move; those that do are bound by their

@@ -8,8 +8,9 @@
 //
 // A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
 // shared memory and no barrier, so that the size of a block only sets how finely work is dealt out.
-// 71 registers at most on sm_80 and 64 on sm_90 (16-bit types, wide): three blocks of 256 threads on a multiprocessor at least, 24 of 64 warps, that is 24 KB of loads under way.
-// With a latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
+// 71 registers at most on sm_80 and 64 on sm_90 (16-bit types, wide): three blocks of 256 threads
+// on a multiprocessor at least, 24 of 64 warps, that is 24 KB of loads under way. With a latency of
+// 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
 //
 // e4m3 rows have half the bytes for the same FLOPs. From sm_89 on a conversion is an instruction
 // for two elements; before, some 10 for each, either way, 26 PTX instructions per byte in all

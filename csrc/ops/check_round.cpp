@@ -219,6 +219,9 @@ BasicRoundView<Int> checked_view(Int* base, const Tensor& round, const RoundExte
       .dtype(ScalarType::Int)
       .shape(dims, {length})
       .contiguous();
+  if (reinterpret_cast<uintptr_t>(base) % (kFieldAlignment * sizeof(Int)) != 0) {
+    fail("round: expected memory aligned to 16 bytes, got ", static_cast<const void*>(base));
+  }
   return view;
 }
 

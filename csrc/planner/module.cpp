@@ -77,8 +77,8 @@ py::dict plan_work_arrays(const Array& row_agent, const Array& row_position, con
                           const Array& use_master, const Array& use_delta, const Array& use_length,
                           const Array& master_page_indptr, const Array& own_length,
                           const Array& own_page_indptr, const Array& own_position,
-                          int32_t block_size, int32_t max_tile_rows, int32_t target_items,
-                          int32_t max_splits, int32_t window,
+                          int32_t block_size, int32_t max_tile_rows, int32_t read_bound_rows,
+                          int32_t target_items, int32_t max_splits, int32_t window,
                           const std::optional<Array>& row_position_bound,
                           const std::optional<Array>& own_position_bound) {
   WorkListInput input;
@@ -102,6 +102,7 @@ py::dict plan_work_arrays(const Array& row_agent, const Array& row_position, con
   input.block_size = block_size;
   input.window = window;
   input.max_tile_rows = max_tile_rows;
+  input.read_bound_rows = read_bound_rows;
   input.target_items = target_items;
   input.max_splits = max_splits;
 
@@ -276,8 +277,9 @@ PYBIND11_MODULE(_planner, m) {
         py::arg("use_agent"), py::arg("use_master"), py::arg("use_delta"), py::arg("use_length"),
         py::arg("master_page_indptr"), py::arg("own_length"), py::arg("own_page_indptr"),
         py::arg("own_position"), py::kw_only(), py::arg("block_size"), py::arg("max_tile_rows"),
-        py::arg("target_items"), py::arg("max_splits"), py::arg("window") = 0,
-        py::arg("row_position_bound") = py::none(), py::arg("own_position_bound") = py::none());
+        py::arg("read_bound_rows") = 1, py::arg("target_items"), py::arg("max_splits"),
+        py::arg("window") = 0, py::arg("row_position_bound") = py::none(),
+        py::arg("own_position_bound") = py::none());
   m.def("work_capacity", &work_capacity_sizes, py::kw_only(), py::arg("agents"), py::arg("rows"),
         py::arg("uses"), py::arg("masters"), py::arg("max_tile_rows"), py::arg("target_items"),
         py::arg("max_splits"));

@@ -10,12 +10,10 @@
 namespace tokendance {
 namespace {
 
-// A split of fewer pages does not pay for its merge.
-constexpr int64_t kMinSplitPages = 8;
+// A split of fewer keys does not pay for its merge, and for rotating its queries.
+constexpr int64_t kMinSplitKeys = 256;
 // Splits begin at multiples of so many pages of a chunk: kernels load keys by the tile.
 constexpr int64_t kSplitAlignment = 4;
-// Up to this fraction (1/x) of a full tile an item is bound by reading its pages.
-constexpr int64_t kReadBoundFraction = 4;
 
 struct Chunk {
   int32_t source;
@@ -99,6 +97,7 @@ class Planner {
     check(in_.block_size > 0 && (in_.block_size & (in_.block_size - 1)) == 0,
           "block_size: expected a power of two, got ", in_.block_size);
     positive("max_tile_rows", in_.max_tile_rows);
+    positive("read_bound_rows", in_.read_bound_rows);
     positive("target_items", in_.target_items);
     positive("max_splits", in_.max_splits);
     check(in_.window >= 0, "window: expected 0 (none) or more, got ", in_.window);
@@ -232,7 +231,7 @@ class Planner {
       pages += chunks_[i].page_end - chunks_[i].page_begin;
     }
     const int64_t rows = row_end - tile_row_begin_;
-    const int64_t cost = pages * std::max<int64_t>(kReadBoundFraction * rows, in_.max_tile_rows);
+    const int64_t cost = pages * std::max<int64_t>(rows, in_.read_bound_rows);
     tiles_.push_back({tile_row_begin_, row_end, tile_chunk_begin_, chunk_end, pages, cost, merged});
   }
 
@@ -439,7 +438,8 @@ class Planner {
       // exceeds its share; another only if it is twice as long.
       const int64_t product = tile.cost * in_.target_items;
       int64_t splits = tile.merged ? (product + total - 1) / total : product / total;
-      splits = std::min({splits, tile.pages / kMinSplitPages, int64_t{in_.max_splits}});
+      const int64_t most = tile.pages * in_.block_size / kMinSplitKeys;
+      splits = std::min({splits, most, int64_t{in_.max_splits}});
       tile.splits = static_cast<int32_t>(std::max<int64_t>(splits, 1));
     }
   }
@@ -491,8 +491,16 @@ class Planner {
     }
     emit_partials(items, partials);
 
-    std::stable_sort(items.begin(), items.end(),
-                     [](const Item& a, const Item& b) { return a.cost > b.cost; });
+    // Items of one cost in the order of what they read: tiles that meet the same pages run
+    // together, and the second finds them in the cache.
+    const auto place = [this](const Item& item) -> std::pair<int32_t, int32_t> {
+      if (item.chunk_begin == item.chunk_end) return {INT32_MAX, 0};
+      const int32_t* chunk = &out_.work_chunks[item.chunk_begin * kChunkFields];
+      return {chunk[0], chunk[1]};
+    };
+    std::stable_sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+      return a.cost != b.cost ? a.cost > b.cost : place(a) < place(b);
+    });
     out_.work.reserve(items.size() * kWorkFields);
     for (const Item& item : items) {
       const Tile& tile = tiles_[item.tile];

@@ -13,8 +13,9 @@
 //   them sees go with its own rows into an item of its own. A row then has one partial of each.
 // - An item that costs more than its share of the step is split into page ranges of equal length.
 //
-// Items are in descending order of cost, so that the last to start are the shortest. Everything is
-// deterministic and takes time proportional to rows + uses + chunks, and to the square of the
+// Items are in descending order of cost, so that the last to start are the shortest; those of one
+// cost in the order of the pages that they read, so that several tiles' items that read the same
+// ones run together. Everything is deterministic and takes time proportional to rows + uses + chunks, and to the square of the
 // number of agents that are put together.
 #pragma once
 
@@ -45,10 +46,11 @@ struct WorkListInput {
   const int32_t* own_position;        // [own_page_indptr[N] * block_size]
   const int32_t* own_position_bound;  // the same shape; null = own_position is exact
   int32_t block_size;
-  int32_t window;         // 0 = none
-  int32_t max_tile_rows;  // query rows of an item
-  int32_t target_items;   // items that keep the device busy, for one KV head
-  int32_t max_splits;     // items that one tile's shared part, or own part, is split into
+  int32_t window;           // 0 = none
+  int32_t max_tile_rows;    // query rows of an item
+  int32_t read_bound_rows;  // up to so many query rows an item takes as long as reading its pages
+  int32_t target_items;     // items that keep the device busy, for one KV head
+  int32_t max_splits;       // items that one tile's shared part, or own part, is split into
 };
 
 struct WorkList {

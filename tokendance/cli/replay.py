@@ -25,12 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-private", type=int, help="only the last so many of each list of private blocks"
     )
     parser.add_argument("--chat", action="store_true", help="put ChatML markers into the prompts")
-    parser.add_argument("--systems", default="full,prefix,pic,tokendance", help="comma-separated")
+    parser.add_argument(
+        "--systems",
+        default="full,prefix,pic,tokendance",
+        help="comma-separated (default %(default)s)",
+    )
     parser.add_argument(
         "--selection",
         default="leading:4:96:24",
-        help="rows that tokendance recomputes: leading:COUNT[:UNSEEN], deviation:RATIO, everything "
-        "or nothing",
+        help="rows that tokendance recomputes: leading:COUNT[:UNSEEN[:MOST]], "
+        "deviation:RATIO[:LAYER], everything or nothing (default %(default)s)",
     )
     parser.add_argument("--new-tokens", type=int, default=12, help="tokens compared per agent")
     parser.add_argument("--threads", type=int, help="threads of torch")

@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selection",
         default="leading:4:96:24",
-        help="rows to recompute: leading:COUNT[:UNSEEN], deviation:RATIO, everything or nothing",
+        help="rows to recompute: leading:COUNT[:UNSEEN[:MOST]], deviation:RATIO[:LAYER], "
+        "everything or nothing (default %(default)s)",
     )
     parser.add_argument("--block-size", type=int, default=8, help="rows of a page: 8, 16 or 32")
     parser.add_argument("--threads", type=int, help="threads of torch")
