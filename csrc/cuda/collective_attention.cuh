@@ -26,15 +26,15 @@
 //
 //   D          registers   shared memory   blocks of a multiprocessor
 //   64         148         34 KB           3 and 3, held by registers
-//   80, 96     159 - 167   42, 50 KB       3 and 3
-//   128        185 - 189   66 KB           2 and 2
-//   256        242 - 246   82 KB           1 and 2; tiles of 32 keys
+//   80, 96     157 - 168   42, 50 KB       3 and 3
+//   128        186 - 193   66 KB           2 and 2
+//   256        243 - 244   82 KB           1 and 2; tiles of 32 keys
 //
 // fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps:
 //
-//   64, 80     148 - 168   42, 52 KB       3 and 3
+//   64, 80     152 - 168   42, 52 KB       3 and 3
 //   96         166 - 168   62 KB           2 and 3
-//   128        168 - 182   82 KB           1 and 2
+//   128        178 - 184   82 KB           1 and 2
 //   256        234 - 237   81 KB           1 and 2
 //
 // Keys and values of e4m3 are 1 byte an element, in stages of half the size, so that decode may do
@@ -42,7 +42,7 @@
 // integer instructions for four elements. With four warps at work an A100, of 64 integer lanes a
 // clock and multiprocessor, widens 64 / 7 bytes a clock, at 1.41 GHz 1.4 TB/s of 2.0: tiles of more
 // than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions.
-// Queries and weights are fp16. Registers 135 (D = 64) to 236 (D = 256), shared memory 22 to 58 KB.
+// Queries and weights are fp16. Registers 145 (D = 64) to 236 (D = 256), shared memory 22 to 58 KB.
 #pragma once
 
 #include "cuda/attention_products.cuh"

@@ -8,8 +8,9 @@
 //
 // Why these blocks. How many partials a row has is known on the device only, so a block has one row
 // and reads its part of row_partials once; more than 256 threads of a row's heads are other blocks.
-// 40 registers at most, no spills, no shared memory: six blocks of 256 threads and more, at least
-// 48 of 64 warps.
+// Four partials are under way at once, for a row may have dozens, and few rows make few blocks. 62
+// registers at most, no spills, no shared memory: four blocks of 256 threads and more, at least 32
+// of 64 warps.
 #pragma once
 
 #include "cuda/collective_attention_plan.h"
