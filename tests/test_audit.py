@@ -12,6 +12,7 @@ from driving import GEOMETRY, make_store, restored, run_step, same_snapshot, sna
 from torch import Tensor
 
 import tokendance as td
+from tokendance.audit import AgentAudit, SegmentAudit, divergence_of, judge
 
 A, B, C = (td.shared(tokens(seed, count)) for seed, count in ((1, 40), (2, 30), (3, 17)))
 Prompts = Mapping[str, Sequence[td.Segment]]
@@ -386,6 +387,42 @@ def test_a_segment_falls_back_in_every_prompt_and_no_other_does() -> None:
     plan = collector.plan({"third": [*prompts()["third"], td.private([1, 2])]})
     assert plan.spans("third")[0].end == 66
     plan.abort()
+
+
+def test_a_segment_that_was_found_by_its_stem_can_be_opted_out() -> None:
+    collector = collector_of(source="producer")
+    heard, said = td.shared(tokens(20, 20)), tokens(21, 21).tolist()
+    plan = collector.plan(
+        {
+            "first": [td.private(tokens(22, 9)), heard, td.private([1])],
+            "second": [td.private(tokens(23, 5)), heard, td.private([1])],
+        }
+    )
+    prefill(collector, plan)
+    run(collector.decode(plan, {"first": said[:-1]}))  # the last token is never fed
+    plan.commit()
+    output = td.shared(said)
+    prompt = [td.private(tokens(23, 5)), heard, td.private([1]), output, td.private([5])]
+    plan = collector.plan({"second": prompt})
+    prefill(collector, plan)
+    plan.commit()
+    collector.opt_out(segments=[output])
+    plan = collector.plan({"second": [*prompt, td.private([6])]})
+    assert plan.spans("second")[0].end == 26  # where the output begins
+    plan.abort()
+
+
+def test_tokens_without_probability_add_nothing_to_a_divergence() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]])
+    assert divergence_of(logits, logits).item() == 0
+    assert divergence_of(logits, torch.tensor([[1.0, -torch.inf, 2.0]])).item() == torch.inf
+
+
+def test_a_deviation_that_is_no_number_is_beyond_every_limit() -> None:
+    keys, values = np.array([0.1]), np.array([np.nan])
+    segment = SegmentAudit("ada", 0, b"x", 0, 8, 8, 8, keys, values)
+    report = judge(td.Gate(deviation=1.0), {"ada": AgentAudit(8, 0, None, None, (segment,))})
+    assert "expected deviation <= 1, got nan" in report.findings[0]
 
 
 @pytest.mark.parametrize("source", ["master", "alone", "producer"])

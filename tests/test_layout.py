@@ -144,6 +144,10 @@ def test_own_prefix_of_an_earlier_round_is_taken_over_by_token() -> None:
 def test_tenants_never_match() -> None:
     store = make_store()
     collector = td.KVCollector(store)
+    run_round(collector, {"a": [td.private(A, namespace="one"), td.private([1])]})
+    plan = collector.plan({"a": [td.private(A, namespace="two"), td.private([1])]})
+    assert origins(plan, "a") == [(0, 21, Origin.OWN)]  # its own earlier rows are not taken either
+    plan.abort()
     run_round(collector, {"a": [td.shared(A, namespace="one")]})
     plan = collector.plan({"b": [td.shared(A, namespace="two")]})
     assert origins(plan, "b") == [(0, 20, Origin.MASTER)]

@@ -92,7 +92,7 @@ class SegmentAudit:
     @property
     def deviation(self) -> float:
         """The greatest of ``keys`` and ``values``, over the layers."""
-        return float(max(self.keys.max(), self.values.max()))
+        return float(np.max([self.keys, self.values]))  # NaN if any is
 
 
 @dataclass(frozen=True)
@@ -433,7 +433,8 @@ def divergence_of(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference || logits) in nats of each row: two ``[rows, vocabulary]``, fp64 ``[rows]``."""
     p = torch.log_softmax(reference.double(), -1)
     q = torch.log_softmax(logits.double(), -1)
-    return (p.exp() * (p - q)).sum(-1)
+    # A token of no probability, as of a padded vocabulary, adds nothing, whatever q says.
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def _nothing(_: Segment) -> None:
@@ -478,13 +479,17 @@ def _probe(
         logit_rows=logit_rows,
     )
     plan = Plan(store, [layout], [agent], Everything(), Source.MASTER)
-    probe = plan.state(agent)
-    probe.pending = computed
-    sources = torch.from_numpy(slots_of(state.own_pages, len(kept), block)).to(store.device)
-    targets = torch.from_numpy(probe.slots(kept, block)).to(store.device)
-    for layer in range(store.pool.num_layers):
-        pools = store.pool.k_pools[layer], store.pool.v_pools[layer]
-        store.write_rows(layer, *pools, targets, sources)
+    try:
+        probe = plan.state(agent)
+        probe.pending = computed
+        sources = torch.from_numpy(slots_of(state.own_pages, len(kept), block)).to(store.device)
+        targets = torch.from_numpy(probe.slots(kept, block)).to(store.device)
+        for layer in range(store.pool.num_layers):
+            pools = store.pool.k_pools[layer], store.pool.v_pools[layer]
+            store.write_rows(layer, *pools, targets, sources)
+    except BaseException:
+        plan.abort()
+        raise
     return plan
 
 

@@ -466,7 +466,7 @@ def _taken_over(
             continue
         if new.stem == old.digest:  # a decoded output whose last token was never fed
             prefix += old.length
-        elif not new.is_shared:
+        elif not new.is_shared and new.space == old.space:
             length = min(new.length, old.length)
             differs = np.flatnonzero(new.token_ids[:length] != old.token_ids[:length])
             prefix += int(differs[0]) if len(differs) else length
@@ -474,7 +474,14 @@ def _taken_over(
     if agent in opted_out.agents:
         prefix = min(prefix, mirror.exact_length)
     elif opted_out.segments:
-        foreign = [u.delta for u in foreign_uses(mirror) if u.master.digest in opted_out.segments]
+        # By the segment, not by its Master: one that was found by its stem has the stem's digest.
+        starts = np.cumsum([0, *[segment.length for segment in mirror.segments]]).tolist()
+        out = {
+            start
+            for start, segment in zip(starts, mirror.segments, strict=False)
+            if segment.length and segment.digest in opted_out.segments
+        }
+        foreign = [use.delta for use in foreign_uses(mirror) if use.delta in out]
         prefix = min([prefix, *foreign])
     total = sum(segment.length for segment in segments)
     prefix = min(prefix, max(total - 1, 0))

@@ -127,6 +127,7 @@ def pack(
                         "is_shared": segment.is_shared,
                         "digest": segment.digest.hex(),
                         "stem": segment.stem.hex(),
+                        "space": segment.space.hex(),
                     }
                     for segment in mirror.segments
                 ],
@@ -233,4 +234,5 @@ def _segment(saved: Mapping[str, Any]) -> Segment:
         saved["is_shared"],
         bytes.fromhex(saved["digest"]),
         bytes.fromhex(saved["stem"]),
+        bytes.fromhex(saved["space"]),
     )

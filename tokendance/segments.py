@@ -41,12 +41,14 @@ class Segment:
         stem: the digest that ``token_ids[:-1]`` has (of no token if ``length <= 1``). The last
             token that an agent samples is often never fed, so that the cache of its output holds
             the rows of the stem only: this is how those rows are found.
+        space: 16 bytes, the digest of the namespace: where it differs, equal tokens do not match.
     """
 
     token_ids: npt.NDArray[np.int32]
     is_shared: bool
     digest: bytes
     stem: bytes
+    space: bytes
 
     @property
     def length(self) -> int:
@@ -180,7 +182,8 @@ def _segment(token_ids: npt.NDArray[np.int32], is_shared: bool, key: bytes) -> S
     state.update(data[: max(len(data) - 4, 0)])
     stem = state.digest()  # Leaves the state open: one pass gives both digests.
     state.update(data[max(len(data) - 4, 0) :])
-    return Segment(token_ids, is_shared, state.digest(), stem)
+    space = hashlib.blake2b(key, digest_size=_DIGEST_SIZE, person=b"tokendance-spot").digest()
+    return Segment(token_ids, is_shared, state.digest(), stem, space)
 
 
 def _key(namespace: bytes | str) -> bytes:
