@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import compare, loops, mirrors
+from bench import by_torch, compare, loops, mirrors
 from bench.ceilings import Ceiling
 from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
+from tokendance import ops
 from tokendance.replay import SystemResult
 
 
@@ -43,6 +44,15 @@ def test_a_ceiling_is_the_best_sample_of_the_best_way():
     ceiling.sample()
     assert calls == ["a", "b", "a", "b"]
     assert ceiling.rate >= first > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_states_by_torch_is_the_operator(dtype):
+    partial_out, partial_lse = torch.randn(4, 5, 3, 64).to(dtype), torch.randn(4, 5, 3)
+    out, lse = torch.empty_like(partial_out[0]), torch.empty_like(partial_lse[0])
+    by_torch.merge_states(partial_out, partial_lse)(out, lse)
+    expected = ops.merge_states(partial_out, partial_lse)
+    torch.testing.assert_close((out, lse), expected)
 
 
 @pytest.mark.parametrize("resident", [False, True])
