@@ -55,6 +55,62 @@ def test_merge_states_by_torch_is_the_operator(dtype):
     torch.testing.assert_close((out, lse), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_by_torch_are_the_operators(dtype):
+    """More rows than a piece, and one shift for all or a position of its own per row."""
+    rope = td.Rope.default(head_dim=64, theta=1e4, max_position=64)
+    tables = rope.cos, rope.sin, rope.interleaved
+    fresh, cached = torch.randn(3, 10, 2, 64).to(dtype), torch.randn(5, 2, 2, 64).to(dtype)
+    at = torch.arange(10, dtype=torch.int32)
+    row = torch.arange(30).view(3, 10)
+    keys, piece = cached.flatten(0, 1), 4 * 2 * 64
+    deviate, rotate = by_torch.Deviation(keys, piece), by_torch.Rotation(keys, piece)
+    for origin, cos_sin in (
+        (at + 7, by_torch.angles(rope, -7)),
+        (None, (rope.cos[at], rope.sin[at])),
+    ):
+        moved = rotate(fresh[0], *cos_sin, torch.empty_like(fresh[0]))
+        expected = ops.rope_rotate(fresh[0], None, origin, at, *tables)
+        torch.testing.assert_close(moved, expected)
+        position = None if origin is None else origin.repeat(3, 1)
+        found = deviate(fresh, keys, *cos_sin, torch.empty(10))
+        expected = ops.key_deviation(
+            fresh.flatten(0, 1), row, position, cached, row[0], at, *tables
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_by_torch_is_the_operator(dtype):
+    case = mirrors.make_round(
+        agents=3, shared=96, private=5, segments=3, overridden=4, head_dim=64, pool_dtype=dtype
+    )
+    slots = torch.arange(3 * case.length).view(3, case.length)
+    k, v = ([torch.empty(slots.numel(), 8, 64, dtype=dtype)] for _ in range(2))
+    pools = case.k_pools, case.v_pools
+    ops.diff_restore(*pools, *case.tables, case.round, slots, k, v)
+    encode = by_torch.Encoding(case, *k, *v)
+    length = torch.full((3,), case.length, dtype=torch.int32)
+    ops.diff_encode(k, v, slots, length, *pools, *case.tables, case.round)
+    written = [pool.clone() for (pool,) in pools]
+    for (pool,) in pools:
+        for mirror in case.mirrors:
+            pool[torch.from_numpy(mirror.own_pages).long()] = 0
+    positions = encode()
+    assert case.round.own_length.tolist() == [len(position) for position in positions]
+    for agent, position in enumerate(positions):
+        first = int(case.round.own_page_indptr[agent]) * case.block_size
+        torch.testing.assert_close(
+            case.round.own_position[first : first + len(position)], position.int()
+        )
+    for (pool,), expected in zip(pools, written, strict=True):
+        rows = pool.flatten(0, 1), expected.flatten(0, 1)
+        for mirror, position in zip(case.mirrors, positions, strict=True):
+            first = int(mirror.own_pages[0]) * case.block_size
+            got, want = (each[first : first + len(position)] for each in rows)
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("resident", [False, True])
 def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
     """No dense row differs from its Master's: else the comparison would end with the first line."""
