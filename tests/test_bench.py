@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import by_torch, compare, loops, mirrors
+from bench import by_torch, compare, loops, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
 from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
@@ -132,6 +132,21 @@ def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
         assert (case.round.own_length == loops.PRIVATE).all()
 
 
+def test_growth_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = SystemResult(4.0, 900, 0, 1000, 100 << 20, 100 << 20, 10.0, 0.1, None, 1.0)
+    systems = dict.fromkeys(rounds.SYSTEMS, result)
+    cells = [Cell("tiny", agents, 1, 900, systems) for agents in (2, 4)]
+    rounds.draw(cells, tmp_path / "rounds.png")
+    ways = {way: {"seconds": 1e-3, "bytes": 1e6} for way in scaling.WAYS}
+    scaling.draw({2: ways, 64: ways}, tmp_path / "scaling.png")
+    for name in ("rounds", "scaling"):
+        content = (tmp_path / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG\r\n")
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        assert width > 1000 < 3 * height
+
+
 def test_rounds_are_held_against_what_rows_and_flops_promise():
     def result(seconds, rows, flops, stored, rate):
         return SystemResult(seconds, rows, 0, flops, 100 << 20, stored << 20, rate, 0.1, None, 1.0)
@@ -231,13 +246,13 @@ def test_rows_of_selections_are_those_of_a_plan():
 def test_mixtures_name_a_source_by_the_segment():
     short, long, written = td.shared([1] * 3), td.shared([2] * 9), td.shared([3] * 5)
     prompts = {"a": [td.private([7] * 40), short, long, written]}
-    rounds = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
-    mixed = replays.source_of_way("producer+alone", rounds)
+    recorded = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
+    mixed = replays.source_of_way("producer+alone", recorded)
     assert [mixed(one) for one in prompts["a"][1:]] == ["alone", "alone", "producer"]
-    mixed = replays.source_of_way("master+alone", rounds)
+    mixed = replays.source_of_way("master+alone", recorded)
     assert [mixed(one) for one in prompts["a"][1:]] == ["master", "alone", "master"]
-    assert replays.source_of_way("neutral", rounds) == "master"
-    assert replays.source_of_way("producer", rounds) == "producer"
+    assert replays.source_of_way("neutral", recorded) == "master"
+    assert replays.source_of_way("producer", recorded) == "producer"
 
 
 def test_repairs_that_siblings_could_share_are_counted():
