@@ -16,11 +16,12 @@ from tokendance import ops
 from tokendance.replay import SystemResult
 
 
-def run_of(path, fractions):
+def run_of(path, fractions, times=()):
     runs = [
         {"name": name, "extra_info": {} if value is None else {compare.FIGURE: value}}
         for name, value in fractions.items()
     ]
+    runs += [{"name": name, "extra_info": {key: value}} for name, key, value in times]
     path.write_text(json.dumps({"benchmarks": runs}))
     return str(path)
 
@@ -34,6 +35,20 @@ def test_compare_notices_a_lower_fraction_of_the_ceiling(tmp_path, capsys):
     assert any("only before" in line for line in lines)
     assert any("only after" in line for line in lines)
     assert compare.main([before, after, "--tolerance", "0.3"]) == 0
+
+
+def test_compare_shows_times_and_judges_none(tmp_path, capsys):
+    before = run_of(tmp_path / "a.json", {"x": 0.9}, [("plan[16]", "us_per_use", 1.0)])
+    after = run_of(
+        tmp_path / "b.json",
+        {"x": 0.9},
+        [("plan[16]", "us_per_use", 3.0), ("call", "us_per_layer", 47.0)],
+    )
+    assert compare.main([before, after]) == 0
+    _, times = capsys.readouterr().out.split("not judged")
+    call, plan = times.splitlines()[1:]
+    assert call.split() == ["call,", "us", "per", "layer", "only", "after"]
+    assert plan.split() == ["plan[16],", "us", "per", "use", "1.00", "3.00", "x3.00"]
 
 
 def test_a_ceiling_is_the_best_sample_of_the_best_way():
