@@ -5,7 +5,8 @@
 
 Every number of agents is replayed ``--repeat`` times by fresh systems, one system after the other,
 so that all meet the same noise; times are the best of them. Beside the times stand the ratios that
-rows and FLOPs (linear layers and attention) promise, and what part of them was reached.
+rows and FLOPs promise (those of linear layers and attention together, and of each), and what part
+of them was reached.
 
 Writes ``rounds.json`` and, with the extra ``bench``, one picture per workload into the output
 directory.
@@ -95,9 +96,9 @@ def replay(
 def table(cells: Sequence[Cell]) -> str:
     """Markdown."""
     lines = [
-        "| workload | agents | tokens | system | prefill s | rows | stored MiB | decode tokens/s "
-        "| siblings' KL | top-1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| workload | agents | tokens | system | prefill s | rows | linear TFLOP | attention TFLOP "
+        "| stored MiB | decode tokens/s | siblings' KL | top-1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in cells:
         for name, result in cell.systems.items():
@@ -105,6 +106,7 @@ def table(cells: Sequence[Cell]) -> str:
             lines.append(
                 f"| {cell.workload} | {cell.agents} | {cell.prompt_tokens} | {name} "
                 f"| {result.prefill_s:.2f} | {result.rows:.0f} "
+                f"| {result.linear_flops / 1e12:.3f} | {result.attention_flops / 1e12:.3f} "
                 f"| {result.kv_bytes_stored / 2**20:.1f} | {result.decode_tokens_per_s:.1f} "
                 f"| {'-' if kl is None else format(kl, '.4f')} "
                 f"| {'-' if result.top1 is None else format(result.top1, '.3f')} |"
@@ -112,8 +114,8 @@ def table(cells: Sequence[Cell]) -> str:
     lines += [
         "",
         "| workload | agents | prefill over full | rows promise | reached | prefill over pic "
-        "| FLOPs promise | reached | decode over full | bytes over full |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| FLOPs promise | linear | attention | reached | decode over full | bytes over full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in cells:
         full, rows = cell.over("full", "prefill_s"), cell.over("full", "rows")
@@ -121,7 +123,8 @@ def table(cells: Sequence[Cell]) -> str:
         decode = 1 / cell.over("full", "decode_tokens_per_s")
         lines.append(
             f"| {cell.workload} | {cell.agents} | {full:.2f}x | {rows:.2f}x | {full / rows:.2f} "
-            f"| {pic:.2f}x | {flops:.2f}x | {pic / flops:.2f} | {decode:.2f}x "
+            f"| {pic:.2f}x | {flops:.2f}x | {cell.over('pic', 'linear_flops'):.2f}x "
+            f"| {cell.over('pic', 'attention_flops'):.2f}x | {pic / flops:.2f} | {decode:.2f}x "
             f"| {cell.over('full', 'kv_bytes_stored'):.2f}x |"
         )
     return "\n".join(lines)

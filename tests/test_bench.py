@@ -149,7 +149,7 @@ def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
 
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    result = SystemResult(4.0, 900, 0, 1000, 100 << 20, 100 << 20, 10.0, 0.1, None, 1.0)
+    result = SystemResult(4.0, 900, 0, 700, 300, 100 << 20, 100 << 20, 10.0, 0.1, None, 1.0)
     systems = dict.fromkeys(rounds.SYSTEMS, result)
     cells = [Cell("tiny", agents, 1, 900, systems) for agents in (2, 4)]
     rounds.draw(cells, tmp_path / "rounds.png")
@@ -163,8 +163,9 @@ def test_growth_is_drawn(tmp_path):
 
 
 def test_rounds_are_held_against_what_rows_and_flops_promise():
-    def result(seconds, rows, flops, stored, rate):
-        return SystemResult(seconds, rows, 0, flops, 100 << 20, stored << 20, rate, 0.1, None, 1.0)
+    def result(seconds, rows, linear, attention, stored, rate):
+        flops, stored = (linear * 10**12, attention * 10**12), stored << 20
+        return SystemResult(seconds, rows, 0, *flops, 100 << 20, stored, rate, 0.1, None, 1.0)
 
     cell = Cell(
         "tiny",
@@ -172,14 +173,19 @@ def test_rounds_are_held_against_what_rows_and_flops_promise():
         1,
         900,
         {
-            "full": result(8.0, 900, 1000, 100, 10.0),
-            "pic": result(4.0, 500, 600, 100, 10.0),
-            "tokendance": result(2.0, 300, 300, 25, 20.0),
+            "full": result(8.0, 900, 700, 300, 100, 10.0),
+            "pic": result(4.0, 500, 500, 100, 100, 10.0),
+            "tokendance": result(2.0, 300, 200, 100, 25, 20.0),
         },
     )
     assert cell.over("full", "prefill_s") == pytest.approx(4.0)
-    last = table([cell]).splitlines()[-1]
-    assert last == "| tiny | 3 | 4.00x | 3.00x | 1.33 | 2.00x | 2.00x | 1.00 | 2.00x | 4.00x |"
+    lines = table([cell]).splitlines()
+    assert lines[2].startswith("| tiny | 3 | 900 | full | 8.00 | 900 | 700.000 | 300.000 | 100.0 |")
+    assert lines[-1] == (
+        "| tiny | 3 | 4.00x | 3.00x | 1.33 | 2.00x | 2.00x | 2.50x | 1.00x | 1.00 | 2.00x | 4.00x |"
+    )
+    for head, row in (lines[0:3:2], lines[-3::2]):
+        assert head.count("|") == row.count("|")
 
 
 def figures(rows, kl, makers=()):
