@@ -12,7 +12,7 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 numpy
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,dev,docs,transformers]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,bench,dev,docs,transformers]"
 	touch $@
 
 build: $(VENV)/ready

@@ -1,4 +1,7 @@
-"""`diff_encode` of ten agents against the best read of as many bytes."""
+"""`diff_encode` of ten agents against the best read of as many bytes.
+
+Beside it: torch's operators, which turn a Master's rows for every agent that uses them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ceilings
-from bench.mirrors import DTYPES, make_round
+from bench import by_torch, ceilings
+from bench.mirrors import DTYPES, FLOATS, make_round
 from tokendance import ops
 
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
@@ -44,4 +47,6 @@ def bench_diff_encode(measure: Any, dtype: str, size: str) -> None:
         ceilings={"read": ceilings.read(moved)},
         floor=lambda rates: moved / rates["read"],
         bytes=moved,
+        peers={"torch": by_torch.Encoding(case, *k_in, *v_in)} if dtype in FLOATS else None,
+        warm=size == "8MiB",
     )

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import ceilings
+from bench import by_torch, ceilings
 from bench.mirrors import DTYPES, QUANTIZED, BenchRound, make_round
 from tokendance import ops
-from tokendance.mirror import Mirror, Use
+from tokendance.mirror import Mirror
 
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
 LAYERS, HEADS, HEAD_DIM = 1, 8, 128
@@ -29,22 +29,15 @@ LAYERS, HEADS, HEAD_DIM = 1, 8, 128
 SIZES = {"1GiB": 1 << 30, "8MiB": 8 << 20}
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotation by torch's operators, ``[rows, Hk, D]`` in fp32."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].float(), x[..., half:].float()
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_diff_restore(measure: Any, dtype: str, size: str) -> None:
     case, slots, caches = _make(SIZES[size], DTYPES[dtype], DTYPES[dtype])
-    rows = torch.empty_like(_bits(caches[0][: case.length - PRIVATE]))
+    moved = torch.empty_like(caches[0][: case.length - PRIVATE])
+    rows, rotate = torch.empty_like(_bits(moved)), by_torch.Rotation(moved)
     peers = {
         "dense": lambda: _dense(case, slots, caches, rows),
-        "torch": lambda: _torch(case, slots, caches, rows),
+        "torch": lambda: _torch(case, slots, caches, rows, moved, rotate),
     }
     _measure(measure, case, slots, caches, peers=peers)
 
@@ -130,7 +123,7 @@ def _restore_densely(
         for layer, pools in enumerate(zip(case.k_pools, case.v_pools, strict=True)):
             for part, pages in enumerate(pools):
                 pool, cache = pages.flatten(0, 1), caches[2 * layer + part]
-                torch.cat([_bits(pool)[_rows(use, case)] for use in mirror.uses], out=rows)
+                torch.cat([_bits(pool)[case.master_rows(use)] for use in mirror.uses], out=rows)
                 dense = rows.view(pool.dtype)
                 if part == 0:
                     dense = move(dense, _shifts(mirror))
@@ -153,23 +146,25 @@ def _dense(case: BenchRound, slots: Tensor, caches: list[Tensor], rows: Tensor) 
     _restore_densely(case, slots, caches, rows, move, scatter)
 
 
-def _torch(case: BenchRound, slots: Tensor, caches: list[Tensor], rows: Tensor) -> None:
-    """By torch's operators only."""
+def _torch(
+    case: BenchRound,
+    slots: Tensor,
+    caches: list[Tensor],
+    rows: Tensor,
+    moved: Tensor,
+    rotate: by_torch.Rotation,
+) -> None:
+    """By torch's operators only; ``moved``: room for turned rows."""
 
     def move(rows: Tensor, shift: Tensor) -> Tensor:
         at = shift.long().abs()
-        return _rotated(rows, case.rope.cos[at], case.rope.sin[at] * shift.sign()[:, None])
+        sin = case.rope.sin[at] * shift.sign()[:, None]
+        return rotate(rows, case.rope.cos[at], sin, moved)
 
     def scatter(cache: Tensor, targets: Tensor, rows: Tensor) -> None:
         _bits(cache).index_copy_(0, targets, _bits(rows))
 
     _restore_densely(case, slots, caches, rows, move, scatter)
-
-
-def _rows(use: Use, case: BenchRound) -> slice:
-    """The Master's pages are adjacent here: its rows are one piece, copied by memcpy."""
-    first = int(use.master.pages[0]) * case.block_size
-    return slice(first, first + use.length)
 
 
 def _shifts(mirror: Mirror) -> Tensor:

@@ -1,4 +1,7 @@
-"""`key_deviation` of a group of agents against the best read of as many bytes."""
+"""`key_deviation` of a group of agents against the best read of as many bytes.
+
+Beside it: torch's operators, agent by agent.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import ceilings
+from bench import by_torch, ceilings
 from bench.mirrors import FLOATS
 from tokendance import ops
 
@@ -39,6 +42,15 @@ def bench_key_deviation(measure: Any, footprint: Any, dtype: str, positions: str
     if positions == "one_shift":
         position, table_bytes = (at + 700).repeat(AGENTS, 1), HEAD_DIM * 4
     out = torch.empty(tokens)
+    agents, keys = fresh.view(AGENTS, tokens, HEADS, HEAD_DIM), cached.flatten(0, 1)
+    deviation, found = by_torch.Deviation(keys), torch.empty(tokens)
+
+    def deviate() -> None:
+        if position is None:
+            deviation(agents, keys, rope.cos[at], rope.sin[at], found)
+        else:
+            deviation(agents, keys, *by_torch.angles(rope, -700), found)
+
     index_bytes = AGENTS * tokens * (8 + (4 if position is not None else 0)) + tokens * (8 + 4 + 4)
     moved = (AGENTS + 1) * tokens * row_bytes + table_bytes + index_bytes
     measure(
@@ -49,4 +61,6 @@ def bench_key_deviation(measure: Any, footprint: Any, dtype: str, positions: str
         ceilings={"read": read},
         floor=lambda rates: moved / rates["read"],
         bytes=moved,
+        peers={"torch": deviate},
+        warm=size == FOOTPRINTS["8MiB"],
     )

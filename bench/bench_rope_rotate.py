@@ -2,6 +2,7 @@
 
 Beyond the cache and inside it; with one shift for all rows, as of a reused segment, and with a
 position of its own per row, as of fresh keys. Position and table reads are counted as bytes.
+Beside it: torch's operators, which are told where all rows turn alike.
 Quantized rows move as they are; fresh keys become quantized, and quantized ones are read out.
 """
 
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import ceilings
-from bench.mirrors import DTYPES, QUANTIZED
+from bench import by_torch, ceilings
+from bench.mirrors import DTYPES, FLOATS, QUANTIZED
 from tokendance import ops
 
 HEADS, HEAD_DIM = 8, 128
@@ -47,6 +48,14 @@ def bench_rope_rotate(measure: Any, footprint: Any, dtype: str, positions: str) 
     table_bytes = rows * HEAD_DIM * 4  # cos and sin of half the dims
     if positions == "one_shift":
         origin, to, table_bytes = to, to + 700, HEAD_DIM * 4
+    rotate = by_torch.Rotation(x)
+
+    def turn() -> None:
+        if origin is None:
+            rotate(x, ROPE.cos[to], ROPE.sin[to], out)
+        else:
+            rotate(x, *by_torch.angles(ROPE, 700), out)
+
     index_bytes = rows * 4 * (1 if origin is None else 2)
     moved = 2 * rows * row_bytes + table_bytes + index_bytes
     measure(
@@ -56,6 +65,8 @@ def bench_rope_rotate(measure: Any, footprint: Any, dtype: str, positions: str) 
         ceilings={"copy": copy},
         floor=lambda rates: moved / rates["copy"],
         bytes=moved,
+        peers={"torch": turn} if dtype in FLOATS else None,
+        warm=size == FOOTPRINTS["8MiB"],
     )
 
 

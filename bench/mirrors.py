@@ -59,6 +59,11 @@ class BenchRound:
     def tables(self) -> tuple[Tensor, Tensor, bool]:
         return self.rope.cos, self.rope.sin, self.rope.interleaved
 
+    def master_rows(self, use: Use) -> slice:
+        """Of a pool ``[rows, Hk, D]``: pages of a Master are adjacent, unless they are resident."""
+        first = int(use.master.pages[0]) * self.block_size
+        return slice(first, first + use.length)
+
     def attention(self) -> Callable[[], None]:
         """`collective_attention` of the agents' last rows, into memory of its own."""
         rows, heads, head_dim = self.q.shape

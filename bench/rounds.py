@@ -5,9 +5,11 @@
 
 Every number of agents is replayed ``--repeat`` times by fresh systems, one system after the other,
 so that all meet the same noise; times are the best of them. Beside the times stand the ratios that
-rows and FLOPs (linear layers and attention) promise, and what part of them was reached.
+rows and FLOPs promise (those of linear layers and attention together, and of each), and what part
+of them was reached.
 
-Writes ``rounds.json`` and, with matplotlib, one picture per workload into the output directory.
+Writes ``rounds.json`` and, with the extra ``bench``, one picture per workload into the output
+directory.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,17 @@ from typing import Any
 
 import torch
 
+from bench.plots import draw_against_agents
 from tokendance.replay import SystemResult, make_system, replay_round, summarize
 from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
-SYSTEMS = ("full", "prefix", "pic", "tokendance")
+TITLES = {  # in pictures
+    "full": "full recompute",
+    "prefix": "prefix caching",
+    "pic": "CacheBlend",
+    "tokendance": "tokendance",
+}
+SYSTEMS = tuple(TITLES)
 FASTEST = {"prefill_s": min, "decode_tokens_per_s": max}
 
 
@@ -87,9 +96,9 @@ def replay(
 def table(cells: Sequence[Cell]) -> str:
     """Markdown."""
     lines = [
-        "| workload | agents | tokens | system | prefill s | rows | stored MiB | decode tokens/s "
-        "| siblings' KL | top-1 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| workload | agents | tokens | system | prefill s | rows | linear TFLOP | attention TFLOP "
+        "| stored MiB | decode tokens/s | siblings' KL | top-1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in cells:
         for name, result in cell.systems.items():
@@ -97,6 +106,7 @@ def table(cells: Sequence[Cell]) -> str:
             lines.append(
                 f"| {cell.workload} | {cell.agents} | {cell.prompt_tokens} | {name} "
                 f"| {result.prefill_s:.2f} | {result.rows:.0f} "
+                f"| {result.linear_flops / 1e12:.3f} | {result.attention_flops / 1e12:.3f} "
                 f"| {result.kv_bytes_stored / 2**20:.1f} | {result.decode_tokens_per_s:.1f} "
                 f"| {'-' if kl is None else format(kl, '.4f')} "
                 f"| {'-' if result.top1 is None else format(result.top1, '.3f')} |"
@@ -104,8 +114,8 @@ def table(cells: Sequence[Cell]) -> str:
     lines += [
         "",
         "| workload | agents | prefill over full | rows promise | reached | prefill over pic "
-        "| FLOPs promise | reached | decode over full | bytes over full |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| FLOPs promise | linear | attention | reached | decode over full | bytes over full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in cells:
         full, rows = cell.over("full", "prefill_s"), cell.over("full", "rows")
@@ -113,32 +123,28 @@ def table(cells: Sequence[Cell]) -> str:
         decode = 1 / cell.over("full", "decode_tokens_per_s")
         lines.append(
             f"| {cell.workload} | {cell.agents} | {full:.2f}x | {rows:.2f}x | {full / rows:.2f} "
-            f"| {pic:.2f}x | {flops:.2f}x | {pic / flops:.2f} | {decode:.2f}x "
+            f"| {pic:.2f}x | {flops:.2f}x | {cell.over('pic', 'linear_flops'):.2f}x "
+            f"| {cell.over('pic', 'attention_flops'):.2f}x | {pic / flops:.2f} | {decode:.2f}x "
             f"| {cell.over('full', 'kv_bytes_stored'):.2f}x |"
         )
     return "\n".join(lines)
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """Prefill time and stored bytes against agents."""
-    import matplotlib
+    """Prefill time and stored bytes against agents, of one workload."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def of(value: Callable[[SystemResult], float]) -> dict[str, list[float]]:
+        return {
+            title: [value(cell.systems[name]) for cell in cells] for name, title in TITLES.items()
+        }
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    agents = [cell.agents for cell in cells]
-    for name in SYSTEMS:
-        results = [cell.systems[name] for cell in cells]
-        axes[0].plot(agents, [result.prefill_s for result in results], "o-", label=name)
-        stored = [result.kv_bytes_stored / 2**20 for result in results]
-        axes[1].plot(agents, stored, "o-", label=name)
-    for axis, title in zip(axes, ("prefill, seconds", "stored KV, MiB"), strict=True):
-        axis.set(title=f"{cells[0].workload}: {title}", xlabel="agents", ylim=(0, None))
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    panels = {
+        "prefill, seconds": of(lambda result: result.prefill_s),
+        "stored keys and values, MiB": of(lambda result: result.kv_bytes_stored / 2**20),
+    }
+    rounds = cells[0].rounds
+    title = f"{Path(cells[0].workload).stem}, {rounds} recorded round{'s' if rounds > 1 else ''}"
+    draw_against_agents(path, title, [cell.agents for cell in cells], panels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own = [cell for cell in cells if cell.workload == workload]
             draw(own, options.out / f"{Path(workload).stem}.png")
     except ImportError:
-        print("bench.rounds: no pictures without matplotlib", file=sys.stderr)
+        print(
+            "bench.rounds: no pictures without the extra: pip install 'tokendance[bench]'",
+            file=sys.stderr,
+        )
     return 0
 
 

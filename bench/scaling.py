@@ -7,7 +7,7 @@ Beside `collective_attention` over Masters and own rows stands the same kernel o
 per agent, and what an agent's own rows cost alone. The shared part's bytes do not grow with the
 agents; its FLOPs do, so that where arithmetic binds, as on CPUs, one more agent costs what they
 take at the rate of matrix products, which is printed beside. Writes ``scaling.json`` and, with
-matplotlib, ``scaling.png``.
+the extra ``bench``, ``scaling.png``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 
 from bench import ceilings
 from bench.mirrors import FLOATS, BenchRound, make_round
+from bench.plots import draw_against_agents
 
 AGENTS = (2, 4, 8, 16, 32, 64)
 HEADS: dict[str, Any] = {"num_kv_heads": 3, "group": 3, "head_dim": 64}  # of SmolLM2-135M
@@ -57,22 +58,21 @@ def measure(
 
 
 def draw(found: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
-    import matplotlib
+    """Time and bytes against agents."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def of(figure: str, unit: float) -> dict[str, list[float]]:
+        return {
+            title: [ways[way][figure] / unit for ways in found.values()]
+            for way, title in zip(
+                WAYS, ("tokendance", "dense caches", "own rows alone"), strict=True
+            )
+        }
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, what, unit in zip(axes, ("seconds", "bytes"), (1e-3, 2**20), strict=True):
-        for way in WAYS:
-            axis.plot(list(found), [found[n][way][what] / unit for n in found], "o-", label=way)
-        axis.set(xlabel="agents", ylim=(0, None))
-        axis.legend()
-    axes[0].set_title("attention of a decode step, ms per layer")
-    axes[1].set_title("keys and values, MiB per layer")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    panels = {
+        "attention of a decode step, ms": of("seconds", 1e-3),
+        "keys and values, MiB": of("bytes", 2**20),
+    }
+    draw_against_agents(path, "What one more agent costs, one layer", list(found), panels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         draw(found, options.out / "scaling.png")
     except ImportError:
-        print("bench.scaling: no picture without matplotlib", file=sys.stderr)
+        print(
+            "bench.scaling: no picture without the extra: pip install 'tokendance[bench]'",
+            file=sys.stderr,
+        )
     return 0
 
 

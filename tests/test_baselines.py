@@ -242,20 +242,24 @@ def test_flops_of_the_systems():
     prompts = {"a": [private(tokens(10, 1)), shared(tokens(20, 2)), private([1])]}
     full = FullPrefill(model)
     full.prefill_round(prompts)
-    assert full.stats.flops == 3 * 31 * flops.row + 3 * (31 * 32 // 2) * flops.pair + flops.head
+    assert full.stats.linear_flops == 3 * 31 * flops.row + flops.head
+    assert full.stats.attention_flops == 3 * (31 * 32 // 2) * flops.pair
     assert full.stats.rows == 31
     prefix = PrefixCaching(model)
     prefix.prefill_round(prompts)
-    assert prefix.stats.flops == full.stats.flops
+    assert prefix.stats.linear_flops == full.stats.linear_flops
+    assert prefix.stats.attention_flops == full.stats.attention_flops
     blend = PerRequestBlend(model, ratio=0.0)
     blend.prefill_round(prompts)
-    alone = 2 * 20 * flops.row + 20 * (flops.key + flops.value) + 2 * 210 * flops.pair
-    first = 31 * flops.row + 31 * 32 // 2 * flops.pair
-    later = 2 * (11 * flops.row + (10 * 11 // 2 + 31) * flops.pair)
-    assert blend.stats.flops == alone + first + later + flops.head
+    alone = 2 * 20 * flops.row + 20 * (flops.key + flops.value)
+    filled = 31 * flops.row + 2 * 11 * flops.row + flops.head  # the first layer, then later ones
+    assert blend.stats.linear_flops == alone + filled
+    seen = 31 * 32 // 2 + 2 * (10 * 11 // 2 + 31)
+    assert blend.stats.attention_flops == (2 * 210 + seen) * flops.pair
     blend.ratio = 0.1
     blend.prefill_round(prompts)
-    assert blend.stats.flops > first + later + flops.head + 31 * flops.key
+    assert blend.stats.linear_flops > filled + 31 * flops.key
+    assert blend.stats.attention_flops > seen * flops.pair
 
 
 def test_decode_is_timed_and_counted():

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import compare, loops, mirrors
+from bench import by_torch, compare, loops, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
 from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
+from tokendance import ops
 from tokendance.replay import SystemResult
 
 
-def run_of(path, fractions):
+def run_of(path, fractions, times=()):
     runs = [
         {"name": name, "extra_info": {} if value is None else {compare.FIGURE: value}}
         for name, value in fractions.items()
     ]
+    runs += [{"name": name, "extra_info": {key: value}} for name, key, value in times]
     path.write_text(json.dumps({"benchmarks": runs}))
     return str(path)
 
@@ -35,6 +37,20 @@ def test_compare_notices_a_lower_fraction_of_the_ceiling(tmp_path, capsys):
     assert compare.main([before, after, "--tolerance", "0.3"]) == 0
 
 
+def test_compare_shows_times_and_judges_none(tmp_path, capsys):
+    before = run_of(tmp_path / "a.json", {"x": 0.9}, [("plan[16]", "us_per_use", 1.0)])
+    after = run_of(
+        tmp_path / "b.json",
+        {"x": 0.9},
+        [("plan[16]", "us_per_use", 3.0), ("call", "us_per_layer", 47.0)],
+    )
+    assert compare.main([before, after]) == 0
+    _, times = capsys.readouterr().out.split("not judged")
+    call, plan = times.splitlines()[1:]
+    assert call.split() == ["call,", "us", "per", "layer", "only", "after"]
+    assert plan.split() == ["plan[16],", "us", "per", "use", "1.00", "3.00", "x3.00"]
+
+
 def test_a_ceiling_is_the_best_sample_of_the_best_way():
     calls = []
     ceiling = Ceiling("B/s", 100.0, [lambda: calls.append("a"), lambda: calls.append("b")])
@@ -43,6 +59,71 @@ def test_a_ceiling_is_the_best_sample_of_the_best_way():
     ceiling.sample()
     assert calls == ["a", "b", "a", "b"]
     assert ceiling.rate >= first > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_states_by_torch_is_the_operator(dtype):
+    partial_out, partial_lse = torch.randn(4, 5, 3, 64).to(dtype), torch.randn(4, 5, 3)
+    out, lse = torch.empty_like(partial_out[0]), torch.empty_like(partial_lse[0])
+    by_torch.merge_states(partial_out, partial_lse)(out, lse)
+    expected = ops.merge_states(partial_out, partial_lse)
+    torch.testing.assert_close((out, lse), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_by_torch_are_the_operators(dtype):
+    """More rows than a piece, and one shift for all or a position of its own per row."""
+    rope = td.Rope.default(head_dim=64, theta=1e4, max_position=64)
+    tables = rope.cos, rope.sin, rope.interleaved
+    fresh, cached = torch.randn(3, 10, 2, 64).to(dtype), torch.randn(5, 2, 2, 64).to(dtype)
+    at = torch.arange(10, dtype=torch.int32)
+    row = torch.arange(30).view(3, 10)
+    keys, piece = cached.flatten(0, 1), 4 * 2 * 64
+    deviate, rotate = by_torch.Deviation(keys, piece), by_torch.Rotation(keys, piece)
+    for origin, cos_sin in (
+        (at + 7, by_torch.angles(rope, -7)),
+        (None, (rope.cos[at], rope.sin[at])),
+    ):
+        moved = rotate(fresh[0], *cos_sin, torch.empty_like(fresh[0]))
+        expected = ops.rope_rotate(fresh[0], None, origin, at, *tables)
+        torch.testing.assert_close(moved, expected)
+        position = None if origin is None else origin.repeat(3, 1)
+        found = deviate(fresh, keys, *cos_sin, torch.empty(10))
+        expected = ops.key_deviation(
+            fresh.flatten(0, 1), row, position, cached, row[0], at, *tables
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_by_torch_is_the_operator(dtype):
+    case = mirrors.make_round(
+        agents=3, shared=96, private=5, segments=3, overridden=4, head_dim=64, pool_dtype=dtype
+    )
+    slots = torch.arange(3 * case.length).view(3, case.length)
+    k, v = ([torch.empty(slots.numel(), 8, 64, dtype=dtype)] for _ in range(2))
+    pools = case.k_pools, case.v_pools
+    ops.diff_restore(*pools, *case.tables, case.round, slots, k, v)
+    encode = by_torch.Encoding(case, *k, *v)
+    length = torch.full((3,), case.length, dtype=torch.int32)
+    ops.diff_encode(k, v, slots, length, *pools, *case.tables, case.round)
+    written = [pool.clone() for (pool,) in pools]
+    for (pool,) in pools:
+        for mirror in case.mirrors:
+            pool[torch.from_numpy(mirror.own_pages).long()] = 0
+    positions = encode()
+    assert case.round.own_length.tolist() == [len(position) for position in positions]
+    for agent, position in enumerate(positions):
+        first = int(case.round.own_page_indptr[agent]) * case.block_size
+        torch.testing.assert_close(
+            case.round.own_position[first : first + len(position)], position.int()
+        )
+    for (pool,), expected in zip(pools, written, strict=True):
+        rows = pool.flatten(0, 1), expected.flatten(0, 1)
+        for mirror, position in zip(case.mirrors, positions, strict=True):
+            first = int(mirror.own_pages[0]) * case.block_size
+            got, want = (each[first : first + len(position)] for each in rows)
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -66,9 +147,25 @@ def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
         assert (case.round.own_length == loops.PRIVATE).all()
 
 
+def test_growth_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = SystemResult(4.0, 900, 0, 700, 300, 100 << 20, 100 << 20, 10.0, 0.1, None, 1.0)
+    systems = dict.fromkeys(rounds.SYSTEMS, result)
+    cells = [Cell("tiny", agents, 1, 900, systems) for agents in (2, 4)]
+    rounds.draw(cells, tmp_path / "rounds.png")
+    ways = {way: {"seconds": 1e-3, "bytes": 1e6} for way in scaling.WAYS}
+    scaling.draw({2: ways, 64: ways}, tmp_path / "scaling.png")
+    for name in ("rounds", "scaling"):
+        content = (tmp_path / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG\r\n")
+        width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
+        assert width > 1000 < 3 * height
+
+
 def test_rounds_are_held_against_what_rows_and_flops_promise():
-    def result(seconds, rows, flops, stored, rate):
-        return SystemResult(seconds, rows, 0, flops, 100 << 20, stored << 20, rate, 0.1, None, 1.0)
+    def result(seconds, rows, linear, attention, stored, rate):
+        flops, stored = (linear * 10**12, attention * 10**12), stored << 20
+        return SystemResult(seconds, rows, 0, *flops, 100 << 20, stored, rate, 0.1, None, 1.0)
 
     cell = Cell(
         "tiny",
@@ -76,14 +173,19 @@ def test_rounds_are_held_against_what_rows_and_flops_promise():
         1,
         900,
         {
-            "full": result(8.0, 900, 1000, 100, 10.0),
-            "pic": result(4.0, 500, 600, 100, 10.0),
-            "tokendance": result(2.0, 300, 300, 25, 20.0),
+            "full": result(8.0, 900, 700, 300, 100, 10.0),
+            "pic": result(4.0, 500, 500, 100, 100, 10.0),
+            "tokendance": result(2.0, 300, 200, 100, 25, 20.0),
         },
     )
     assert cell.over("full", "prefill_s") == pytest.approx(4.0)
-    last = table([cell]).splitlines()[-1]
-    assert last == "| tiny | 3 | 4.00x | 3.00x | 1.33 | 2.00x | 2.00x | 1.00 | 2.00x | 4.00x |"
+    lines = table([cell]).splitlines()
+    assert lines[2].startswith("| tiny | 3 | 900 | full | 8.00 | 900 | 700.000 | 300.000 | 100.0 |")
+    assert lines[-1] == (
+        "| tiny | 3 | 4.00x | 3.00x | 1.33 | 2.00x | 2.00x | 2.50x | 1.00x | 1.00 | 2.00x | 4.00x |"
+    )
+    for head, row in (lines[0:3:2], lines[-3::2]):
+        assert head.count("|") == row.count("|")
 
 
 def figures(rows, kl, makers=()):
@@ -165,13 +267,13 @@ def test_rows_of_selections_are_those_of_a_plan():
 def test_mixtures_name_a_source_by_the_segment():
     short, long, written = td.shared([1] * 3), td.shared([2] * 9), td.shared([3] * 5)
     prompts = {"a": [td.private([7] * 40), short, long, written]}
-    rounds = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
-    mixed = replays.source_of_way("producer+alone", rounds)
+    recorded = [replays.Round("", 0, {}, {"a": [3] * 5}), replays.Round("", 1, prompts, {})]
+    mixed = replays.source_of_way("producer+alone", recorded)
     assert [mixed(one) for one in prompts["a"][1:]] == ["alone", "alone", "producer"]
-    mixed = replays.source_of_way("master+alone", rounds)
+    mixed = replays.source_of_way("master+alone", recorded)
     assert [mixed(one) for one in prompts["a"][1:]] == ["master", "alone", "master"]
-    assert replays.source_of_way("neutral", rounds) == "master"
-    assert replays.source_of_way("producer", rounds) == "producer"
+    assert replays.source_of_way("neutral", recorded) == "master"
+    assert replays.source_of_way("producer", recorded) == "producer"
 
 
 def test_repairs_that_siblings_could_share_are_counted():

@@ -11,6 +11,7 @@ import torch
 
 import tokendance as td
 from tokendance.audit import divergence_of
+from tokendance.baselines import ModelFlops, causal_pairs
 from tokendance.cli import main
 from tokendance.replay import (
     SYSTEMS,
@@ -73,7 +74,14 @@ def test_our_counts_follow_from_the_plan() -> None:
     assert (full.rows, ours.rows, ours.rows_overridden) == (136, 64 + 21 + 8, 8)
     assert ours.kv_bytes_dense == full.kv_bytes_dense == full.kv_bytes_stored
     assert ours.kv_bytes_stored < ours.kv_bytes_dense
-    assert ours.flops < full.flops
+    assert ours.linear_flops < full.linear_flops
+    assert ours.attention_flops < full.attention_flops
+    flops = ModelFlops.from_config(model.config)
+    assert full.linear_flops == 2 * 136 * flops.row + 2 * flops.head
+    assert ours.linear_flops == 2 * (64 + 21 + 8) * flops.row + 2 * flops.head
+    pairs = causal_pairs(0, 64) + causal_pairs(0, 72)
+    assert full.attention_flops == 2 * pairs * flops.pair
+    assert full.flops == full.linear_flops + full.attention_flops
     assert ours.kl_siblings == pytest.approx(2 * (ours.kl or 0.0))  # x is the Master agent
     assert full.kl == 0.0
 
@@ -126,8 +134,9 @@ def test_report_has_the_agreed_fields(smollm2: Any, tmp_path: Path) -> None:
     assert main(["replay", "town_square", *options]) == 0
     report = json.loads(path.read_text())
     assert set(report) == {"model", "workload", "threads", "rounds", "summary"}
-    fields = {"prefill_s", "rows", "rows_overridden", "flops", "kv_bytes_dense", "kv_bytes_stored"}
-    fields |= {"decode_tokens_per_s", "kl", "kl_siblings", "top1"}
+    fields = {"prefill_s", "rows", "rows_overridden", "linear_flops", "attention_flops"}
+    fields |= {"kv_bytes_dense", "kv_bytes_stored", "decode_tokens_per_s"}
+    fields |= {"kl", "kl_siblings", "top1"}
     (one,) = report["rounds"]
     assert (one["round"], one["agents"]) == (0, 2)
     assert set(one["systems"]) == set(report["summary"]) == set(SYSTEMS)

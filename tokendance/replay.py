@@ -78,11 +78,8 @@ class CollectiveReuse:
             prompt_rows=plan.rows,
             rows=plan.rows_computed,
             rows_overridden=plan.rows_overridden,
-            flops=self._flops.prefill(
-                round(plan.rows_computed * layers),
-                round(plan.pairs_computed * layers),
-                len(logits),
-            ),
+            linear_flops=self._flops.linear(round(plan.rows_computed * layers), len(logits)),
+            attention_flops=self._flops.attention(round(plan.pairs_computed * layers)),
             kv_bytes_dense=plan.rows * store.geometry.row_bytes,
             kv_bytes_stored=plan.stored_bytes,
             prefill_seconds=seconds,
@@ -153,7 +150,7 @@ class SystemResult:
         prefill_s: seconds.
         rows: rows computed, row-layers / layers.
         rows_overridden: rows of shared segments computed again.
-        flops: of the prefill, linear layers and attention.
+        linear_flops, attention_flops: of the prefill; ``flops`` is their sum.
         kv_bytes_dense, kv_bytes_stored: one dense cache per agent, and what is held.
         decode_tokens_per_s: over all agents, in one batch.
         kl: KL(full || system) in nats, mean over agents and tokens, teacher-forced on full's greedy
@@ -166,13 +163,18 @@ class SystemResult:
     prefill_s: float
     rows: float
     rows_overridden: int
-    flops: int
+    linear_flops: int
+    attention_flops: int
     kv_bytes_dense: int
     kv_bytes_stored: int
     decode_tokens_per_s: float
     kl: float | None
     kl_siblings: float | None
     top1: float | None
+
+    @property
+    def flops(self) -> int:
+        return self.linear_flops + self.attention_flops
 
 
 @dataclass
@@ -266,7 +268,8 @@ def _result(
         prefill_s=stats.prefill_seconds,
         rows=stats.rows,
         rows_overridden=stats.rows_overridden,
-        flops=stats.flops,
+        linear_flops=stats.linear_flops,
+        attention_flops=stats.attention_flops,
         kv_bytes_dense=stats.kv_bytes_dense,
         kv_bytes_stored=stats.kv_bytes_stored,
         decode_tokens_per_s=stats.decode_tokens_per_second,

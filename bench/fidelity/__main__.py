@@ -14,7 +14,8 @@
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
 measured again, so that it can be stopped and continued; so can ``answers``. It writes ``front.md``
-and, with matplotlib, one picture per workload. The others write JSON and Markdown of their names.
+and, with the extra ``bench``, one picture per workload. The others write JSON and Markdown of their
+names.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ def _front(loaded: tuple[object, object], options: argparse.Namespace) -> None:
         for workload, points in table.items():
             front.draw(workload, points, options.out / f"{workload}.png")
     except ImportError:
-        print("bench.fidelity: no pictures without matplotlib", file=sys.stderr)
+        print(
+            "bench.fidelity: no pictures without the extra: pip install 'tokendance[bench]'",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

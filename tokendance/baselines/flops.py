@@ -65,15 +65,18 @@ class ModelFlops:
         """All linear layers of one row at one layer."""
         return self.query + self.key + self.value + self.output
 
-    def prefill(self, row_layers: int, pair_layers: int, logit_rows: int) -> int:
-        """Of a prefill in which rows pass through whole layers.
+    def linear(self, row_layers: int, logit_rows: int) -> int:
+        """All linear layers of a prefill in which rows pass through whole layers.
 
         Args:
             row_layers: rows computed, summed over layers.
-            pair_layers: (query row, visible key) pairs, summed over layers.
             logit_rows: rows whose logits are computed.
         """
-        return self.row * row_layers + self.pair * pair_layers + self.head * logit_rows
+        return self.row * row_layers + self.head * logit_rows
+
+    def attention(self, pair_layers: int) -> int:
+        """Of (query row, visible key) pairs, summed over layers."""
+        return self.pair * pair_layers
 
 
 def causal_pairs(start: int, stop: int) -> int:

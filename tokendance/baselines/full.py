@@ -41,9 +41,8 @@ class FullPrefill(DenseSystem):
             self._caches[agent] = self._adopted(output.past_key_values, len(ids))
             pairs = causal_pairs(0, len(ids))
             stats.rows += len(ids)
-            stats.flops += model.flops.prefill(
-                model.num_layers * len(ids), model.num_layers * pairs, logit_rows=1
-            )
+            stats.linear_flops += model.flops.linear(model.num_layers * len(ids), logit_rows=1)
+            stats.attention_flops += model.flops.attention(model.num_layers * pairs)
         stats.kv_bytes_stored = stats.kv_bytes_dense
         return logits
 

@@ -128,8 +128,8 @@ class PerRequestBlend(DenseSystem):
         rows = sum(lengths)
         pairs = sum(causal_pairs(0, length) for length in lengths)
         self.stats.rows += rows
-        self.stats.flops += flops.row * rows * last + flops.pair * pairs * last
-        self.stats.flops += (flops.key + flops.value) * rows
+        self.stats.linear_flops += flops.row * rows * last + (flops.key + flops.value) * rows
+        self.stats.attention_flops += flops.attention(pairs * last)
 
     def _prefill(
         self, agent: str, prompt: Sequence[Segment], token_ids: npt.NDArray[np.int32]
@@ -148,8 +148,9 @@ class PerRequestBlend(DenseSystem):
             hidden = model.layer(layer, hidden, cache, rows)
             seen = int(rows.positions.sum()) + len(rows.positions)
             stats.rows += len(rows.positions) / model.num_layers
-            stats.flops += flops.row * len(rows.positions) + flops.pair * seen
-        stats.flops += flops.head
+            stats.linear_flops += flops.linear(len(rows.positions), logit_rows=0)
+            stats.attention_flops += flops.attention(seen)
+        stats.linear_flops += flops.head
         stats.rows_overridden += int(reused[rows.positions].sum())
         cache.length = count
         self._caches[agent] = cache
@@ -191,7 +192,7 @@ class PerRequestBlend(DenseSystem):
         count = math.ceil(self.ratio * int(reused.sum()))
         if count:
             fresh = model.keys(layer, model.normed(layer, hidden), rows.angles)
-            self.stats.flops += model.flops.key * len(hidden)
+            self.stats.linear_flops += model.flops.key * len(hidden)
             cached = cache.keys[layer, :, : len(hidden)].transpose(0, 1)
             deviation = (fresh - cached).square().sum(dim=(1, 2))
             deviation[torch.from_numpy(~reused)] = -1.0

@@ -67,11 +67,11 @@ class PrefixCaching(DenseSystem):
             stats.prefill_seconds += time.perf_counter() - began
             current[agent] = _Sequence(ids, cache)
             stats.rows += len(rows.positions)
-            stats.flops += model.flops.prefill(
-                model.num_layers * len(rows.positions),
-                model.num_layers * causal_pairs(start, len(ids)),
-                logit_rows=1,
+            pairs = causal_pairs(start, len(ids))
+            stats.linear_flops += model.flops.linear(
+                model.num_layers * len(rows.positions), logit_rows=1
             )
+            stats.attention_flops += model.flops.attention(model.num_layers * pairs)
         self._cached = current
         self._caches = {agent: sequence.cache for agent, sequence in current.items()}
         stats.kv_bytes_stored = _distinct_prefixes(token_ids.values()) * model.row_bytes

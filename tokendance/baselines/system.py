@@ -23,7 +23,7 @@ class RoundStats:
             and value were computed and kept at that layer, divided by the number of layers.
         rows_overridden: rows of shared segments that were computed again in a prompt although a
             cached row was at hand.
-        flops: of the prefill, linear layers and attention, counted as `flops.ModelFlops` says.
+        linear_flops, attention_flops: of the prefill, counted as `flops.ModelFlops` says.
         kv_bytes_dense: of one dense cache per agent at the end of the prefill.
         kv_bytes_stored: of what the system holds at that moment to serve these agents.
         prefill_seconds: wall time of `System.prefill_round`, without the bookkeeping of statistics.
@@ -34,7 +34,8 @@ class RoundStats:
     prompt_rows: int = 0
     rows: float = 0.0
     rows_overridden: int = 0
-    flops: int = 0
+    linear_flops: int = 0
+    attention_flops: int = 0
     kv_bytes_dense: int = 0
     kv_bytes_stored: int = 0
     prefill_seconds: float = 0.0

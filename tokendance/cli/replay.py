@@ -110,7 +110,8 @@ def _line(name: str, row: dict[str, float | None]) -> str:
 
     return (
         f"{name:<11} prefill {number('prefill_s', '7.2f')} s  rows {number('rows', '9.1f')}  "
-        f"GFLOP {(row['flops'] or 0) / 1e9:9.1f}  "
+        f"GFLOP linear {(row['linear_flops'] or 0) / 1e9:9.1f} "
+        f"attention {(row['attention_flops'] or 0) / 1e9:9.1f}  "
         f"stored {(row['kv_bytes_stored'] or 0) / 2**20:8.1f} of "
         f"{(row['kv_bytes_dense'] or 0) / 2**20:8.1f} MiB  "
         f"decode {number('decode_tokens_per_s', '6.1f')}/s  KL {number('kl', '.2e')}  "
