@@ -344,13 +344,11 @@ def test_items_are_balanced() -> None:
 
 
 def test_tiles_that_read_the_same_pages_run_together() -> None:
-    """32 agents in tiles of 8: each part of the Master is met by four tiles, one after the other."""
+    """32 agents in tiles of 8: each part of the Master is met by four tiles in a row."""
     arguments = decode_round(agents=32, shared=16384, private=16)
     plan = plan_work(**arguments, block_size=16, max_tile_rows=8, target_items=64, max_splits=64)
     parts = [
-        plan["work_chunks"][c0].tolist()
-        for r0, r1, c0, *_ in plan["work"].tolist()
-        if r1 - r0 == 8
+        plan["work_chunks"][c0].tolist() for r0, r1, c0, *_ in plan["work"].tolist() if r1 - r0 == 8
     ]
     assert len(parts) > 8
     assert parts == sorted(parts)
