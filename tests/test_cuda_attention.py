@@ -11,7 +11,7 @@ import pytest
 import test_collective_attention
 import torch
 from ptx_backend import PtxBackend
-from test_collective_attention import attention_round, check
+from test_collective_attention import attention_round, check, demanding_round
 
 from tokendance import testing
 from tokendance.rounds import RoundTensors
@@ -166,8 +166,8 @@ def test_narrow_kernels_of_e4m3_pools(ptx, query_dtype, head_dim):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_e4m3_pools_on_sm_90(head_dim):
     """Where there are instructions that convert."""
-    case = attention_round(
-        27, head_dim=head_dim, dtype=E4M3, query_dtype=torch.bfloat16, masters=(150, 20), rows=2
+    case = demanding_round(
+        27, head_dim=head_dim, dtype=E4M3, query_dtype=torch.bfloat16, rows=2, work="planned"
     )
     check(PtxBackend("90"), case)
 

@@ -22,9 +22,12 @@ def cpu():
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def case(request):
-    return testing.random_round(
-        3, agents=2, masters=(37,), whole_uses=True, room_for_all=True, dtype=request.param, rows=4
+    case = testing.random_round(
+        6, agents=2, masters=(37,), whole_uses=True, room_for_all=True, dtype=request.param, rows=4
     )
+    assert len(case.real_rows) > 0
+    assert case.filled.uses > 0
+    return case
 
 
 def with_far_pools(case):

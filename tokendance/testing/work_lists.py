@@ -120,6 +120,7 @@ def planned_work(
         block_size=extents.block_size,
         max_tile_rows=max_rows,
         target_items=int(rng.choice([1, 8, 132])),
+        read_bound_rows=1,
         max_splits=int(rng.choice([1, 4, 32])),
         window=window,
     )
