@@ -531,6 +531,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},
     )  # fmt: skip
+    for turn in range(9):
+        case = module.nine_partials_round(turn, **sizes)
+        yield checked(module, "nine partials", case, scale=60.0)
     yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
     for work in ("random", "planned"):
         case = module.neighbours_round(work=work, **sizes)

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tokendance import _planner, reference, testing
+from tokendance.rounds import RoundTensors
 
 OPERATOR = "collective_attention"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -223,6 +224,37 @@ def rising_round(first, second, **options):
         pool[earlier] = (pool[earlier].float() / 4).to(pool.dtype)
         case.k_scale.mul_(4)
     return case
+
+
+def nine_partials_round(turn, **options):
+    """One query row and nine items of two pages each, merged from the one after the ``turn``-th on.
+
+    With a large scale one of their LSEs is far above the others, at another place for each turn.
+    """
+
+    def wanted(case):
+        return case.filled.rows == 1
+
+    parts, size = 9, 8
+    case = first_round(
+        wanted, 0, agents=1, masters=(2 * size * parts,), masks="none", private_length=0, rows=1,
+        slack=False, block_size=size, rotary_dim=0, work="planned", **options,
+    )  # fmt: skip
+    place = np.arange(parts, dtype=np.int32)
+    zeros, ones = np.zeros_like(place), np.ones_like(place)
+    fields = {
+        "row_position": case.arrays["use_delta"][:1] + 2 * size * parts - 1,
+        "work": np.stack([zeros, ones, place, place + 1, place, zeros, zeros, zeros], axis=1),
+        "work_rows": zeros[:1],
+        "work_chunks": np.stack([zeros, 2 * place, 2 * place + 2, zeros], axis=1),
+        "row_partial_indptr": np.array([0, parts], dtype=np.int32),
+        "row_partials": np.roll(place, turn),
+    }
+    arrays = {**case.arrays, **fields}
+    filled = replace(case.filled, work=parts, work_rows=1, work_chunks=parts, partials=parts)
+    return replace(
+        case, arrays=arrays, filled=filled, round=RoundTensors.from_arrays(arrays, filled)
+    )
 
 
 def equal_keys_round(work, **options):
@@ -697,6 +729,12 @@ def test_random_quantized_rounds(fast_backend, dtype, num_kv_heads, group, windo
         window=window,
     )
     check(fast_backend, case, window=window, empty=True)
+
+
+@pytest.mark.parametrize("turn", [0, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partials_are_merged_by_the_highest_of_all(backend, dtype, turn):
+    check(backend, nine_partials_round(turn, dtype=dtype), scale=60.0)
 
 
 def test_how_the_work_is_cut_hardly_matters(fast_backend):
