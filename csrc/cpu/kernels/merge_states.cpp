@@ -1,9 +1,11 @@
 // Combines partial attention outputs by their log-sum-exp.
 //
 // Reads every partial once and writes one output: bound by memory. The partials of a (row, head)
-// are added up in registers, in their order.
+// are added up in registers, in their order; their weights are computed once for all dims, since an
+// exponential takes as long as moving half a partial.
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "cpu/lanes.h"
 #include "cpu/parallel.h"
@@ -14,8 +16,9 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kHeadsAtOnce = 64;
 
+// `weights` has room for one of each partial.
 template <typename T>
-void merge_head(const MergeStatesParams& params, int64_t index) {
+void merge_head(const MergeStatesParams& params, int64_t index, float* weights) {
   const int64_t heads = params.num_rows * params.num_heads;
   const int head_dim = params.head_dim;
   float max = -kInfinity;
@@ -32,7 +35,8 @@ void merge_head(const MergeStatesParams& params, int64_t index) {
   }
   float sum = 0.0f;
   for (int64_t k = 0; k < params.num_partials; ++k) {
-    sum += expf(params.partial_lse[k * heads + index] - max);
+    weights[k] = expf(params.partial_lse[k * heads + index] - max);
+    sum += weights[k];
   }
   const float lse = max + logf(sum);
   params.lse[index] = lse;
@@ -45,13 +49,11 @@ void merge_head(const MergeStatesParams& params, int64_t index) {
     const int end = std::min(begin + kStep, head_dim);
     F32 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
     for (int64_t k = 0; k < params.num_partials; ++k) {
-      const int64_t at = k * heads + index;
-      const float weight = expf(params.partial_lse[at] - max);
-      if (weight == 0.0f) continue;  // a partial that saw nothing may hold anything
-      const F32 weights = broadcast(weight * factor);
-      const T* part = static_cast<const T*>(params.partial_out) + at * head_dim;
+      if (weights[k] == 0.0f) continue;  // a partial that saw nothing may hold anything
+      const F32 weight = broadcast(weights[k] * factor);
+      const T* part = static_cast<const T*>(params.partial_out) + (k * heads + index) * head_dim;
       for (int i = 0, dim = begin; dim < end; ++i, dim += kLanes) {
-        sums[i] = fma_add(load(part + dim), weights, sums[i]);
+        sums[i] = fma_add(load(part + dim), weight, sums[i]);
       }
     }
     for (int i = 0, dim = begin; dim < end; ++i, dim += kLanes) {
@@ -66,8 +68,9 @@ void merge_states(const MergeStatesParams& params, ParallelFor parallel_for) {
   with_element(params.dtype, [&](auto element) {
     parallel_ranges(parallel_for, params.num_rows * params.num_heads, kHeadsAtOnce,
                     [&](int64_t begin, int64_t end) {
+                      std::vector<float> weights(params.num_partials);
                       for (int64_t index = begin; index < end; ++index) {
-                        merge_head<decltype(element)>(params, index);
+                        merge_head<decltype(element)>(params, index, weights.data());
                       }
                     });
   });
