@@ -68,7 +68,8 @@ class Case:
 
 def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> Case:
     """The check of an operator's test module, with the reference's results known beforehand."""
-    tolerances = {name: options.pop(name) for name in ("lse_tolerance",) if name in options}
+    of_check = ("lse_tolerance", "damage")
+    tolerances = {name: options.pop(name) for name in of_check if name in options}
     expected = module.expectation(*arguments, **options)
     return Case(
         name,
@@ -531,6 +532,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},
     )  # fmt: skip
+    for sign in (1, -1):
+        case, damage = module.beyond_the_tables_round(sign, **sizes)
+        yield checked(module, "rows and uses beyond the tables", case, damage=damage)
     for turn in range(9):
         case = module.nine_partials_round(turn, **sizes)
         yield checked(module, "nine partials", case, scale=60.0)

@@ -226,6 +226,30 @@ def rising_round(first, second, **options):
     return case
 
 
+def beyond_the_tables_round(sign, **options):
+    """A round without one of its rows and one of its uses, and what puts them in again: the row at
+    the first position beyond the tables, the use with the first shift beyond them."""
+
+    def wanted(case):
+        return len(case.real_rows) >= 3 and (case.arrays["use_length"] > 20).sum() >= 2
+
+    case = first_round(wanted, 0, masters=(70, 40), rows=2, **options)
+    row = int(case.real_rows[0])
+    use = int(np.flatnonzero(case.arrays["use_length"] > 20)[-1])
+    agent, length = int(case.round.row_agent[row]), int(case.round.use_length[use])
+    limit = case.cos.shape[0]
+    case.round.row_agent[row] = -1
+    case.round.use_length[use] = 0
+
+    def damage(given):
+        given.round.row_agent[row] = agent
+        given.round.row_position[row] = limit
+        given.round.use_length[use] = length
+        given.round.use_shift[use] = sign * limit
+
+    return case, damage
+
+
 def nine_partials_round(turn, **options):
     """One query row and nine items of two pages each, merged from the one after the ``turn``-th on.
 
@@ -340,10 +364,12 @@ def check(
     lse_tolerance=None,
     expected=None,
     empty=False,
+    damage=None,
 ):
     """Compares with the reference; nothing but rows that are not padding may be written.
 
-    A round without query rows compares nothing: it has to be meant (``empty``).
+    A round without query rows compares nothing: it has to be meant (``empty``). The operator gets
+    what ``damage`` makes of a copy of the case.
     """
     assert empty or len(case.real_rows) > 0, "the round has no query rows"
     dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
@@ -351,7 +377,10 @@ def check(
     options |= {"rotary_scale": rotary_scale, "scale": scale}
     expected, expected_lse = expected or expectation(case, **options)
     scale = case.scale if scale is None else scale
-    mine = case.copy(backend.device)
+    given = case.copy()
+    if damage:
+        damage(given)
+    mine = given.copy(backend.device)
     to = testing.StorageCopies(backend.device)
     out = to(torch.full((rows, num_q_heads + wide, head_dim + 16 * wide), torch.nan, dtype=dtype))
     lse = to(torch.full((rows, num_q_heads), torch.nan))
@@ -371,10 +400,10 @@ def check(
         *scales_of(mine),
     )
     for name, got, want in (
-        ("q", mine.q, case.q),
-        ("k_pool", mine.k_pool[0], case.k_pool[0]),
-        ("v_pool", mine.v_pool[0], case.v_pool[0]),
-        ("round", mine.round.buffer, case.round.buffer),
+        ("q", mine.q, given.q),
+        ("k_pool", mine.k_pool[0], given.k_pool[0]),
+        ("v_pool", mine.v_pool[0], given.v_pool[0]),
+        ("round", mine.round.buffer, given.round.buffer),
     ):
         testing.assert_same_storage(got, want, name)
     assert workspace[partials * num_q_heads * (head_dim + 1) :].isnan().all()

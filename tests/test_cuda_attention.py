@@ -11,7 +11,12 @@ import pytest
 import test_collective_attention
 import torch
 from ptx_backend import PtxBackend
-from test_collective_attention import attention_round, check, demanding_round
+from test_collective_attention import (
+    attention_round,
+    beyond_the_tables_round,
+    check,
+    demanding_round,
+)
 
 from tokendance import testing
 from tokendance.rounds import RoundTensors
@@ -170,6 +175,13 @@ def test_e4m3_pools_on_sm_90(head_dim):
         27, head_dim=head_dim, dtype=E4M3, query_dtype=torch.bfloat16, rows=2, work="planned"
     )
     check(PtxBackend("90"), case)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rows_and_uses_beyond_the_tables_are_left_out(ptx, sign):
+    """What the CPU refuses, a device cannot say without being waited for."""
+    case, damage = beyond_the_tables_round(sign, dtype=torch.bfloat16)
+    check(ptx, case, damage=damage)
 
 
 @pytest.mark.parametrize("layout", ["separate", "unaligned"])

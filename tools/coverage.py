@@ -52,6 +52,11 @@ UNREACHABLE = (
         source=r"if \(!has_token\[i\]\) continue",
     ),
     Unreachable(
+        "the first of a batch of partials: the loop has asked for it",
+        text=r"setp\.ge\.s32 .*always goes on",
+        source=r"i \+ j < end \? expf",
+    ),
+    Unreachable(
         "a search among no agents: without agents nothing is launched",
         text=r"setp\.eq\.s32 %\w+, %\w+, 0;.*always goes on",
         source=r"if \(count == 0",
