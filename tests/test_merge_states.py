@@ -156,3 +156,11 @@ def test_functional_variant_gives_the_same(fast_backend):
     arguments = (item.to(fast_backend.device) for item in (out, lse, sinks))
     for got, want in zip(torch.ops.tokendance.merge_states(*arguments), expected, strict=True):
         testing.assert_same_bits(got, want)
+
+
+def test_results_may_not_lie_in_the_partials():
+    partial_out, partial_lse = torch.randn(3, 4, 2, 64), torch.randn(3, 4, 2)
+    out, lse = torch.empty(4, 2, 64), torch.empty(4, 2)
+    for name, results in (("out", (partial_out[1], lse)), ("lse", (out, partial_lse[2]))):
+        with pytest.raises(RuntimeError, match=f"{name}: expected memory apart"):
+            torch.ops.tokendance.merge_states_out(partial_out, partial_lse, None, *results)

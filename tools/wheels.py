@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def tag_of(interpreter: str | Path) -> tuple[str, str]:
 
 
 def built_wheel(tag: str) -> Path:
-    wheels = sorted(DIST.glob(f"*-{tag}-{tag}-*linux*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted(DIST.glob(f"*-{tag}-{tag}-linux_*.whl"), key=lambda path: path.stat().st_mtime)
     if not wheels:
         sys.exit(f"dist/: expected a wheel for {tag}, got none; `make wheel` builds it")
     return wheels[-1]
@@ -94,7 +95,7 @@ def repair(wheel: Path) -> Path:
         command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder]
         run([*command, "--exclude", "libtorch_cpu.so", wheel])
         (result,) = Path(folder).glob("*.whl")
-        return result.replace(DIST / result.name)
+        return Path(shutil.move(result, DIST / result.name))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

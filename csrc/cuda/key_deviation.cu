@@ -16,6 +16,7 @@ TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE, key_deviation)
 #define TOKENDANCE_KERNEL(op, variant, ...) tokendance_key_deviation_##variant,
 
 int cuda_key_deviation(const KeyDeviationParams& params, void* stream) {
+  if (is_quantized(params.dtype)) return cudaErrorNotSupported;
   constexpr void (*kKernels[])(
       KeyDeviationParams, Tile) = {TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL, key_deviation)};
   return cuda::launch(plan_key_deviation(params), kKernels, params, stream);

@@ -16,6 +16,7 @@ TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_DEFINE)
 #define TOKENDANCE_KERNEL(variant, T, V) tokendance_merge_states_##variant,
 
 int cuda_merge_states(const MergeStatesParams& params, void* stream) {
+  if (is_quantized(params.dtype)) return cudaErrorNotSupported;
   constexpr void (*kKernels[])(MergeStatesParams,
                                Tile) = {TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_KERNEL)};
   return cuda::launch(plan_merge_states(params), kKernels, params, stream);

@@ -60,6 +60,19 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& partial_out, const Tensor&
   return {out, lse};
 }
 
+// Other threads still read partials while results are written.
+void check_apart(const char* name, const Tensor& result, const Tensor& partials) {
+  const auto begin = [](const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  };
+  const auto end = [&](const Tensor& tensor) {
+    return begin(tensor) + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  };
+  if (begin(result) < end(partials) && begin(partials) < end(result)) {
+    fail(name, ": expected memory apart from that of the partials");
+  }
+}
+
 void merge_states_out(const Tensor& partial_out, const Tensor& partial_lse,
                       const std::optional<Tensor>& sinks, const Tensor& out, const Tensor& lse) {
   MergeStatesParams params = make_params(partial_out, partial_lse, sinks);
@@ -73,6 +86,8 @@ void merge_states_out(const Tensor& partial_out, const Tensor& partial_lse,
       .dtype(ScalarType::Float)
       .shape(dims, {params.num_rows, params.num_heads})
       .contiguous();
+  check_apart("out", out, partial_out);
+  check_apart("lse", lse, partial_lse);
   run(params, out, lse);
 }
 
