@@ -30,7 +30,7 @@ from tokendance.selection import (
     Nothing,
     Selection,
 )
-from tokendance.step import AgentRows, Step, rows_for_prefill
+from tokendance.step import AgentRows, Step, is_to_compute, rows_for_prefill
 from tokendance.store import DiffStore
 
 
@@ -118,8 +118,9 @@ class KVCollector:
         """The steps that compute the plan's prompts.
 
         A row's visible keys lie in its own or an earlier step. Enter and finish each step before
-        the next is asked for. With `KeyDeviation` all rows of an agent are in one step, however
-        many.
+        the next is asked for, unless an agent in it was aborted: then it can no longer be entered,
+        and the next step has its other rows. With `KeyDeviation` all rows of an agent are in one
+        step, however many.
 
         Args:
             max_rows: rows of a step at most.
@@ -133,12 +134,10 @@ class KVCollector:
         return self._steps(plan, max_rows)
 
     def _steps(self, plan: Plan, max_rows: int) -> Iterator[Step]:
-        for parts in _chunks(plan, max_rows):
-            todo = sum(len(state.pending) for state in plan.states)
-            yield Step(plan, partial(rows_for_prefill, parts), decode=False)
-            if plan.ended:
-                return
-            if sum(len(state.pending) for state in plan.states) == todo:
+        while parts := _next_rows(plan, max_rows):
+            states = [state for state, _ in parts]
+            yield Step(plan, states, partial(rows_for_prefill, parts), decode=False)
+            if all(is_to_compute(state, positions) for state, positions in parts):
                 raise ValueError("step: expected each step to be run before the next, got one left")
 
     def decode(self, plan: Plan, token_ids: Mapping[str, Sequence[int]]) -> Step:
@@ -163,31 +162,27 @@ class KVCollector:
             tokens = [int(token) for token in ids]
             if not tokens:
                 raise ValueError(f"token_ids[{agent!r}]: expected at least one token, got none")
-            if state.length + len(tokens) > self.store.max_position:
-                raise ValueError(
-                    f"token_ids[{agent!r}]: expected positions below {self.store.max_position}, "
-                    f"got {state.length + len(tokens) - 1}"
-                )
+            self._check_room(state, len(tokens))
             fed.append((state, tokens))
 
         def make_rows() -> list[AgentRows]:
             rows = []
-            grown: list[tuple[AgentState, int]] = []
-            try:
-                for state, tokens in fed:
-                    begin = state.length
-                    plan.extend(state, tokens)
-                    grown.append((state, begin))
-                    positions = np.arange(begin, state.length, dtype=np.int32)
-                    rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
-            except BaseException:
-                for state, length in grown:
-                    assert state.layout.agent is not None
-                    plan.truncate(state.layout.agent, length)
-                raise
+            for state, tokens in fed:
+                begin = state.length
+                self._check_room(state, len(tokens))
+                plan.extend(state, tokens)
+                positions = np.arange(begin, state.length, dtype=np.int32)
+                rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
             return rows
 
-        return Step(plan, make_rows, decode=True)
+        return Step(plan, [state for state, _ in fed], make_rows, decode=True)
+
+    def _check_room(self, state: AgentState, count: int) -> None:
+        if state.length + count > self.store.max_position:
+            raise ValueError(
+                f"token_ids[{state.layout.agent!r}]: expected positions below "
+                f"{self.store.max_position}, got {state.length + count - 1}"
+            )
 
     # The gate ------------------------------------------------------------------------------------
 
@@ -309,8 +304,8 @@ def _names_and_digests(
     return frozenset(names), frozenset(digests)
 
 
-def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArray]]]:
-    """Rows of the plan in the order of computing, at most ``max_rows`` at a time.
+def _next_rows(plan: Plan, max_rows: int) -> list[tuple[AgentState, IntArray]]:
+    """The next rows of the plan in the order of computing, at most ``max_rows``.
 
     An agent whose rows are chosen while the round runs is not divided.
     """
@@ -319,24 +314,19 @@ def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArr
     for state in plan.states:
         if state.phase is not Phase.PREFILL:
             continue
+        if room <= 0:
+            break
         state.settle(plan.chosen, plan.store.block_size)
+        positions = state.pending
+        rows = len(positions)
         if state.candidates:
-            rows = len(state.pending) + sum(use.length for use in state.candidates)
+            rows += sum(use.length for use in state.candidates)
             if parts and rows > room:
-                yield parts  # which may choose this agent's rows too
-                parts, room = [], max_rows
-                state.settle(plan.chosen, plan.store.block_size)
-        if state.candidates:
-            parts.append((state, state.pending))
-            room -= rows
-            continue
-        pending = state.pending
-        while len(pending):
-            if room <= 0:
-                yield parts
-                parts, room = [], max_rows
-            parts.append((state, pending[:room]))
-            pending = pending[room:]
-            room -= len(parts[-1][1])
-    if parts:
-        yield parts
+                break  # the rows so far may choose this agent's rows too
+        else:
+            positions = positions[:room]
+            rows = len(positions)
+        if rows:
+            parts.append((state, positions))
+        room -= rows
+    return parts

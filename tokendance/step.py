@@ -43,7 +43,7 @@ class Step:
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
     it. Leaving it by an exception aborts the whole plan. Leaving it before the last layer is an
-    error.
+    error. While it is open its agents can be in no other step, nor committed, aborted or truncated.
 
     Attributes:
         token_ids: int64 ``[R]`` on the store's device.
@@ -55,9 +55,16 @@ class Step:
         logit_agents: the agents of ``logit_rows``.
     """
 
-    def __init__(self, plan: Plan, make_rows: Callable[[], list[AgentRows]], decode: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        states: Sequence[AgentState],
+        make_rows: Callable[[], list[AgentRows]],
+        decode: bool,
+    ) -> None:
         self._plan = plan
         self._store = plan.store
+        self._states = states
         self._make_rows = make_rows
         self._decode = decode
         self._layer = 0
@@ -68,13 +75,33 @@ class Step:
     def __enter__(self) -> Step:
         if self._open or self._layer:
             raise ValueError("step: expected a step that has not been entered, got one that has")
-        self._rows = self._make_rows()
+        self._check_states()
+        lengths = [state.length for state in self._states]
+        try:
+            self._rows = self._make_rows()
+            self._choosing = not self._decode and any(rows.state.candidates for rows in self._rows)
+            tokens = [np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]]
+            self.token_ids = torch.from_numpy(np.concatenate(tokens)).to(self._store.device)
+            self._describe_rows()
+        except BaseException:
+            for state, length in zip(self._states, lengths, strict=True):
+                self._plan.shorten(state, length)
+            raise
+        for state in self._states:
+            state.busy = True
         self._open = True
-        self._choosing = not self._decode and any(rows.state.candidates for rows in self._rows)
-        tokens = np.concatenate([np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]])
-        self.token_ids = torch.from_numpy(tokens).to(self._store.device)
-        self._describe_rows()
         return self
+
+    def _check_states(self) -> None:
+        wanted = Phase.DECODE if self._decode else Phase.PREFILL
+        for state in self._states:
+            agent = state.layout.agent
+            if state.phase is not wanted:
+                raise ValueError(
+                    f"step: expected agents in {wanted.value}, got {agent!r} ({state.phase.value})"
+                )
+            if state.busy:
+                raise ValueError(f"step: expected agents in no open step, got {agent!r}")
 
     def __exit__(
         self,
@@ -86,7 +113,7 @@ class Step:
         layers = self._store.geometry.num_layers
         if kind is not None or self._layer != layers:
             if not self._plan.ended:
-                self._plan.abort()
+                self._plan.abort_open()
             if kind is None:
                 raise ValueError(
                     f"step: expected {layers} layers, got {self._layer}; the plan is aborted"
@@ -94,10 +121,13 @@ class Step:
             return
         for rows in self._rows:
             state = rows.state
+            state.busy = False
             if state.phase is Phase.PREFILL:
                 state.pending = state.pending[state.pending > rows.positions[-1]]
                 if not len(state.pending):
                     state.phase = Phase.DECODE
+        if any(state.layout.agent is None for state in self._states):
+            self._plan.end_unneeded()
 
     @property
     def num_rows(self) -> int:
@@ -141,6 +171,8 @@ class Step:
         geometry = self._store.geometry
         if not self._open:
             raise ValueError("step: expected an entered step (`with step:`), got one that is not")
+        if self._plan.aborted:
+            raise ValueError("step: expected a plan that goes on, got one that was aborted")
         if layer != self._layer:
             raise ValueError(f"layer: expected {self._layer}, got {layer}")
         if self._kept is not None:
@@ -427,10 +459,20 @@ def items_per_kv_head(num_kv_heads: int, device: torch.device | str) -> int:
     return -(-_BLOCKS_PER_MULTIPROCESSOR * count // num_kv_heads)
 
 
+def is_to_compute(state: AgentState, positions: IntArray) -> bool:
+    """Whether rows are the next ones that a state has to compute."""
+    pending = state.pending[: len(positions)]
+    return state.phase is Phase.PREFILL and np.array_equal(pending, positions)
+
+
 def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
     """Rows of a prefill step; the rows that `KeyDeviation` may drop join their agents' parts."""
     result = []
     for state, positions in parts:
+        if not is_to_compute(state, positions):
+            raise ValueError(
+                f"step: expected rows that are still to be computed, got {state.layout.agent!r}'s"
+            )
         for use in state.candidates:
             reused = np.arange(use.delta, use.delta + use.length, dtype=np.int32)
             positions = np.union1d(positions, reused).astype(np.int32)
