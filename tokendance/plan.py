@@ -137,13 +137,18 @@ class Plan:
         store.hold(held)
         try:
             self._states = self._lease(layouts)
+            try:
+                self._copy_carried_rows()
+            except BaseException:
+                for state in self._states:
+                    store.drop_pages(state.own_pages)
+                raise
         except BaseException:
             store.let_go(held)
             raise
         self._by_name = {
             state.layout.agent: state for state in self._states if state.layout.agent is not None
         }
-        self._copy_carried_rows()
 
     # Pages ----------------------------------------------------------------------------------------
 
