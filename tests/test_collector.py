@@ -21,6 +21,7 @@ from driving import (
 
 import tokendance as td
 from tokendance.reference import exact_rotation
+from tokendance.selection import Selection
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
@@ -484,3 +485,46 @@ def test_steps_refuse_what_does_not_fit() -> None:
         next(steps)
     with pytest.raises(ValueError, match="has not been prefilled"):
         collector.prefill(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"layer": -1}, r"layer: expected 0 \.\. 1, got -1"),
+        ({"layer": 2}, r"layer: expected 0 \.\. 1, got 2"),
+        ({"window": -1}, r"window: expected an int in 0 \.\. 2147483647, got -1"),
+        ({"window": 2**31}, r"window: expected an int in 0 \.\. 2147483647, got 2147483648"),
+        ({"window": 4.0}, r"window: expected an int in 0 \.\. 2147483647, got 4.0"),
+        ({"soft_cap": -1.0}, "soft_cap: expected a finite number of at least 0, got -1.0"),
+        ({"soft_cap": float("inf")}, "soft_cap: expected a finite number of at least 0, got inf"),
+        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"sinks": torch.zeros(3)}, r"sinks: expected \[2\], got \[3\]"),
+        ({"sinks": torch.zeros(2).half()}, "sinks: expected torch.float32 on cpu, got torch.float"),
+    ],
+)
+@pytest.mark.parametrize("selection", [None, td.KeyDeviation(0.3)], ids=str)
+def test_a_call_that_was_refused_can_be_repeated(
+    options: dict[str, object], text: str, selection: Selection | None
+) -> None:
+    stores = []
+    for refused in (False, True):
+        collector = td.KVCollector(make_store(), selection=selection)
+        plan = collector.plan(prompts())
+        for step in collector.prefill(plan):
+            with step:
+                ids = step.token_ids
+                for layer in range(GEOMETRY.num_layers):
+                    q, k, v = project(ids, layer)
+                    if refused:
+                        before = plan.rows_computed, plan.pairs_computed
+                        with pytest.raises(ValueError, match=text):
+                            step.attend(**{"layer": layer, "q": q, "k": k + 1, "v": v, **options})
+                        assert (plan.rows_computed, plan.pairs_computed) == before
+                    step.attend(layer, q, k, v)
+                    (ids,) = step.keep(ids)
+        with pytest.raises(ValueError, match="entered step"):
+            step.attend(2, q, k, v)
+        plan.commit()
+        stores.append((snapshot(collector.store), plan.rows_computed, plan.pairs_computed))
+    assert same_snapshot(stores[0][0], stores[1][0])
+    assert stores[0][1:] == stores[1][1:]

@@ -22,6 +22,7 @@ from driving import (
 
 import tokendance as td
 from tokendance.plan import Phase
+from tokendance.selection import Selection
 
 A, B = tokens(1, 40), tokens(2, 24)
 MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
@@ -70,7 +71,7 @@ def test_an_aborted_agent_is_not_computed_any_more() -> None:
 @pytest.mark.parametrize("source", ["master", "alone"])
 @pytest.mark.parametrize("run_before", [0, 1, 2])
 def test_masters_outlive_an_agent_that_is_aborted_in_prefill(
-    source: str, selection: td.Selection, run_before: int
+    source: str, selection: Selection, run_before: int
 ) -> None:
     results = []
     for aborts in (False, True):

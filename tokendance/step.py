@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -27,6 +28,7 @@ _TILE_HEIGHT = 64
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _ITEMS_PER_THREAD = 4
 _MAX_SPLITS = 64
+_MAX_WINDOW = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -166,13 +168,16 @@ class Step:
             ``[R', Hq, D]``; R' < R only in the layer where `KeyDeviation` drops rows (see `kept`).
 
         Raises:
-            ValueError: the step is not open, the layer is out of order, or a tensor does not fit.
+            ValueError: the step is not open, the layer is out of order, or a number or a tensor
+                does not fit; then nothing has changed, and the call can be repeated.
         """
         geometry = self._store.geometry
         if not self._open:
             raise ValueError("step: expected an entered step (`with step:`), got one that is not")
         if self._plan.aborted:
             raise ValueError("step: expected a plan that goes on, got one that was aborted")
+        if not 0 <= layer < geometry.num_layers:
+            raise ValueError(f"layer: expected 0 .. {geometry.num_layers - 1}, got {layer}")
         if layer != self._layer:
             raise ValueError(f"layer: expected {self._layer}, got {layer}")
         if self._kept is not None:
@@ -180,10 +185,10 @@ class Step:
         queries = self._checked("q", q, geometry.num_q_heads)
         keys = self._checked("k", k, geometry.num_kv_heads)
         values = self._checked("v", v, geometry.num_kv_heads)
-        self._layer += 1
-        if not self._decode:
-            pairs = int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
-            self._plan.count_prefill(self.num_rows, pairs)
+        scale = geometry.head_dim**-0.5 if scale is None else scale
+        _check_scores(scale, window, soft_cap)
+        sinks = None if sinks is None else self._checked_sinks(sinks)
+        rows, pairs = self.num_rows, int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
         if self._choosing:
             queries, keys, values = self._choose(layer, queries, keys, values)
         self._write(layer, keys, values, self._slots, self.positions)
@@ -200,7 +205,7 @@ class Step:
             rope.sin,
             rope.interleaved,
             round_,
-            geometry.head_dim**-0.5 if scale is None else scale,
+            scale,
             window,
             soft_cap,
             sinks,
@@ -210,6 +215,9 @@ class Step:
             lse,
             *self._store.pool.scales(layer),
         )
+        self._layer += 1
+        if not self._decode:
+            self._plan.count_prefill(rows, pairs)
         return out
 
     def keep(self, *tensors: Array) -> tuple[Tensor, ...]:
@@ -239,6 +247,17 @@ class Step:
                 f"got {x.dtype} on {x.device}"
             )
         return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _checked_sinks(self, array: Array) -> Tensor:
+        sinks = as_tensor(array)
+        heads, device = self._store.geometry.num_q_heads, self._store.device
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks: expected [{heads}], got {list(sinks.shape)}")
+        if sinks.dtype != torch.float32 or sinks.device != device:
+            raise ValueError(
+                f"sinks: expected {torch.float32} on {device}, got {sinks.dtype} on {sinks.device}"
+            )
+        return sinks.contiguous()
 
     def _describe_rows(self) -> None:
         """Everything that follows from which rows the step has."""
@@ -307,7 +326,7 @@ class Step:
         assert isinstance(selection, KeyDeviation)
         last_layer = self._store.geometry.num_layers - 1
         if layer < min(selection.layer, last_layer):
-            self._held.append((k, v))
+            self._held[layer:] = [(k, v)]
             return q, k, v
         # The Masters' rows of this very step are what fresh keys are compared with.
         self._write(layer, k, v, self._slots, self.positions)
@@ -387,6 +406,15 @@ class Step:
             rows.positions = rows.positions[stays]
             rows.token_ids = rows.token_ids[stays]
         return np.concatenate(kept)
+
+
+def _check_scores(scale: float, window: int, soft_cap: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not isinstance(window, int | np.integer) or not 0 <= window <= _MAX_WINDOW:
+        raise ValueError(f"window: expected an int in 0 .. {_MAX_WINDOW}, got {window}")
+    if not (math.isfinite(soft_cap) and soft_cap >= 0):
+        raise ValueError(f"soft_cap: expected a finite number of at least 0, got {soft_cap}")
 
 
 def with_work(
