@@ -266,7 +266,8 @@ def test_audits_leave_the_store_and_the_plan_as_they_were(source: str, rows: flo
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert same_snapshot(snapshot(collector.store), before)
-    with pytest.raises(LookupError), next(collector.audit(plan, "second", rows=rows).steps()):
+    steps = collector.audit(plan, "second", rows=rows).steps()
+    with pytest.raises(LookupError), next(steps):
         raise LookupError("the engine's own mistake")
     one = collector.audit(plan, agents="second")
     with pytest.raises(ValueError, match=r"audit: expected add\(\) after every step"):

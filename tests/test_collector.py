@@ -21,6 +21,7 @@ from driving import (
 
 import tokendance as td
 from tokendance.reference import exact_rotation
+from tokendance.selection import Selection
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
@@ -355,6 +356,18 @@ def test_empty_rounds() -> None:
             ValueError,
             r"prompts\['a'\]: expected at most 4096 tokens .* got 4097",
         ),
+        (lambda c: c.plan({"a": td.shared([1])}), TypeError, r"prompts\['a'\]: .* got Segment"),
+        (lambda c: c.plan({7: []}), ValueError, r"prompts: expected agents' names \(str\), got 7"),
+        (
+            lambda c: c.prefill(td.KVCollector(make_store()).plan({})),
+            ValueError,
+            "plan: expected one of this collector's store",
+        ),
+        (
+            lambda c: c.decode(td.KVCollector(make_store()).plan({"a": []}), {"a": [1]}),
+            ValueError,
+            "plan: expected one of this collector's store",
+        ),
         (lambda c: c.prefill(c.plan({}), 0), ValueError, "max_rows: expected at least 1, got 0"),
         (lambda c: c.decode(c.plan({}), {"x": [1]}), KeyError, "agent: expected one of"),
         (
@@ -384,6 +397,56 @@ def test_errors_name_the_argument(make: object, error: type[Exception], text: st
     collector = td.KVCollector(make_store())
     with pytest.raises(error, match=text):
         make(collector)  # type: ignore[operator]
+
+
+def test_prompts_and_tokens_may_be_iterators() -> None:
+    stores = []
+    for as_given in (list, iter):
+        collector = td.KVCollector(make_store())
+        plan = collector.plan({agent: as_given(one) for agent, one in prompts().items()})
+        run_prefill(collector, plan)
+        run_step(collector.decode(plan, {"a": as_given([1, 2])}))
+        plan.commit()
+        stores.append(collector.store)
+    assert same_snapshot(*map(snapshot, stores))
+    assert stores[0].length("a") == len(MINE) + len(A) + len(B) + len(C) + 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "text"),
+    [
+        ([-1], ValueError, "token ids in 0 .. 2147483647, got -1"),
+        ([2**40], ValueError, "token ids in 0 .. 2147483647, got 1099511627776"),
+        ([1.7], TypeError, "integers, got float64"),
+        ("57", ValueError, r"shape \[length\], got \[\]"),
+        (["5"], TypeError, "integers, got <U1"),
+    ],
+)
+def test_decode_takes_the_token_ids_that_segments_take(
+    ids: object, error: type[Exception], text: str
+) -> None:
+    collector = td.KVCollector(make_store())
+    plan = collector.plan({"a": [], "b": []})
+    with pytest.raises(error, match=rf"token_ids\['b'\]: expected {text}"):
+        collector.decode(plan, {"a": [1], "b": ids})  # type: ignore[dict-item]
+    run_step(collector.decode(plan, {"a": np.array([1]), "b": torch.tensor([2, 3])}))
+    assert (plan.output("a"), plan.output("b")) == ([1], [2, 3])
+
+
+def test_a_plan_that_cannot_copy_what_it_carries_leases_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    run_round(collector, prompts())
+    before = snapshot(store)
+    longer = {agent: [*one, td.shared(tokens(7, 20))] for agent, one in prompts().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            collector.plan(longer)
+    assert same_snapshot(snapshot(store), before)
+    run_round(collector, longer)
 
 
 def test_decode_beyond_the_table_is_refused() -> None:
@@ -422,3 +485,46 @@ def test_steps_refuse_what_does_not_fit() -> None:
         next(steps)
     with pytest.raises(ValueError, match="has not been prefilled"):
         collector.prefill(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"layer": -1}, r"layer: expected 0 \.\. 1, got -1"),
+        ({"layer": 2}, r"layer: expected 0 \.\. 1, got 2"),
+        ({"window": -1}, r"window: expected an int in 0 \.\. 2147483647, got -1"),
+        ({"window": 2**31}, r"window: expected an int in 0 \.\. 2147483647, got 2147483648"),
+        ({"window": 4.0}, r"window: expected an int in 0 \.\. 2147483647, got 4.0"),
+        ({"soft_cap": -1.0}, "soft_cap: expected a finite number of at least 0, got -1.0"),
+        ({"soft_cap": float("inf")}, "soft_cap: expected a finite number of at least 0, got inf"),
+        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"sinks": torch.zeros(3)}, r"sinks: expected \[2\], got \[3\]"),
+        ({"sinks": torch.zeros(2).half()}, "sinks: expected torch.float32 on cpu, got torch.float"),
+    ],
+)
+@pytest.mark.parametrize("selection", [None, td.KeyDeviation(0.3)], ids=str)
+def test_a_call_that_was_refused_can_be_repeated(
+    options: dict[str, object], text: str, selection: Selection | None
+) -> None:
+    stores = []
+    for refused in (False, True):
+        collector = td.KVCollector(make_store(), selection=selection)
+        plan = collector.plan(prompts())
+        for step in collector.prefill(plan):
+            with step:
+                ids = step.token_ids
+                for layer in range(GEOMETRY.num_layers):
+                    q, k, v = project(ids, layer)
+                    if refused:
+                        before = plan.rows_computed, plan.pairs_computed
+                        with pytest.raises(ValueError, match=text):
+                            step.attend(**{"layer": layer, "q": q, "k": k + 1, "v": v, **options})
+                        assert (plan.rows_computed, plan.pairs_computed) == before
+                    step.attend(layer, q, k, v)
+                    (ids,) = step.keep(ids)
+        with pytest.raises(ValueError, match="entered step"):
+            step.attend(2, q, k, v)
+        plan.commit()
+        stores.append((snapshot(collector.store), plan.rows_computed, plan.pairs_computed))
+    assert same_snapshot(stores[0][0], stores[1][0])
+    assert stores[0][1:] == stores[1][1:]

@@ -254,9 +254,34 @@ def test_what_does_not_fit_is_refused() -> None:
     store = td.DiffStore(geometry_of(tiny("qwen3")), rope_of(model), "4MiB", block_size=8)
     with pytest.raises(ValueError, match="collector: expected a store of KVGeometry"):
         TransformersEngine(model, td.KVCollector(store))
+    for rope in (
+        rope_of(tiny("llama3-scaling"), 4096),
+        td.Rope.default(head_dim=64, theta=11000.0, max_position=4096),
+        td.Rope.default(head_dim=64, theta=10000.0, max_position=4096, interleaved=True),
+        [rope_of(model, 4096), None, rope_of(model, 4096)],
+    ):
+        other = td.DiffStore(geometry_of(model), rope, "4MiB", block_size=8)
+        with pytest.raises(ValueError, match=r"collector: .* rotation tables .* got others in lay"):
+            TransformersEngine(model, td.KVCollector(other))
+    shorter = td.DiffStore(geometry_of(model), rope_of(model, 100), "4MiB", block_size=8)
+    TransformersEngine(model, td.KVCollector(shorter))
     model.config.model_type = "mamba"
     with pytest.raises(ValueError, match="model: expected one of the architectures"):
         TransformersEngine(model, td.KVCollector(store))
+
+
+def test_decode_takes_iterators_and_nothing() -> None:
+    model = tiny("llama")
+    one = engine(model, td.Everything())
+    plan = one.collector.plan({"a": [td.private(A)], "b": [td.private(B)]})
+    one.prefill(plan)
+    assert one.decode(plan, {}) == {}
+    assert not plan.ended
+    rows = one.decode(plan, {"a": iter([1, 2]), "b": [3]})
+    assert [len(rows["a"]), len(rows["b"])] == [2, 1]
+    expected = own_logits(model, [td.private(A), td.private([1, 2])])
+    torch.testing.assert_close(rows["a"][1], expected, **CLOSE)
+    plan.commit()
 
 
 def test_audit_compares_with_the_models_own_logits() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from tokendance.audit import (
 from tokendance.layout import OptedOut, Source, Sources, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
-from tokendance.segments import Segment
+from tokendance.segments import Segment, TokenIds, _as_token_ids
 from tokendance.selection import (
     DEFAULT,
     Everything,
@@ -30,7 +30,7 @@ from tokendance.selection import (
     Nothing,
     Selection,
 )
-from tokendance.step import AgentRows, Step, rows_for_prefill
+from tokendance.step import AgentRows, Step, is_to_compute, rows_for_prefill
 from tokendance.store import DiffStore
 
 
@@ -81,7 +81,7 @@ class KVCollector:
         self._record = Record()
         self._audits = 0
 
-    def plan(self, prompts: Mapping[str, Sequence[Segment]]) -> Plan:
+    def plan(self, prompts: Mapping[str, Iterable[Segment]]) -> Plan:
         """Matches the prompts with the store and with each other, and leases the round's pages.
 
         Args:
@@ -91,11 +91,19 @@ class KVCollector:
 
         Raises:
             TypeError: something else than segments.
-            ValueError: a prompt is longer than the rotation tables, or an unknown source of a
-                segment.
+            ValueError: an agent's name is no str, a prompt is longer than the rotation tables, or
+                an unknown source of a segment.
             OutOfPagesError: the store has too few pages; it is as it was, but for evictions.
         """
-        for agent, segments in prompts.items():
+        for agent, given in prompts.items():
+            if not isinstance(agent, str):
+                raise ValueError(f"prompts: expected agents' names (str), got {agent!r}")
+            if not isinstance(given, Iterable):
+                raise TypeError(
+                    f"prompts[{agent!r}]: expected a list of segments, got {type(given).__name__}"
+                )
+        tuples = {agent: tuple(segments) for agent, segments in prompts.items()}
+        for agent, segments in tuples.items():
             odd = [kind for kind in set(map(type, segments)) if not issubclass(kind, Segment)]
             if odd:
                 raise TypeError(
@@ -103,7 +111,7 @@ class KVCollector:
                     f"got {odd[0].__name__}"
                 )
         layouts = lay_out(
-            prompts,
+            tuples,
             self.store.find,
             self.store.mirrors,
             self.selection,
@@ -112,36 +120,37 @@ class KVCollector:
             self.store.max_position,
             self._opted_out,
         )
-        return Plan(self.store, layouts, prompts, self.selection, self.source)
+        return Plan(self.store, layouts, tuples, self.selection, self.source)
 
     def prefill(self, plan: Plan, max_rows: int = 8192) -> Iterator[Step]:
         """The steps that compute the plan's prompts.
 
         A row's visible keys lie in its own or an earlier step. Enter and finish each step before
-        the next is asked for. With `KeyDeviation` all rows of an agent are in one step, however
-        many.
+        the next is asked for, unless an agent in it was aborted: then it can no longer be entered,
+        and the next step has its other rows. With `KeyDeviation` all rows of an agent are in one
+        step, however many.
 
         Args:
             max_rows: rows of a step at most.
 
         Raises:
-            ValueError: ``max_rows < 1``, a plan that has been prefilled, or a step left unfinished.
+            ValueError: ``max_rows < 1``, a plan that has been prefilled or is of another store, or
+                a step left unfinished.
         """
+        self._check_plan(plan)
         if max_rows < 1:
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
         plan.begin_prefill()
         return self._steps(plan, max_rows)
 
     def _steps(self, plan: Plan, max_rows: int) -> Iterator[Step]:
-        for parts in _chunks(plan, max_rows):
-            todo = sum(len(state.pending) for state in plan.states)
-            yield Step(plan, partial(rows_for_prefill, parts), decode=False)
-            if plan.ended:
-                return
-            if sum(len(state.pending) for state in plan.states) == todo:
+        while parts := _next_rows(plan, max_rows):
+            states = [state for state, _ in parts]
+            yield Step(plan, states, partial(rows_for_prefill, parts), decode=False)
+            if all(is_to_compute(state, positions) for state, positions in parts):
                 raise ValueError("step: expected each step to be run before the next, got one left")
 
-    def decode(self, plan: Plan, token_ids: Mapping[str, Sequence[int]]) -> Step:
+    def decode(self, plan: Plan, token_ids: Mapping[str, TokenIds | Iterator[int]]) -> Step:
         """A step that feeds one or more tokens to any subset of the plan's agents.
 
         Args:
@@ -149,10 +158,12 @@ class KVCollector:
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: an agent has ended or is still in prefill, has no tokens to feed, or would
-                grow beyond the rotation tables.
+            TypeError: token ids that are no integers.
+            ValueError: a plan of another store; an agent has ended or is still in prefill, has no
+                tokens to feed, or would grow beyond the rotation tables; a token id out of range.
             OutOfPagesError: on entering the step; then the plan is as it was.
         """
+        self._check_plan(plan)
         fed: list[tuple[AgentState, list[int]]] = []
         for agent, ids in token_ids.items():
             state = plan.state(agent)
@@ -160,34 +171,35 @@ class KVCollector:
                 raise ValueError(
                     f"token_ids: expected a finished prefill, got {agent!r} in prefill"
                 )
-            tokens = [int(token) for token in ids]
+            given = list(ids) if isinstance(ids, Iterator) else ids
+            tokens = _as_token_ids(given, f"token_ids[{agent!r}]").tolist()
             if not tokens:
                 raise ValueError(f"token_ids[{agent!r}]: expected at least one token, got none")
-            if state.length + len(tokens) > self.store.max_position:
-                raise ValueError(
-                    f"token_ids[{agent!r}]: expected positions below {self.store.max_position}, "
-                    f"got {state.length + len(tokens) - 1}"
-                )
+            self._check_room(state, len(tokens))
             fed.append((state, tokens))
 
         def make_rows() -> list[AgentRows]:
             rows = []
-            grown: list[tuple[AgentState, int]] = []
-            try:
-                for state, tokens in fed:
-                    begin = state.length
-                    plan.extend(state, tokens)
-                    grown.append((state, begin))
-                    positions = np.arange(begin, state.length, dtype=np.int32)
-                    rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
-            except BaseException:
-                for state, length in grown:
-                    assert state.layout.agent is not None
-                    plan.truncate(state.layout.agent, length)
-                raise
+            for state, tokens in fed:
+                begin = state.length
+                self._check_room(state, len(tokens))
+                plan.extend(state, tokens)
+                positions = np.arange(begin, state.length, dtype=np.int32)
+                rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
             return rows
 
-        return Step(plan, make_rows, decode=True)
+        return Step(plan, [state for state, _ in fed], make_rows, decode=True)
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.store is not self.store:
+            raise ValueError("plan: expected one of this collector's store, got another's")
+
+    def _check_room(self, state: AgentState, count: int) -> None:
+        if state.length + count > self.store.max_position:
+            raise ValueError(
+                f"token_ids[{state.layout.agent!r}]: expected positions below "
+                f"{self.store.max_position}, got {state.length + count - 1}"
+            )
 
     # The gate ------------------------------------------------------------------------------------
 
@@ -262,8 +274,7 @@ class KVCollector:
             raise ValueError(f"seed: expected at least 0, got {seed}")
         if tokens < 0:
             raise ValueError(f"tokens: expected at least 0, got {tokens}")
-        if plan.store is not self.store:
-            raise ValueError("plan: expected one of this collector's store, got another's")
+        self._check_plan(plan)
         if agents is None:
             active = [name for name in plan.agents if plan.is_active(name)]
             states = {name: plan.state(name) for name in active}
@@ -309,8 +320,8 @@ def _names_and_digests(
     return frozenset(names), frozenset(digests)
 
 
-def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArray]]]:
-    """Rows of the plan in the order of computing, at most ``max_rows`` at a time.
+def _next_rows(plan: Plan, max_rows: int) -> list[tuple[AgentState, IntArray]]:
+    """The next rows of the plan in the order of computing, at most ``max_rows``.
 
     An agent whose rows are chosen while the round runs is not divided.
     """
@@ -319,24 +330,19 @@ def _chunks(plan: Plan, max_rows: int) -> Iterator[list[tuple[AgentState, IntArr
     for state in plan.states:
         if state.phase is not Phase.PREFILL:
             continue
+        if room <= 0:
+            break
         state.settle(plan.chosen, plan.store.block_size)
+        positions = state.pending
+        rows = len(positions)
         if state.candidates:
-            rows = len(state.pending) + sum(use.length for use in state.candidates)
+            rows += sum(use.length for use in state.candidates)
             if parts and rows > room:
-                yield parts  # which may choose this agent's rows too
-                parts, room = [], max_rows
-                state.settle(plan.chosen, plan.store.block_size)
-        if state.candidates:
-            parts.append((state, state.pending))
-            room -= rows
-            continue
-        pending = state.pending
-        while len(pending):
-            if room <= 0:
-                yield parts
-                parts, room = [], max_rows
-            parts.append((state, pending[:room]))
-            pending = pending[room:]
-            room -= len(parts[-1][1])
-    if parts:
-        yield parts
+                break  # the rows so far may choose this agent's rows too
+        else:
+            positions = positions[:room]
+            rows = len(positions)
+        if rows:
+            parts.append((state, positions))
+        room -= rows
+    return parts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from enum import Enum
 from itertools import accumulate, pairwise
 
@@ -36,6 +38,7 @@ class AgentState(Mirror):
         candidates: uses whose rows `KeyDeviation` has not chosen yet.
         output: the Master that holds the decoded rows, or None before the first.
         output_ids: the decoded tokens that were fed.
+        busy: whether an open step has rows of it.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class AgentState(Mirror):
         self.phase = Phase.PREFILL if layout.length else Phase.DECODE
         self.output: Master | None = None
         self.output_ids: list[int] = []
+        self.busy = False
 
     def slots(self, positions: IntArray, block_size: int) -> NDArray[np.int64]:
         """Pool rows where the KV of computed rows is kept; -1 for rows that are not kept."""
@@ -128,17 +132,23 @@ class Plan:
         self.chosen: dict[int, IntArray] = {}  # rows that KeyDeviation chose, by id of the Master
         self._row_layers = self._pair_layers = 0
         self._prefilling = False
+        self.aborted = False  # by an exception in a step
         held = [master for layout in layouts for master in layout.uses.masters]
         store.hold(held)
         try:
             self._states = self._lease(layouts)
+            try:
+                self._copy_carried_rows()
+            except BaseException:
+                for state in self._states:
+                    store.drop_pages(state.own_pages)
+                raise
         except BaseException:
             store.let_go(held)
             raise
         self._by_name = {
             state.layout.agent: state for state in self._states if state.layout.agent is not None
         }
-        self._copy_carried_rows()
 
     # Pages ----------------------------------------------------------------------------------------
 
@@ -207,6 +217,12 @@ class Plan:
         state = self._by_name[agent]
         if state.phase is Phase.ENDED:
             raise ValueError(f"agent: expected one that has not ended, got {agent!r}")
+        return state
+
+    def _idle(self, agent: str) -> AgentState:
+        state = self.state(agent)
+        if state.busy:
+            raise ValueError(f"agent: expected one that is in no open step, got {agent!r}")
         return state
 
     def is_active(self, agent: str) -> bool:
@@ -319,13 +335,18 @@ class Plan:
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: the agent has ended, or ``length`` is not between prompt and present length.
+            ValueError: the agent has ended or is in an open step, or ``length`` is not between
+                prompt and present length.
         """
-        state = self.state(agent)
+        state = self._idle(agent)
         if not state.layout.length <= length <= state.length:
             raise ValueError(
                 f"length: expected {state.layout.length}..{state.length}, got {length}"
             )
+        self.shorten(state, length)
+
+    def shorten(self, state: AgentState, length: int) -> None:
+        """Undoes `extend` down to a length between that of the prompt and the present one."""
         if state.output is None:
             return
         kept = length - state.layout.length
@@ -354,9 +375,10 @@ class Plan:
 
         Raises:
             KeyError, ValueError: an unknown agent, one that has ended, one whose prefill has not
-                finished, or an unknown source of an output; then nothing is committed.
+                finished, one in an open step, or an unknown source of an output; then nothing is
+                committed.
         """
-        states = [(name, self.state(name)) for name in self._names(agents)]
+        states = [(name, self._idle(name)) for name in self._names(agents)]
         for name, state in states:
             if state.phase is Phase.PREFILL:
                 raise ValueError(f"agents: expected a finished prefill, got {name!r} in prefill")
@@ -384,34 +406,71 @@ class Plan:
                 state.exact_length,
             )
             self.store.put(name, mirror)
-            self._end(state)
+            self._let_go(state)
+        self.end_unneeded()
 
     def abort(self, agents: str | Iterable[str] | None = None) -> None:
         """Gives back what the agents (default: all that have not ended) leased.
 
+        Masters that an agent made outlive it. In prefill, its rows up to the last Master that
+        another agent waits for are still computed, for no agent, and its pages are kept until then.
+
         Raises:
-            KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given
-                back.
+            KeyError, ValueError: an unknown agent, one that has ended, or one in an open step
+                (which an exception aborts); then nothing is given back.
         """
-        for state in [self.state(name) for name in self._names(agents)]:
-            self.store.drop_pages(state.own_pages)
-            self._end(state)
+        states = [(name, self._idle(name)) for name in self._names(agents)]
+        if any(state.busy for state in self._states if state.layout.agent is None):
+            raise ValueError("agents: expected no open step with rows of no agent, got one")
+        self._give_up(states)
+
+    def abort_open(self) -> None:
+        """Aborts all agents that have not ended, those in open steps too."""
+        for state in self._states:
+            state.busy = False
+        self._give_up([(name, self.state(name)) for name in self._names(None)])
+        self.aborted = True
+
+    def _give_up(self, states: Iterable[tuple[str, AgentState]]) -> None:
+        for name, state in states:
+            if state.phase is Phase.PREFILL and state.layout.made:
+                self._by_name[name] = copy(state)
+                self._by_name[name].phase = Phase.ENDED
+                state.layout = replace(state.layout, agent=None)
+            else:
+                self._give_back(state)
+        self.end_unneeded()
+
+    def end_unneeded(self) -> None:
+        """Ends what is computed for no agent where no agent waits for it."""
+        if not any(s.layout.agent is None and s.phase is not Phase.ENDED for s in self._states):
+            return
+        awaited: set[int] = set()  # Masters that states further back in the order of computing use
+        for state in reversed(self._states):
+            if state.phase is Phase.ENDED:
+                continue
+            if state.layout.agent is None and not state.busy:
+                ends = [u.delta + u.length for u in state.layout.made if u.master.serial in awaited]
+                end = max(ends, default=0)
+                state.pending = state.pending[state.pending < end]
+                state.candidates = [use for use in state.candidates if use.delta < end]
+                if state.phase is not Phase.PREFILL or not len(state.pending):
+                    self._give_back(state)
+                    continue
+            awaited.update(state.uses.serial.tolist())
 
     def _names(self, agents: str | Iterable[str] | None) -> list[str]:
         if agents is None:
             return [name for name in self.agents if self._by_name[name].phase is not Phase.ENDED]
         return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
 
-    def _end(self, state: AgentState) -> None:
+    def _give_back(self, state: AgentState) -> None:
+        self.store.drop_pages(state.own_pages)
         self._let_go(state)
-        if all(self._by_name[name].phase is Phase.ENDED for name in self.agents):
-            for alone in self._states:
-                if alone.phase is not Phase.ENDED:
-                    self.store.drop_pages(alone.own_pages)
-                    self._let_go(alone)
 
     def _let_go(self, state: AgentState) -> None:
         state.phase = Phase.ENDED
+        state.pending = state.pending[:0]
         self.store.let_go(state.uses.masters)
 
     @property

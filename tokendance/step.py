@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -27,6 +28,7 @@ _TILE_HEIGHT = 64
 _BLOCKS_PER_MULTIPROCESSOR = 2
 _ITEMS_PER_THREAD = 4
 _MAX_SPLITS = 64
+_MAX_WINDOW = np.iinfo(np.int32).max
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Step:
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
     it. Leaving it by an exception aborts the whole plan. Leaving it before the last layer is an
-    error.
+    error. While it is open its agents can be in no other step, nor committed, aborted or truncated.
 
     Attributes:
         token_ids: int64 ``[R]`` on the store's device.
@@ -55,9 +57,16 @@ class Step:
         logit_agents: the agents of ``logit_rows``.
     """
 
-    def __init__(self, plan: Plan, make_rows: Callable[[], list[AgentRows]], decode: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        states: Sequence[AgentState],
+        make_rows: Callable[[], list[AgentRows]],
+        decode: bool,
+    ) -> None:
         self._plan = plan
         self._store = plan.store
+        self._states = states
         self._make_rows = make_rows
         self._decode = decode
         self._layer = 0
@@ -68,13 +77,33 @@ class Step:
     def __enter__(self) -> Step:
         if self._open or self._layer:
             raise ValueError("step: expected a step that has not been entered, got one that has")
-        self._rows = self._make_rows()
+        self._check_states()
+        lengths = [state.length for state in self._states]
+        try:
+            self._rows = self._make_rows()
+            self._choosing = not self._decode and any(rows.state.candidates for rows in self._rows)
+            tokens = [np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]]
+            self.token_ids = torch.from_numpy(np.concatenate(tokens)).to(self._store.device)
+            self._describe_rows()
+        except BaseException:
+            for state, length in zip(self._states, lengths, strict=True):
+                self._plan.shorten(state, length)
+            raise
+        for state in self._states:
+            state.busy = True
         self._open = True
-        self._choosing = not self._decode and any(rows.state.candidates for rows in self._rows)
-        tokens = np.concatenate([np.empty(0, np.int64), *[rows.token_ids for rows in self._rows]])
-        self.token_ids = torch.from_numpy(tokens).to(self._store.device)
-        self._describe_rows()
         return self
+
+    def _check_states(self) -> None:
+        wanted = Phase.DECODE if self._decode else Phase.PREFILL
+        for state in self._states:
+            agent = state.layout.agent
+            if state.phase is not wanted:
+                raise ValueError(
+                    f"step: expected agents in {wanted.value}, got {agent!r} ({state.phase.value})"
+                )
+            if state.busy:
+                raise ValueError(f"step: expected agents in no open step, got {agent!r}")
 
     def __exit__(
         self,
@@ -86,7 +115,7 @@ class Step:
         layers = self._store.geometry.num_layers
         if kind is not None or self._layer != layers:
             if not self._plan.ended:
-                self._plan.abort()
+                self._plan.abort_open()
             if kind is None:
                 raise ValueError(
                     f"step: expected {layers} layers, got {self._layer}; the plan is aborted"
@@ -94,10 +123,13 @@ class Step:
             return
         for rows in self._rows:
             state = rows.state
+            state.busy = False
             if state.phase is Phase.PREFILL:
                 state.pending = state.pending[state.pending > rows.positions[-1]]
                 if not len(state.pending):
                     state.phase = Phase.DECODE
+        if any(state.layout.agent is None for state in self._states):
+            self._plan.end_unneeded()
 
     @property
     def num_rows(self) -> int:
@@ -136,11 +168,16 @@ class Step:
             ``[R', Hq, D]``; R' < R only in the layer where `KeyDeviation` drops rows (see `kept`).
 
         Raises:
-            ValueError: the step is not open, the layer is out of order, or a tensor does not fit.
+            ValueError: the step is not open, the layer is out of order, or a number or a tensor
+                does not fit; then nothing has changed, and the call can be repeated.
         """
         geometry = self._store.geometry
         if not self._open:
             raise ValueError("step: expected an entered step (`with step:`), got one that is not")
+        if self._plan.aborted:
+            raise ValueError("step: expected a plan that goes on, got one that was aborted")
+        if not 0 <= layer < geometry.num_layers:
+            raise ValueError(f"layer: expected 0 .. {geometry.num_layers - 1}, got {layer}")
         if layer != self._layer:
             raise ValueError(f"layer: expected {self._layer}, got {layer}")
         if self._kept is not None:
@@ -148,10 +185,10 @@ class Step:
         queries = self._checked("q", q, geometry.num_q_heads)
         keys = self._checked("k", k, geometry.num_kv_heads)
         values = self._checked("v", v, geometry.num_kv_heads)
-        self._layer += 1
-        if not self._decode:
-            pairs = int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
-            self._plan.count_prefill(self.num_rows, pairs)
+        scale = geometry.head_dim**-0.5 if scale is None else scale
+        _check_scores(scale, window, soft_cap)
+        sinks = None if sinks is None else self._checked_sinks(sinks)
+        rows, pairs = self.num_rows, int(self._host_positions.sum(dtype=np.int64)) + self.num_rows
         if self._choosing:
             queries, keys, values = self._choose(layer, queries, keys, values)
         self._write(layer, keys, values, self._slots, self.positions)
@@ -168,7 +205,7 @@ class Step:
             rope.sin,
             rope.interleaved,
             round_,
-            geometry.head_dim**-0.5 if scale is None else scale,
+            scale,
             window,
             soft_cap,
             sinks,
@@ -178,6 +215,9 @@ class Step:
             lse,
             *self._store.pool.scales(layer),
         )
+        self._layer += 1
+        if not self._decode:
+            self._plan.count_prefill(rows, pairs)
         return out
 
     def keep(self, *tensors: Array) -> tuple[Tensor, ...]:
@@ -207,6 +247,17 @@ class Step:
                 f"got {x.dtype} on {x.device}"
             )
         return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _checked_sinks(self, array: Array) -> Tensor:
+        sinks = as_tensor(array)
+        heads, device = self._store.geometry.num_q_heads, self._store.device
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks: expected [{heads}], got {list(sinks.shape)}")
+        if sinks.dtype != torch.float32 or sinks.device != device:
+            raise ValueError(
+                f"sinks: expected {torch.float32} on {device}, got {sinks.dtype} on {sinks.device}"
+            )
+        return sinks.contiguous()
 
     def _describe_rows(self) -> None:
         """Everything that follows from which rows the step has."""
@@ -275,7 +326,7 @@ class Step:
         assert isinstance(selection, KeyDeviation)
         last_layer = self._store.geometry.num_layers - 1
         if layer < min(selection.layer, last_layer):
-            self._held.append((k, v))
+            self._held[layer:] = [(k, v)]
             return q, k, v
         # The Masters' rows of this very step are what fresh keys are compared with.
         self._write(layer, k, v, self._slots, self.positions)
@@ -357,6 +408,15 @@ class Step:
         return np.concatenate(kept)
 
 
+def _check_scores(scale: float, window: int, soft_cap: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not isinstance(window, int | np.integer) or not 0 <= window <= _MAX_WINDOW:
+        raise ValueError(f"window: expected an int in 0 .. {_MAX_WINDOW}, got {window}")
+    if not (math.isfinite(soft_cap) and soft_cap >= 0):
+        raise ValueError(f"soft_cap: expected a finite number of at least 0, got {soft_cap}")
+
+
 def with_work(
     arrays: Mapping[str, IntArray],
     extents: RoundExtents,
@@ -427,10 +487,20 @@ def items_per_kv_head(num_kv_heads: int, device: torch.device | str) -> int:
     return -(-_BLOCKS_PER_MULTIPROCESSOR * count // num_kv_heads)
 
 
+def is_to_compute(state: AgentState, positions: IntArray) -> bool:
+    """Whether rows are the next ones that a state has to compute."""
+    pending = state.pending[: len(positions)]
+    return state.phase is Phase.PREFILL and np.array_equal(pending, positions)
+
+
 def rows_for_prefill(parts: Sequence[tuple[AgentState, IntArray]]) -> list[AgentRows]:
     """Rows of a prefill step; the rows that `KeyDeviation` may drop join their agents' parts."""
     result = []
     for state, positions in parts:
+        if not is_to_compute(state, positions):
+            raise ValueError(
+                f"step: expected rows that are still to be computed, got {state.layout.agent!r}'s"
+            )
         for use in state.candidates:
             reused = np.arange(use.delta, use.delta + use.length, dtype=np.int32)
             positions = np.union1d(positions, reused).astype(np.int32)

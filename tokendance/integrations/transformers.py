@@ -19,13 +19,18 @@ from tokendance.arrays import Array
 from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
+from tokendance.layer_ropes import layer_ropes
 from tokendance.plan import Plan
 from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.step import Step
+from tokendance.store import DiffStore
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ATTENTION = "tokendance"
+_COMPARED_POSITIONS = 1024
+# Frequencies that were rounded to fp32, or not, turn the last of these positions by up to 6e-5 rad.
+_ROPE_TOLERANCE = 1e-3
 
 
 def geometry_of(model: Any) -> KVGeometry:
@@ -121,6 +126,7 @@ class TransformersEngine:
             raise ValueError(
                 f"collector: expected a store on {model.device}, got {collector.store.device}"
             )
+        _check_rope(model, collector.store)
         self.model = model
         self.collector = collector
 
@@ -137,17 +143,22 @@ class TransformersEngine:
             logits.update(zip(step.logit_agents, rows, strict=True))
         return logits
 
-    def decode(self, plan: Plan, token_ids: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Feeds tokens to agents.
+    def decode(
+        self, plan: Plan, token_ids: Mapping[str, Sequence[int] | Iterator[int]]
+    ) -> dict[str, Tensor]:
+        """Feeds tokens to agents; without any nothing is run.
 
         Returns:
             Per agent the logits ``[tokens, vocabulary]`` that follow each of its tokens.
         """
-        step = self.collector.decode(plan, token_ids)
+        given = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in token_ids.items()}
+        step = self.collector.decode(plan, given)
+        if not given:
+            return {}
         with step:
             rows = self._forward(step)
         result, at = {}, 0
-        for agent, ids in token_ids.items():
+        for agent, ids in given.items():
             result[agent] = rows[at : at + len(ids)]
             at += len(ids)
         return result
@@ -235,6 +246,37 @@ class TransformersEngine:
         wanted = hidden[0][step.logit_rows]
         logits: Tensor = self.model.lm_head(body.norm(wanted))
         return logits
+
+
+def _check_rope(model: Any, store: DiffStore) -> None:
+    """Compares a store's rotation tables with the model's, if its kind of rotation is known."""
+    try:
+        rope = rope_of(model, min(store.max_position, _COMPARED_POSITIONS))
+    except ValueError:
+        return
+    expected, rows = layer_ropes(store.geometry, rope, store.device)
+    same: set[tuple[int, int]] = set()
+    for layer, one in enumerate(expected):
+        other = store.layer_rope(layer)
+        if (id(one), id(other)) in same:
+            continue
+        if (
+            one.cos.shape[1] != other.cos.shape[1]
+            or (one.cos.shape[1] and one.interleaved != other.interleaved)
+            or abs(one.attention_factor - other.attention_factor) > _ROPE_TOLERANCE
+            or not _close(one.cos[:rows], other.cos[:rows])
+            or not _close(one.sin[:rows], other.sin[:rows])
+        ):
+            raise ValueError(
+                f"collector: expected a store of the model's rotation tables (rope_of(model)), "
+                f"got others in layer {layer}"
+            )
+        same.add((id(one), id(other)))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    b = b[: len(a)]
+    return a.shape == b.shape and bool(((a - b).abs() <= _ROPE_TOLERANCE).all())
 
 
 def _attend(

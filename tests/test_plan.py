@@ -1,0 +1,241 @@
+"""Plans whose agents end early, and steps that meet a plan that has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from driving import (
+    GEOMETRY,
+    make_store,
+    project,
+    restored,
+    run_prefill,
+    run_round,
+    run_step,
+    same_snapshot,
+    snapshot,
+    tokens,
+)
+
+import tokendance as td
+from tokendance.plan import Phase
+from tokendance.selection import Selection
+
+A, B = tokens(1, 40), tokens(2, 24)
+MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
+END = td.private(tokens(13, 9))
+
+
+def pair() -> dict[str, list[td.Segment]]:
+    """Prompts without anything in common."""
+    return {"a": [td.private(tokens(3, 64))], "b": [td.private(tokens(4, 64))]}
+
+
+def siblings() -> dict[str, list[td.Segment]]:
+    """The first agent makes the Masters."""
+    return {
+        "a": [td.private(MINE), td.shared(A), td.shared(B), END],
+        "b": [td.private(YOURS), td.shared(A), END],
+        "c": [td.private(THEIRS), td.shared(B), END],
+    }
+
+
+SELECTIONS = [td.LeadingTokens(4), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
+
+
+def test_an_aborted_agent_is_not_computed_any_more() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan(pair())
+    steps = collector.prefill(plan, 16)
+    run_step(next(steps))
+    plan.abort("a")
+    run_round(collector, {"x": [td.private(tokens(5, 64))]})  # on the pages that a has given back
+    before = snapshot(store)
+    for step in steps:
+        run_step(step)
+        assert set(step.agents) == {"b"}
+    assert same_snapshot(snapshot(store), before)
+    assert plan.rows_computed == 16 + 64
+    plan.commit()
+    alone = make_store()
+    run_round(td.KVCollector(alone), {"b": pair()["b"]})
+    for mine, other in zip(restored(store, "b"), restored(alone, "b"), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("source", ["master", "alone"])
+@pytest.mark.parametrize("run_before", [0, 1, 2])
+def test_masters_outlive_an_agent_that_is_aborted_in_prefill(
+    source: str, selection: Selection, run_before: int
+) -> None:
+    results = []
+    for aborts in (False, True):
+        store = make_store()
+        empty = snapshot(store)
+        collector = td.KVCollector(store, source, selection)
+        plan = collector.plan(siblings())
+        steps = collector.prefill(plan, 16)
+        for _ in range(run_before):
+            run_step(next(steps))
+        if aborts and plan.state("a").phase is Phase.PREFILL:
+            plan.abort("a")
+            with pytest.raises(ValueError, match="not ended, got 'a'"):
+                plan.length("a")
+            assert not plan.is_active("a")
+        found = {}
+        for step in steps:
+            out = run_step(step)
+            found.update(zip(step.logit_agents, out[step.logit_rows], strict=True))
+        plan.commit(["b", "c"])
+        results.append((found, restored(store, "b"), restored(store, "c")))
+        if not plan.ended:
+            plan.abort()
+        for agent in store.agents:
+            store.release(agent)
+        assert store.stats().own_rows == empty[0].own_rows == 0
+        pages = sum(-(-len(ids) // 8) for ids in (A, B)) if source == "alone" else None
+        assert pages is None or store.stats().used_pages <= pages
+    (whole, *kept), (rest, *others) = results
+    for agent in ("b", "c"):
+        torch.testing.assert_close(rest[agent], whole[agent], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(others, kept, rtol=1e-5, atol=1e-6)
+
+
+def test_an_aborted_agent_is_computed_up_to_the_last_master_that_is_awaited() -> None:
+    store = make_store()
+    collector = td.KVCollector(store, selection=td.Nothing())
+    empty = snapshot(store)
+    plan = collector.plan(siblings())
+    assert plan.spans("a")[1].origin.value == "master"
+    plan.abort("a")
+    pending = {state.layout.agent: len(state.pending) for state in plan.states}
+    assert pending[None] == 13 + 40 + 24
+    plan.abort("c")
+    pending = {state.layout.agent: len(state.pending) for state in plan.states}
+    assert pending[None] == 13 + 40
+    plan.abort("b")
+    assert plan.ended
+    assert same_snapshot(snapshot(store), empty)
+
+    plan = collector.plan(siblings())
+    plan.abort("a")
+    run_prefill(collector, plan)
+    plan.abort()
+    assert same_snapshot(snapshot(store), empty)
+
+
+def test_a_step_with_an_aborted_agent_cannot_be_entered() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan(pair())
+    steps = collector.prefill(plan)
+    stale = next(steps)
+    plan.abort("a")
+    run_round(collector, {"x": [td.private(tokens(5, 64))]})
+    before = snapshot(store)
+    with pytest.raises(ValueError, match=r"expected agents in prefill, got 'a' \(ended\)"):
+        run_step(stale)
+    assert same_snapshot(snapshot(store), before)
+    assert not plan.ended
+    for step in steps:  # has the other rows
+        run_step(step)
+    plan.commit("b")
+
+
+def test_a_step_made_before_an_end_cannot_be_entered_after_it() -> None:
+    store = make_store()
+    collector = td.KVCollector(store, "producer")
+    plan = collector.plan(pair())
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": [1], "b": [2]}))
+    stale = collector.decode(plan, {"b": [4], "a": [3]})
+    plan.commit("a")
+    before = snapshot(store)
+    with pytest.raises(ValueError, match=r"expected agents in decode, got 'a' \(ended\)"):
+        run_step(stale)
+    assert same_snapshot(snapshot(store), before)
+    assert plan.length("b") == 65
+    plan.commit()
+
+
+ACTS: list[Callable[[td.KVCollector, td.Plan], object]] = [
+    lambda _, plan: plan.commit(),
+    lambda _, plan: plan.commit("a"),
+    lambda _, plan: plan.abort("a"),
+    lambda _, plan: plan.truncate("a", 64),
+    lambda collector, plan: run_step(collector.decode(plan, {"b": [7], "a": [8]})),
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_an_open_step_keeps_its_agents(act: Callable[..., object]) -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan(pair())
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": [1], "b": [2]}))
+    with collector.decode(plan, {"a": [3]}) as step:
+        for layer in range(GEOMETRY.num_layers):
+            with pytest.raises(ValueError, match="no open step, got 'a'"):
+                act(collector, plan)
+            step.attend(layer, *project(step.token_ids, layer))
+    assert (plan.output("a"), plan.output("b")) == ([1, 3], [2])
+    run_step(collector.decode(plan, {"a": [4], "b": [5]}))
+    plan.commit()
+    for agent, ids in (("a", [1, 3, 4]), ("b", [2, 5])):
+        whole = np.concatenate([pair()[agent][0].token_ids, ids])
+        for layer, (_, v) in enumerate(restored(store, agent)):
+            assert torch.equal(v, project(torch.from_numpy(whole).long(), layer)[2])
+
+
+def test_an_exception_ends_other_open_steps() -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    empty = snapshot(store)
+    plan = collector.plan(pair())
+    run_prefill(collector, plan)
+    outer = collector.decode(plan, {"a": [1]}).__enter__()
+    with pytest.raises(LookupError), collector.decode(plan, {"b": [1]}):
+        raise LookupError
+    assert plan.ended
+    assert same_snapshot(snapshot(store), empty)
+    with pytest.raises(ValueError, match="expected a plan that goes on"):
+        outer.attend(0, *project(outer.token_ids, 0))
+    assert same_snapshot(snapshot(store), empty)
+
+
+def test_a_step_that_fails_to_open_leaves_the_plan_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store()
+    collector = td.KVCollector(store)
+    plan = collector.plan(pair())
+    run_prefill(collector, plan)
+    run_step(collector.decode(plan, {"a": [1]}))
+    before = store.stats()
+    step = collector.decode(plan, {"a": list(range(20)), "b": [4]})
+    with monkeypatch.context() as patch:
+        patch.setattr(td.Step, "_describe_rows", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_step(step)
+    assert store.stats() == before
+    assert (plan.output("a"), plan.output("b")) == ([1], [])
+    run_step(step)
+    assert plan.output("b") == [4]
+
+
+def test_room_is_checked_again_when_a_step_is_entered() -> None:
+    rope = td.Rope.default(head_dim=64, theta=10000.0, max_position=66)
+    collector = td.KVCollector(td.DiffStore(GEOMETRY, rope, "1MiB", block_size=8))
+    plan = collector.plan(pair())
+    run_prefill(collector, plan)
+    first, second = (collector.decode(plan, {"a": [1, 2]}) for _ in range(2))
+    run_step(first)
+    with pytest.raises(ValueError, match="positions below 66, got 67"):
+        run_step(second)
+    assert plan.length("a") == 66
