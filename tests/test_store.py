@@ -205,6 +205,29 @@ def test_put_round_without_room_changes_nothing() -> None:
     assert store.stats() == before
 
 
+def test_put_round_evicts_no_master_that_it_uses() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 9 * 8 * GEOMETRY.row_bytes, block_size=8)
+    heard, fresh = td.shared(tokens(1, 64)), td.shared(tokens(2, 16))
+    first = {"a": [heard]}
+    dense = random_dense(first, GEOMETRY)
+    store.put_round(dense, first)
+    store.release("a")
+    second = {"c": [heard, fresh, td.private(range(8))]}
+    later = random_dense(second, GEOMETRY, seed=1)
+    for side, stored in zip(later["c"], dense["a"], strict=True):
+        for rows, same_rows in zip(side, stored, strict=True):
+            rows[:64] = same_rows
+    before = store.stats()
+    with pytest.raises(td.OutOfPagesError, match="capacity: expected 2 free pages"):
+        store.put_round(later, second)
+    assert store.stats() == before
+    small = {"c": [heard, td.private(range(8))]}
+    fits = {"c": tuple([rows[:72] for rows in side] for side in later["c"])}
+    store.put_round(fits, small)  # type: ignore[arg-type]
+    assert store.stats().own_rows == 8
+    assert same(dense_of(store, "c"), fits["c"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

@@ -61,13 +61,12 @@ def _encode(
     taken: list[Pages],
 ) -> None:
     for layout in layouts:
-        for use in layout.made:
-            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
-            store.hold([use.master])
-            held.append(use.master)
-            _copy_rows(store, layout, use, dense)
         store.hold(layout.uses.masters)
         held += layout.uses.masters
+    for layout in layouts:  # no Master of the round is evicted for the pages of another
+        for use in layout.made:
+            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
+            _copy_rows(store, layout, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
     for layout in layouts:
         assert layout.agent is not None

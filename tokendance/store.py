@@ -219,6 +219,7 @@ class DiffStore:
     def drop_pages(self, pages: Pages) -> None:
         """Takes one user from each page; pages without users go back to the pool."""
         self._page_users[pages] -= 1
+        assert (self._page_users[pages] >= 0).all(), "pages that were given back before"
         self.pool.free(pages[self._page_users[pages] == 0])
 
     def _evict_one(self) -> bool:
