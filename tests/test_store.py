@@ -195,6 +195,17 @@ def test_bad_dense_caches_change_nothing(change: object, text: str) -> None:
         assert torch.equal(v, old_v)
 
 
+def test_put_round_reads_segments_once() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, {agent: iter(mine) for agent, mine in layout().items()})  # type: ignore[misc]
+    for agent, cache in dense.items():
+        assert store.length(agent) == len(cache[0][0])
+        assert same(dense_of(store, agent), cache)
+    with pytest.raises(TypeError, match=r"layout\['c'\]: expected segments \(private.*\), got int"):
+        store.put_round(dense, {**layout(), "c": [1, 2]})  # type: ignore[dict-item]
+
+
 def test_put_round_without_room_changes_nothing() -> None:
     store = td.DiffStore(GEOMETRY, ROPE, 20 * 8 * GEOMETRY.row_bytes, block_size=8)
     small = {"x": [td.private(C)]}

@@ -383,6 +383,7 @@ class DiffStore:
                 keys (e4m3) or of two scales (int8) finds such rows the same.
 
         Raises:
+            TypeError: something else than segments.
             ValueError: agents, layers or lengths do not fit each other; the store is as it was.
             OutOfPagesError: the store is as it was, but for evictions.
         """
