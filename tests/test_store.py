@@ -122,6 +122,21 @@ def test_tolerance_bounds_the_error() -> None:
     assert store.mirror("b").exact_length == len(YOURS)
 
 
+def test_rows_that_a_tolerance_may_have_replaced_are_not_exact() -> None:
+    store = make_store()
+    prompts = {"a": [td.private(MINE), td.shared(B), td.private(C)]}
+    prompts["b"] = [*prompts["a"][:2], td.private(A)]  # at the same positions: not moved
+    dense = random_dense(prompts, GEOMETRY)
+    store.put_round(dense, prompts, atol=float("inf"))
+    assert same(dense_of(store, "a"), dense["a"])
+    assert not same(dense_of(store, "b"), dense["b"])
+    exact = {agent: store.mirror(agent).exact_length for agent in "ab"}
+    assert exact == {"a": store.length("a"), "b": len(MINE)}
+    store.put_round(dense, prompts)
+    exact = {agent: store.mirror(agent).exact_length for agent in "ab"}
+    assert exact == {agent: store.length(agent) for agent in "ab"}
+
+
 def test_put_round_with_one_table_per_layer() -> None:
     ropes = [td.Rope.default(64, 1e6, 4096, interleaved=True), None]
     store = td.DiffStore(GEOMETRY, ropes, "64MiB", block_size=8)

@@ -102,7 +102,7 @@ def _encode_agent(
     all are known.
     """
     layout.uses.masks[:] = 0
-    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
+    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout)
     mirror = Mirror(layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact)
     arrays, extents = round_arrays([mirror], store.block_size)
     slots = torch.arange(mirror.length, dtype=torch.int64, device=store.device)[None]
@@ -216,6 +216,8 @@ def _check_dense(
                     )
 
 
-def _approximate_from(uses: Sequence[Use]) -> int:
-    """First row that a tolerance may have changed."""
-    return min((use.delta for use in uses if use.shift != 0), default=0)
+def _approximate_from(layout: AgentLayout) -> int:
+    """First row that a tolerance may have changed: those of a Master that was copied from this
+    agent, where it was copied, are as they were put."""
+    copied = {use.delta for use in layout.made}
+    return min((use.delta for use in layout.uses if use.delta not in copied), default=layout.length)
