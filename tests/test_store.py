@@ -295,11 +295,47 @@ def test_put_round_evicts_no_master_that_it_uses() -> None:
             ),
             r"k_pools\[0\]: expected innermost stride 1, got 2",
         ),
+        (
+            lambda: td.PagePool(
+                [torch.zeros(1, 8, 1, 64).expand(2, 8, 1, 64)],
+                [torch.zeros(1, 8, 1, 64).expand(2, 8, 1, 64)],
+                lambda n: [],
+                lambda p: None,
+            ),
+            r"k_pools\[0\]: expected no stride of 0, got \[0, 64, 64, 1\]",
+        ),
+        (
+            lambda: td.PagePool(*([torch.zeros(2, 8, 1, 64)],) * 2, lambda n: [], lambda p: None),
+            r"v_pools\[0\]: expected memory of its own, got that of k_pools\[0\]",
+        ),
     ],
 )
 def test_constructors_name_what_is_wrong(make: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([0, 1], r"3 page ids, got \[2\]"),
+        ([0.0, 1.0, 2.0], "integers, got float64"),
+        ([0, 1, 4], r"pages 0\.\.3, got 0\.\.4"),
+        ([-1, 1, 2], r"pages 0\.\.3, got -1\.\.2"),
+        ([0, 1, 1], "3 different pages, got 2"),
+        ([2, 3, 0], r"pages not in use, got \[3\]"),
+    ],
+)
+def test_pages_of_an_allocator_are_checked_and_given_back(given: list[int], text: str) -> None:
+    answers, back = [[3], given], []  # type: ignore[var-annotated]
+    pools = [torch.zeros(4, 8, 1, 64) for _ in range(4)]
+    pool = td.PagePool(pools[:2], pools[2:], lambda n: answers.pop(0), back.extend)
+    store = td.DiffStore(GEOMETRY, ROPE, pool=pool)
+    store.take_pages(1)
+    with pytest.raises(ValueError, match=f"allocate: expected {text}"):
+        store.take_pages(3)
+    assert back == [page for page in given if page != 3]
+    assert store.stats().used_pages == 1
 
 
 def test_parse_bytes() -> None:

@@ -198,6 +198,7 @@ class DiffStore:
 
         Raises:
             OutOfPagesError: nothing was taken; Masters may have been evicted.
+            ValueError: the engine's allocator gave pages that are in use, or none of the pool.
         """
         while True:
             try:
@@ -209,6 +210,10 @@ class DiffStore:
                         f"capacity: expected {count} free pages, got fewer, and every Master is in "
                         f"use ({error}); release agents or enlarge the store"
                     ) from error
+        used = self._page_users[pages] > 0
+        if used.any():
+            self.pool.free(pages[~used])
+            raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
         self._page_users[pages] += 1
         return pages
 
