@@ -480,7 +480,9 @@ class DiffStore:
             )
         if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
             raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages)
+        masters, mirrors = persistence.unpack(
+            state, store.pool, store.take_pages, store.drop_pages
+        )
         for master in masters:
             store._clock += 1
             master.last_used = store._clock
