@@ -231,6 +231,19 @@ def test_put_round_without_room_changes_nothing() -> None:
     assert store.stats() == before
 
 
+def test_what_can_never_fit_evicts_nothing() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 9 * 8 * GEOMETRY.row_bytes, block_size=8)
+    prompts = {"a": [td.private(range(16))], "b": [td.shared(tokens(1, 32))]}
+    store.put_round(random_dense(prompts, GEOMETRY), prompts)
+    store.release("b")
+    before = store.stats()
+    with pytest.raises(td.OutOfPagesError, match="capacity: expected 8 free pages"):
+        store.take_pages(8)
+    assert store.stats() == before
+    assert len(store.take_pages(7)) == 7
+    assert store.stats().evictions == 1
+
+
 def test_put_round_evicts_no_master_that_it_uses() -> None:
     store = td.DiffStore(GEOMETRY, ROPE, 9 * 8 * GEOMETRY.row_bytes, block_size=8)
     heard, fresh = td.shared(tokens(1, 64)), td.shared(tokens(2, 16))

@@ -197,7 +197,8 @@ class DiffStore:
         """Takes pages, evicting Masters that nobody uses, the longest unused first.
 
         Raises:
-            OutOfPagesError: nothing was taken; Masters may have been evicted.
+            OutOfPagesError: nothing was taken; Masters may have been evicted, unless the pool would
+                have been too small without any of them.
             ValueError: the engine's allocator gave pages that are in use, or none of the pool.
         """
         while True:
@@ -205,7 +206,8 @@ class DiffStore:
                 pages = self.pool.allocate(count)
                 break
             except OutOfPagesError as error:
-                if not self._evict_one():
+                within_reach = count <= self.pool.num_pages - self._pinned_pages()
+                if not within_reach or not self._evict_one():
                     raise OutOfPagesError(
                         f"capacity: expected {count} free pages, got fewer, and every Master is in "
                         f"use ({error}); release agents or enlarge the store"
@@ -226,6 +228,14 @@ class DiffStore:
         self._page_users[pages] -= 1
         assert (self._page_users[pages] >= 0).all(), "pages that were given back before"
         self.pool.free(pages[self._page_users[pages] == 0])
+
+    def _pinned_pages(self) -> int:
+        """Pages that stay in use whatever is evicted."""
+        users = self._page_users.copy()
+        for master in self._masters.values():
+            if master.holders == 0:
+                users[master.pages] -= 1
+        return int(np.count_nonzero(users))
 
     def _evict_one(self) -> bool:
         idle = [master for master in self._masters.values() if master.holders == 0]
@@ -480,9 +490,7 @@ class DiffStore:
             )
         if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
             raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = persistence.unpack(
-            state, store.pool, store.take_pages, store.drop_pages
-        )
+        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages, store.drop_pages)
         for master in masters:
             store._clock += 1
             master.last_used = store._clock
