@@ -164,6 +164,17 @@ def test_restore_of_many_agents_through_pages_and_skips() -> None:
     assert flat[150 + lengths[1] :].isnan().all()
 
 
+def test_restore_of_a_numpy_layer_and_into_one_tensor() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, layout())
+    out = torch.empty(2, store.length("a"), 1, 64)
+    store.restore("a", np.int64(1), out[0], out[1], torch.arange(out.shape[1]))  # type: ignore[arg-type]
+    assert torch.equal(out[1], dense["a"][1][1])
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own, got that of k_c"):
+        store.restore("a", 1, out[0], out[0], torch.arange(out.shape[1]))
+
+
 def test_put_again_replaces_and_release_gives_back() -> None:
     store = make_store()
     dense = random_dense(layout(), GEOMETRY)
@@ -280,6 +291,7 @@ def test_put_round_evicts_no_master_that_it_uses() -> None:
         (lambda: td.DiffStore(GEOMETRY, ROPE), "capacity: expected either capacity or pool"),
         (lambda: td.DiffStore(GEOMETRY, ROPE, 8), "capacity: expected at least one page"),
         (lambda: td.DiffStore(GEOMETRY, ROPE, "8 pages"), "capacity: expected bytes or text"),
+        (lambda: td.DiffStore(GEOMETRY, ROPE, 1e6), "capacity: expected bytes or text .* got 1000"),
         (
             lambda: td.DiffStore(GEOMETRY, ROPE, "1MiB", block_size=12),
             "block_size: expected one of",

@@ -332,7 +332,7 @@ class DiffStore:
         Source: the fused restore of TokenDance (arXiv 2604.03143).
         """
         names = [agents] if isinstance(agents, str) else list(agents)
-        which = [layers] if isinstance(layers, int) else list(layers)
+        which = [int(layers)] if isinstance(layers, int | np.integer) else list(layers)
         keys = [k_cache] if is_array(k_cache) else list(k_cache)
         values = [v_cache] if is_array(v_cache) else list(v_cache)
         if len(keys) != len(which) or len(values) != len(which):
@@ -340,6 +340,9 @@ class DiffStore:
                 f"k_cache: expected {len(which)} tensors of k_cache and v_cache, "
                 f"got {len(keys)} and {len(values)}"
             )
+        for key, value in zip(as_tensors(keys), as_tensors(values), strict=True):
+            if key.numel() and key.data_ptr() == value.data_ptr():
+                raise ValueError("v_cache: expected memory of its own, got that of k_cache")
         for layer in which:
             if not 0 <= layer < self.geometry.num_layers:
                 raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
@@ -534,9 +537,10 @@ class DiffStore:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"``; the units are binary."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", size)
+    if isinstance(size, int | np.integer):
+        return int(size)
+    text = size if isinstance(size, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text)
     if match is None:
         raise ValueError(f'capacity: expected bytes or text such as "8GiB", got {size!r}')
     return int(float(match[1]) * _UNITS[match[2]])
