@@ -20,6 +20,7 @@ from driving import (
 )
 
 import tokendance as td
+from tokendance import persistence
 
 
 def prompts(seed: int = 0) -> dict[str, list[td.Segment]]:
@@ -144,10 +145,101 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path: expected a saved DiffStore, got"):
         td.DiffStore.load(tmp_path / "other", ROPE, "64MiB")
     torch.save({"format": "tokendance.DiffStore", "version": 99}, tmp_path / "newer")
-    with pytest.raises(ValueError, match="path: expected version 2, got 99"):
+    with pytest.raises(ValueError, match="path: expected version 3, got 99"):
         td.DiffStore.load(tmp_path / "newer", ROPE, "64MiB")
     with pytest.raises(OSError, match="missing"):
         td.DiffStore.load(tmp_path / "missing", ROPE, "64MiB")
+
+
+def test_a_flipped_byte_or_a_cut_file_is_refused(tmp_path: Path) -> None:
+    store = make_store()
+    run_round(td.KVCollector(store), prompts())
+    store.save(tmp_path / "store")
+    raw = (tmp_path / "store").read_bytes()
+    row = torch.load(tmp_path / "store", weights_only=True)["v_pools"][1][3, 5].numpy().tobytes()
+    at = raw.index(row) + 7
+    flipped = raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :]
+    (tmp_path / "broken").write_bytes(flipped)
+    with pytest.raises(ValueError, match="path: expected the checksum of what was saved, got"):
+        td.DiffStore.load(tmp_path / "broken", ROPE, "64MiB")
+    for length in (0, 100, len(raw) // 3, len(raw) - 1):
+        (tmp_path / "broken").write_bytes(raw[:length])
+        with pytest.raises(ValueError, match="path: expected a saved DiffStore, got"):
+            td.DiffStore.load(tmp_path / "broken", ROPE, "64MiB")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s.pop("masters"), "a value at masters, got none"),
+        (lambda s: s["k_pools"].pop(), "2 layers at k_pools, got 1"),
+        (lambda s: s["masters"][1].update(length="9"), r"int at masters\[1\].length, got str"),
+        (lambda s: s["masters"][0].update(context="ab"), r"16 bytes .* at masters\[0\].context"),
+        (
+            lambda s: s["masters"][0]["pages"].fill_(9999),
+            r"pages 0\.\.\d+ at masters\[0\].pages, got \[9999",
+        ),
+        (
+            lambda s: s["masters"][1]["pages"].fill_(0),
+            r"pages that nothing else has at masters\[\d\].pages",
+        ),
+        (
+            lambda s: s["mirrors"][1].update(own_pages=s["mirrors"][0]["own_pages"]),
+            r"(pages that nothing else has|at least .* pages) at mirrors\[1\].own_pages",
+        ),
+        (
+            lambda s: s["mirrors"][0]["own_position"].copy_(
+                s["mirrors"][0]["own_position"].flip(0)
+            ),
+            r"ascending positions below \d+ at mirrors\[0\].own_position",
+        ),
+        (
+            lambda s: s["mirrors"][1].update(agent="a"),
+            r"a name of its own at mirrors\[1\].agent, got 'a'",
+        ),
+        (
+            lambda s: s["mirrors"][1].update(length=3),
+            r"\d+ tokens of its segments at mirrors\[1\].length, got 3",
+        ),
+        (
+            lambda s: s["mirrors"][0]["uses"][0].update(master=77),
+            r"one of \d+ at mirrors\[0\].uses\[0\].master, got 77",
+        ),
+        (
+            lambda s: s["mirrors"][0]["uses"][0].update(masks=torch.zeros(99, dtype=torch.int32)),
+            r"\d+ pages at mirrors\[0\].uses\[0\].masks, got 99",
+        ),
+    ],
+)
+def test_fields_that_no_store_has_are_named(tmp_path: Path, change: object, text: str) -> None:
+    store = make_store()
+    run_round(td.KVCollector(store), prompts())
+    store.save(tmp_path / "store")
+    state = torch.load(tmp_path / "store", weights_only=True)
+    change(state)  # type: ignore[operator]
+    del state["checksum"]
+    persistence.write_state(tmp_path / "store", state)
+    pool = td.PagePool.own(GEOMETRY, 500, 8, "cpu")
+    with pytest.raises(ValueError, match=f"path: expected {text}.* in .*store"):
+        td.DiffStore.load(tmp_path / "store", ROPE, pool=pool)
+    assert len(pool.allocate(500)) == 500
+
+
+def test_pages_are_given_back_if_a_file_cannot_be_taken_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store()
+    run_round(td.KVCollector(store), prompts())
+    store.save(tmp_path / "store")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(persistence, "_bits", fail)
+    pool = td.PagePool.own(GEOMETRY, 500, 8, "cpu")
+    with pytest.raises(RuntimeError, match="no memory left"):
+        td.DiffStore.load(tmp_path / "store", ROPE, pool=pool)
+    assert len(pool.allocate(500)) == 500
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

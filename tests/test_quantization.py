@@ -257,3 +257,14 @@ def test_scales_of_samples():
 def test_what_does_not_fit_is_named(make, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         make()
+
+
+def test_heads_without_samples_and_scales_of_the_caller():
+    zero = torch.ones(1, 5, 2, 64) * torch.tensor([0.0, 448.0])[:, None]
+    made = td.Quantization.from_samples([*zero], [*zero], margin=1.0)
+    assert made.k_scale.tolist() == made.v_scale.tolist() == [[1.0, 1.0]]
+    scales = np.full(SHAPE, 0.5, dtype=np.float32)
+    kept = td.Quantization(torch.int8, scales, scales)
+    scales[:] = 7
+    assert (kept.k_scale == 0.5).all()
+    assert (kept.v_scale == 0.5).all()

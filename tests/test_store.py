@@ -122,6 +122,21 @@ def test_tolerance_bounds_the_error() -> None:
     assert store.mirror("b").exact_length == len(YOURS)
 
 
+def test_rows_that_a_tolerance_may_have_replaced_are_not_exact() -> None:
+    store = make_store()
+    prompts = {"a": [td.private(MINE), td.shared(B), td.private(C)]}
+    prompts["b"] = [*prompts["a"][:2], td.private(A)]  # at the same positions: not moved
+    dense = random_dense(prompts, GEOMETRY)
+    store.put_round(dense, prompts, atol=float("inf"))
+    assert same(dense_of(store, "a"), dense["a"])
+    assert not same(dense_of(store, "b"), dense["b"])
+    exact = {agent: store.mirror(agent).exact_length for agent in "ab"}
+    assert exact == {"a": store.length("a"), "b": len(MINE)}
+    store.put_round(dense, prompts)
+    exact = {agent: store.mirror(agent).exact_length for agent in "ab"}
+    assert exact == {agent: store.length(agent) for agent in "ab"}
+
+
 def test_put_round_with_one_table_per_layer() -> None:
     ropes = [td.Rope.default(64, 1e6, 4096, interleaved=True), None]
     store = td.DiffStore(GEOMETRY, ropes, "64MiB", block_size=8)
@@ -147,6 +162,17 @@ def test_restore_of_many_agents_through_pages_and_skips() -> None:
     assert torch.equal(flat[155 : 150 + lengths[1]], dense["c"][0][1][5:])
     assert flat[lengths[0] : 155].isnan().all()
     assert flat[150 + lengths[1] :].isnan().all()
+
+
+def test_restore_of_a_numpy_layer_and_into_one_tensor() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, layout())
+    out = torch.empty(2, store.length("a"), 1, 64)
+    store.restore("a", np.int64(1), out[0], out[1], torch.arange(out.shape[1]))  # type: ignore[arg-type]
+    assert torch.equal(out[1], dense["a"][1][1])
+    with pytest.raises(ValueError, match="v_cache: expected memory of its own, got that of k_c"):
+        store.restore("a", 1, out[0], out[0], torch.arange(out.shape[1]))
 
 
 def test_put_again_replaces_and_release_gives_back() -> None:
@@ -195,6 +221,17 @@ def test_bad_dense_caches_change_nothing(change: object, text: str) -> None:
         assert torch.equal(v, old_v)
 
 
+def test_put_round_reads_segments_once() -> None:
+    store = make_store()
+    dense = random_dense(layout(), GEOMETRY)
+    store.put_round(dense, {agent: iter(mine) for agent, mine in layout().items()})  # type: ignore[misc]
+    for agent, cache in dense.items():
+        assert store.length(agent) == len(cache[0][0])
+        assert same(dense_of(store, agent), cache)
+    with pytest.raises(TypeError, match=r"layout\['c'\]: expected segments \(private.*\), got int"):
+        store.put_round(dense, {**layout(), "c": [1, 2]})  # type: ignore[dict-item]
+
+
 def test_put_round_without_room_changes_nothing() -> None:
     store = td.DiffStore(GEOMETRY, ROPE, 20 * 8 * GEOMETRY.row_bytes, block_size=8)
     small = {"x": [td.private(C)]}
@@ -203,6 +240,42 @@ def test_put_round_without_room_changes_nothing() -> None:
     with pytest.raises(td.OutOfPagesError, match="capacity"):
         store.put_round(random_dense(layout(), GEOMETRY), layout())
     assert store.stats() == before
+
+
+def test_what_can_never_fit_evicts_nothing() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 9 * 8 * GEOMETRY.row_bytes, block_size=8)
+    prompts = {"a": [td.private(range(16))], "b": [td.shared(tokens(1, 32))]}
+    store.put_round(random_dense(prompts, GEOMETRY), prompts)
+    store.release("b")
+    before = store.stats()
+    with pytest.raises(td.OutOfPagesError, match="capacity: expected 8 free pages"):
+        store.take_pages(8)
+    assert store.stats() == before
+    assert len(store.take_pages(7)) == 7
+    assert store.stats().evictions == 1
+
+
+def test_put_round_evicts_no_master_that_it_uses() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 9 * 8 * GEOMETRY.row_bytes, block_size=8)
+    heard, fresh = td.shared(tokens(1, 64)), td.shared(tokens(2, 16))
+    first = {"a": [heard]}
+    dense = random_dense(first, GEOMETRY)
+    store.put_round(dense, first)
+    store.release("a")
+    second = {"c": [heard, fresh, td.private(range(8))]}
+    later = random_dense(second, GEOMETRY, seed=1)
+    for side, stored in zip(later["c"], dense["a"], strict=True):
+        for rows, same_rows in zip(side, stored, strict=True):
+            rows[:64] = same_rows
+    before = store.stats()
+    with pytest.raises(td.OutOfPagesError, match="capacity: expected 2 free pages"):
+        store.put_round(later, second)
+    assert store.stats() == before
+    small = {"c": [heard, td.private(range(8))]}
+    fits = {"c": tuple([rows[:72] for rows in side] for side in later["c"])}
+    store.put_round(fits, small)  # type: ignore[arg-type]
+    assert store.stats().own_rows == 8
+    assert same(dense_of(store, "c"), fits["c"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +291,7 @@ def test_put_round_without_room_changes_nothing() -> None:
         (lambda: td.DiffStore(GEOMETRY, ROPE), "capacity: expected either capacity or pool"),
         (lambda: td.DiffStore(GEOMETRY, ROPE, 8), "capacity: expected at least one page"),
         (lambda: td.DiffStore(GEOMETRY, ROPE, "8 pages"), "capacity: expected bytes or text"),
+        (lambda: td.DiffStore(GEOMETRY, ROPE, 1e6), "capacity: expected bytes or text .* got 1000"),
         (
             lambda: td.DiffStore(GEOMETRY, ROPE, "1MiB", block_size=12),
             "block_size: expected one of",
@@ -246,11 +320,47 @@ def test_put_round_without_room_changes_nothing() -> None:
             ),
             r"k_pools\[0\]: expected innermost stride 1, got 2",
         ),
+        (
+            lambda: td.PagePool(
+                [torch.zeros(1, 8, 1, 64).expand(2, 8, 1, 64)],
+                [torch.zeros(1, 8, 1, 64).expand(2, 8, 1, 64)],
+                lambda n: [],
+                lambda p: None,
+            ),
+            r"k_pools\[0\]: expected no stride of 0, got \[0, 64, 64, 1\]",
+        ),
+        (
+            lambda: td.PagePool(*([torch.zeros(2, 8, 1, 64)],) * 2, lambda n: [], lambda p: None),
+            r"v_pools\[0\]: expected memory of its own, got that of k_pools\[0\]",
+        ),
     ],
 )
 def test_constructors_name_what_is_wrong(make: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ([0, 1], r"3 page ids, got \[2\]"),
+        ([0.0, 1.0, 2.0], "integers, got float64"),
+        ([0, 1, 4], r"pages 0\.\.3, got 0\.\.4"),
+        ([-1, 1, 2], r"pages 0\.\.3, got -1\.\.2"),
+        ([0, 1, 1], "3 different pages, got 2"),
+        ([2, 3, 0], r"pages not in use, got \[3\]"),
+    ],
+)
+def test_pages_of_an_allocator_are_checked_and_given_back(given: list[int], text: str) -> None:
+    answers, back = [[3], given], []  # type: ignore[var-annotated]
+    pools = [torch.zeros(4, 8, 1, 64) for _ in range(4)]
+    pool = td.PagePool(pools[:2], pools[2:], lambda n: answers.pop(0), back.extend)
+    store = td.DiffStore(GEOMETRY, ROPE, pool=pool)
+    store.take_pages(1)
+    with pytest.raises(ValueError, match=f"allocate: expected {text}"):
+        store.take_pages(3)
+    assert back == [page for page in given if page != 3]
+    assert store.stats().used_pages == 1
 
 
 def test_parse_bytes() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +34,7 @@ def encode_round(
 ) -> None:
     """Checks ``dense``, and stores Masters that are missing and a Mirror of every agent; if that
     fails, the store is as it was, but for evictions."""
+    layout = {agent: _segments(agent, segments) for agent, segments in layout.items()}
     _check_dense(store, dense, layout)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
     layouts = lay_out(
@@ -61,13 +62,12 @@ def _encode(
     taken: list[Pages],
 ) -> None:
     for layout in layouts:
-        for use in layout.made:
-            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
-            store.hold([use.master])
-            held.append(use.master)
-            _copy_rows(store, layout, use, dense)
         store.hold(layout.uses.masters)
         held += layout.uses.masters
+    for layout in layouts:  # no Master of the round is evicted for the pages of another
+        for use in layout.made:
+            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
+            _copy_rows(store, layout, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
     for layout in layouts:
         assert layout.agent is not None
@@ -102,7 +102,7 @@ def _encode_agent(
     all are known.
     """
     layout.uses.masks[:] = 0
-    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout.uses)
+    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout)
     mirror = Mirror(layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact)
     arrays, extents = round_arrays([mirror], store.block_size)
     slots = torch.arange(mirror.length, dtype=torch.int64, device=store.device)[None]
@@ -172,6 +172,16 @@ def _as_stored(
     return stored
 
 
+def _segments(agent: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    segments = tuple(segments)  # an iterator could be read only once
+    odd = [type(one).__name__ for one in segments if not isinstance(one, Segment)]
+    if odd:
+        raise TypeError(
+            f"layout[{agent!r}]: expected segments (private(ids), shared(ids)), got {odd[0]}"
+        )
+    return segments
+
+
 def _check_dense(
     store: DiffStore,
     dense: Dense,
@@ -206,6 +216,8 @@ def _check_dense(
                     )
 
 
-def _approximate_from(uses: Sequence[Use]) -> int:
-    """First row that a tolerance may have changed."""
-    return min((use.delta for use in uses if use.shift != 0), default=0)
+def _approximate_from(layout: AgentLayout) -> int:
+    """First row that a tolerance may have changed: those of a Master that was copied from this
+    agent, where it was copied, are as they were put."""
+    copied = {use.delta for use in layout.made}
+    return min((use.delta for use in layout.uses if use.delta not in copied), default=layout.length)

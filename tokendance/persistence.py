@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +23,10 @@ from tokendance.layer_ropes import LayerRope
 from tokendance.mirror import Master, Mirror, Use, Uses
 from tokendance.pool import PagePool, Pages
 from tokendance.quantization import Quantization
+from tokendance.saved_schema import check_state
 from tokendance.segments import Segment
 
-VERSION = 2
+VERSION = 3
 _FORMAT = "tokendance.DiffStore"
 _GEOMETRY = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
 
@@ -37,7 +37,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     handle, scratch = tempfile.mkstemp(prefix=f"{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(dict(state), file)
+            torch.save({**state, "checksum": checksum(state)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, target)
@@ -50,13 +50,46 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Raises ``ValueError`` for something that is no store, or one of another version."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever bytes that are no pickle, or no longer one, lead to
         raise ValueError(f"path: expected a saved DiffStore, got {path} ({error})") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"path: expected a saved DiffStore, got {path}")
     if state["version"] != VERSION:
-        raise ValueError(f"path: expected version {VERSION}, got {state['version']} in {path}")
+        raise ValueError(f"path: expected version {VERSION}, got {state.get('version')} in {path}")
+    found = state.pop("checksum", None)
+    if found != checksum(state):
+        raise ValueError(f"path: expected the checksum of what was saved, got another in {path}")
+    check_state(state, path)
     return state
+
+
+def checksum(state: Mapping[str, Any]) -> str:
+    """Of all that a file holds, but for itself."""
+    hasher = hashlib.blake2b(digest_size=16)
+    _hash(state, hasher.update)
+    return hasher.hexdigest()
+
+
+def _hash(value: Any, update: Callable[[Any], None]) -> None:
+    """Depth first; every value begins with its kind and size, so that no two files run together."""
+    if isinstance(value, Tensor):
+        update(f"{value.dtype}{list(value.shape)}".encode())
+        rows = value.contiguous().as_strided((value.numel(),), (1,))
+        update(rows.view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        update(f"dict{len(value)}".encode())
+        for key in value:
+            _hash(key, update)
+            _hash(value[key], update)
+    elif isinstance(value, list):
+        update(f"list{len(value)}".encode())
+        for item in value:
+            _hash(item, update)
+    else:
+        text = repr(value).encode()
+        update(f"{type(value).__name__}{len(text)}".encode() + text)
 
 
 def pack(
@@ -156,11 +189,27 @@ def quantization_in(state: Mapping[str, Any]) -> Quantization | None:
 
 
 def unpack(
-    state: Mapping[str, Any], pool: PagePool, take_pages: Callable[[int], Pages]
+    state: Mapping[str, Any],
+    pool: PagePool,
+    take_pages: Callable[[int], Pages],
+    drop_pages: Callable[[Pages], None],
 ) -> tuple[list[Master], dict[str, Mirror]]:
-    """Fills pages of a pool and makes the Masters, the longest unused first, and the Mirrors."""
+    """Fills pages of a pool and makes the Masters, the longest unused first, and the Mirrors.
+
+    If that fails, the pages are given back.
+    """
     count = len(state["k_pools"][0])
     pages = take_pages(count)
+    try:
+        return _unpack(state, pool, pages)
+    except BaseException:
+        drop_pages(pages)
+        raise
+
+
+def _unpack(
+    state: Mapping[str, Any], pool: PagePool, pages: Pages
+) -> tuple[list[Master], dict[str, Mirror]]:
     at = torch.from_numpy(pages.astype(np.int64)).to(pool.device)
     for name, pools in (("k_pools", pool.k_pools), ("v_pools", pool.v_pools)):
         for to, kept in zip(pools, state[name], strict=True):

@@ -76,9 +76,26 @@ class PagePool:
                         f"{name}[{layer}]: expected strides {pools[0].stride()} of layer 0, "
                         f"got {pool.stride()}"
                     )
+        self._check_memory()
         self.quantization = self._checked(quantization)
         self._allocate = allocate
         self._free = free
+
+    def _check_memory(self) -> None:
+        """Every element of every pool is written for itself."""
+        owners: dict[int, str] = {}
+        for name, pools in (("k_pools", self.k_pools), ("v_pools", self.v_pools)):
+            for layer, pool in enumerate(pools):
+                if any(n > 1 and s == 0 for n, s in zip(pool.shape, pool.stride(), strict=True)):
+                    raise ValueError(
+                        f"{name}[{layer}]: expected no stride of 0, got {list(pool.stride())}"
+                    )
+                # Views of one engine tensor are welcome, unless they begin at the same element.
+                owner = owners.setdefault(pool.data_ptr(), f"{name}[{layer}]")
+                if owner != f"{name}[{layer}]" and pool.numel():
+                    raise ValueError(
+                        f"{name}[{layer}]: expected memory of its own, got that of {owner}"
+                    )
 
     def _checked(self, quantization: Quantization | None) -> Quantization | None:
         shape, dtype = [self.num_layers, self.k_pools[0].shape[2]], self.dtype
@@ -175,10 +192,29 @@ class PagePool:
         return 2 * self.num_layers * row
 
     def allocate(self, count: int) -> Pages:
-        """Takes ``count`` pages. Raises :class:`OutOfPagesError`."""
+        """Takes ``count`` pages.
+
+        Raises:
+            OutOfPagesError: there are fewer.
+            ValueError: the allocator gave something else than ``count`` different page ids of the
+                pool; it has got them back.
+        """
         if count == 0:
             return np.empty(0, dtype=np.int32)
-        return np.asarray(self._allocate(count), dtype=np.int32)
+        given = self._allocate(count)
+        pages = np.asarray(given)
+        if pages.shape != (count,):
+            wrong = f"{count} page ids, got {list(pages.shape)}"
+        elif not np.issubdtype(pages.dtype, np.integer):
+            wrong = f"integers, got {pages.dtype}"
+        elif pages.min() < 0 or pages.max() >= self.num_pages:
+            wrong = f"pages 0..{self.num_pages - 1}, got {pages.min()}..{pages.max()}"
+        elif len(np.unique(pages)) < count:
+            wrong = f"{count} different pages, got {len(np.unique(pages))}"
+        else:
+            return pages.astype(np.int32)
+        self._free(given)
+        raise ValueError(f"allocate: expected {wrong}")
 
     def free(self, pages: Pages) -> None:
         """Gives pages back."""

@@ -41,7 +41,8 @@ class Quantization:
     def __init__(self, dtype: torch.dtype, k_scale: Array, v_scale: Array) -> None:
         if dtype not in LARGEST:
             raise ValueError(f"dtype: expected one of {tuple(LARGEST)}, got {dtype}")
-        scales = {"k_scale": as_tensor(k_scale), "v_scale": as_tensor(v_scale)}
+        # Copies: pages would change their meaning with the caller's arrays.
+        scales = {"k_scale": as_tensor(k_scale).clone(), "v_scale": as_tensor(v_scale).clone()}
         shape = scales["k_scale"].shape
         for name, scale in scales.items():
             if scale.dtype != torch.float32 or scale.dim() != 2:
@@ -70,7 +71,8 @@ class Quantization:
         dtype: torch.dtype = torch.float8_e4m3fn,
         margin: float | None = None,
     ) -> Quantization:
-        """Scales whose largest element is ``margin`` times the largest of the samples.
+        """Scales whose largest element is ``margin`` times the largest of the samples; 1 for a
+        head whose samples are all zero.
 
         Args:
             keys, values: per layer ``[..., Hk, D]``, keys rotated. At other positions a key's
@@ -96,7 +98,8 @@ class Quantization:
                 heads = as_tensor(sample).detach().float().movedim(-2, 0).flatten(1)
                 rows.append(heads.abs().amax(dim=1))
             largest = torch.stack(rows).cpu() * (margin / LARGEST[dtype])
-            return largest.clamp(min=torch.finfo(torch.float32).tiny)
+            tiny = torch.finfo(torch.float32).tiny
+            return torch.where(largest == 0, 1.0, largest.clamp(min=tiny))
 
         return cls(dtype, scales(keys), scales(values))
 

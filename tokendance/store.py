@@ -197,18 +197,25 @@ class DiffStore:
         """Takes pages, evicting Masters that nobody uses, the longest unused first.
 
         Raises:
-            OutOfPagesError: nothing was taken; Masters may have been evicted.
+            OutOfPagesError: nothing was taken; Masters may have been evicted, unless the pool would
+                have been too small without any of them.
+            ValueError: the engine's allocator gave pages that are in use, or none of the pool.
         """
         while True:
             try:
                 pages = self.pool.allocate(count)
                 break
             except OutOfPagesError as error:
-                if not self._evict_one():
+                within_reach = count <= self.pool.num_pages - self._pinned_pages()
+                if not within_reach or not self._evict_one():
                     raise OutOfPagesError(
                         f"capacity: expected {count} free pages, got fewer, and every Master is in "
                         f"use ({error}); release agents or enlarge the store"
                     ) from error
+        used = self._page_users[pages] > 0
+        if used.any():
+            self.pool.free(pages[~used])
+            raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
         self._page_users[pages] += 1
         return pages
 
@@ -219,7 +226,16 @@ class DiffStore:
     def drop_pages(self, pages: Pages) -> None:
         """Takes one user from each page; pages without users go back to the pool."""
         self._page_users[pages] -= 1
+        assert (self._page_users[pages] >= 0).all(), "pages that were given back before"
         self.pool.free(pages[self._page_users[pages] == 0])
+
+    def _pinned_pages(self) -> int:
+        """Pages that stay in use whatever is evicted."""
+        users = self._page_users.copy()
+        for master in self._masters.values():
+            if master.holders == 0:
+                users[master.pages] -= 1
+        return int(np.count_nonzero(users))
 
     def _evict_one(self) -> bool:
         idle = [master for master in self._masters.values() if master.holders == 0]
@@ -316,7 +332,7 @@ class DiffStore:
         Source: the fused restore of TokenDance (arXiv 2604.03143).
         """
         names = [agents] if isinstance(agents, str) else list(agents)
-        which = [layers] if isinstance(layers, int) else list(layers)
+        which = [int(layers)] if isinstance(layers, int | np.integer) else list(layers)
         keys = [k_cache] if is_array(k_cache) else list(k_cache)
         values = [v_cache] if is_array(v_cache) else list(v_cache)
         if len(keys) != len(which) or len(values) != len(which):
@@ -324,6 +340,9 @@ class DiffStore:
                 f"k_cache: expected {len(which)} tensors of k_cache and v_cache, "
                 f"got {len(keys)} and {len(values)}"
             )
+        for key, value in zip(as_tensors(keys), as_tensors(values), strict=True):
+            if key.numel() and key.data_ptr() == value.data_ptr():
+                raise ValueError("v_cache: expected memory of its own, got that of k_cache")
         for layer in which:
             if not 0 <= layer < self.geometry.num_layers:
                 raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
@@ -382,6 +401,7 @@ class DiffStore:
                 keys (e4m3) or of two scales (int8) finds such rows the same.
 
         Raises:
+            TypeError: something else than segments.
             ValueError: agents, layers or lengths do not fit each other; the store is as it was.
             OutOfPagesError: the store is as it was, but for evictions.
         """
@@ -473,7 +493,7 @@ class DiffStore:
             )
         if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
             raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages)
+        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages, store.drop_pages)
         for master in masters:
             store._clock += 1
             master.last_used = store._clock
@@ -517,9 +537,10 @@ class DiffStore:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"``; the units are binary."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", size)
+    if isinstance(size, int | np.integer):
+        return int(size)
+    text = size if isinstance(size, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text)
     if match is None:
         raise ValueError(f'capacity: expected bytes or text such as "8GiB", got {size!r}')
     return int(float(match[1]) * _UNITS[match[2]])
