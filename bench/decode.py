@@ -141,7 +141,9 @@ def measure(model: Any, agents: int, context: int, share: float, steps: int) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decode", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--agents", default="8,16,32", help="comma-separated")
     parser.add_argument("--context", type=int, default=4096)

@@ -165,7 +165,9 @@ def best(call: Call) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m bench.loops", description=__doc__).parse_args(arguments)
+    argparse.ArgumentParser(
+        prog="python -m bench.loops", description=__doc__.split("\n")[0]
+    ).parse_args(arguments)
     torch.set_num_threads(1)
     clock = ceilings.clock()
     for _ in range(ROUNDS):

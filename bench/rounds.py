@@ -150,7 +150,9 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     from tokendance.models import load_model
 
-    parser = argparse.ArgumentParser(prog="python -m bench.rounds", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rounds", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("workloads", nargs="*", default=["town_square"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--agents", default="2,4,6", help="comma-separated")

@@ -76,7 +76,9 @@ def draw(found: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.scaling", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--shared", type=int, default=4096)
     parser.add_argument("--private", type=int, default=256)
     parser.add_argument("--dtype", choices=FLOATS, default="fp32")

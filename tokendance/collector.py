@@ -21,7 +21,7 @@ from tokendance.audit import (
 from tokendance.layout import OptedOut, Source, Sources, lay_out
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray
-from tokendance.segments import Segment, TokenIds, _as_token_ids
+from tokendance.segments import Segment, TokenIds, as_token_ids
 from tokendance.selection import (
     DEFAULT,
     Everything,
@@ -172,7 +172,7 @@ class KVCollector:
                     f"token_ids: expected a finished prefill, got {agent!r} in prefill"
                 )
             given = list(ids) if isinstance(ids, Iterator) else ids
-            tokens = _as_token_ids(given, f"token_ids[{agent!r}]").tolist()
+            tokens = as_token_ids(given, f"token_ids[{agent!r}]").tolist()
             if not tokens:
                 raise ValueError(f"token_ids[{agent!r}]: expected at least one token, got none")
             self._check_room(state, len(tokens))

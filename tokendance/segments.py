@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tokendance.arrays import Array, as_tensor, is_array
 
-__all__ = ["Segment", "TokenIds", "chain", "private", "shared", "split_round"]
+__all__ = ["Segment", "TokenIds", "as_token_ids", "chain", "private", "shared", "split_round"]
 
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | Array
 """One-dimensional token ids, each in ``0 .. 2**31 - 1``: a list, a tensor or another array."""
@@ -83,12 +83,12 @@ def private(token_ids: TokenIds, *, namespace: bytes | str = b"") -> Segment:
         TypeError: ``token_ids`` are no integers, or ``namespace`` is neither bytes nor str.
         ValueError: ``token_ids`` are not one-dimensional, or one of them is out of range.
     """
-    return _segment(_as_token_ids(token_ids, "token_ids"), False, _key(namespace))
+    return _segment(as_token_ids(token_ids, "token_ids"), False, _key(namespace))
 
 
 def shared(token_ids: TokenIds, *, namespace: bytes | str = b"") -> Segment:
     """A segment that agents of the same namespace may reuse from each other; else as `private`."""
-    return _segment(_as_token_ids(token_ids, "token_ids"), True, _key(namespace))
+    return _segment(as_token_ids(token_ids, "token_ids"), True, _key(namespace))
 
 
 def chain(context: bytes, segment_digest: bytes) -> bytes:
@@ -146,8 +146,8 @@ def split_round(
     """
     if kind not in ("shared", "private"):
         raise ValueError(f"kind: expected 'shared' or 'private', got {kind!r}")
-    tokens = _as_token_ids(token_ids, "token_ids")
-    separator = _as_token_ids(separator_ids, "separator_ids")
+    tokens = as_token_ids(token_ids, "token_ids")
+    separator = as_token_ids(separator_ids, "separator_ids")
     if len(separator) == 0:
         raise ValueError("separator_ids: expected at least one token, got none")
     key = _key(namespace)
@@ -199,7 +199,7 @@ def _frozen(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return token_ids
 
 
-def _as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
+def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
     """A read-only int32 copy of the caller's token ids, checked."""
     if is_array(token_ids) and not isinstance(token_ids, np.ndarray):
         ids: npt.NDArray[Any] = as_tensor(token_ids).detach().cpu().numpy()

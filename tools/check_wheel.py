@@ -73,7 +73,9 @@ def try_out(wheel: Path, torch: str | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.check_wheel", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.check_wheel", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--torch", help="what pip installs into the environment, with its options")
     options = parser.parse_args(arguments)
     tag = f"{sys.implementation.name[0]}p{sys.version_info[0]}{sys.version_info[1]}"

@@ -100,7 +100,9 @@ def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.nvrtc", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.nvrtc", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("sources", nargs="*", type=Path, help="of csrc/cuda; default: all")
     parser.add_argument("--archs", default="80,90", help="comma-separated")
     options = parser.parse_args(arguments)

@@ -99,7 +99,9 @@ def repair(wheel: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.wheels", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.wheels", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("python", nargs="*", help="other interpreters")
     options = parser.parse_args(arguments)
     wheel = built_wheel(tag_of(sys.executable)[0])

@@ -35,7 +35,9 @@ from tokendance.workloads import find_workload, read_rounds
 def main(arguments: Sequence[str] | None = None) -> int:
     from tokendance.models import load_model
 
-    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fidelity", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))

@@ -135,7 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tokendance.models import load_model, smollm2_path
     from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
-    parser = argparse.ArgumentParser(prog="python -m bench.peers.vllm_cpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers.vllm_cpu", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("workload", nargs="?", default="town_square")
     parser.add_argument("--agents", default="2,4,6", help="comma-separated, ascending")
     parser.add_argument("--rounds", default="1:4", metavar="A:B", help="rounds A <= round < B")
