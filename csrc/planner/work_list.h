@@ -15,8 +15,8 @@
 //
 // Items are in descending order of cost, so that the last to start are the shortest; those of one
 // cost in the order of the pages that they read, so that several tiles' items that read the same
-// ones run together. Everything is deterministic and takes time proportional to rows + uses + chunks, and to the square of the
-// number of agents that are put together.
+// ones run together. Everything is deterministic and takes time proportional to rows + uses +
+// chunks, and to the square of the number of agents that are put together.
 #pragma once
 
 #include <stdint.h>
