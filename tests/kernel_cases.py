@@ -532,9 +532,14 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},
     )  # fmt: skip
-    for sign in (1, -1):
-        case, damage = module.beyond_the_tables_round(sign, **sizes)
+    # Of items that begin with such a use, and of others.
+    for sign, which, work in ((1, -1, "random"), (-1, 0, "planned"), (1, 1, "planned")):
+        case, damage = module.beyond_the_tables_round(sign, which, work=work, **sizes)
         yield checked(module, "rows and uses beyond the tables", case, damage=damage)
+    yield attention(
+        "several Masters without rotation", 2, agents=1, masters=(40, 40), rows=2, rotary_dim=0,
+        work="planned", check={},
+    )  # fmt: skip
     for turn in range(9):
         case = module.nine_partials_round(turn, **sizes)
         yield checked(module, "nine partials", case, scale=60.0)

@@ -226,7 +226,7 @@ def rising_round(first, second, **options):
     return case
 
 
-def beyond_the_tables_round(sign, **options):
+def beyond_the_tables_round(sign, which=-1, **options):
     """A round without one of its rows and one of its uses, and what puts them in again: the row at
     the first position beyond the tables, the use with the first shift beyond them."""
 
@@ -235,7 +235,7 @@ def beyond_the_tables_round(sign, **options):
 
     case = first_round(wanted, 0, masters=(70, 40), rows=2, **options)
     row = int(case.real_rows[0])
-    use = int(np.flatnonzero(case.arrays["use_length"] > 20)[-1])
+    use = int(np.flatnonzero(case.arrays["use_length"] > 20)[which])
     agent, length = int(case.round.row_agent[row]), int(case.round.use_length[use])
     limit = case.cos.shape[0]
     case.round.row_agent[row] = -1
