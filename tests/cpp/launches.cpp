@@ -146,27 +146,30 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
     view.row_agent[r] = agent;
     view.row_position[r] = lengths[agent] - decode_rows + r % decode_rows;
   }
-  const WorkList list = plan_work({e.rows,
-                                   view.row_agent,
-                                   view.row_position,
-                                   nullptr,
-                                   e.uses,
-                                   view.use_agent,
-                                   view.use_master,
-                                   view.use_delta,
-                                   view.use_length,
-                                   e.masters,
-                                   view.master_page_indptr,
-                                   e.agents,
-                                   view.own_length,
-                                   view.own_page_indptr,
-                                   view.own_position,
-                                   nullptr,
-                                   block_size,
-                                   window,
-                                   16,
-                                   6,
-                                   4});
+  const WorkList list = plan_work({
+      .num_rows = e.rows,
+      .row_agent = view.row_agent,
+      .row_position = view.row_position,
+      .row_position_bound = nullptr,
+      .num_uses = e.uses,
+      .use_agent = view.use_agent,
+      .use_master = view.use_master,
+      .use_delta = view.use_delta,
+      .use_length = view.use_length,
+      .num_masters = e.masters,
+      .master_page_indptr = view.master_page_indptr,
+      .num_agents = e.agents,
+      .own_length = view.own_length,
+      .own_page_indptr = view.own_page_indptr,
+      .own_position = view.own_position,
+      .own_position_bound = nullptr,
+      .block_size = block_size,
+      .window = window,
+      .max_tile_rows = 16,
+      .read_bound_rows = 4,
+      .target_items = 6,
+      .max_splits = 4,
+  });
   RoundExtents full = e;
   full.work = list.work.size() / kWorkFields;
   full.work_rows = list.work_rows.size();
