@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+# A warning ends the build here, not that of whoever installs with another compiler.
+export TOKENDANCE_WERROR ?= 1
 
 .PHONY: build test test-gpu demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp mutate coverage-ptx sass clean

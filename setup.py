@@ -3,6 +3,7 @@
 Environment:
     TOKENDANCE_CUDA         0 = leave the CUDA kernels out even if nvcc is found
     TOKENDANCE_CUDA_ARCHS   architectures, default "80;90"; a release has "80;86;89;90;100;120"
+    TOKENDANCE_WERROR       1 = a warning of a compiler ends the build, as in the Makefile
     MAX_JOBS                compilers that run at once, default the number of CPUs
 """
 
@@ -52,6 +53,7 @@ class BuildWithCMake(build_ext):
 
     def _compile(self) -> list[Path]:
         cuda = "OFF" if os.environ.get("TOKENDANCE_CUDA") == "0" else "ON"
+        werror = "ON" if os.environ.get("TOKENDANCE_WERROR") == "1" else "OFF"
         configure = [
             "cmake",
             "-S",
@@ -63,6 +65,7 @@ class BuildWithCMake(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTOKENDANCE_VERSION={self.distribution.get_version()}",
             f"-DTOKENDANCE_CUDA={cuda}",
+            f"-DTOKENDANCE_WERROR={werror}",
             f"-DTOKENDANCE_CUDA_ARCHS={os.environ.get('TOKENDANCE_CUDA_ARCHS', '80;90')}",
         ]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

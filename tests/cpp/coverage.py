@@ -36,7 +36,7 @@ TESTS = (
 def build(environment: dict[str, str]) -> None:
     configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DTOKENDANCE_CUDA=OFF"]
-    configure += ["-DTOKENDANCE_COVERAGE=ON"]
+    configure += ["-DTOKENDANCE_COVERAGE=ON", "-DTOKENDANCE_WERROR=ON"]
     subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     make = ["cmake", "--build", str(BUILD), "-j", jobs]

@@ -38,7 +38,7 @@ def main() -> int:
         build = ROOT / "build" / f"sanitize-{sanitizer.replace(',', '-')}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DTOKENDANCE_CUDA=OFF"]
-        configure += [f"-DTOKENDANCE_SANITIZE={sanitizer}"]
+        configure += [f"-DTOKENDANCE_SANITIZE={sanitizer}", "-DTOKENDANCE_WERROR=ON"]
         subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
         make = ["cmake", "--build", str(build), "--target", "cpu_launches"]
         subprocess.run(make, check=True, env=environment, stdout=subprocess.DEVNULL)
