@@ -124,6 +124,17 @@ def test_abort_and_exceptions_leave_the_store_as_it_was(selection: object) -> No
     collector.plan(prompts()).abort()
     assert same_snapshot(snapshot(store), before)
 
+    with collector.plan(prompts()):
+        pass
+    assert same_snapshot(snapshot(store), before)
+
+    plan = collector.plan(prompts())
+    run_step(next(collector.prefill(plan, 10)))
+    with pytest.raises(LookupError), plan:
+        raise LookupError
+    assert plan.ended
+    assert same_snapshot(snapshot(store), before)
+
     plan = collector.plan(prompts())
     steps = collector.prefill(plan, 10)
     run_step(next(steps))

@@ -285,6 +285,11 @@ def test_put_round_evicts_no_master_that_it_uses() -> None:
             lambda: td.KVGeometry(1, 3, 2, 64),
             "num_q_heads: expected a multiple of num_kv_heads=2, got 3",
         ),
+        (
+            lambda: td.KVGeometry(1, 0, 2, 64),
+            "num_q_heads: expected a multiple of num_kv_heads=2, got 0",
+        ),
+        (lambda: td.KVGeometry(1, 2, 0, 64), "num_kv_heads: expected at least 1, got 0"),
         (lambda: td.KVGeometry(1, 2, 2, 72), r"head_dim: expected one of \(64, .*\), got 72"),
         (lambda: td.KVGeometry(0, 2, 2, 64), "num_layers: expected at least 1, got 0"),
         (lambda: td.KVGeometry(1, 2, 2, 64, torch.int8), "dtype: expected one of"),

@@ -36,7 +36,9 @@ class KVGeometry:
     def __post_init__(self) -> None:
         if self.num_layers < 1:
             raise ValueError(f"num_layers: expected at least 1, got {self.num_layers}")
-        if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
+        if self.num_kv_heads < 1:
+            raise ValueError(f"num_kv_heads: expected at least 1, got {self.num_kv_heads}")
+        if self.num_q_heads < 1 or self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads: expected a multiple of num_kv_heads={self.num_kv_heads}, "
                 f"got {self.num_q_heads}"

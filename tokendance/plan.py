@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from tokendance.layout import AgentLayout, Origin, Source, Sources, Span, source_of
 from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, no_pages, pages_for, slots_of
@@ -111,7 +112,8 @@ class Plan:
     """A round of requests: made by `KVCollector.plan`, ended agent by agent.
 
     It holds the Masters that it uses and leases the pages that it fills. Until an agent is
-    committed, the store shows nothing of it; after `abort` the store is as it was.
+    committed, the store shows nothing of it; after `abort` the store is as it was. As a context
+    manager it aborts the agents that have not ended when the block is left.
 
     Attributes:
         agents: the agents' names, in the order of the prompts.
@@ -149,6 +151,17 @@ class Plan:
         self._by_name = {
             state.layout.agent: state for state in self._states if state.layout.agent is not None
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: object
+    ) -> None:
+        if kind is None:
+            self.abort()
+        else:
+            self.abort_open()
 
     # Pages ----------------------------------------------------------------------------------------
 
