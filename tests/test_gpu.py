@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import fields, replace
+from typing import ClassVar
 
 import backends
 import kernel_cases
 import pytest
+import test_diff_encode
 import torch
+import torch.nn.functional as F
 from test_collective_attention import attention_round
 
 from tokendance import ops, reference, testing
@@ -59,6 +62,7 @@ def of_one_size(cases):
             q=grown(case.q, extents.rows),
             cos=longest.cos,
             sin=longest.sin,
+            length=F.pad(case.length, (0, extents.agents - len(case.length))),
         )
         for case in cases
     ]
@@ -67,12 +71,15 @@ def of_one_size(cases):
 class Call:
     """A call of an operator in memory that stays where it is."""
 
+    options: ClassVar = {}  # of the rounds
+
     def __init__(self, case, device):
         self.case = case.copy(device)
 
     def load(self, case):
         """The contents of another round of this size; all results become NaN."""
         pairs = [(self.case.round.buffer, case.round.buffer), (self.case.q, case.q)]
+        pairs.append((self.case.length, case.length))
         pairs += zip(self.case.k_pool, case.k_pool, strict=True)
         pairs += zip(self.case.v_pool, case.v_pool, strict=True)
         if case.k_scale is not None:
@@ -184,9 +191,122 @@ class Rotate(Call):
         testing.assert_same_bits(self.out.cpu()[real], expected[real])
 
 
-def rounds(dtype):
+class Deviation(Call):
+    """`key_deviation` of the first heads of all queries, moved to their positions, from themselves,
+    for two agents."""
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        self.keys = self.case.q[:, : case.k_pool[0].shape[2]]
+        row = torch.arange(len(case.q), device=device)
+        self.rows = torch.stack([row, row]), row
+        self.out = torch.empty(len(case.q), device=device)
+        self.results = [self.out]
+
+    def arguments(self, case, keys):
+        fresh, cached = (rows.to(keys.device) for rows in self.rows)
+        position = case.round.row_position
+        tables = (case.cos, case.sin, case.interleaved, 1.0)
+        return keys, fresh, None, keys, cached, position, *tables
+
+    def __call__(self):
+        ops.key_deviation_out(*self.arguments(self.case, self.keys), self.out)
+
+    def check(self, case):
+        keys = case.q[:, : self.keys.shape[1]]
+        want = reference.key_deviation(*self.arguments(case, keys))
+        assert (want[case.real_rows] > 0).all()
+        torch.testing.assert_close(
+            self.out.cpu().double(), want, rtol=1e-5, atol=1e-8, equal_nan=True
+        )
+
+
+class Encode(Call):
+    """`diff_encode` of what the Mirrors of a round stand for, some rows of it altered."""
+
+    options: ClassVar = {"room_for_all": True}
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        agents, length = case.round.extents.agents, len(case.cos)
+        pool = case.k_pool[0]
+        shape = (agents * length, *pool.shape[2:])
+        layers = range(len(case.k_pool))
+        self.dense = testing.DenseCache(
+            [torch.empty(shape, dtype=pool.dtype, device=device) for _ in layers],
+            [torch.empty(shape, dtype=pool.dtype, device=device) for _ in layers],
+            torch.arange(agents * length, device=device).view(agents, length),
+        )
+        self.results = self.dense.k + self.dense.v
+
+    def dense_of(self, case):
+        """On the CPU; rows that no token has are NaN."""
+        dense = self.dense.copy()
+        for rows in dense.k + dense.v:
+            rows.fill_(torch.nan)
+        reference.diff_restore(
+            *(case.k_pool, case.v_pool, case.cos, case.sin, case.interleaved, case.round),
+            *(dense.slot_mapping, dense.k, dense.v),
+        )
+        for agent, length in enumerate(case.length.tolist()):
+            test_diff_encode.alter(dense, agent, range(0, length, 5), layer=1)
+        return dense
+
+    def load(self, case):
+        super().load(test_diff_encode.forget_mirrors(case))
+        dense = self.dense_of(case.copy())
+        for mine, other in zip(self.results, dense.k + dense.v, strict=True):
+            mine.copy_(other)
+
+    def __call__(self):
+        case = self.case
+        ops.diff_encode(
+            *(self.dense.k, self.dense.v, self.dense.slot_mapping, case.length, case.k_pool),
+            *(case.v_pool, case.cos, case.sin, case.interleaved, case.round, 0.0, 0.0),
+            *(case.k_scale, case.v_scale),
+        )
+
+    def check(self, case):
+        expected = test_diff_encode.forget_mirrors(case)
+        test_diff_encode.encoded(reference, expected, self.dense_of(case))
+        testing.assert_same_bits(self.case.round.buffer, expected.round.buffer)
+        pools = self.case.k_pool + self.case.v_pool, expected.k_pool + expected.v_pool
+        for got, want in zip(*pools, strict=True):
+            testing.assert_same_bits(got, want)
+
+
+class Merge(Call):
+    """`merge_states` of one half of the query rows with the other."""
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        rows, heads, head_dim = len(case.q) // 2, *case.q.shape[1:]
+        generator = torch.Generator().manual_seed(9)
+        self.partial_lse = torch.randn(2, rows, heads, generator=generator).to(device)
+        self.partial_out = self.partials(self.case)
+        self.out = torch.empty(rows, heads, head_dim, dtype=case.q.dtype, device=device)
+        self.lse = torch.empty(rows, heads, device=device)
+        self.results = [self.out, self.lse]
+
+    @staticmethod
+    def partials(case):
+        return case.q[: len(case.q) // 2 * 2].view(2, -1, *case.q.shape[1:])
+
+    def __call__(self):
+        ops.merge_states_out(self.partial_out, self.partial_lse, None, self.out, self.lse)
+
+    def check(self, case):
+        out, lse = reference.merge_states(self.partials(case), self.partial_lse.cpu())
+        testing.assert_close(self.out, out, case.q.dtype, "out")
+        testing.assert_close(self.lse, lse, torch.float32, "lse")
+
+
+OPERATORS = [Attention, Restore, Rotate, Deviation, Encode, Merge]
+
+
+def rounds(dtype, **options):
     """Rounds that have little in common, the last of no agents at all."""
-    options = {"dtype": dtype, "num_layers": 2}
+    options |= {"dtype": dtype, "num_layers": 2}
     if dtype == E4M3:
         options["query_dtype"] = torch.bfloat16
     return of_one_size(
@@ -216,9 +336,9 @@ def recorded(call, device):
 
 
 @for_pools
-@pytest.mark.parametrize("operator", [Attention, Restore, Rotate])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_a_graph_serves_rounds_of_other_contents(device, operator, dtype):
-    cases = rounds(dtype)
+    cases = rounds(dtype, **operator.options)
     call = operator(cases[0], device)
     repeat = recorded(call, device)
     for case in [*cases, cases[0]]:
@@ -240,13 +360,13 @@ def stream_of_its_own(device):
 
 
 @for_pools
-@pytest.mark.parametrize("operator", [Attention, Restore, Rotate])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_two_streams(device, operator, dtype):
     """Each call waits for what its stream does before: the stream sleeps, then changes the round.
 
     On another stream it would have seen the round that stood there, and lost its results.
     """
-    before, *cases = rounds(dtype)[:3]
+    before, *cases = rounds(dtype, **operator.options)[:3]
     calls = [operator(before, device) for _ in cases]
     contents = [case.copy(device) for case in cases]
     for call, content in zip(calls, contents, strict=True):
