@@ -133,6 +133,8 @@ def moves(variant: Variant, dtype: torch.dtype, out_dtype: torch.dtype) -> Itera
     wide_rows = module.random_moves(7, rows=3, heads=18, head_dim=256, block_size=1, **sizes)
     yield checked(module, "rows of several blocks", wide_rows)
     yield checked(module, "halfway", module.halfway_moves(**sizes))
+    yield checked(module, "halfway by scale", module.halfway_moves(by_scale=True, **sizes))
+    yield checked(module, "no rotation", module.random_moves(12, rotary_dim=0, **sizes))
     near = module.random_moves(9, rows=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
     bad, expected = test_cuda_launches.moves_with_bad_indices(**sizes)
@@ -184,9 +186,9 @@ def copies(
 ) -> Iterator[Case]:
     """rope_rotate where nothing is rotated."""
     sizes = _move_sizes(variant, dtype or variant.dtype, out_dtype or variant.dtype)
-    copied = test_rope_rotate.random_moves(8, destinations=2, skip=0.3, **sizes)
+    copied = test_rope_rotate.random_moves(8, destinations=2, skip=0.3, scale=1.25, **sizes)
     copied.position_from = copied.position_to = None
-    yield checked(test_rope_rotate, "copies", copied)
+    yield checked(test_rope_rotate, "copies, which nothing scales", copied)
 
 
 def key_deviation(variant: Variant) -> Iterator[Case]:
@@ -234,6 +236,14 @@ def merge_states(variant: Variant) -> Iterator[Case]:
             )
             few = sinks if spread == 3.0 else None
             yield checked(module, f"{count} partials, spread {spread}", aligned(out), lse, few)
+    for count in (5, 9):
+        out, lse = module.partials(count, count, 3, 3, 80, variant.dtype)
+        lse[-1] += 500
+        yield checked(module, f"the last of {count} far above", aligned(out), lse)
+    broken = functools.partial(
+        module.check_broken, dtype=variant.dtype, broken=torch.nan, others=0.0, place=aligned
+    )
+    yield Case("LSEs of NaN", broken)
     out, lse = module.partials(1, 3, 5, 2, 80, variant.dtype)
     yield checked(module, "a last block of few heads", aligned(out), lse)
     out, lse, mean = module.halfway_partials(variant.dtype)
@@ -543,6 +553,7 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     for turn in range(9):
         case = module.nine_partials_round(turn, **sizes)
         yield checked(module, "nine partials", case, scale=60.0)
+    yield checked(module, "nine partials that weigh alike", module.nine_partials_round(0, **sizes))
     yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
     for work in ("random", "planned"):
         case = module.neighbours_round(work=work, **sizes)

@@ -226,9 +226,9 @@ def rising_round(first, second, **options):
     return case
 
 
-def beyond_the_tables_round(sign, which=-1, **options):
+def beyond_the_tables_round(sign=1, which=-1, shift=None, **options):
     """A round without one of its rows and one of its uses, and what puts them in again: the row at
-    the first position beyond the tables, the use with the first shift beyond them."""
+    the first position beyond the tables, the use with ``shift``, or the first beyond them."""
 
     def wanted(case):
         return len(case.real_rows) >= 3 and (case.arrays["use_length"] > 20).sum() >= 2
@@ -238,6 +238,7 @@ def beyond_the_tables_round(sign, which=-1, **options):
     use = int(np.flatnonzero(case.arrays["use_length"] > 20)[which])
     agent, length = int(case.round.row_agent[row]), int(case.round.use_length[use])
     limit = case.cos.shape[0]
+    shift = sign * limit if shift is None else shift
     case.round.row_agent[row] = -1
     case.round.use_length[use] = 0
 
@@ -245,7 +246,7 @@ def beyond_the_tables_round(sign, which=-1, **options):
         given.round.row_agent[row] = agent
         given.round.row_position[row] = limit
         given.round.use_length[use] = length
-        given.round.use_shift[use] = sign * limit
+        given.round.use_shift[use] = shift
 
     return case, damage
 
@@ -764,6 +765,11 @@ def test_random_quantized_rounds(fast_backend, dtype, num_kv_heads, group, windo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_partials_are_merged_by_the_highest_of_all(backend, dtype, turn):
     check(backend, nine_partials_round(turn, dtype=dtype), scale=60.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partials_that_weigh_alike(backend, dtype):
+    check(backend, nine_partials_round(0, dtype=dtype))
 
 
 def test_how_the_work_is_cut_hardly_matters(fast_backend):

@@ -177,10 +177,14 @@ def test_e4m3_pools_on_sm_90(head_dim):
     check(PtxBackend("90"), case)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_rows_and_uses_beyond_the_tables_are_left_out(ptx, sign):
+@pytest.mark.parametrize(
+    "beyond",
+    [{"sign": 1}, {"sign": -1}, {"shift": 2**31 - 1}, {"shift": -(2**31)}],
+    ids=["above", "below", "highest", "lowest"],
+)
+def test_rows_and_uses_beyond_the_tables_are_left_out(ptx, beyond):
     """What the CPU refuses, a device cannot say without being waited for."""
-    case, damage = beyond_the_tables_round(sign, dtype=torch.bfloat16)
+    case, damage = beyond_the_tables_round(dtype=torch.bfloat16, **beyond)
     check(ptx, case, damage=damage)
 
 

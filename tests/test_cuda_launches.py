@@ -187,14 +187,14 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     limit = cos.shape[0]
     cached_position[1:] = torch.tensor([3, 5, 0, limit, limit - 1, 8, 0, 1])
     fresh_position[0, 3:6] = torch.tensor([limit, 0, 0])
-    fresh_position[1, 3:6] = torch.tensor([limit, 1, limit - 1])
+    fresh_position[1, 3:6] = torch.tensor([limit, 0, 0])
     fresh_position[2, 3:6] = torch.tensor([1, limit, 3])
     known = [item.clone() if isinstance(item, torch.Tensor) else item for item in arguments]
     known[1][1, 3] = -1
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
-    known[1][0, 3] = known[1][0, 4] = known[1][:, 6] = known[1][0, 7] = -1
+    known[1][0, 3] = known[1][:2, 4] = known[1][:, 6] = known[1][0, 7] = -1
     beyond = fresh.shape[0] * fresh.shape[1]
     fresh_row[:, 6] = torch.tensor([-1, beyond, beyond])
     fresh_row[0, 7] = beyond
@@ -225,9 +225,11 @@ def restore_with_bad_indices(layout="padded", out_dtype=None, **options):
             skipped[agent, delta + size : delta + 37] = -1
     second = int(round.master_page_indptr[1]) + 1
     round.master_pages[second : second + 2] = torch.tensor([case.k_pool[0].shape[0], -1])
-    delta, length = int(round.use_delta[0]), int(round.use_length[0])
-    round.use_shift[0] = -case.cos.shape[0]
-    skipped[int(round.use_agent[0]), delta : delta + length] = -1
+    limit = case.cos.shape[0]
+    for use, shift in ((0, -limit), (2, limit), (4, -(2**31))):
+        delta, length = int(round.use_delta[use]), int(round.use_length[use])
+        round.use_shift[use] = shift
+        skipped[int(round.use_agent[use]), delta : delta + length] = -1
     used = known.round.own_length.nonzero().flatten().tolist()
     for agent, illegal in zip(used, (-1, skipped.shape[1]), strict=False):
         first = int(round.own_page_indptr[agent]) * size
@@ -247,20 +249,29 @@ def test_restore_skips_indices_out_of_range(ptx, dtype):
 
 
 def encode_with_bad_indices(layout="padded", **options):
-    """A round in which no row is its Master's: some have no slot or no page, one use has no angles,
-    another begins before position 0. And what is encoded of it."""
+    """A round in which no row is its Master's: some have no slot or no page, some uses have no
+    angles, one begins before position 0, a Master lacks pages. And what is encoded of it."""
     module = test_diff_encode
     case = testing.random_round(
         22, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, table_slack=5,
         room_for_all=True, layout=layout, **options,
     )  # fmt: skip
+    case.round.use_shift[:2] = 0
     dense = module.restored(case, layout=layout)
     for agent, length in enumerate(case.length.tolist()):
-        module.alter(dense, agent, range(length))
+        kept = set()  # rows that are their Master's, as long as these do not move
+        for use in range(2):
+            if int(case.round.use_agent[use]) == agent:
+                begin = int(case.round.use_delta[use])
+                kept |= set(range(begin, begin + int(case.round.use_length[use])))
+        module.alter(dense, agent, [at for at in range(length) if at not in kept])
     blank = module.forget_mirrors(case)
+    blank.round.use_shift[:2] = 1
     expected = module.expectation(blank, dense)
+    limit, page = case.cos.shape[0], int(case.round.master_page_indptr[1])
     for round in (blank.round, expected.round):
-        round.use_shift[0] = case.cos.shape[0]
+        round.use_shift[:3] = torch.tensor([limit, -limit, -(2**31)])
+        round.master_pages[page : page + 2] = torch.tensor([-1, case.k_pool[0].shape[0]])
     first = case.round.use_delta.tolist().index(0)
     for round in (blank.round, expected.round):
         round.use_delta[first] = -3
@@ -312,68 +323,96 @@ def test_rotation_in_place_of_many_rows(ptx, dtype, wide):
 
 # Offsets beyond 32 bits ----------------------------------------------------------------------
 
+FAR = 1_100_000_000  # 16-bit elements between pages, of which the third lies beyond 2^32 bytes
+far_rows = [
+    pytest.param(torch.bfloat16, False, FAR, id="bf16"),
+    pytest.param(torch.float16, True, FAR, id="fp16_interleaved"),
+    pytest.param(torch.float32, False, FAR, id="fp32"),
+    pytest.param(torch.bfloat16, True, FAR + 1, id="bf16_interleaved_narrow"),
+    pytest.param(torch.float32, False, FAR + 1, id="fp32_narrow"),
+]
+far_quantized_rows = [
+    pytest.param(torch.float8_e4m3fn, False, 2 * FAR, id="e4m3"),
+    pytest.param(torch.float8_e4m3fn, True, 2 * FAR + 1, id="e4m3_interleaved_narrow"),
+]
+for_far_keys = pytest.mark.parametrize(("dtype", "interleaved", "stride"), far_rows)
+for_far_rows = pytest.mark.parametrize(
+    ("dtype", "interleaved", "stride"), far_rows + far_quantized_rows
+)
 
-@pytest.fixture(scope="module")
-def case():
+
+def small_round(dtype, interleaved=False):
     return testing.random_round(
-        4, agents=2, masters=(20,), whole_uses=True, room_for_all=True, dtype=torch.bfloat16
-    )
+        4, agents=2, masters=(20,), whole_uses=True, room_for_all=True, dtype=dtype,
+        interleaved=interleaved,
+    )  # fmt: skip
 
 
-def test_rotation_of_pages_that_lie_far_apart(ptx, case):
-    rows = torch.randn(3, 8, 2, 64).bfloat16()
-    near, far = torch.zeros_like(rows), testing.far_apart(torch.zeros_like(rows))
+@for_far_rows
+def test_rotation_of_pages_that_lie_far_apart(ptx, dtype, interleaved, stride):
+    tables = small_round(dtype)
+    generator = torch.Generator().manual_seed(6)
+    rows = test_rope_rotate.random_rows((24, 2, 64), dtype, generator).view(3, 8, 2, 64)
+    near = torch.zeros_like(rows)
+    far, out = (testing.far_apart(pages, stride) for pages in (rows, near))
     row_in, row_out = torch.tensor([23, 0, 9]), torch.tensor([16, 23, 7])
     to = torch.tensor([3, 0, 21], dtype=torch.int32)
-    for module, x, out in ((reference, rows, near), (ptx, testing.far_apart(rows), far)):
-        module.rope_rotate_out(x, row_in, row_out, None, to, case.cos, case.sin, False, 1.0, out)
-    testing.assert_same_bits(far, near)
+    arguments = (row_in, row_out, None, to, tables.cos, tables.sin, interleaved, 1.0)
+    reference.rope_rotate_out(rows, *arguments, near)
+    ptx.rope_rotate_out(far, *arguments, out)
+    testing.assert_same_bits(out, near)
 
 
-def test_deviation_of_pages_that_lie_far_apart(ptx, case):
-    rows = torch.randn(3, 8, 2, 64).bfloat16()
+@for_far_keys
+def test_deviation_of_pages_that_lie_far_apart(ptx, dtype, interleaved, stride):
+    case = small_round(dtype)
+    rows = torch.randn(3, 8, 2, 64, generator=torch.Generator().manual_seed(7)).to(dtype)
     position = torch.tensor([4, 2], dtype=torch.int32)
     arguments = (torch.tensor([[22, 1]]), None), (torch.tensor([17, 20]), position)
-    tables = (case.cos, case.sin, False, 1.0)
-    got, far = torch.empty(2), testing.far_apart(rows)
+    tables = (case.cos, case.sin, interleaved, 1.0)
+    got, far = torch.empty(2), testing.far_apart(rows, stride)
     ptx.key_deviation_out(far, *arguments[0], far, *arguments[1], *tables, got)
     want = reference.key_deviation(rows, *arguments[0], rows, *arguments[1], *tables)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0.0)
 
 
-def with_far_pool(case):
+def with_far_pool(case, stride):
     """The same round whose pool's pages lie far apart."""
     return replace(
         case,
         round=RoundTensors(case.round.buffer.clone(), case.round.extents),
-        k_pool=[testing.far_apart(pages) for pages in case.k_pool],
-        v_pool=[testing.far_apart(pages) for pages in case.v_pool],
+        k_pool=[testing.far_apart(pages, stride) for pages in case.k_pool],
+        v_pool=[testing.far_apart(pages, stride) for pages in case.v_pool],
     )
 
 
-def with_far_pages(dense):
+def with_far_pages(dense, stride):
     return testing.DenseCache(
-        [testing.far_apart(rows) for rows in dense.k],
-        [testing.far_apart(rows) for rows in dense.v],
+        [testing.far_apart(rows, stride) for rows in dense.k],
+        [testing.far_apart(rows, stride) for rows in dense.v],
         dense.slot_mapping,
     )
 
 
-def test_restore_from_and_to_pages_that_lie_far_apart(ptx, case):
+@for_far_rows
+def test_restore_from_and_to_pages_that_lie_far_apart(ptx, dtype, interleaved, stride):
+    case = small_round(dtype, interleaved)
     near = testing.dense_cache(case, 5)
-    far = with_far_pages(near)
+    far = with_far_pages(near, stride)
     test_diff_restore.restored(reference, case, near)
-    test_diff_restore.restored(ptx, with_far_pool(case), far)
+    test_diff_restore.restored(ptx, with_far_pool(case, stride), far)
     for got, want in zip(far.k + far.v, near.k + near.v, strict=True):
         testing.assert_same_bits(got, want)
 
 
-def test_encode_of_pages_that_lie_far_apart(ptx, case):
+@for_far_rows
+def test_encode_of_pages_that_lie_far_apart(ptx, dtype, interleaved, stride):
+    case = small_round(dtype, interleaved)
     dense = test_diff_encode.restored(case)
     blank = test_diff_encode.forget_mirrors(case)
-    near, far = blank.copy(), with_far_pool(blank)
+    near, far = blank.copy(), with_far_pool(blank, stride)
     test_diff_encode.encoded(reference, near, dense)
-    test_diff_encode.encoded(ptx, far, with_far_pages(dense))
+    test_diff_encode.encoded(ptx, far, with_far_pages(dense, stride))
     testing.assert_same_bits(far.round.buffer, near.round.buffer)
     for got, want in zip(far.k_pool + far.v_pool, near.k_pool + near.v_pool, strict=True):
         testing.assert_same_bits(got, want)
@@ -382,9 +421,10 @@ def test_encode_of_pages_that_lie_far_apart(ptx, case):
 # Other architectures -------------------------------------------------------------------------
 
 
-def test_sm_90(case):
+def test_sm_90():
     """nvcc's PTX for another architecture does the same; a subset, for the source is one."""
     newer = PtxBackend("90")
+    case = small_round(torch.bfloat16)
     dense = test_diff_encode.restored(case)
     test_diff_restore.check(newer, case, testing.dense_cache(case, 5))
     test_diff_encode.check(newer, test_diff_encode.forget_mirrors(case), dense)

@@ -83,6 +83,26 @@ def test_rows_that_nothing_was_seen_for(backend, sinks):
     assert (lse == -torch.inf).all()
 
 
+def check_broken(backend, dtype, broken, others, place=lambda tensor: tensor):
+    """Rows with one such LSE are not rows that nothing was seen for."""
+    lse = torch.full((5, 5, 1), others)
+    lse[torch.arange(5), torch.arange(5)] = broken
+    to = testing.StorageCopies(backend.device)
+    out = to(place(torch.zeros(5, 1, 64, dtype=dtype)))
+    merged_lse = to(torch.zeros(5, 1))
+    partial_out = to(place(torch.ones(5, 5, 1, 64, dtype=dtype)))
+    backend.merge_states_out(partial_out, to(lse), None, out, merged_lse)
+    assert out.isnan().all()
+    assert merged_lse.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("others", [0.0, -torch.inf])
+def test_an_lse_that_is_no_number_makes_results_that_are_none(backend, dtype, broken, others):
+    check_broken(backend, dtype, broken, others)
+
+
 def test_one_partial_passes_through(backend):
     out, lse = partials(3, 1, 6, 2, 128, torch.bfloat16)
     merged, merged_lse = check(backend, out, lse)

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernel_cases
 from ptxrun.mutate import Mutation
 
-from tools import kernel_ptx, mutate
-from tools.equivalent_mutants import EQUIVALENT, explanation
+from tools import equivalent_mutants, kernel_ptx, mutate
+from tools.equivalent_mutants import EQUIVALENT, Equivalent, explanation
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -49,6 +49,14 @@ def test_a_sample_is_repeatable_and_even():
     assert chosen == mutate.sampled(kernels, 7, seed=3)
     assert chosen != mutate.sampled(kernels, 7, seed=4)
     assert [len(indices) for _, indices in chosen] == [3, 4]
+
+
+def test_mutants_of_some_lines_of_the_source():
+    [kernel] = mutate.kernels_of("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
+    found = mutate.of_lines(kernel, r"rope\.h:.*max_position")
+    assert 0 < len(found) < len(kernel.mutations) / 4
+    assert all("max_position" in verdict.source for verdict in mutate.verdicts(kernel, found))
+    assert mutate.of_lines(kernel, "") == list(range(len(kernel.mutations)))
 
 
 def test_a_survivor_comes_with_its_source(monkeypatch):
@@ -275,12 +283,14 @@ def test_instructions_whose_result_nothing_reads_are_found():
     assert "nothing reads" in explanation("k", changed._replace(ptx=unread), "")
 
 
-def test_operands_of_vector_loads_are_found():
+def test_operands_of_vector_loads_are_found(monkeypatch):
+    loaded = Equivalent("a parameter", "change", "", operands=r"ld\.param\.v2.*\[%rd1\+8\]")
+    monkeypatch.setattr(equivalent_mutants, "EQUIVALENT", (loaded,))
     ptx = KERNEL.replace("mov.u32 %r3, 0;", "ld.param.v2.u32 {%r3, %r8}, [%rd1+8];").replace(
         "$L:\nadd.s32 %r3, %r3, 4;", "$L:\nsetp.lt.s32 %p3, %r8, 1;"
     )
     ptx = ptx.replace("@%p1 bra", "@%p3 bra")
     change = "change immediate: setp.lt.s32 %p3, %r8, 1 -> setp.lt.s32 %p3, %r8, 0"
-    assert "without agents" in explanation("key_deviation_f32", Mutation(change, 7, ptx), "")
+    assert explanation("k", Mutation(change, 7, ptx), "") == loaded.reason
     other = ptx.replace("+8]", "+16]")
-    assert explanation("key_deviation_f32", Mutation(change, 7, other), "") == ""
+    assert explanation("k", Mutation(change, 7, other), "") == ""

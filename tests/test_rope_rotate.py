@@ -114,7 +114,7 @@ def random_moves(
         position_to.view(rows, -1)[1] = max_position - 1
         position_to.view(rows, -1)[2] = 0
     if rotary_dim == 0:
-        cos = sin = torch.empty(max_position, 0)
+        cos = sin = torch.empty(1, 0)  # of no position but 0: none is needed
     else:
         rope = Rope.default(head_dim, 10000.0, max_position, rotary_dim, interleaved)
         cos, sin = rope.cos, rope.sin
@@ -302,18 +302,24 @@ def test_a_row_that_stays_keeps_every_bit(backend, dtype):
     testing.assert_same_bits(reference.gather_rows(actual.out.cpu(), moves.row_out), pattern)
 
 
-def halfway_moves(dtype, **options):
+def halfway_moves(dtype, by_scale=False, **options):
+    """Rows that are moved halfway between two values by the angles, or by the scale alone."""
     moves = random_moves(43, dtype=dtype, **options)
     moves.x.copy_(moves.x.float().nan_to_num(0.0))
     ties.fill_odd_even(moves.x)
-    ties.set_angles(moves.cos, moves.sin, moves.out.dtype)
+    if by_scale:
+        moves.position_to = moves.position_from
+        moves.scale = ties.factor(moves.out.dtype)
+    else:
+        ties.set_angles(moves.cos, moves.sin, moves.out.dtype)
     return moves
 
 
+@pytest.mark.parametrize("by_scale", [False, True], ids=["by_angles", "by_scale"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
 @pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
-def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved):
-    actual = check(backend, halfway_moves(dtype, interleaved=interleaved))
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype, interleaved, by_scale):
+    actual = check(backend, halfway_moves(dtype, by_scale, interleaved=interleaved))
     moved = reference.gather_rows(actual.out.cpu(), actual.row_out.cpu())
     assert dtype == torch.float32 or (moved[1, :, 1::2] == 1).all()
 

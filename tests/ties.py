@@ -17,7 +17,12 @@ def fill_odd_even(rows: torch.Tensor) -> None:
     rows.copy_(torch.where(rows.isnan(), rows, values.to(rows.dtype)))
 
 
+def factor(dtype: torch.dtype) -> float:
+    """Multiplies 1 so that it lies halfway to the next value."""
+    return 1 + torch.finfo(dtype).eps / 2
+
+
 def set_angles(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> None:
-    """Makes every move a multiplication by 1 + eps / 2: it moves 1 halfway to the next value."""
-    cos.fill_(1 + torch.finfo(dtype).eps / 2)
+    """Makes every move a multiplication by :func:`factor`."""
+    cos.fill_(factor(dtype))
     sin.fill_(0.0)

@@ -21,8 +21,10 @@ Every tensor may as well be an array of another library that exports itself by D
 :mod:`tokendance.arrays`.
 
 Errors: ``RuntimeError`` before anything is launched, naming the argument, what was expected and
-what came. On the CPU that includes every index, position and page id; CUDA kernels skip rows that
-are out of range, since a look at them would have to wait for the device. Nothing is differentiable.
+what came. On the CPU that includes every index, position and page id. A look at them on CUDA would
+have to wait for the device: there, kernels skip rows that are out of range, and all else in a round
+(offsets, counts, the page ids of :func:`collective_attention`) is taken as it is. Nothing is
+differentiable.
 """
 
 from __future__ import annotations

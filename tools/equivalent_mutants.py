@@ -45,7 +45,7 @@ EQUIVALENT = (
         change=r"setp\.lt\.s(32|64) \S+ \S+, 1 -> setp\.lt\.s\1 \S+ \S+, 0$",
         source=r"for \(int32_t (layer = 0; layer < p\.num_layers|j = 0; j < p\.destinations"
         r"|agent = 0; agent < source\.num_agents|pass = 0; pass < shape\.passes)"
-        r"|if \(item < items\) load",
+        r"|if \(item < items\) load|uint32_t live = page_exists",
     ),
     Equivalent(
         "a tile of no query rows finds no chunk that one sees, and writes nothing",
@@ -54,23 +54,9 @@ EQUIVALENT = (
         source=r"for \(int32_t first = 0; first < queries;",
     ),
     Equivalent(
-        "one more round, whose rows are beyond the page and whose agents beyond the last",
+        "one more round, whose rows are beyond the page",
         change=r"setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
-        source=r"first < p\.num_agents|pass < shape\.passes",
-    ),
-    Equivalent(
-        "without agents one more round, whose agents are beyond the last",
-        kernel="key_deviation",
-        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$",
-        source="",
-        operands=r"ld\.param\.\S+ (%\w+|\{%\w+, ?%\w+\}), \[%rd\d+\+8\]",  # num_agents
-    ),
-    Equivalent(
-        "asks of the first agent of a round again what the loop has asked",
-        kernel="key_deviation",
-        change=r"setp\.ge\.s32 .* -> setp\.gt",
-        source=r"has_token\[i\] = first \+ i < p\.num_agents",
-        operands=r"mov\.u32 %\w+, 0\b",  # not the second agent, one more than the first
+        source=r"pass < shape\.passes",
     ),
     Equivalent(
         "threads left over would do what others do as well, with the same result",
@@ -126,10 +112,22 @@ EQUIVALENT = (
         source=r"int32_t low = 0, high = count - 1;",
     ),
     Equivalent(
-        "a distance of which only the parity is asked, for the round of a loop by two that is left",
-        kernel="collective_attention_merge",
-        change=r"swap operands: sub\.s32",
-        source=r"for \(int32_t i = begin; i < end; \+\+i\) \{",
+        "of two equal numbers the other one is taken",
+        kernel="merge",
+        change=r"setp\.gt\.s32 .* -> setp\.ge",
+        source=r"min\((first|k|i) \+ j, (partials|end) - 1\)",
+    ),
+    Equivalent(
+        "looks for the highest among some partials again",
+        kernel="merge",
+        change=r"add\.s32 .*, (4 -> .*, 3|1 -> .*, 0)$|setp\.lt\.s32 .* -> setp\.le",
+        source=r"for \(int32_t (k = 0; k < partials; k|i = begin; i < end; i) \+= kBatch\)",
+    ),
+    Equivalent(
+        "one more round, of partials beyond the last, which weigh nothing",
+        kernel="merge",
+        change=r"add\.s32 .*, 1 -> .*, 0$|setp\.lt\.s32 .* -> setp\.le",
+        source=r"for \(int32_t first = \w+; first < (partials|end); first \+= kBatch\)",
     ),
     # What only saves work
     Equivalent(
@@ -314,19 +312,6 @@ EQUIVALENT = (
         kernel="key_deviation",
         change=r"and\.b64 .*, 2305843009213693948 -> .*, 2305843009213693949$",
         source=r"token = .* / kWarpSize",
-    ),
-    Equivalent(
-        "there are 0, 2 or more rotary dims",
-        change=r"setp\.gt\.s32 .*, 0 -> .*, 1$|setp\.lt\.s32 (\S+ \S+), 1 -> (setp\.le\.s32\s+\1, 1"
-        r"|setp\.lt\.s32 \1, 2)$",
-        source=r"p\.rope\.rotary_dim > 0",
-    ),
-    Equivalent(
-        "a shift without angles differs either way: what stands in their place nobody wrote, and as"
-        " executed here it is NaN",
-        kernel="diff_encode_compare",
-        change=r"setp\.ge\.s32 .* -> setp\.gt",
-        source=r"rotary_dim > 0 && abs\(p\.round\.use_shift\[use\]\) >= p\.rope\.max_position",
     ),
     Equivalent(
         "pages have 8, 16 or 32 rows",

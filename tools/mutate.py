@@ -3,6 +3,7 @@
     python -m tools.mutate                          the representative kernels of every operator
     python -m tools.mutate --operator diff_restore  those of one
     python -m tools.mutate --all --kernel f16       all variants whose name has "f16" in it
+    python -m tools.mutate --source has_angles      mutants of lines of the source with this in them
     python -m tools.mutate --sample 20 --seed 0     so many mutants, evenly from all operators
     python -m tools.mutate --verdicts build/mutants.jsonl    goes on where an earlier run ended
 
@@ -233,6 +234,16 @@ def judge(
     return Verdict(kernel.short_name, index, mutation.description, source, killed_by, reason)
 
 
+def of_lines(kernel: Kernel, pattern: str) -> list[int]:
+    """Indices of the mutants of lines of the source, as they are printed, that have the pattern."""
+    lines = source_lines(kernel)
+    return [
+        index
+        for index, mutation in enumerate(kernel.mutations)
+        if re.search(pattern, lines(mutation.line))
+    ]
+
+
 def sampled(kernels: list[Kernel], count: int, seed: int) -> list[tuple[Kernel, list[int]]]:
     """Indices of mutants of kernels: `count` in all, as many of one operator as of another."""
     generator = random.Random(seed)
@@ -265,7 +276,7 @@ def verdicts(
     """Runs the mutants of these indices, in order, and adds to the known verdicts."""
     global _here
     known = known or Verdicts()
-    _here = kernel, kernel_ptx.SourceLines(kernel.ptx + _files(kernel.operator)), known
+    _here = kernel, source_lines(kernel), known
     if jobs == 1:
         for verdict in map(_judge_one, indices):
             known.add(kernel, verdict)
@@ -277,10 +288,10 @@ def verdicts(
             yield verdict
 
 
-def _files(operator: str) -> str:
-    """The names of source files, which stand at the end of the PTX."""
-    lines = ptx_backend.ptx_of(operator).split("\n")
-    return "\n" + "\n".join(line for line in lines if ".file" in line)
+def source_lines(kernel: Kernel) -> kernel_ptx.SourceLines:
+    """With the names of source files, which stand at the end of the operator's PTX."""
+    lines = ptx_backend.ptx_of(kernel.operator).split("\n")
+    return kernel_ptx.SourceLines("\n".join([kernel.ptx, *(x for x in lines if ".file" in x)]))
 
 
 def summary(name: str, counts: Counter[str]) -> str:
@@ -315,6 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--operator", nargs="+", default=names, choices=names)
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--all", action="store_true", help="all variants, not representative ones")
+    parser.add_argument("--source", default="", help="pattern of the lines of the source")
     parser.add_argument("--sample", type=int, help="so many mutants instead of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
@@ -333,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kernel in kernel.name
     ]
     if options.sample is None:
-        chosen = [(kernel, list(range(len(kernel.mutations)))) for kernel in kernels]
+        chosen = [(kernel, of_lines(kernel, options.source)) for kernel in kernels]
     else:
         chosen = sampled(kernels, options.sample, options.seed)
 

@@ -27,12 +27,12 @@
 //   D          registers   shared memory   blocks of a multiprocessor
 //   64         148         34 KB           3 and 3, held by registers
 //   80, 96     157 - 168   42, 50 KB       3 and 3
-//   128        186 - 193   66 KB           2 and 2
+//   128        186 - 192   66 KB           2 and 2
 //   256        243 - 244   82 KB           1 and 2; tiles of 32 keys
 //
 // fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps:
 //
-//   64, 80     152 - 168   42, 52 KB       3 and 3
+//   64, 80     150 - 168   42, 52 KB       3 and 3
 //   96         166 - 168   62 KB           2 and 3
 //   128        178 - 184   82 KB           1 and 2
 //   256        234 - 237   81 KB           1 and 2
@@ -214,7 +214,7 @@ class AttentionTile {
       high = min(min(high, reach), int64_t{__ldg(round.use_length + use)} - 1);
       if (p.window > 0) low = max(low, reach - p.window + 1);
       const int32_t shift = __ldg(round.use_shift + use);
-      if (p.rope.rotary_dim > 0 && abs(shift) >= p.rope.max_position) return sight;
+      if (!has_angles(p.rope, shift)) return sight;
       sight.masks = __ldg(round.use_page_indptr + use);
       sight.shift = shift;
     } else {

@@ -8,8 +8,8 @@
 //
 // Why these blocks. How many partials a row has is known on the device only, so a block has one row
 // and reads its part of row_partials once; more than 256 threads of a row's heads are other blocks.
-// Four partials are under way at once, for a row may have dozens, and few rows make few blocks. 62
-// registers at most, no spills, no shared memory: four blocks of 256 threads and more, at least 32
+// Four partials are under way at once, for a row may have dozens, and few rows make few blocks. 48
+// registers at most, no spills, no shared memory: five blocks of 256 threads and more, at least 40
 // of 64 warps.
 #pragma once
 
@@ -55,17 +55,17 @@ __device__ __forceinline__ void merge_partials(const CollectiveAttentionParams& 
   float sum = 0.0f;
   float merged[V] = {};
 #pragma unroll 1
-  for (int32_t i = begin; i < end; i += kBatch) {
+  for (int32_t first = begin; first < end; first += kBatch) {
     float lse[kBatch], value[kBatch][V];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int64_t place = place_of(min(i + j, end - 1));
+      const int64_t place = place_of(min(first + j, end - 1));
       lse[j] = __ldg(partial_lse + place);
       load_floats<V>(p.workspace + place * p.head_dim + dim, value[j]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const float weight = i + j < end ? expf(lse[j] - base) : 0.0f;
+      const float weight = j == 0 || first + j < end ? expf(lse[j] - base) : 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) merged[k] = fmaf(weight, value[j][k], merged[k]);
       sum += weight;

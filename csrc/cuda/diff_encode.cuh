@@ -14,8 +14,8 @@
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
 // multiprocessors: then a Master page is read again out of L2. With 16 the Master's rows are a
-// seventeenth of what is read. Registers of the comparison: 110 at
-// most on sm_80 and 114 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
+// seventeenth of what is read. Registers of the comparison: 109 at
+// most on sm_80 and 116 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
 // KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
 // of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
 // KB. The compaction: 56 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
@@ -67,7 +67,7 @@ __device__ __forceinline__ int64_t encode_source(const DiffEncodeParams& p, int3
   if (use < 0 || index >= p.round.use_length[use]) return kNotCompared;
   const int32_t position = p.round.use_delta[use] + index;
   if (position < 0 || position >= min(__ldg(p.length + agent), p.max_length)) return kNotCompared;
-  if (p.rope.rotary_dim > 0 && abs(p.round.use_shift[use]) >= p.rope.max_position) return kDiffers;
+  if (!has_angles(p.rope, p.round.use_shift[use])) return kDiffers;
   const int64_t slot = __ldg(p.slot_mapping + agent * p.slot_stride + position);
   const bool exists = slot >= 0 && slot < min(p.in_k_layout.num_rows, p.in_v_layout.num_rows);
   return exists ? slot : kDiffers;
@@ -109,7 +109,8 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   if (thread < block_size) compared[thread] = different[thread] = 0;
   if (thread < num_agents) {
     const int32_t use = use_of(thread);
-    shifts[thread] = use < 0 ? 0 : round.use_shift[use];
+    const int32_t shift = use < 0 ? 0 : round.use_shift[use];
+    shifts[thread] = in_tables(p.rope, shift) ? shift : 0;  // without angles nothing is compared
   }
   __syncthreads();
 #pragma unroll 1
@@ -125,19 +126,23 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
 #pragma unroll 1
   for (int32_t agent = thread / kWarpSize; agent < num_agents;
        agent += kEncodeThreads / kWarpSize) {
-    if (shifts[agent] == 0 || abs(shifts[agent]) >= p.rope.max_position) continue;
+    if (shifts[agent] == 0) continue;
     SharedAngles<V, kInterleaved>::store(angles + agent * angle_stride, p.rope, shifts[agent],
                                          lane);
   }
   __syncthreads();
 
   const int64_t page = round.master_pages[page_of_masters];
+  const int64_t end_of_page = (page + 1) * block_size;
+  const bool page_exists = page >= 0 && end_of_page <= p.pool_k_layout.num_rows &&
+                           end_of_page <= p.pool_v_layout.num_rows;
   const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
   const int32_t tasks = p.num_heads * tasks_of_head;
   const int32_t vectors = p.head_dim / V;
 #pragma unroll 1
   for (int32_t row = thread / kWarpSize; row < block_size; row += kEncodeThreads / kWarpSize) {
-    uint32_t live = compared[row];  // agents whose row is the Master's so far
+    // Agents whose row is the Master's so far; none where there is no Master.
+    uint32_t live = page_exists ? compared[row] : 0;
     const int64_t k_row = page * p.pool_k_layout.page_stride + row * p.pool_k_layout.row_stride;
     const int64_t v_row = page * p.pool_v_layout.page_stride + row * p.pool_v_layout.row_stride;
 #pragma unroll 1

@@ -106,7 +106,7 @@ __device__ __forceinline__ int64_t restore_target(const DiffRestoreParams& p,
     const int32_t mask = __ldg(round.use_masks + __ldg(round.use_page_indptr + use) + page_of_use);
     if (static_cast<uint32_t>(mask) >> row & 1) return -1;
     *shift = __ldg(round.use_shift + use);
-    if (abs(*shift) >= p.rope.max_position && p.rope.rotary_dim > 0) return -1;
+    if (!has_angles(p.rope, *shift)) return -1;
     position = __ldg(round.use_delta + use) + index;
   }
   if (position < 0 || position >= p.max_length) return -1;

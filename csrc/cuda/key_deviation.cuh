@@ -6,9 +6,10 @@
 // and 20 (H100: 67 TFLOPS, 3350 GB/s; datasheets): bound by memory.
 //
 // A warp a token, so that no sum crosses a warp; 4 heads of 128 at 16 bits are one task for each
-// lane. 100 registers at most on sm_80 and 110 on sm_90, no spills, no shared memory: two blocks of
-// 256 threads, 16 of 64 warps with two agents' rows under way each, that is 32 KB of loads. With a
-// latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
+// lane. 97 registers at most on sm_80 and 106 on sm_90, no spills, no shared memory: two blocks of
+// 256 threads, 16 of 64 warps with two agents' rows under way each, that is up to 32 KB of loads.
+// With a latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB: blocks may spend
+// nearly half of their time waiting for row numbers and angles.
 #pragma once
 
 #include "cuda/key_deviation_plan.h"
@@ -51,17 +52,22 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
       Vector<T, V> x[kAgentsAtOnce], y[kAgentsAtOnce];
       int64_t shift[kAgentsAtOnce];
       bool has_token[kAgentsAtOnce];
+      // All their rows before any is waited for, then all their keys.
+      int64_t row[kAgentsAtOnce];
 #pragma unroll
       for (int i = 0; i < kAgentsAtOnce; ++i) {
-        has_token[i] = first + i < p.num_agents;
-        if (!has_token[i]) continue;
-        const int64_t entry = (first + i) * p.num_tokens + token;
-        const int64_t row = __ldg(p.fresh_row + entry);
+        has_token[i] = i == 0 || first + i < p.num_agents;
+        const int64_t agent = has_token[i] ? first + i : first;
+        const int64_t entry = agent * p.num_tokens + token;
+        row[i] = __ldg(p.fresh_row + entry);
         shift[i] = position - (p.fresh_position ? __ldg(p.fresh_position + entry) : 0);
-        has_token[i] = row >= 0 && row < p.fresh_layout.num_rows &&
-                       (p.rope.rotary_dim == 0 || llabs(shift[i]) < p.rope.max_position);
+      }
+#pragma unroll
+      for (int i = 0; i < kAgentsAtOnce; ++i) {
+        has_token[i] = has_token[i] && row[i] >= 0 && row[i] < p.fresh_layout.num_rows &&
+                       has_angles(p.rope, shift[i]);
         if (!has_token[i]) continue;
-        const T* const fresh = static_cast<const T*>(p.fresh) + row_offset(p.fresh_layout, row) +
+        const T* const fresh = static_cast<const T*>(p.fresh) + row_offset(p.fresh_layout, row[i]) +
                                head * p.fresh_layout.head_stride;
         x[i] = load_vector<T, V>(fresh + task.first);
         y[i] = load_vector<T, V>(fresh + task.second);

@@ -8,13 +8,15 @@
 //
 // A thread holds 32 bytes of a row: two accesses of 16 bytes, the two halves of its pairs. No
 // shared memory and no barrier, so that the size of a block only sets how finely work is dealt out.
-// 71 registers at most on sm_80 and 64 on sm_90 (16-bit types, wide): three blocks of 256 threads
-// on a multiprocessor at least, 24 of 64 warps, that is 24 KB of loads under way. With a latency of
-// 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9 KB.
+// 75 registers at most on sm_80 (e4m3 to 16 bits) and 72 on sm_90 (fp16, interleaved): three blocks
+// of 256 threads on a multiprocessor at least, 24 of 64 warps, that is up to 24 KB of loads under
+// way. With a latency of 700 ns (assumed) H100's share of 25 bytes/ns, half of it reads, needs 9
+// KB: blocks may spend two thirds of their time waiting for row numbers, positions and angles.
 //
-// e4m3 rows have half the bytes for the same FLOPs. From sm_89 on a conversion is an instruction
-// for two elements; before, some 10 for each, either way, 26 PTX instructions per byte in all
-// (bench.traffic): more than an A100 issues at its bandwidth, so that these bound it there.
+// e4m3 rows have half the bytes for the same FLOPs. In kernels built for sm_89 and later a
+// conversion is an instruction for two elements; before, some 10 for each, either way, 26 PTX
+// instructions per byte in all (bench.traffic): more than an A100 issues at its bandwidth, so that
+// these bound it there.
 //
 // Half-split heads of 160 bytes (D = 80 at 16 bits) have halves of 2.5 sectors: a warp's request
 // touches 3 there, the neighbouring request the other half of the same sector.
@@ -43,6 +45,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
   const int64_t row = int64_t{blockIdx.x} * tile.rows + row_of_block;
   if (row_of_block >= tile.rows || row >= p.num_rows) return;
   const int64_t row_in = p.row_in ? __ldg(p.row_in + row) : row;
+  const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
   if (row_in < 0 || row_in >= p.x_layout.num_rows) return;
   const int32_t head = task_of_row / tasks_of_head;
   const auto task =
@@ -62,60 +65,35 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
     if (p.out_scale) out_factor = __frcp_rn(__ldg(p.out_scale + head));
   }
 
-  const int64_t from = p.position_from ? __ldg(p.position_from + row) : 0;
 #pragma unroll 1
   for (int32_t j = 0; j < p.destinations; ++j) {
     const int64_t destination = row * p.destinations + j;
     const int64_t row_out = p.row_out ? __ldg(p.row_out + destination) : row;
-    if (row_out < 0 || row_out >= p.out_layout.num_rows) continue;
+    const int64_t shift = p.position_to ? __ldg(p.position_to + destination) - from : 0;
+    if (row_out < 0 || row_out >= p.out_layout.num_rows || !has_angles(p.rope, shift)) continue;
+    const bool turns = task.rotates && shift != 0;
+    const bool multiplies = task.rotates && p.position_to && p.scale != 1.0f;
     Vector<Out, V> x, y;
-    if constexpr (kIsQuantized<In> || kIsQuantized<Out>) {
-      int64_t shift = 0;
-      if (p.position_to) {
-        shift = __ldg(p.position_to + destination) - from;
-        if ((shift < 0 ? -shift : shift) >= p.rope.max_position) continue;
-      }
-      const bool turns = task.rotates && shift != 0;
-      const bool multiplies = task.rotates && p.position_to && p.scale != 1.0f;
-      bool changes = true;  // what does not keeps its bits
-      if constexpr (std::is_same_v<In, Out>) {
-        x = first;
-        y = second;
-        changes = turns || multiplies || p.x_scale;
-      }
-      if (changes) {
-        float x_values[V], y_values[V];
-        unpack(first, x_values);
-        unpack(second, y_values);
-        if constexpr (kIsQuantized<In>) task.multiply(x_scale, x_values, y_values);
-        if (turns) {
-          const int64_t table_row = shift < 0 ? -shift : shift;
-          task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
-        }
-        if (multiplies) task.multiply(p.scale, x_values, y_values);
-        if constexpr (kIsQuantized<Out>) task.multiply(out_factor, x_values, y_values);
-        pack(x_values, &x);
-        pack(y_values, &y);
-      }
-    } else {
+    bool changes = true;  // what does not keeps its bits
+    if constexpr (std::is_same_v<In, Out>) {
       x = first;
       y = second;
-      if (p.position_to) {
-        const int64_t shift = __ldg(p.position_to + destination) - from;
+      changes = turns || multiplies;
+      if constexpr (kIsQuantized<In>) changes = changes || p.x_scale;
+    }
+    if (changes) {
+      float x_values[V], y_values[V];
+      unpack(first, x_values);
+      unpack(second, y_values);
+      if constexpr (kIsQuantized<In>) task.multiply(x_scale, x_values, y_values);
+      if (turns) {
         const int64_t table_row = shift < 0 ? -shift : shift;
-        if (table_row >= p.rope.max_position) continue;
-        if (task.rotates && (shift != 0 || p.scale != 1.0f)) {
-          float x_values[V], y_values[V];
-          unpack(x, x_values);
-          unpack(y, y_values);
-          if (shift != 0) {
-            task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
-          }
-          if (p.scale != 1.0f) task.multiply(p.scale, x_values, y_values);
-          pack(x_values, &x);
-          pack(y_values, &y);
-        }
+        task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
       }
+      if (multiplies) task.multiply(p.scale, x_values, y_values);
+      if constexpr (kIsQuantized<Out>) task.multiply(out_factor, x_values, y_values);
+      pack(x_values, &x);
+      pack(y_values, &y);
     }
     Out* target = static_cast<Out*>(p.out) + row_offset(p.out_layout, row_out) +
                   head * p.out_layout.head_stride;

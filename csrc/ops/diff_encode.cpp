@@ -91,6 +91,8 @@ void diff_encode(const std::vector<Tensor>& k_in, const std::vector<Tensor>& v_i
     return cpu_diff_encode(params, torch_parallel_for);
   }
 #ifdef TOKENDANCE_CUDA_DIFF_ENCODE
+  constexpr int64_t kMostAgents = 65535;  // of a grid's second dimension
+  expect(e.agents <= kMostAgents, "extents", "at most 65535 agents", e.agents);
   run_cuda(cuda_diff_encode, params, like);
 #endif
 }

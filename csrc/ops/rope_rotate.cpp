@@ -36,7 +36,9 @@ void check_contents(const RopeRotateParams& params) {
   }
 }
 
-void run(const RopeRotateParams& params, const Tensor& x) {
+void run(RopeRotateParams params, const Tensor& x) {
+  // Rows that are copied need no tables, whatever they are like.
+  if (!params.position_to) params.rope.rotary_dim = 0;
   if (params.num_rows == 0 || params.destinations == 0 || params.num_heads == 0) return;
   if (x.is_cpu()) {
     check_contents(params);

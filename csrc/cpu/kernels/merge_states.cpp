@@ -26,19 +26,22 @@ void merge_head(const MergeStatesParams& params, int64_t index, float* weights) 
     max = std::max(max, params.partial_lse[k * heads + index]);
   }
   T* out = static_cast<T*>(params.out) + index * head_dim;
-  if (max == -kInfinity) {
+  // Where nothing was seen, all weights are exp(-inf - 0) = 0. A NaN is nobody's maximum, but a
+  // weight, and so the result.
+  const float base = max == -kInfinity ? 0.0f : max;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < params.num_partials; ++k) {
+    weights[k] = expf(params.partial_lse[k * heads + index] - base);
+    sum += weights[k];
+  }
+  if (sum == 0.0f) {
     params.lse[index] = -kInfinity;
     for (int dim = 0; dim < head_dim; dim += kLanes) {
       store(out + dim, narrow<T>(broadcast(0.0f)));
     }
     return;
   }
-  float sum = 0.0f;
-  for (int64_t k = 0; k < params.num_partials; ++k) {
-    weights[k] = expf(params.partial_lse[k * heads + index] - max);
-    sum += weights[k];
-  }
-  const float lse = max + logf(sum);
+  const float lse = base + logf(sum);
   params.lse[index] = lse;
   float factor = 1.0f / sum;
   if (params.sinks) {

@@ -8,6 +8,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "tokendance/params.h"
+
 #if defined(__CUDACC__)
 #define TOKENDANCE_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -38,6 +40,18 @@ struct Angle {
   float cos;
   float sin;
 };
+
+// Whether the tables have a row for a shift. `Int`: int32_t or int64_t.
+template <typename Int>
+TOKENDANCE_HOST_DEVICE bool in_tables(const RopeTables& rope, Int shift) {
+  return shift < rope.max_position && shift > -rope.max_position;
+}
+
+// The same, or nothing is rotated, and no angle is needed.
+template <typename Int>
+TOKENDANCE_HOST_DEVICE bool has_angles(const RopeTables& rope, Int shift) {
+  return rope.rotary_dim == 0 || in_tables(rope, shift);
+}
 
 // R(shift) from the table row |shift|: cos is even, sin is odd.
 TOKENDANCE_HOST_DEVICE Angle angle_of_shift(float cos_row, float sin_row, int32_t shift) {
