@@ -543,9 +543,15 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         rows_per_item=2, masters=(300,), rotary_dim=0, check={"scale": 60.0},
     )  # fmt: skip
     # Of items that begin with such a use, and of others.
-    for sign, which, work in ((1, -1, "random"), (-1, 0, "planned"), (1, 1, "planned")):
-        case, damage = module.beyond_the_tables_round(sign, which, work=work, **sizes)
-        yield checked(module, "rows and uses beyond the tables", case, damage=damage)
+    for sign in (1, -1):
+        for which, work in ((-1, "random"), (0, "planned"), (1, "planned")):
+            case, damage = module.beyond_the_tables_round(sign, which, work=work, **sizes)
+            yield checked(module, f"beyond the tables, {sign} {which}", case, damage=damage)
+    unmoved = module.attention_round(
+        4, masters=(40, 70), rows=2, rotary_dim=0, work="planned", **sizes
+    )
+    unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
+    yield checked(module, "no rotation, and tables of one row", unmoved)
     yield attention(
         "several Masters without rotation", 2, agents=1, masters=(40, 40), rows=2, rotary_dim=0,
         work="planned", check={},

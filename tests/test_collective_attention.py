@@ -230,12 +230,18 @@ def beyond_the_tables_round(sign=1, which=-1, shift=None, **options):
     """A round without one of its rows and one of its uses, and what puts them in again: the row at
     the first position beyond the tables, the use with ``shift``, or the first beyond them."""
 
+    def uses(case):
+        """Uses of several pages that the other rows see."""
+        agents = case.round.row_agent[case.real_rows[1:]].numpy()
+        seen = np.isin(case.arrays["use_agent"], agents)
+        return np.flatnonzero(seen & (case.arrays["use_length"] > 20))
+
     def wanted(case):
-        return len(case.real_rows) >= 3 and (case.arrays["use_length"] > 20).sum() >= 2
+        return len(case.real_rows) >= 3 and len(uses(case)) >= 2
 
     case = first_round(wanted, 0, masters=(70, 40), rows=2, **options)
     row = int(case.real_rows[0])
-    use = int(np.flatnonzero(case.arrays["use_length"] > 20)[which])
+    use = int(uses(case)[which])
     agent, length = int(case.round.row_agent[row]), int(case.round.use_length[use])
     limit = case.cos.shape[0]
     shift = sign * limit if shift is None else shift

@@ -29,6 +29,13 @@ def slots_of(pages: Pages, rows: int, block_size: int) -> NDArray[np.int64]:
     return (pages.astype(np.int64)[:, None] * block_size + offsets).ravel()[:rows]
 
 
+def slots_at(
+    pages: Pages, rows: IntArray | NDArray[np.int64], block_size: int
+) -> NDArray[np.int64]:
+    """Pool rows of these rows of a page list."""
+    return pages[rows // block_size].astype(np.int64) * block_size + rows % block_size
+
+
 def no_pages() -> Pages:
     return np.empty(0, dtype=np.int32)
 

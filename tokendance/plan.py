@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from tokendance.layout import AgentLayout, Origin, Source, Sources, Span, source_of
-from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, no_pages, pages_for, slots_of
+from tokendance.mirror import (
+    Master,
+    Mirror,
+    Use,
+    Uses,
+    empty_masks,
+    no_pages,
+    pages_for,
+    slots_at,
+    slots_of,
+)
 from tokendance.rounds import IntArray
 from tokendance.segments import Segment, shared
 from tokendance.selection import KeyDeviation, Selection
@@ -74,15 +84,14 @@ class AgentState(Mirror):
             index = np.searchsorted(self.own_position, positions)
             index = np.minimum(index, len(self.own_position) - 1)
             own = self.own_position[index] == positions
-            pages = self.own_pages[index // block_size].astype(np.int64)
-            slots[own] = (pages * block_size + index % block_size)[own]
-        written = list(self.layout.made)
-        if self.output is not None:
+            slots[own] = slots_at(self.own_pages, index[own], block_size)
+        prompt = positions < self.layout.length
+        written = list(self.layout.made) if prompt.any() else []
+        if self.output is not None and not prompt.all():
             written.append(self.uses[-1])
         for use in written:
             inside = (positions >= use.delta) & (positions < use.delta + use.length)
-            rows = slots_of(use.master.pages, use.length, block_size)
-            slots[inside] = rows[positions[inside] - use.delta]
+            slots[inside] = slots_at(use.master.pages, positions[inside] - use.delta, block_size)
         return slots
 
     def settle(self, chosen: Mapping[int, IntArray], block_size: int) -> None:
