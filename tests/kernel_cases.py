@@ -551,7 +551,8 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         4, masters=(40, 70), rows=2, rotary_dim=0, work="planned", **sizes
     )
     unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
-    yield checked(module, "no rotation, and tables of one row", unmoved)
+    unmoved.round.use_shift[: unmoved.filled.uses] = 5
+    yield checked(module, "no rotation, and shifts beyond the tables", unmoved)
     yield attention(
         "several Masters without rotation", 2, agents=1, masters=(40, 40), rows=2, rotary_dim=0,
         work="planned", check={},
