@@ -18,7 +18,7 @@ namespace tokendance::cuda {
 
 // A thread has one vector of one row and head. All threads of a head compute the same weights:
 // their loads of the LSEs are broadcasts. Heads of all rows are counted in 32 bits: with one
-// partial, 2^32 of the smallest (128 bytes, in and out) are 1 TB.
+// partial, 2^32 of the smallest (128 bytes, in and out) are 1 TiB.
 template <typename T, int V>
 __device__ __forceinline__ void merge_states(const MergeStatesParams& p, const Tile& tile) {
   const int32_t vectors = p.head_dim / V;

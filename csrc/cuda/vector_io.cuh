@@ -174,7 +174,7 @@ __device__ __forceinline__ void load_floats(const float* pointer, float* value) 
 }
 
 // Elements from the start of a tensor to head 0 of a row. Rows are counted in 32 bits: 2^32 of the
-// smallest (one head of 64 bytes) are 256 GB.
+// smallest (one head of 64 bytes) are 256 GiB.
 __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int64_t row) {
   const uint32_t size = static_cast<uint32_t>(layout.block_size);
   const uint32_t page = static_cast<uint32_t>(row) / size;
