@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from ptx_backend import find_nvcc
 
 import tokendance
 
 ROOT = Path(__file__).resolve().parent.parent
+PTXRUN = ROOT / "tools" / "ptxrun" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LANGUAGES = {"python", "sh", ""}  # what is run, commands, and drawings
@@ -29,15 +33,31 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def run_python_blocks(page: Path) -> dict[str, Any]:
+    """One after the other, in one namespace."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, text in blocks(page, "python"):
+        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+    return namespace
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_python_blocks_run(page, request, capsys):
-    """One after the other, in one namespace."""
-    found = blocks(page, "python")
-    if any("load_model" in text for _, text in found):
+    if any("load_model" in text for _, text in blocks(page, "python")):
         request.getfixturevalue("smollm2")  # skips where the model cannot be had
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for line, text in found:
-        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+    run_python_blocks(page)
+
+
+def test_python_blocks_of_ptxrun_run(monkeypatch, tmp_path, capsys):
+    """In a folder with the kernel that they are about."""
+    if find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    monkeypatch.chdir(tmp_path)
+    [(_, kernel)] = blocks(PTXRUN, "cuda")
+    (tmp_path / "kernel.cu").write_text(kernel)
+    namespace = run_python_blocks(PTXRUN)
+    assert np.array_equal(namespace["y"], 0.5 * namespace["x"])
+    assert namespace["report"].killed
 
 
 def test_blocks_are_of_known_languages():

@@ -28,7 +28,7 @@ def compile_ptx(source: str | Path, arch: str = "80", options: Sequence[str] = (
     with tempfile.TemporaryDirectory(prefix="ptxrun") as directory:
         output = Path(directory) / "out.ptx"
         command = [nvcc, "-ptx", f"-arch=sm_{arch}", "-O3", "-w", *options]
-        command += [str(source), "-o", str(output)]
+        command += [str(Path(source).resolve()), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=directory)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
