@@ -12,7 +12,7 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 Isa selected_isa();
 
 // Whether the kernels for x86-64 are in this build.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TOKENDANCE_PORTABLE)
 #define TOKENDANCE_X86 1
 #else
 #define TOKENDANCE_X86 0
