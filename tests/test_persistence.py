@@ -145,7 +145,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path: expected a saved DiffStore, got"):
         td.DiffStore.load(tmp_path / "other", ROPE, "64MiB")
     torch.save({"format": "tokendance.DiffStore", "version": 99}, tmp_path / "newer")
-    with pytest.raises(ValueError, match="path: expected version 3, got 99"):
+    with pytest.raises(ValueError, match="path: expected version 4, got 99"):
         td.DiffStore.load(tmp_path / "newer", ROPE, "64MiB")
     with pytest.raises(OSError, match="missing"):
         td.DiffStore.load(tmp_path / "missing", ROPE, "64MiB")
@@ -257,6 +257,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     pool = td.PagePool.own(GEOMETRY, 500, 32, "cpu")
     with pytest.raises(ValueError, match="pool: expected block_size 8, got 32"):
         td.DiffStore.load(tmp_path / "store", ROPE, pool=pool)
+
+
+def test_a_store_is_loaded_for_its_own_model(tmp_path: Path) -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, "64MiB", model="smollm2@1")
+    run_round(td.KVCollector(store), prompts())
+    store.save(tmp_path / "store")
+    for other in ("", "smollm2@2"):
+        with pytest.raises(ValueError, match=f"model: expected .* 'smollm2@1', got '{other}'"):
+            td.DiffStore.load(tmp_path / "store", ROPE, "64MiB", model=other)
+    loaded = td.DiffStore.load(tmp_path / "store", ROPE, "64MiB", model="smollm2@1")
+    assert loaded.model == "smollm2@1"
+    assert loaded.stats().masters == store.stats().masters
 
 
 def test_a_failed_save_leaves_the_earlier_file(

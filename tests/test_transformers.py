@@ -13,6 +13,7 @@ import tokendance as td
 transformers = pytest.importorskip("transformers")
 from tokendance.integrations.transformers import (  # noqa: E402
     TransformersEngine,
+    fingerprint_of,
     geometry_of,
     quantization_of,
     rope_of,
@@ -333,3 +334,13 @@ def test_smollm2_everything_equals_transformers_over_1500_tokens(smollm2: Any) -
                 eos_token_id=None,
             )
         assert output[agent] == greedy[0, prompt.shape[1] :].tolist()
+
+
+def test_fingerprints_tell_weights_apart():
+    model = tiny("llama")
+    mine = fingerprint_of(model)
+    assert mine == fingerprint_of(tiny("llama"))
+    assert mine != fingerprint_of(tiny("llama").to(torch.bfloat16))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    assert mine != fingerprint_of(model)

@@ -26,7 +26,7 @@ from tokendance.quantization import Quantization
 from tokendance.saved_schema import check_state
 from tokendance.segments import Segment
 
-VERSION = 3
+VERSION = 4
 _FORMAT = "tokendance.DiffStore"
 _GEOMETRY = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
 

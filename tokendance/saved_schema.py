@@ -23,6 +23,7 @@ class _Digest:
 
 # A type; a dtype (a one-dimensional tensor); a list of one schema; schemas by key.
 _SCHEMA: dict[str, Any] = {
+    "model": str,
     "geometry": dict.fromkeys(("num_layers", "num_q_heads", "num_kv_heads", "head_dim"), int),
     "dtype": torch.dtype,
     "block_size": int,

@@ -86,6 +86,9 @@ class DiffStore:
         pool: pages of the engine, instead of own ones. They may be quantized, see
             :class:`PagePool`.
         quantization: keeps own pages in e4m3 or int8. Not with ``pool``.
+        model: what computes the keys and values, a name and revision or
+            `tokendance.integrations.transformers.fingerprint_of`. What was saved is loaded for the
+            same one only.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -103,6 +106,7 @@ class DiffStore:
         block_size: int = 16,
         pool: PagePool | None = None,
         quantization: Quantization | None = None,
+        model: str = "",
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
@@ -122,6 +126,7 @@ class DiffStore:
             pool = PagePool.own(geometry, pages, block_size, device, quantization)
         self._check_pool(geometry, pool)
         self.geometry = geometry
+        self.model = model
         self.pool = pool
         self._ropes, self.max_position = layer_ropes(geometry, rope, pool.device)
         self._masters: dict[bytes, Master] = {}
@@ -443,7 +448,7 @@ class DiffStore:
         state = persistence.pack(
             self.geometry, self.pool, self._ropes, self._masters.values(), self._mirrors
         )
-        persistence.write_state(path, state)
+        persistence.write_state(path, {**state, "model": self.model})
 
     @classmethod
     def load(
@@ -453,21 +458,24 @@ class DiffStore:
         capacity: int | str | None = None,
         device: torch.device | str = "cpu",
         pool: PagePool | None = None,
+        model: str = "",
     ) -> DiffStore:
         """A store with what `save` wrote, which continues where that one was.
 
         Args:
             path: of the file. It holds data only; loading it runs no code.
-            rope, capacity, device, pool: as of a new store. Geometry, block size and quantization
-                are the file's.
+            rope, capacity, device, pool, model: as of a new store. Geometry, block size and
+                quantization are the file's.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no saved store or one of another version; the rotation tables are
-                others, as far as rows were rotated with them; or arguments that do not fit.
+            ValueError: it is no saved store or one of another version or model; the rotation tables
+                are others, as far as rows were rotated with them; or arguments that do not fit.
             OutOfPagesError: capacity or pool has fewer pages than the file.
         """
         state = persistence.read_state(path)
+        if state["model"] != model:
+            raise ValueError(f"model: expected that of {path}, {state['model']!r}, got {model!r}")
         store = cls(
             persistence.geometry_in(state),
             rope,
@@ -476,6 +484,7 @@ class DiffStore:
             state["block_size"],
             pool,
             persistence.quantization_in(state) if pool is None else None,
+            model,
         )
         saved = persistence.quantization_in(state)
         mine = store.pool.quantization

@@ -7,6 +7,7 @@ this module registers under the name "tokendance"; everything else is the librar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from tokendance.store import DiffStore
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ATTENTION = "tokendance"
+_SAMPLED_WEIGHTS = 256
 _COMPARED_POSITIONS = 1024
 # Frequencies that were rounded to fp32, or not, turn the last of these positions by up to 6e-5 rad.
 _ROPE_TOLERANCE = 1e-3
@@ -49,6 +51,21 @@ def geometry_of(model: Any) -> KVGeometry:
 def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
     """The rotation tables of a transformers model; see `Rope.from_config`."""
     return Rope.from_config(model.config, max_position)
+
+
+def fingerprint_of(model: Any) -> str:
+    """What tells a model's weights from others', for `DiffStore`: 32 hexadecimal digits.
+
+    Of the name, shape, dtype and up to 256 elements of every parameter: another model, a fine-tuned
+    one or one cast to another dtype has another fingerprint, and large models are not read through.
+    """
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        weights = parameter.detach().flatten()
+        some = weights[:: max(1, weights.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]
+        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        hasher.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def quantization_of(
