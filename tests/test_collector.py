@@ -402,6 +402,8 @@ def test_empty_rounds() -> None:
         (lambda c: td.KVCollector(c.store, "master", 4), ValueError, "selection: expected"),
         (lambda c: td.KeyDeviation(0.0), ValueError, "ratio: expected 0 < ratio <= 1, got 0.0"),
         (lambda c: td.LeadingTokens(-1), ValueError, "count: expected at least 0, got -1"),
+        (lambda c: td.LeadingTokens(4.5), TypeError, r"count: expected an int, got 4\.5"),
+        (lambda c: td.KeyDeviation(layer=1.0), TypeError, r"layer: expected an int, got 1\.0"),
     ],
 )
 def test_errors_name_the_argument(make: object, error: type[Exception], text: str) -> None:

@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from tokendance.rounds import IntArray
 
 
+def _check_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class LeadingTokens:
     """The first rows of every run of reused segments (the rule of EPIC, arXiv 2410.15332).
@@ -37,10 +44,10 @@ class LeadingTokens:
     most: int = 24
 
     def __post_init__(self) -> None:
-        if self.count < 0:
-            raise ValueError(f"count: expected at least 0, got {self.count}")
-        if self.unseen is not None and self.unseen < 1:
-            raise ValueError(f"unseen: expected at least 1, got {self.unseen}")
+        _check_integer("count", self.count, least=0)
+        if self.unseen is not None:
+            _check_integer("unseen", self.unseen, least=1)
+        _check_integer("most", self.most, least=0)
 
     def rows_of(
         self, unseen_tokens: IntArray, prompt_tokens: NDArray[np.int64]
@@ -67,8 +74,7 @@ class KeyDeviation:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio: expected 0 < ratio <= 1, got {self.ratio}")
-        if self.layer < 0:
-            raise ValueError(f"layer: expected at least 0, got {self.layer}")
+        _check_integer("layer", self.layer, least=0)
 
     def rows_of(self, length: int) -> int:
         """Rows that stay of a segment of ``length`` rows."""
