@@ -455,7 +455,7 @@ def test_a_plan_that_cannot_copy_what_it_carries_leases_nothing(
     before = snapshot(store)
     longer = {agent: [*one, td.shared(tokens(7, 20))] for agent, one in prompts().items()}
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_rows", lambda *_: 1 / 0)
+        patch.setattr(store.pool, "write_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             collector.plan(longer)
     assert same_snapshot(snapshot(store), before)

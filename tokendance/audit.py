@@ -486,7 +486,7 @@ def _probe(
         targets = torch.from_numpy(probe.slots(kept, block)).to(store.device)
         for layer in range(store.pool.num_layers):
             pools = store.pool.k_pools[layer], store.pool.v_pools[layer]
-            store.write_rows(layer, *pools, targets, sources)
+            store.pool.write_rows(layer, *pools, targets, sources)
     except BaseException:
         plan.abort()
         raise

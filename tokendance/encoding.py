@@ -12,7 +12,16 @@ from torch import Tensor
 from tokendance import ops
 from tokendance.layer_ropes import same_rope
 from tokendance.layout import AgentLayout, Source, lay_out
-from tokendance.mirror import Master, Mirror, Use, no_pages, no_positions, pages_for, round_arrays
+from tokendance.mirror import (
+    Master,
+    Mirror,
+    Use,
+    no_pages,
+    no_positions,
+    pages_for,
+    round_arrays,
+    slots_of,
+)
 from tokendance.pool import Pages
 from tokendance.rounds import RoundTensors
 from tokendance.segments import Segment
@@ -46,10 +55,10 @@ def encode_round(
         _encode(store, layouts, dense, atol, rtol, held, taken)
     except BaseException:
         for pages in taken:
-            store.drop_pages(pages)
+            store.ledger.drop_pages(pages)
         raise
     finally:
-        store.let_go(held)
+        store.ledger.let_go(held)
 
 
 def _encode(
@@ -62,29 +71,31 @@ def _encode(
     taken: list[Pages],
 ) -> None:
     for layout in layouts:
-        store.hold(layout.uses.masters)
+        store.ledger.hold(layout.uses.masters)
         held += layout.uses.masters
     for layout in layouts:  # no Master of the round is evicted for the pages of another
         for use in layout.made:
-            use.master.pages = store.take_pages(pages_for(use.length, store.block_size))
+            use.master.pages = store.ledger.take_pages(pages_for(use.length, store.block_size))
             _copy_rows(store, layout, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
     for layout in layouts:
         assert layout.agent is not None
         mirror = _encode_agent(store, layout, dense[layout.agent], atol, rtol)
-        mirror.own_pages = store.take_pages(pages_for(len(mirror.own_position), store.block_size))
+        mirror.own_pages = store.ledger.take_pages(
+            pages_for(len(mirror.own_position), store.block_size)
+        )
         taken.append(mirror.own_pages)
         rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(store.device)
-        slots = store.slots_of(mirror.own_pages, len(rows))
+        slots = _slots(store, mirror.own_pages, len(rows))
         keys, values = dense[layout.agent]
         for layer in range(store.geometry.num_layers):
-            store.write_rows(layer, keys[layer], values[layer], slots, rows)
+            store.pool.write_rows(layer, keys[layer], values[layer], slots, rows)
         mirrors.append((layout.agent, mirror))
     for layout in layouts:
         for use in layout.made:
-            store.publish(use.master)
+            store.ledger.publish(use.master)
     for agent, mirror in mirrors:
-        store.put(agent, mirror)
+        store.ledger.put(agent, mirror)
     taken.clear()
 
 
@@ -147,9 +158,14 @@ def _copy_rows(
     assert layout.agent is not None
     keys, values = dense[layout.agent]
     begin, end = use.delta, use.delta + use.length
-    slots = store.slots_of(use.master.pages, use.length)
+    slots = _slots(store, use.master.pages, use.length)
     for layer in range(store.geometry.num_layers):
-        store.write_rows(layer, keys[layer][begin:end], values[layer][begin:end], slots)
+        store.pool.write_rows(layer, keys[layer][begin:end], values[layer][begin:end], slots)
+
+
+def _slots(store: DiffStore, pages: Pages, rows: int) -> Tensor:
+    """int64 ``[rows]`` on the store's device."""
+    return torch.from_numpy(slots_of(pages, rows, store.block_size)).to(store.device)
 
 
 def _as_stored(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokendance.geometry import KVGeometry
 from tokendance.layer_ropes import LayerRope
+from tokendance.ledger import Ledger
 from tokendance.mirror import Master, Mirror, Use, Uses
 from tokendance.pool import PagePool, Pages
 from tokendance.quantization import Quantization
@@ -191,19 +192,18 @@ def quantization_in(state: Mapping[str, Any]) -> Quantization | None:
 def unpack(
     state: Mapping[str, Any],
     pool: PagePool,
-    take_pages: Callable[[int], Pages],
-    drop_pages: Callable[[Pages], None],
+    ledger: Ledger,
 ) -> tuple[list[Master], dict[str, Mirror]]:
     """Fills pages of a pool and makes the Masters, the longest unused first, and the Mirrors.
 
     If that fails, the pages are given back.
     """
     count = len(state["k_pools"][0])
-    pages = take_pages(count)
+    pages = ledger.take_pages(count)
     try:
         return _unpack(state, pool, pages)
     except BaseException:
-        drop_pages(pages)
+        ledger.drop_pages(pages)
         raise
 
 

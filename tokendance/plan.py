@@ -145,17 +145,17 @@ class Plan:
         self._prefilling = False
         self.aborted = False  # by an exception in a step
         held = [master for layout in layouts for master in layout.uses.masters]
-        store.hold(held)
+        store.ledger.hold(held)
         try:
             self._states = self._lease(layouts)
             try:
                 self._copy_carried_rows()
             except BaseException:
                 for state in self._states:
-                    store.drop_pages(state.own_pages)
+                    store.ledger.drop_pages(state.own_pages)
                 raise
         except BaseException:
-            store.let_go(held)
+            store.ledger.let_go(held)
             raise
         self._by_name = {
             state.layout.agent: state for state in self._states if state.layout.agent is not None
@@ -185,7 +185,7 @@ class Plan:
             pages_for(len(mine) + len(layout.own) + more, block) - len(mine) // block
             for layout, mine, more in zip(layouts, carried, chosen, strict=True)
         ]
-        pages, ends = self.store.take_pages(sum(needs)), list(accumulate(needs, initial=0))
+        pages, ends = self.store.ledger.take_pages(sum(needs)), list(accumulate(needs, initial=0))
         parts = [pages[begin:end].copy() for begin, end in pairwise(ends)]
         for master, mine in zip(made, parts, strict=False):
             master.pages = mine
@@ -193,7 +193,7 @@ class Plan:
         for layout, mine, fresh in zip(layouts, carried, parts[len(made) :], strict=True):
             full = len(mine) // block
             kept = layout.earlier.own_pages[:full] if layout.earlier else no_pages()
-            self.store.share_pages(kept)
+            self.store.ledger.share_pages(kept)
             states.append(AgentState(layout, np.concatenate([kept, fresh]), mine))
         return states
 
@@ -220,7 +220,7 @@ class Plan:
         rows_out = torch.from_numpy(np.concatenate(targets)).to(device)
         pool = self.store.pool
         for layer in range(pool.num_layers):
-            self.store.write_rows(
+            self.store.pool.write_rows(
                 layer, pool.k_pools[layer], pool.v_pools[layer], rows_out, rows_in
             )
 
@@ -266,12 +266,12 @@ class Plan:
         block = self.store.block_size
         length = len(state.output_ids) + len(token_ids)
         pages = state.output.pages if state.output else no_pages()
-        fresh = self.store.take_pages(pages_for(length, block) - len(pages))
+        fresh = self.store.ledger.take_pages(pages_for(length, block) - len(pages))
         if state.output is None:
             exact = state.exact_length == state.length
             seen = frozenset(one.digest for one in state.segments if one.is_shared)
             state.output = Master(b"", 0, state.length, state.layout.context, exact, seen)
-            self.store.hold([state.output])
+            self.store.ledger.hold([state.output])
         state.output.pages = np.concatenate([pages, fresh])
         state.output_ids += token_ids
         self._set_output_length(state, length)
@@ -375,12 +375,12 @@ class Plan:
         pages = state.output.pages
         needed = pages_for(kept, self.store.block_size)
         state.output.pages = pages[:needed]
-        self.store.drop_pages(pages[needed:])
+        self.store.ledger.drop_pages(pages[needed:])
         del state.output_ids[kept:]
         self._set_output_length(state, kept)
         if kept == 0:
             state.uses = state.layout.uses
-            self.store.let_go([state.output])
+            self.store.ledger.let_go([state.output])
             state.output = None
 
     def commit(
@@ -418,7 +418,7 @@ class Plan:
                     state.output.digest = outputs[name].digest
             for master in state.uses.masters:
                 if master.digest:
-                    self.store.publish(master)
+                    self.store.ledger.publish(master)
             mirror = Mirror(
                 segments,
                 state.length,
@@ -427,7 +427,7 @@ class Plan:
                 state.own_position,
                 state.exact_length,
             )
-            self.store.put(name, mirror)
+            self.store.ledger.put(name, mirror)
             self._let_go(state)
         self.end_unneeded()
 
@@ -487,13 +487,13 @@ class Plan:
         return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
 
     def _give_back(self, state: AgentState) -> None:
-        self.store.drop_pages(state.own_pages)
+        self.store.ledger.drop_pages(state.own_pages)
         self._let_go(state)
 
     def _let_go(self, state: AgentState) -> None:
         state.phase = Phase.ENDED
         state.pending = state.pending[:0]
-        self.store.let_go(state.uses.masters)
+        self.store.ledger.let_go(state.uses.masters)
 
     @property
     def ended(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokendance import ops
 from tokendance.arrays import Array, as_output
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.quantization import LARGEST, Quantization
@@ -77,6 +78,7 @@ class PagePool:
                         f"got {pool.stride()}"
                     )
         self._check_memory()
+        self._unrotated = torch.empty(1, 0, device=first.device)  # tables of no dims
         self.quantization = self._checked(quantization)
         self._allocate = allocate
         self._free = free
@@ -220,3 +222,17 @@ class PagePool:
         """Gives pages back."""
         if len(pages):
             self._free(pages.tolist())
+
+    def write_rows(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """Copies ``rows`` (default: all) of ``k`` and ``v`` to ``slots``, as they are.
+
+        Args:
+            k, v: ``[n, Hk, D]`` or pages, of the pool's dtype.
+            slots: int64, page * block_size + row of the page.
+            rows: int64, as many.
+        """
+        none = self._unrotated
+        for x, pool in ((k, self.k_pools[layer]), (v, self.v_pools[layer])):
+            ops.rope_rotate_out(x, rows, slots, None, None, none, none, False, 1.0, pool)

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokendance import ops, persistence
 from tokendance.arrays import Array, as_tensor, as_tensors, is_array
 from tokendance.encoding import encode_round
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.layer_ropes import LayerRope, layer_ropes, same_rope
+from tokendance.ledger import Ledger
 from tokendance.mirror import (
     Master,
     Mirror,
     no_pages,
     round_arrays,
-    slots_of,
 )
-from tokendance.pool import OutOfPagesError, PagePool, Pages
+from tokendance.pool import PagePool
 from tokendance.quantization import Quantization
 from tokendance.rope import Rope
 from tokendance.rounds import RoundTensors
@@ -129,11 +128,7 @@ class DiffStore:
         self.model = model
         self.pool = pool
         self._ropes, self.max_position = layer_ropes(geometry, rope, pool.device)
-        self._masters: dict[bytes, Master] = {}
-        self._mirrors: dict[str, Mirror] = {}
-        self._page_users = np.zeros(pool.num_pages, dtype=np.int32)
-        self._clock = 0
-        self._evictions = 0
+        self.ledger = Ledger(pool)  # of this package's modules: nothing in it is checked
         self._restore_rounds: dict[tuple[int, ...], tuple[list[Mirror], RoundTensors]] = {}
 
     @staticmethod
@@ -163,7 +158,7 @@ class DiffStore:
     @property
     def agents(self) -> list[str]:
         """The agents that have a Mirror."""
-        return list(self._mirrors)
+        return list(self.ledger.mirrors)
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
@@ -176,7 +171,7 @@ class DiffStore:
     @property
     def mirrors(self) -> Mapping[str, Mirror]:
         """All Mirrors, by agent; not to be changed."""
-        return self._mirrors
+        return self.ledger.mirrors
 
     def layer_rope(self, layer: int) -> LayerRope:
         """The layer's rotation tables, on the store's device."""
@@ -188,106 +183,15 @@ class DiffStore:
         A Master of a decoded output lacks the row of its last token if that was never fed; it is
         found by the segment's stem.
         """
-        master = self._masters.get(segment.digest)
+        master = self.ledger.masters.get(segment.digest)
         if master is not None:
             return master, master.length
-        master = self._masters.get(segment.stem)
+        master = self.ledger.masters.get(segment.stem)
         if master is not None and master.length == segment.length - 1:
             return master, master.length
         return None
 
-    # Pages ----------------------------------------------------------------------------------------
-
-    def take_pages(self, count: int) -> Pages:
-        """Takes pages, evicting Masters that nobody uses, the longest unused first.
-
-        Raises:
-            OutOfPagesError: nothing was taken; Masters may have been evicted, unless the pool would
-                have been too small without any of them.
-            ValueError: the engine's allocator gave pages that are in use, or none of the pool.
-        """
-        while True:
-            try:
-                pages = self.pool.allocate(count)
-                break
-            except OutOfPagesError as error:
-                within_reach = count <= self.pool.num_pages - self._pinned_pages()
-                if not within_reach or not self._evict_one():
-                    raise OutOfPagesError(
-                        f"capacity: expected {count} free pages, got fewer, and every Master is in "
-                        f"use ({error}); release agents or enlarge the store"
-                    ) from error
-        used = self._page_users[pages] > 0
-        if used.any():
-            self.pool.free(pages[~used])
-            raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
-        self._page_users[pages] += 1
-        return pages
-
-    def share_pages(self, pages: Pages) -> None:
-        """Adds one user to each page."""
-        self._page_users[pages] += 1
-
-    def drop_pages(self, pages: Pages) -> None:
-        """Takes one user from each page; pages without users go back to the pool."""
-        self._page_users[pages] -= 1
-        assert (self._page_users[pages] >= 0).all(), "pages that were given back before"
-        self.pool.free(pages[self._page_users[pages] == 0])
-
-    def _pinned_pages(self) -> int:
-        """Pages that stay in use whatever is evicted."""
-        users = self._page_users.copy()
-        for master in self._masters.values():
-            if master.holders == 0:
-                users[master.pages] -= 1
-        return int(np.count_nonzero(users))
-
-    def _evict_one(self) -> bool:
-        idle = [master for master in self._masters.values() if master.holders == 0]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda master: master.last_used)
-        self._masters.pop(oldest.digest)
-        oldest.stored = False
-        self.drop_pages(oldest.pages)
-        self._evictions += 1
-        return True
-
-    # Masters --------------------------------------------------------------------------------------
-
-    def hold(self, masters: Sequence[Master]) -> None:
-        """Keeps Masters from being evicted until they are let go, as often as each is held."""
-        for clock, master in enumerate(masters, self._clock + 1):
-            master.holders += 1
-            master.last_used = clock
-        self._clock += len(masters)
-
-    def let_go(self, masters: Sequence[Master]) -> None:
-        """Ends a `hold`. A Master that nothing refers to any more gives its pages back."""
-        for master in masters:
-            master.holders -= 1
-            if master.holders == 0 and not master.stored:
-                self.drop_pages(master.pages)
-                master.pages = no_pages()
-
-    def publish(self, master: Master) -> None:
-        """Lets later rounds find a Master by its digest; the first one of a digest stays."""
-        if not master.stored and master.digest not in self._masters:
-            self._masters[master.digest] = master
-            master.stored = True
-
-    # Mirrors --------------------------------------------------------------------------------------
-
-    def put(self, agent: str, mirror: Mirror) -> None:
-        """Makes ``mirror`` the agent's KV; its earlier one is released.
-
-        The store takes over one use of each of the Mirror's own pages, and holds its Masters.
-        """
-        self.hold(mirror.uses.masters)
-        earlier = self._mirrors.pop(agent, None)
-        self._mirrors[agent] = mirror
-        if earlier is not None:
-            self._drop_mirror(earlier)
+    # Agents ---------------------------------------------------------------------------------------
 
     def release(self, agent: str) -> None:
         """Forgets an agent's KV. Masters that it used stay until they are evicted.
@@ -296,17 +200,12 @@ class DiffStore:
             KeyError: an unknown agent, or one released before.
         """
         self._mirror(agent)
-        self._drop_mirror(self._mirrors.pop(agent))
-
-    def _drop_mirror(self, mirror: Mirror) -> None:
-        self._restore_rounds.clear()
-        self.let_go(mirror.uses.masters)
-        self.drop_pages(mirror.own_pages)
+        self.ledger.drop(agent)
 
     def _mirror(self, agent: str) -> Mirror:
-        if agent not in self._mirrors:
-            raise KeyError(f"agent: expected one of {sorted(self._mirrors)}, got {agent!r}")
-        return self._mirrors[agent]
+        if agent not in self.ledger.mirrors:
+            raise KeyError(f"agent: expected one of {sorted(self.ledger.mirrors)}, got {agent!r}")
+        return self.ledger.mirrors[agent]
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -413,27 +312,6 @@ class DiffStore:
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
         encode_round(self, tensors, layout, atol, rtol)
 
-    def slots_of(self, pages: Pages, rows: int) -> Tensor:
-        """Pool rows, page * block_size + row of the page, of the first rows of a page list.
-
-        Returns int64 ``[rows]`` on the store's device.
-        """
-        return torch.from_numpy(slots_of(pages, rows, self.block_size)).to(self.device)
-
-    def write_rows(
-        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, rows: Tensor | None = None
-    ) -> None:
-        """Copies ``rows`` (default: all) of ``k`` and ``v`` into the pool at ``slots``, as they
-        are.
-
-        ``k`` and ``v`` are ``[n, Hk, D]`` or pages; ``slots`` and ``rows`` int64 of one length.
-        """
-        rope = self._ropes[layer]
-        for x, pool in ((k, self.pool.k_pools[layer]), (v, self.pool.v_pools[layer])):
-            ops.rope_rotate_out(
-                x, rows, slots, None, None, rope.cos, rope.sin, rope.interleaved, 1.0, pool
-            )
-
     # Persistence ----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -446,7 +324,7 @@ class DiffStore:
             OSError: the file cannot be written; an earlier one of this name is as it was.
         """
         state = persistence.pack(
-            self.geometry, self.pool, self._ropes, self._masters.values(), self._mirrors
+            self.geometry, self.pool, self._ropes, self.ledger.masters.values(), self.ledger.mirrors
         )
         persistence.write_state(path, {**state, "model": self.model})
 
@@ -502,35 +380,31 @@ class DiffStore:
             )
         if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
             raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = persistence.unpack(state, store.pool, store.take_pages, store.drop_pages)
-        for master in masters:
-            store._clock += 1
-            master.last_used = store._clock
-            if master.stored:
-                store._masters[master.digest] = master
+        masters, mirrors = persistence.unpack(state, store.pool, store.ledger)
+        store.ledger.take_over(masters)
         for agent, mirror in mirrors.items():
-            store.put(agent, mirror)
+            store.ledger.put(agent, mirror)
         return store
 
     # Statistics -----------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
         """Counts rows, pages and bytes."""
-        masters = {id(master): master for master in self._masters.values()}
+        masters = {id(master): master for master in self.ledger.masters.values()}
         outputs: dict[int, Master] = {}
-        for mirror in self._mirrors.values():
+        for mirror in self.ledger.mirrors.values():
             for master in mirror.uses.masters:
                 shared = master.stored or master.holders > 1
                 (masters if shared else outputs)[id(master)] = master
-        own_pages = [mirror.own_pages for mirror in self._mirrors.values()]
+        own_pages = [mirror.own_pages for mirror in self.ledger.mirrors.values()]
         own_pages += [master.pages for master in (*masters.values(), *outputs.values())]
         pages = np.unique(np.concatenate(own_pages)) if own_pages else no_pages()
         master_rows = sum(master.length for master in masters.values())
-        own_rows = sum(len(mirror.own_position) for mirror in self._mirrors.values())
+        own_rows = sum(len(mirror.own_position) for mirror in self.ledger.mirrors.values())
         own_rows += sum(master.length for master in outputs.values())
-        dense_rows = sum(mirror.length for mirror in self._mirrors.values())
+        dense_rows = sum(mirror.length for mirror in self.ledger.mirrors.values())
         return StoreStats(
-            agents=len(self._mirrors),
+            agents=len(self.ledger.mirrors),
             masters=len(masters),
             dense_rows=dense_rows,
             master_rows=master_rows,
@@ -539,8 +413,8 @@ class DiffStore:
             row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
             stored_bytes=len(pages) * self.pool.page_bytes,
             total_pages=self.pool.num_pages,
-            used_pages=int(np.count_nonzero(self._page_users)),
-            evictions=self._evictions,
+            used_pages=self.ledger.used_pages,
+            evictions=self.ledger.evictions,
         )
 
 
