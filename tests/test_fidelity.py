@@ -76,8 +76,8 @@ def test_own_recording(smollm2: tuple[Any, Any]) -> None:
                 {"session": "gsm_qwen3-14b/01", "rounds": (1, 2), "chat": True},
             ],
         ),
-        ("agentsociety", [{"rounds": (1, 4), "agents": 8}]),
-        ("generative_agents_25", [{"rounds": (1, 4), "agents": 8, "max_private": 2}]),
+        ("agentsociety", [{"rounds": (1, 4), "agents": 4}]),
+        ("generative_agents_25", [{"rounds": (1, 4), "agents": 4, "max_private": 2}]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
