@@ -20,8 +20,9 @@ $(VENV)/ready: pyproject.toml
 build: $(VENV)/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+# In two processes: most tests take one core.
 test: build
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # The operators on the GPU of this machine, then a few of their cases under compute-sanitizer.
 test-gpu: build
