@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import backends
 import pytest
 import torch
+
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several test processes
 
 
 def pytest_addoption(parser):
@@ -53,6 +57,8 @@ def pytest_collection_modifyitems(config, items):
     if without:
         config.hook.pytest_deselected(items=list(without))
         items[:] = [item for item in items if item not in without]
+    if IS_WORKER:  # what takes long comes first, so that no process ends long after the others
+        items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "model"))))
 
 
 def _lacks_backend(item):
@@ -78,6 +84,18 @@ def fast_backend(request):
 @pytest.fixture(scope="module")
 def one_thread():
     """The reference makes many small calls of torch, which threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _a_core_for_each_model(request):
+    """Test processes that run models beside each other wait for each other's threads otherwise."""
+    if not IS_WORKER or not request.node.get_closest_marker("model"):
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
