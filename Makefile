@@ -100,9 +100,8 @@ format: $(VENV)/ready
 # An sdist and, out of it, wheels with the CUDA kernels of a release, in dist/: for this Python and those of
 # PYTHONS="python3.12 ...". Then this Python's is installed without a toolkit beside this torch (WHEEL_ARGS="--torch
 # 'torch ...'": another one).
-wheel: export TOKENDANCE_CUDA_ARCHS = 80;86;89;90;100;120
 wheel: $(VENV)/ready
-	$(BIN)/python -m build --no-isolation
+	TOKENDANCE_CUDA_ARCHS="80;86;89;90;100;120" $(BIN)/python -m build --no-isolation
 	$(BIN)/python -m tools.wheels $(PYTHONS)
 	$(BIN)/python -m tools.check_wheel $(WHEEL_ARGS)
 
