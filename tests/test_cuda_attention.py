@@ -251,6 +251,25 @@ def test_items_with_more_query_rows_than_a_tile(ptx, dtype, group, rows_per_item
     check(ptx, case)
 
 
+@pytest.mark.parametrize(("dtype", "tile_rows"), [(torch.float32, 32), (torch.float16, 64)])
+def test_work_that_is_read_again(ptx, dtype, tile_rows):
+    """With 256 dims an item is read anew for the next query rows, of two KV heads here."""
+    case = attention_round(
+        24,
+        num_q_heads=tile_rows + 2,
+        num_kv_heads=2,
+        head_dim=256,
+        rows=2,
+        rows_per_item=2,
+        masters=(40, 20),
+        dtype=dtype,
+    )
+    queries = [(item[1] - item[0]) * (tile_rows // 2 + 1) for item in case.arrays["work"].tolist()]
+    assert len(queries) > 1
+    assert max(queries) > tile_rows
+    check(ptx, case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sources_that_take_turns(ptx, dtype):
     """Queries turn to every Master and back; own rows of all agents share a rotation."""

@@ -35,14 +35,14 @@
 //   64, 80     150 - 168   42, 52 KB       3 and 3
 //   96         166 - 168   62 KB           2 and 3
 //   128        178 - 184   82 KB           1 and 2
-//   256        234 - 237   81 KB           1 and 2
+//   256        228 - 238   81 KB           1 and 2
 //
 // Keys and values of e4m3 are 1 byte an element, in stages of half the size, so that decode may do
 // 2 FLOPs per byte and query row. Every warp widens the tile for itself: before sm_89 by seven
 // integer instructions for four elements. With four warps at work an A100, of 64 integer lanes a
 // clock and multiprocessor, widens 64 / 7 bytes a clock, at 1.41 GHz 1.4 TB/s of 2.0: tiles of more
 // than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions.
-// Queries and weights are fp16. Registers 145 (D = 64) to 236 (D = 256), shared memory 22 to 58 KB.
+// Queries and weights are fp16. Registers 145 (D = 64) to 231 (D = 256), shared memory 22 to 58 KB.
 #pragma once
 
 #include "cuda/attention_products.cuh"
@@ -721,20 +721,34 @@ class AttentionTile {
   float total[2];               // weight, of the lane's keys
 };
 
+// An item of the work list and a KV head: what a block does.
+struct BlockWork {
+  int4 item;  // the first four of its fields
+  int32_t partial_begin;
+  int32_t kv_head;
+  int32_t queries;
+
+  __device__ __forceinline__ BlockWork(const CollectiveAttentionParams& p, uint32_t block) {
+    const int32_t kv_heads = p.num_kv_heads;
+    const int32_t index = static_cast<int32_t>(block) / kv_heads;
+    kv_head = static_cast<int32_t>(block) % kv_heads;
+    const int32_t* const work = p.round.work + int64_t{index} * kWorkFields;
+    item = __ldg(reinterpret_cast<const int4*>(work));
+    partial_begin = __ldg(work + 4);
+    queries = (item.y - item.x) * (p.num_q_heads / kv_heads);
+  }
+};
+
 template <typename T, typename Pool, int kHeadDim, bool kWide>
 __device__ __forceinline__ void collective_attention(const CollectiveAttentionParams& p) {
-  const int32_t kv_heads = p.num_kv_heads;
-  const int32_t index = static_cast<int32_t>(blockIdx.x) / kv_heads;
-  const int32_t kv_head = static_cast<int32_t>(blockIdx.x) % kv_heads;
-  const int32_t* const work = p.round.work + int64_t{index} * kWorkFields;
-  const int4 item = __ldg(reinterpret_cast<const int4*>(work));
-  const int32_t partial_begin = __ldg(work + 4);
-  const int32_t queries = (item.y - item.x) * (p.num_q_heads / kv_heads);
+  BlockWork work(p, blockIdx.x);
   constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim};
 #pragma unroll 1
-  for (int32_t first = 0; first < queries; first += kShape.rows) {
+  for (int32_t first = 0; first < work.queries; first += kShape.rows) {
     if (first > 0) __syncthreads();  // all are done with the last tiles
-    AttentionTile<T, Pool, kHeadDim, kWide>(p, item, partial_begin, kv_head, first);
+    AttentionTile<T, Pool, kHeadDim, kWide>(p, work.item, work.partial_begin, work.kv_head, first);
+    // With 256 dims the sums take half of the registers: none are left for what is read again.
+    if constexpr (kHeadDim == 256) work = BlockWork(p, recomputed<1u << 31>(blockIdx.x));
   }
 }
 
