@@ -94,6 +94,7 @@ def _hash(value: Any, update: Callable[[Any], None]) -> None:
 
 
 def pack(
+    model: str,
     geometry: KVGeometry,
     pool: PagePool,
     ropes: Sequence[LayerRope],
@@ -121,6 +122,7 @@ def pack(
     return {
         "format": _FORMAT,
         "version": VERSION,
+        "model": model,
         "geometry": {name: getattr(geometry, name) for name in _GEOMETRY},
         "dtype": geometry.dtype,
         "quantization": None

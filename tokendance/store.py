@@ -323,10 +323,11 @@ class DiffStore:
         Raises:
             OSError: the file cannot be written; an earlier one of this name is as it was.
         """
+        masters, mirrors = self.ledger.masters.values(), self.ledger.mirrors
         state = persistence.pack(
-            self.geometry, self.pool, self._ropes, self.ledger.masters.values(), self.ledger.mirrors
+            self.model, self.geometry, self.pool, self._ropes, masters, mirrors
         )
-        persistence.write_state(path, {**state, "model": self.model})
+        persistence.write_state(path, state)
 
     @classmethod
     def load(
