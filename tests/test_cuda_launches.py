@@ -248,9 +248,24 @@ def test_restore_skips_indices_out_of_range(ptx, dtype):
     test_diff_restore.check(ptx, *restore_with_bad_indices(dtype=dtype))
 
 
+def clear_last_page(dense):
+    """Moves its rows to slots that nobody has; the number of slots before it."""
+    slots = dense.slot_mapping
+    first = (dense.k[0].shape[0] - 1) * dense.k[0].shape[1]
+    moved = (slots >= first) & (slots < first + dense.k[0].shape[1])
+    free = sorted(set(range(first)) - set(slots.flatten().tolist()))
+    to = torch.tensor(free[: int(moved.sum())])
+    for rows in dense.k + dense.v:
+        reference.scatter_rows(rows, to, reference.gather_rows(rows, slots[moved]))
+    slots[moved] = to
+    return first
+
+
 def encode_with_bad_indices(layout="padded", **options):
     """A round in which no row is its Master's: some have no slot or no page, some uses have no
-    angles, one begins before position 0, a Master lacks pages. And what is encoded of it."""
+    angles, one begins before position 0, a Master lacks pages. And what is encoded of it.
+
+    Behind the last slot is a row that equals its Master's: who reads it, does not store it."""
     module = test_diff_encode
     case = testing.random_round(
         22, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, table_slack=5,
@@ -258,6 +273,9 @@ def encode_with_bad_indices(layout="padded", **options):
     )  # fmt: skip
     case.round.use_shift[:2] = 0
     dense = module.restored(case, layout=layout)
+    size, num_rows = case.filled.block_size, clear_last_page(dense)
+    for tensor in dense.k + dense.v:
+        tensor[-1, 0] = reference.gather_rows(tensor, dense.slot_mapping[2, 20:21])[0]
     for agent, length in enumerate(case.length.tolist()):
         kept = set()  # rows that are their Master's, as long as these do not move
         for use in range(2):
@@ -276,8 +294,8 @@ def encode_with_bad_indices(layout="padded", **options):
     for round in (blank.round, expected.round):
         round.use_delta[first] = -3
     expected.round.use_masks[int(case.round.use_page_indptr[first])] &= ~7
-    size, rows = case.filled.block_size, dense.k[0].shape[0] * dense.k[0].shape[1]
-    for agent, position, slot in ((2, 6, -1), (1, 9, rows), (2, 40, rows)):
+    dense = replace(dense, k=[rows[:-1] for rows in dense.k], v=[rows[:-1] for rows in dense.v])
+    for agent, position, slot in ((2, 6, -1), (1, 9, num_rows), (2, 20, num_rows)):
         dense.slot_mapping[agent, position] = slot
         page = int(case.round.own_pages[int(case.round.own_page_indptr[agent]) + position // size])
         for pool in expected.k_pool + expected.v_pool:

@@ -51,7 +51,7 @@ EQUIVALENT = (
         "a tile of no query rows finds no chunk that one sees, and writes nothing",
         change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$"
         r"|setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
-        source=r"for \(int32_t first = 0; first < queries;",
+        source=r"for \(int32_t first = 0; first < work\.queries;",
     ),
     Equivalent(
         "one more round, whose rows are beyond the page",
@@ -156,10 +156,16 @@ EQUIVALENT = (
         source=r"__syncwarp\(\);  // all lanes are done with the queries",
     ),
     Equivalent(
+        "rows are counted by two or four: none is the last of the warp",
+        kernel="collective_attention",
+        change=r"setp\.lt\.u32 .*, 16 -> .*, 15$",
+        source=r"row < kAttentionWarpRows; row \+= kBatch",
+    ),
+    Equivalent(
         "a row of the tile before is done again, with the same result",
         kernel="collective_attention",
         change=r"add\.s32 .*, (64 -> .*, 63|32 -> .*, 31|128 -> .*, 127)$",
-        source=r"first < queries; first \+= kShape\.rows",
+        source=r"first < work\.queries; first \+= kShape\.rows",
     ),
     Equivalent(
         "what an item of partials writes as its output, the merge writes over",
@@ -255,7 +261,7 @@ EQUIVALENT = (
     Equivalent(
         "zero has no sign: its magnitude and its angle are the same either way",
         change=r"setp\.lt\.s(32|64) .*, 0 -> (setp\.le|.*, 1$)",
-        source=r"\babs\(|llabs\(|shift < 0 \? -shift",
+        source=r"\babs\(|llabs\(|shift < 0 \? -s(hift|in_row)",
     ),
     Equivalent(
         "a distance, which is squared or made positive",
