@@ -1,18 +1,21 @@
 """What the instructions of the operators that move rows allow, whatever memory does.
 
     python -m bench.loops
+    python -m bench.loops --attention 10    a decode step for so many seconds, for a profiler
 
 In one thread, in cycles per cache line of keys and values that is read or written: the operator
 over a few rows again and again, which stay in the caches of the core; the same over as many
 different rows as the benchmarks inside the cache have; and the ceiling, the best copy or read of as
 many bytes. Where the first is not well below the last, arithmetic binds and not memory. Cycles are
-those of the clock that a chain of additions shows.
+those of the clock that a chain of additions shows. The decode step is the first of the benchmarks',
+in fp32 over pages that stay in the cache, as a part of one thread's GEMM rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +23,7 @@ import torch
 
 import tokendance as td
 from bench import ceilings
-from bench.mirrors import FLOATS, make_round
+from bench.mirrors import DECODE, FLOATS, make_round
 from tokendance import ops
 
 HEADS, HEAD_DIM = 8, 128
@@ -164,11 +167,40 @@ def best(call: Call) -> float:
     return took
 
 
+def attention_of_gemm(seconds: float) -> float:
+    """The decode step again and again: its best rate over that of a matrix product."""
+    (num_kv_heads, group, head_dim), agents, shared, private = DECODE[0]
+    case = make_round(
+        agents=agents,
+        shared=shared,
+        private=private,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        resident_pages=4,
+    )
+    gemm, attention = ceilings.gemm(), case.attention()
+    for _ in range(ROUNDS):
+        gemm.sample()
+    took, end = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        took = min(took, ceilings.seconds(attention))
+    flops = 4 * agents * (shared + private) * num_kv_heads * group * head_dim
+    return flops / took / gemm.rate
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m bench.loops", description=__doc__.split("\n")[0]
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--attention", type=float, metavar="SECONDS", help="the decode step alone")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.attention is not None:
+        print(
+            f"a decode step: {attention_of_gemm(options.attention):.2f} of one thread's GEMM rate"
+        )
+        return 0
     clock = ceilings.clock()
     for _ in range(ROUNDS):
         clock.sample()

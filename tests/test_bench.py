@@ -147,6 +147,18 @@ def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
         assert (case.round.own_length == loops.PRIVATE).all()
 
 
+def test_loops_compare_a_decode_step_with_a_matrix_product(monkeypatch):
+    def seconds(call):
+        call()
+        return 2.0
+
+    monkeypatch.setattr(loops, "DECODE", (((2, 3, 64), 4, 100, 28),))
+    monkeypatch.setattr(loops.ceilings, "gemm", lambda: Ceiling("FLOP/s", 1e6, [lambda: None]))
+    monkeypatch.setattr(loops.ceilings, "seconds", seconds)
+    flops = 4 * 4 * (100 + 28) * 2 * 3 * 64
+    assert loops.attention_of_gemm(0.01) == pytest.approx(flops / 1e6)
+
+
 def test_growth_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     result = SystemResult(4.0, 900, 0, 700, 300, 100 << 20, 100 << 20, 10.0, 0.1, None, 1.0)

@@ -10,7 +10,7 @@
     ideas [town_square]
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
-    quantized [town_square debate]
+    quantized [town_square debate] [--agents 4]
 
 ``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
 measured again, so that it can be stopped and continued; so can ``answers``. It writes ``front.md``
@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
     one = commands.add_parser("quantized")
-    one.add_argument("workloads", nargs="*", default=list(quantized.WORKLOADS))
+    one.add_argument("workloads", nargs="*", default=list(quantized.SAMPLED))
+    one.add_argument("--agents", type=int, help="the first of the round; all by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.command == "tolerance":
         result, write = tolerance.run(*loaded, options.workload), tolerance.text
     elif options.command == "quantized":
-        result, write = quantized.run(*loaded, options.workloads), quantized.text
+        result, write = quantized.run(*loaded, options.workloads, options.agents), quantized.text
     elif options.command == "audits":
         result, write = audits.run(*loaded, options.workload), audits.text
     elif options.command == "ideas":

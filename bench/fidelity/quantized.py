@@ -17,18 +17,30 @@ from bench.fidelity.replays import make_engine, measure_round, read_workload, re
 from tokendance.integrations.transformers import geometry_of, quantization_of
 from tokendance.quantization import Quantization
 
-WORKLOADS = ("town_square", "debate")
+# Per workload the one from whose prompt scales come.
+SAMPLED = {
+    "town_square": "debate",
+    "debate": "town_square",
+    "agentsociety": "debate",
+    "generative_agents_3": "town_square",
+}
 SELECTIONS = ("everything", "leading:4:96:24")
 
 
 def run(
-    model: Any, tokenizer: Any, workloads: Sequence[str], new_tokens: int = 12
+    model: Any,
+    tokenizer: Any,
+    workloads: Sequence[str],
+    agents: int | None = None,
+    new_tokens: int = 12,
 ) -> dict[str, Any]:
-    """Per workload, selection and pool KL and top-1 against full recompute, and stored bytes."""
+    """Per workload, selection and pool KL and top-1 against full recompute, and stored bytes, of
+    the first ``agents`` of the round."""
     result: dict[str, Any] = {}
     for workload in workloads:
-        pools = _pools(model, tokenizer, WORKLOADS[WORKLOADS.index(workload) - 1])
+        pools = _pools(model, tokenizer, SAMPLED[workload])
         (one,) = rounds = read_workload(workload, tokenizer)[:1]
+        one.prompts = dict(list(one.prompts.items())[:agents])
         recompute(model, rounds, new_tokens)
         for selection in SELECTIONS:
             for name, quantization in pools.items():
