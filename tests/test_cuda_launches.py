@@ -265,7 +265,7 @@ def encode_with_bad_indices(layout="padded", **options):
     """A round in which no row is its Master's: some have no slot or no page, some uses have no
     angles, one begins before position 0, a Master lacks pages. And what is encoded of it.
 
-    Behind the last slot is a row that equals its Master's: who reads it, does not store it."""
+    Behind the last slot is a row that equals its Master's: who reads it would not store it."""
     module = test_diff_encode
     case = testing.random_round(
         22, agents=3, masters=(20, 37), whole_uses=True, masks="none", slack=False, table_slack=5,
