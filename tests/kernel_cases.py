@@ -562,6 +562,7 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         yield checked(module, "nine partials", case, scale=60.0)
     yield checked(module, "nine partials that weigh alike", module.nine_partials_round(0, **sizes))
     yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
+    yield checked(module, "one of four", module.one_of_four_round(**sizes))
     for work in ("random", "planned"):
         case = module.neighbours_round(work=work, **sizes)
         yield checked(module, "a head for each agent", case)

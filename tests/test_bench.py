@@ -10,6 +10,7 @@ import torch
 import tokendance as td
 from bench import by_torch, compare, loops, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
+from bench.fidelity import __main__ as fidelity
 from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
 from tokendance import ops
@@ -250,6 +251,13 @@ def test_other_tables_of_fidelity():
     one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
     said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
     assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
+
+
+@pytest.mark.parametrize("command", ["front", "quantized", "ideas"])
+def test_fidelity_knows_its_workloads(command, capsys):
+    with pytest.raises(SystemExit):
+        fidelity.main([command, "town"])
+    assert "town: expected one of town_square, debate" in capsys.readouterr().err
 
 
 def test_answers_go_on_where_they_were_stopped(tmp_path, monkeypatch):

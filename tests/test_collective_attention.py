@@ -281,8 +281,17 @@ def nine_partials_round(turn, **options):
         "row_partial_indptr": np.array([0, parts], dtype=np.int32),
         "row_partials": np.roll(place, turn),
     }
+    return with_work(case, fields)
+
+
+def with_work(case, fields):
+    """The same round, without slack, with these fields of a work list."""
     arrays = {**case.arrays, **fields}
-    filled = replace(case.filled, work=parts, work_rows=1, work_chunks=parts, partials=parts)
+    filled = replace(
+        case.filled,
+        **{name: len(arrays[name]) for name in ("work", "work_rows", "work_chunks")},
+        partials=len(arrays["row_partials"]),
+    )
     return replace(
         case, arrays=arrays, filled=filled, round=RoundTensors.from_arrays(arrays, filled)
     )
@@ -657,6 +666,47 @@ def neighbours_round(**options):
         17, num_q_heads=1, num_kv_heads=1, agents=40, masters=(20, 40), private_length=3, rows=1,
         **options,
     )  # fmt: skip
+
+
+def one_of_four_round(**options):
+    """An item whose second Master only some of its 16 query rows have, each of another agent: the
+    first of the first four, the second of the next four, and so on."""
+
+    def chosen(case):
+        has_it = case.arrays["agent_use"][case.arrays["row_agent"], 1] >= 0
+        rows = []
+        for row, has in enumerate(has_it):
+            if len(rows) < 16 and has == (len(rows) % 5 == 0):
+                rows.append(row)
+        return rows
+
+    case = first_round(
+        lambda case: len(chosen(case)) == 16, 0, num_q_heads=1, num_kv_heads=1, agents=80,
+        masters=(20, 40), masks="none", private_length=3, rows=1, whole_uses=False, slack=False,
+        **options,
+    )  # fmt: skip
+    arrays, size = case.arrays, case.filled.block_size
+    rows = chosen(case)
+    rows += sorted(set(range(case.filled.rows)) - set(rows))
+    pages = np.diff(arrays["master_page_indptr"]).tolist()
+    chunks = [[master, 0, pages[master], 0] for master in (0, 1)]
+    for agent in arrays["row_agent"].tolist():
+        chunks.append([-1 - agent, 0, -(-int(arrays["own_length"][agent]) // size), 0])
+    tiles = ((0, 16), (16, len(rows)))
+    items = [[first, last, 0, len(chunks), -1, 0, 0, 0] for first, last in tiles]
+    fields = {
+        "work": np.array(items, dtype=np.int32),
+        "work_rows": np.array(rows, dtype=np.int32),
+        "work_chunks": np.array(chunks, dtype=np.int32),
+        "row_partial_indptr": np.zeros(len(rows) + 1, dtype=np.int32),
+        "row_partials": np.zeros(0, dtype=np.int32),
+    }
+    return with_work(case, fields)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_row_of_four_has_a_master(backend, dtype):
+    check(backend, one_of_four_round(dtype=dtype))
 
 
 @pytest.mark.parametrize("work", ["random", "planned"])

@@ -21,9 +21,10 @@ names.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("front")
-    one.add_argument("workloads", nargs="*", default=list(front.WORKLOADS))
+    known = functools.partial(_one_of, front.WORKLOADS)
+    one.add_argument("workloads", nargs="*", type=known, default=list(front.WORKLOADS))
     one.add_argument("--ways", default=",".join(front.WAYS), help="comma-separated")
     one.add_argument("--new-tokens", type=int, default=12)
     one = commands.add_parser("drift")
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--new-tokens", type=int, default=32)
     for name in ("leakage", "tolerance", "audits", "ideas"):
         one = commands.add_parser(name)
-        one.add_argument("workload", nargs="?", default="town_square")
+        one.add_argument("workload", nargs="?", type=known, default="town_square")
         if name == "leakage":
             one.add_argument("--secrets", type=int, default=3)
             one.add_argument("--rounds", type=int, default=2)
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
     one = commands.add_parser("quantized")
-    one.add_argument("workloads", nargs="*", default=list(quantized.SAMPLED))
+    known = functools.partial(_one_of, quantized.SAMPLED)
+    one.add_argument("workloads", nargs="*", type=known, default=list(quantized.SAMPLED))
     one.add_argument("--agents", type=int, help="the first of the round; all by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -98,6 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / f"{options.command}.md").write_text(text + "\n")
     (options.out / f"{options.command}.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _one_of(workloads: Iterable[str], name: str) -> str:
+    """An argument; argparse's own ``choices`` refuse a default of several."""
+    if name not in workloads:
+        raise argparse.ArgumentTypeError(f"{name}: expected one of {', '.join(workloads)}")
+    return name
 
 
 def _front(loaded: tuple[object, object], options: argparse.Namespace) -> None:
