@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +26,19 @@ pytestmark = [
 
 @pytest.mark.slow
 def test_a_sample_of_mutants_is_killed():
-    """Of 20 mutants of all operators at least 95 % are noticed, or explained."""
+    """Of 20 mutants of all operators at least 95 % are noticed, or explained.
+
+    Which ones follows from the kernels' instructions: when they change, others are drawn.
+    """
     kernels = [
         kernel
         for operator in kernel_ptx.operators()
         for kernel in mutate.kernels_of(operator, kernel_cases.REPRESENTATIVE)
     ]
+    seed = zlib.crc32("".join(kernel.digest for kernel in kernels).encode())
     found = [
         verdict
-        for kernel, indices in mutate.sampled(kernels, 20, seed=0)
+        for kernel, indices in mutate.sampled(kernels, 20, seed)
         for verdict in mutate.verdicts(kernel, indices)
     ]
     assert len(found) == 20
