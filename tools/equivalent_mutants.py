@@ -3,7 +3,7 @@
 ``tools/mutate.py`` asks about mutants that survived. An entry matches by kernel, change and line of
 the source, never by a number of a line or a register, so that it holds when the code around it
 changes. What the mutated instruction works on is looked up in the PTX: ``operands`` are the
-instructions that define its registers.
+instructions that define its registers, ``uses`` those that read what it computes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Equivalent:
     source: str
     kernel: str = ""
     operands: str = ""
+    uses: str = ""  # of each instruction that reads the result
     only_compared_with_0: bool = False  # the result; other uses do not read what a mask changes
 
 
@@ -135,6 +136,13 @@ EQUIVALENT = (
         change=r"setp\.eq\.s32 .*, 0 -> .*, -1$",
         source=r"needed == 0\)|needed >> row|rows_of_agent == 0\)"
         r"|shifts\[agent\] == 0|source\.num_agents == 0",
+    ),
+    Equivalent(
+        "saves work for rows that are not wanted for the source",
+        kernel="collective_attention",
+        change=r"setp\.eq\.s32 .*, -2147483648 -> .*, -214748364[79]$",
+        source=r"any \|= shift\[i\] != kNoShift",
+        uses=r"and\.pred ",
     ),
     Equivalent(
         "a barrier more, before the first tile",
@@ -421,6 +429,7 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
             and (not entry.operands or re.search(entry.operands, code.operands()))
+            and (not entry.uses or code.are_uses(entry.uses))
             and (not entry.only_compared_with_0 or code.is_only_compared_with_0(changed))
         ):
             return entry.reason
@@ -463,6 +472,9 @@ class _Code:
             return False
         named = re.compile(rf"{re.escape(result)}\b")
         return not any(named.search(line) for i, line in enumerate(self._lines) if i != self._here)
+
+    def are_uses(self, pattern: str) -> bool:
+        return all(re.match(pattern, use) for use in self._uses(self.statement))
 
     def is_only_compared_with_0(self, changed: int = -1) -> bool:
         """Whether its result is, or a difference that it is a part of; other uses may read bits
