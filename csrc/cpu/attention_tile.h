@@ -20,23 +20,65 @@ constexpr int kMaxFlatQueries = 8;  // query rows that the flat form takes at mo
 // Keys per group of the tall form's inner loop, so that the sums of three vectors fit the
 // registers.
 constexpr int kTallKeys = kVectorRegisters >= 32 ? 8 : 4;
+constexpr int kStepDims = 16;  // of a step; head dims are a multiple
 
-// One step of what is fetched ahead: `lines` cache lines of each of the next block's rows.
-struct Ahead {
-  const void* const* rows = nullptr;  // one per key of the current block, null = nothing to fetch
-  int lines = 0;
-  int64_t offset = 0;  // bytes from the row
+// The next block's rows, whose cache lines are fetched while a block is multiplied.
+//
+// Evenly over the steps of a product: a core can wait for some lines at a time, and asking for more
+// stops it or is forgotten. In the order of their addresses, so that the hardware's own prefetch
+// goes along.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `lines` cache lines of each of `count` rows, from `offset` bytes into the row.
+  Ahead(const void* const* rows, int count, int lines, int64_t offset)
+      : row_(rows), end_(rows + count), lines_(lines), offset_(offset) {}
 
-  TOKENDANCE_INLINE void fetch(int key, int line) const {
-    __builtin_prefetch(static_cast<const char*>(rows[key]) + offset + line * kCacheLine, 0, 2);
+  int lines() const { return static_cast<int>(end_ - row_) * lines_; }
+
+  // The next `steps` steps fetch `lines` lines.
+  void begin(int lines, int steps) {
+    due_ = 0;
+    per_step_ = lines;
+    steps_ = steps;
   }
+  TOKENDANCE_INLINE void step() {
+    for (due_ += per_step_; due_ >= steps_; due_ -= steps_) fetch();
+  }
+
+ private:
+  TOKENDANCE_INLINE void fetch() {
+    if (next_ == row_end_) {
+      if (row_ == end_) return;
+      next_ = static_cast<const char*>(*row_++) + offset_;
+      row_end_ = next_ + lines_ * kCacheLine;
+    }
+    prefetch_far(next_);
+    next_ += kCacheLine;
+  }
+
+  const void* const* row_ = nullptr;  // the next
+  const void* const* end_ = nullptr;
+  int lines_ = 0;
+  int64_t offset_ = 0;
+  const char* next_ = nullptr;  // to be fetched, of the row before
+  const char* row_end_ = nullptr;
+  int due_ = 0;  // lines, in units of 1 / steps_ of one
+  int per_step_ = 0;
+  int steps_ = 1;
+};
+
+// So many of its lines, which a product fetches.
+struct Share {
+  Ahead* ahead;
+  int lines;
 };
 
 // score[key][query] for kTallKeys keys and kVectors full vectors (and half of one) of queries.
 // queries: [head_dim][stride], the query rows in the lanes; score: [keys][stride].
 template <int kVectors, bool kHalf>
 TOKENDANCE_INLINE void tall_scores(const float* queries, int64_t stride, const float* const* keys,
-                                   int head_dim, float* score, Ahead ahead) {
+                                   int head_dim, float* score, Ahead& ahead) {
 #if TOKENDANCE_LEVEL == TOKENDANCE_LEVEL_avx512
   using Half = Lanes<8>;
 #else
@@ -53,13 +95,9 @@ TOKENDANCE_INLINE void tall_scores(const float* queries, int64_t stride, const f
     for (int i = 0; i < kVectors; ++i) sum[k][i] = repeat<Full>(0.0f);
     if constexpr (kHalf) half_sum[k] = repeat<Half>(0.0f);
   }
-  // head_dim is a multiple of 16. Fetching ahead is spread over the loop, not to stall it.
-  for (int dim = 0; dim < head_dim; dim += 16) {
-    if (ahead.rows && dim < ahead.lines * 16) {
-      TOKENDANCE_UNROLL
-      for (int k = 0; k < kTallKeys; ++k) ahead.fetch(k, dim / 16);
-    }
-    for (int d = dim; d < dim + 16; ++d) {
+  for (int dim = 0; dim < head_dim; dim += kStepDims) {
+    ahead.step();
+    for (int d = dim; d < dim + kStepDims; ++d) {
       Full query[kFull];
       Half half_query;
       TOKENDANCE_UNROLL
@@ -115,42 +153,44 @@ inline Piece next_piece(int lanes) {
 
 template <int kVectors, bool kHalf>
 inline void tall_piece(const float* queries, int64_t stride, const float* const* keys, int groups,
-                       int head_dim, float* score, Ahead ahead) {
+                       int head_dim, float* score, Ahead& ahead) {
   for (int k = 0; k < groups * kKeyGroup; k += kTallKeys) {
     tall_scores<kVectors, kHalf>(queries, stride, keys + k, head_dim, score + k * stride, ahead);
-    if (ahead.rows) ahead.rows += kTallKeys;
   }
 }
 
 // Scores of `groups` groups of kKeyGroup keys for the query lanes [begin, end). Both products write
 // whole vectors: `stride` is a multiple of 16.
 inline void tall_block(const float* queries, int64_t stride, const float* const* keys, int groups,
-                       int head_dim, int begin, int end, float* score, Ahead ahead) {
+                       int head_dim, int begin, int end, float* score, Share share) {
+  int pieces = 0;
+  for (int lane = begin; lane < end; ++pieces) lane += next_piece(end - lane).lanes();
+  share.ahead->begin(share.lines,
+                     pieces * (groups * kKeyGroup / kTallKeys) * (head_dim / kStepDims));
   for (int lane = begin; lane < end;) {
     const Piece piece = next_piece(end - lane);
     const float* q = queries + lane;
     float* s = score + lane;
     switch (piece.vectors * 2 + piece.half) {
       case 1:
-        tall_piece<0, true>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<0, true>(q, stride, keys, groups, head_dim, s, *share.ahead);
         break;
       case 2:
-        tall_piece<1, false>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<1, false>(q, stride, keys, groups, head_dim, s, *share.ahead);
         break;
       case 3:
-        tall_piece<1, true>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<1, true>(q, stride, keys, groups, head_dim, s, *share.ahead);
         break;
       case 4:
-        tall_piece<2, false>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<2, false>(q, stride, keys, groups, head_dim, s, *share.ahead);
         break;
       case 5:
-        tall_piece<2, true>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<2, true>(q, stride, keys, groups, head_dim, s, *share.ahead);
         break;
       default:
-        tall_piece<3, false>(q, stride, keys, groups, head_dim, s, ahead);
+        tall_piece<3, false>(q, stride, keys, groups, head_dim, s, *share.ahead);
     }
     lane += piece.lanes();
-    ahead = {};
   }
 }
 
@@ -208,16 +248,13 @@ constexpr int kFlatKeys = std::max(1, kFullLanes / power_of_two(kQueries));
 template <int kQueries, typename T>
 inline void flat_scores(const float* queries, int64_t query_stride, const T* const* keys,
                         int64_t offset, int num_keys, int head_dim, float* score,
-                        int64_t score_stride, Ahead ahead) {
+                        int64_t score_stride, Share share) {
   constexpr int kKeys = kFlatKeys<kQueries>;
   constexpr int kRows = std::min(kQueries, kFullLanes);
   static_assert(kKeyGroup % kKeys == 0 || kKeys % kKeyGroup == 0);
+  share.ahead->begin(share.lines, (num_keys + kKeys - 1) / kKeys);
   for (int k0 = 0; k0 < num_keys; k0 += kKeys) {
-    if (ahead.rows) {
-      for (int k = k0; k < k0 + kKeys; ++k) {
-        for (int line = 0; line < ahead.lines; ++line) ahead.fetch(k, line);
-      }
-    }
+    share.ahead->step();
     for (int first = 0; first < kQueries; first += kRows) {
       Full sums[kFullLanes];
       TOKENDANCE_UNROLL
@@ -262,7 +299,7 @@ struct Weights {
 template <typename T, int kRows, int kVectors>
 TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weights weights,
                                   const T* const* values, int64_t offset, int num_keys, int dim,
-                                  Ahead ahead) {
+                                  Ahead& ahead) {
   Full sum[kRows][kVectors];
   TOKENDANCE_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -273,19 +310,20 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
     }
   }
   const float* weight = weights.at;
-  for (int k = 0; k < num_keys; ++k, weight += weights.key_stride) {
-    if (ahead.rows) {
-      for (int line = 0; line < ahead.lines; ++line) ahead.fetch(k, line);
-    }
-    const T* row = values[k] + offset + dim;
-    Full value[kVectors];
-    TOKENDANCE_UNROLL
-    for (int i = 0; i < kVectors; ++i) value[i] = load_full(row + i * kFullLanes);
-    TOKENDANCE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const Full factor = repeat<Full>(weight + r * weights.row_stride);
+  for (int k = 0; k < num_keys;) {
+    ahead.step();
+    for (const int end = std::min(k + kKeyGroup, num_keys); k < end; ++k) {
+      const T* row = values[k] + offset + dim;
+      Full value[kVectors];
       TOKENDANCE_UNROLL
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = multiply_add(factor, value[i], sum[r][i]);
+      for (int i = 0; i < kVectors; ++i) value[i] = load_full(row + i * kFullLanes);
+      TOKENDANCE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const Full factor = repeat<Full>(weight + r * weights.row_stride);
+        TOKENDANCE_UNROLL
+        for (int i = 0; i < kVectors; ++i) sum[r][i] = multiply_add(factor, value[i], sum[r][i]);
+      }
+      weight += weights.key_stride;
     }
   }
   TOKENDANCE_UNROLL
@@ -300,7 +338,7 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
 template <typename T, int kRows, int kVectors>
 inline void add_values_of(int rows, float* const* out, const float* rescale, Weights weights,
                           const T* const* values, int64_t offset, int num_keys, int dim,
-                          Ahead ahead) {
+                          Ahead& ahead) {
   if (rows == kRows) {
     add_values<T, kRows, kVectors>(out, rescale, weights, values, offset, num_keys, dim, ahead);
   } else if constexpr (kRows > 1) {
@@ -313,7 +351,7 @@ inline void add_values_of(int rows, float* const* out, const float* rescale, Wei
 template <typename T, int kVectors>
 inline void add_values_rows(int rows, float* const* out, const float* rescale, Weights weights,
                             const T* const* values, int64_t offset, int num_keys, int dim,
-                            Ahead ahead) {
+                            Ahead& ahead) {
   constexpr int kMost = kValueRows<kVectors>;
   const int parts = (rows + kMost - 1) / kMost;
   for (int part = 0, begin = 0; part < parts; ++part) {
@@ -321,29 +359,41 @@ inline void add_values_rows(int rows, float* const* out, const float* rescale, W
     Weights some = weights;
     some.at += begin * weights.row_stride;
     add_values_of<T, kMost, kVectors>(end - begin, out + begin, rescale + begin, some, values,
-                                      offset, num_keys, dim, part == 0 ? ahead : Ahead{});
+                                      offset, num_keys, dim, ahead);
     begin = end;
+  }
+}
+
+template <typename T, int kVectors>
+inline void add_values_passes(int rows, float* const* out, const float* rescale, Weights weights,
+                              const T* const* values, int64_t offset, int num_keys, int head_dim,
+                              Share share) {
+  constexpr int kDims = kVectors * kFullLanes;
+  const int parts = (rows + kValueRows<kVectors> - 1) / kValueRows<kVectors>;
+  share.ahead->begin(share.lines,
+                     head_dim / kDims * parts * ((num_keys + kKeyGroup - 1) / kKeyGroup));
+  for (int dim = 0; dim < head_dim; dim += kDims) {
+    add_values_rows<T, kVectors>(rows, out, rescale, weights, values, offset, num_keys, dim,
+                                 *share.ahead);
   }
 }
 
 template <typename T>
 inline void add_values_block(int rows, float* const* out, const float* rescale, Weights weights,
                              const T* const* values, int64_t offset, int num_keys, int head_dim,
-                             Ahead ahead) {
+                             Share share) {
+  const auto passes = [&](auto vectors) {
+    add_values_passes<T, decltype(vectors)::value>(rows, out, rescale, weights, values, offset,
+                                                   num_keys, head_dim, share);
+  };
   if constexpr (kFullLanes < 16) {
-    for (int dim = 0; dim < head_dim; dim += 2 * kFullLanes) {
-      add_values_rows<T, 2>(rows, out, rescale, weights, values, offset, num_keys, dim,
-                            dim == 0 ? ahead : Ahead{});
-    }
+    passes(std::integral_constant<int, 2>{});
   } else if (head_dim == 80) {
-    add_values_rows<T, 5>(rows, out, rescale, weights, values, offset, num_keys, 0, ahead);
+    passes(std::integral_constant<int, 5>{});
   } else if (head_dim == 96) {
-    add_values_rows<T, 6>(rows, out, rescale, weights, values, offset, num_keys, 0, ahead);
+    passes(std::integral_constant<int, 6>{});
   } else {
-    for (int dim = 0; dim < head_dim; dim += 4 * kFullLanes) {
-      add_values_rows<T, 4>(rows, out, rescale, weights, values, offset, num_keys, dim,
-                            dim == 0 ? ahead : Ahead{});
-    }
+    passes(std::integral_constant<int, 4>{});
   }
 }
 

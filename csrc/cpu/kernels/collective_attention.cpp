@@ -72,8 +72,7 @@ class Attention {
       : params_(params),
         round_(params.round),
         group_(params.num_q_heads / params.num_kv_heads),
-        block_size_(static_cast<int>(params.round.extents.block_size)),
-        lines_(std::max(1, static_cast<int>(params.head_dim * sizeof(T) / kCacheLine))) {
+        block_size_(static_cast<int>(params.round.extents.block_size)) {
     const bool capped = params.soft_cap > 0.0f;
     query_factor_ = capped ? params.scale / params.soft_cap : params.scale * kLog2E;
     cap_ = capped ? params.soft_cap * kLog2E : 0.0f;
@@ -127,6 +126,38 @@ class Attention {
   const int32_t* chunk(int32_t index) const { return round_.work_chunks + index * kChunkFields; }
 
   // Blocks ----------------------------------------------------------------------------------------
+
+  // Rows of some adjacent heads.
+  Ahead rows_ahead(const T* const* rows, int count, int heads, int64_t offset) const {
+    const int bytes = heads * params_.head_dim * static_cast<int>(sizeof(T));
+    return Ahead(reinterpret_cast<const void* const*>(rows), count,
+                 (bytes + kCacheLine - 1) / kCacheLine, offset * static_cast<int64_t>(sizeof(T)));
+  }
+
+  // Rows of all heads of a tile, fetched while each head of the block before is multiplied.
+  class HeadsAhead {
+   public:
+    HeadsAhead(const Attention& attention, const T* const* rows, int count, const RowLayout& layout,
+               int heads)
+        : attention_(attention), rows_(rows), count_(count), layout_(layout) {
+      if (layout.head_stride != attention.params_.head_dim) return;
+      ahead_ = attention.rows_ahead(rows, count, heads, 0);
+      lines_ = (ahead_.lines() + heads - 1) / heads;
+    }
+    Share share(int head) {
+      if (lines_ > 0) return {&ahead_, lines_};
+      ahead_ = attention_.rows_ahead(rows_, count_, 1, head * layout_.head_stride);
+      return {&ahead_, ahead_.lines()};
+    }
+
+   private:
+    const Attention& attention_;
+    const T* const* rows_;
+    int count_;
+    const RowLayout& layout_;
+    Ahead ahead_;
+    int lines_ = 0;  // for each head, 0 where heads are not adjacent
+  };
 
   // Block of the rows from `first` of a source, which is a multiple of the block size; at most
   // `limit` rows.
@@ -329,11 +360,10 @@ class Attention {
       keys = s.key_rows;
       values = s.value_rows;
     }
-    const bool fetch = ahead.count > 0;
-    const auto* ahead_keys = reinterpret_cast<const void* const*>(ahead.keys);
-    const auto* ahead_values = reinterpret_cast<const void* const*>(ahead.values);
+    Ahead keys_ahead = rows_ahead(ahead.keys, ahead.count, 1, 0);
+    Ahead values_ahead = rows_ahead(ahead.values, ahead.count, 1, 0);
     tall_block(s.query_lanes, rows.stride, keys, groups, params_.head_dim, begin, end, s.weights,
-               fetch ? Ahead{ahead_keys, lines_} : Ahead{});
+               {&keys_ahead, keys_ahead.lines()});
     if (masked) {
       std::fill_n(s.seen, block.count, false);
       // Rows that stand in the same vectors and see nothing here.
@@ -355,7 +385,7 @@ class Attention {
     const int first = rows.first_query();
     add_values_block<float>(end - first, s.out_rows + first, s.rescale + first,
                             {s.weights + first, 1, rows.stride}, values, 0, block.count,
-                            params_.head_dim, fetch ? Ahead{ahead_values, lines_} : Ahead{});
+                            params_.head_dim, {&values_ahead, values_ahead.lines()});
   }
 
   // Softmax over the block of the rows in one vector: scores become weights.
@@ -421,23 +451,19 @@ class Attention {
       for (int k = 0; k < block.count; ++k) s.seen[k] = any_sees(rows, block, k, s);
       if (!replace_unseen(block.values, block.count, s.seen)) return;
     }
+    // Where heads are adjacent, the lines of all heads are fetched row by row.
+    HeadsAhead keys_ahead(*this, ahead.keys, ahead.count, params_.k_layout, tile.kv_heads);
+    HeadsAhead values_ahead(*this, ahead.values, ahead.count, params_.v_layout, tile.kv_heads);
     for (int h = 0; h < tile.kv_heads; ++h) {
       const int first = h * rows.queries;
       const int64_t k_offset = h * params_.k_layout.head_stride;
       const int64_t v_offset = h * params_.v_layout.head_stride;
-      Ahead keys_ahead, values_ahead;
-      if (ahead.count > 0) {
-        keys_ahead = {reinterpret_cast<const void* const*>(ahead.keys), lines_,
-                      k_offset * static_cast<int64_t>(sizeof(T))};
-        values_ahead = {reinterpret_cast<const void* const*>(ahead.values), lines_,
-                        v_offset * static_cast<int64_t>(sizeof(T))};
-      }
       flat_block(rows.queries, s.queries + first * int64_t{params_.head_dim}, block, k_offset,
-                 keys_ahead, s);
+                 keys_ahead.share(h), s);
       for (int q = 0; q < rows.queries; ++q) soften_flat(first + q, q, masked, block, s);
       add_values_block<T>(rows.queries, s.out_rows + first, s.rescale + first,
                           {s.weights, kBlockKeys, 1}, block.values, v_offset, block.count,
-                          params_.head_dim, values_ahead);
+                          params_.head_dim, values_ahead.share(h));
     }
   }
 
@@ -455,11 +481,11 @@ class Attention {
   }
 
   void flat_block(int count, const float* queries, const Block<T>& block, int64_t k_offset,
-                  Ahead ahead, Scratch& s) const {
+                  Share share, Scratch& s) const {
     const auto scores = [&](auto constant) {
       flat_scores<decltype(constant)::value>(queries, params_.head_dim, block.keys, k_offset,
                                              block.count, params_.head_dim, s.weights, kBlockKeys,
-                                             ahead);
+                                             share);
     };
     static_assert(kMaxFlatQueries == 8);
     switch (count) {
@@ -520,7 +546,6 @@ class Attention {
   const RoundView& round_;
   const int group_;
   const int block_size_;
-  const int lines_;     // cache lines of a key
   float query_factor_;  // multiplies the rotated queries
   float cap_;           // multiplies tanh of the scores, 0 = no cap
 };
