@@ -38,7 +38,7 @@ def _sdpa(heads: tuple[int, int, int], agents: int, length: int, dtype: torch.dt
     return per_agent, lambda: F.scaled_dot_product_attention(q, k, v, **options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gemm() -> ceilings.Ceiling:
     return ceilings.gemm()
 
