@@ -64,9 +64,11 @@ class Ceiling:
         self._ways = ways
         self._best = float("inf")
 
-    def sample(self) -> None:
-        for way in self._ways:
-            self._best = min(self._best, seconds(way))
+    def sample(self) -> float:
+        """The rate of this sample."""
+        took = min(seconds(way) for way in self._ways)
+        self._best = min(self._best, took)
+        return self._work / took
 
     @property
     def rate(self) -> float:

@@ -1,19 +1,20 @@
 """What the instructions of the operators that move rows allow, whatever memory does.
 
     python -m bench.loops
-    python -m bench.loops --attention 10    a decode step for so many seconds, for a profiler
+    python -m bench.loops --attention 10    decode steps for so many seconds, for a profiler
 
 In one thread, in cycles per cache line of keys and values that is read or written: the operator
 over a few rows again and again, which stay in the caches of the core; the same over as many
 different rows as the benchmarks inside the cache have; and the ceiling, the best copy or read of as
 many bytes. Where the first is not well below the last, arithmetic binds and not memory. Cycles are
 those of the clock that a chain of additions shows. The decode step is the first of the benchmarks',
-in fp32 over pages that stay in the cache, as a part of one thread's GEMM rate.
+in fp32 over pages that stay in the cache, as a part of one thread's GEMM rate, measured in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ BLOCK = 16
 SHIFT = 7  # of all rows
 LINE = 64
 ROUNDS = 25
+STEPS = 20  # of decode, which take about as long as the matrix product
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def best(call: Call) -> float:
 
 
 def attention_of_gemm(seconds: float) -> float:
-    """The decode step and a matrix product in turns: the best rate of one over that of the other."""
+    """Decode steps and a matrix product in turns: the median of the ratios of their rates."""
     (num_kv_heads, group, head_dim), agents, shared, private = DECODE[0]
     case = make_round(
         agents=agents,
@@ -179,14 +181,19 @@ def attention_of_gemm(seconds: float) -> float:
         head_dim=head_dim,
         resident_pages=4,
     )
-    gemm, attention = ceilings.gemm(), case.attention()
-    took, end = float("inf"), time.monotonic() + seconds
-    while time.monotonic() < end:
-        gemm.sample()
-        attention()  # its pages come back into the cache
-        took = min(took, ceilings.seconds(attention))
     flops = 4 * agents * (shared + private) * num_kv_heads * group * head_dim
-    return flops / took / gemm.rate
+    gemm, attention = ceilings.gemm(), case.attention()
+
+    def several() -> None:
+        for _ in range(STEPS):
+            attention()
+
+    fractions, end = [], time.monotonic() + seconds
+    while not fractions or time.monotonic() < end:
+        rate = gemm.sample()
+        attention()  # its pages come back into the cache
+        fractions.append(STEPS * flops / ceilings.seconds(several) / rate)
+    return statistics.median(fractions)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

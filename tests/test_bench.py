@@ -157,7 +157,7 @@ def test_loops_compare_a_decode_step_with_a_matrix_product(monkeypatch):
     monkeypatch.setattr(loops.ceilings, "gemm", lambda: Ceiling("FLOP/s", 1e6, [lambda: None]))
     monkeypatch.setattr(loops.ceilings, "seconds", seconds)
     flops = 4 * 4 * (100 + 28) * 2 * 3 * 64
-    assert loops.attention_of_gemm(0.01) == pytest.approx(flops / 1e6)
+    assert loops.attention_of_gemm(0.01) == pytest.approx(loops.STEPS * flops / 1e6)
 
 
 def test_growth_is_drawn(tmp_path):
