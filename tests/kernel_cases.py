@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
+import attention_rounds
 import test_collective_attention
 import test_cuda_launches
 import test_diff_encode
@@ -474,10 +475,10 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         sizes["query_dtype"] = variant.plain
 
     def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
-        case = module.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
+        case = attention_rounds.attention_round(seed, **{"masters": (70, 20), **sizes, **options})
         return checked(module, name, case, **check)
 
-    yield checked(module, "demanding", module.demanding_round(1, **sizes))
+    yield checked(module, "demanding", attention_rounds.demanding_round(1, **sizes))
     for check in ({}, {"sinks": sinks}):
         yield attention(
             "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
@@ -512,9 +513,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
             cut=True, holes=True, private_length=3, check={"window": 2, "sinks": sinks},
         )  # fmt: skip
     for own_first, window in ((False, 64), (True, 64), (False, 1)):
-        case = module.boundary_round(64, own_first, **sizes)
+        case = attention_rounds.boundary_round(64, own_first, **sizes)
         yield checked(module, "first and last keys", case, window=window)
-    hidden = module.first_keys_hidden_round(**sizes)
+    hidden = attention_rounds.first_keys_hidden_round(**sizes)
     yield checked(module, "hidden first keys of pages", hidden)
     yield attention(
         "masks of small pages", 19, agents=6, masters=(70,), masks="half", rows=2, block_size=8,
@@ -522,21 +523,21 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     )  # fmt: skip
     yield attention("windows of one row", 15, masters=(40, 20), work="planned", check={"window": 1})
     if variant.plain is not None:
-        bare = module.attention_round(2, masters=(70, 20), **sizes)
+        bare = attention_rounds.attention_round(2, masters=(70, 20), **sizes)
         bare = replace(bare, k_scale=None, v_scale=None)
         for soft_cap in (0.0, 2.0):
             yield checked(module, "no scales", bare, scale=0.001, soft_cap=soft_cap)
-        opposite = module.opposite_values_round(**sizes)
+        opposite = attention_rounds.opposite_values_round(**sizes)
         yield checked(module, "opposite values", opposite, window=2, lse_tolerance=1e-5)
-    yield checked(module, "nothing for the first rows", module.blind_tile_round(**sizes))
-    lonely = module.lonely_round(**sizes)
+    yield checked(module, "nothing for the first rows", attention_rounds.blind_tile_round(**sizes))
+    lonely = attention_rounds.lonely_round(**sizes)
     for window in (0, 3):
         yield checked(module, "single own rows", lonely, window=window)
     for first, second in ((63, 127), (127, 63)):
-        case = module.rising_round(first, second, rotary_dim=0, **sizes)
+        case = attention_rounds.rising_round(first, second, rotary_dim=0, **sizes)
         yield checked(module, "maxima that rise", case)
     for work in ("random", "planned"):
-        case = module.equal_keys_round(work=work, **sizes)
+        case = attention_rounds.equal_keys_round(work=work, **sizes)
         yield checked(module, "equal keys", case, lse_tolerance=1e-6)
     yield attention(
         "partials far apart", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
@@ -545,9 +546,9 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
     # Of items that begin with such a use, and of others.
     for sign in (1, -1):
         for which, work in ((-1, "random"), (0, "planned"), (1, "planned")):
-            case, damage = module.beyond_the_tables_round(sign, which, work=work, **sizes)
+            case, damage = attention_rounds.beyond_the_tables_round(sign, which, work=work, **sizes)
             yield checked(module, f"beyond the tables, {sign} {which}", case, damage=damage)
-    unmoved = module.attention_round(
+    unmoved = attention_rounds.attention_round(
         4, masters=(40, 70), rows=2, rotary_dim=0, work="planned", **sizes
     )
     unmoved = replace(unmoved, cos=torch.empty(1, 0), sin=torch.empty(1, 0))
@@ -558,15 +559,17 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         work="planned", check={},
     )  # fmt: skip
     for turn in range(9):
-        case = module.nine_partials_round(turn, **sizes)
+        case = attention_rounds.nine_partials_round(turn, **sizes)
         yield checked(module, "nine partials", case, scale=60.0)
-    yield checked(module, "nine partials that weigh alike", module.nine_partials_round(0, **sizes))
-    yield checked(module, "Masters that some lack", module.lacking_round(**sizes))
-    yield checked(module, "one of four", module.one_of_four_round(**sizes))
+    yield checked(
+        module, "nine partials that weigh alike", attention_rounds.nine_partials_round(0, **sizes)
+    )
+    yield checked(module, "Masters that some lack", attention_rounds.lacking_round(**sizes))
+    yield checked(module, "one of four", attention_rounds.one_of_four_round(**sizes))
     for work in ("random", "planned"):
-        case = module.neighbours_round(work=work, **sizes)
+        case = attention_rounds.neighbours_round(work=work, **sizes)
         yield checked(module, "a head for each agent", case)
-        yield checked(module, "by one position", module.by_one_position(case))
+        yield checked(module, "by one position", attention_rounds.by_one_position(case))
     yield attention(
         "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), check={},

@@ -10,13 +10,9 @@ import ptx_backend
 import pytest
 import test_collective_attention
 import torch
+from attention_rounds import attention_round, beyond_the_tables_round, demanding_round
 from ptx_backend import PtxBackend
-from test_collective_attention import (
-    attention_round,
-    beyond_the_tables_round,
-    check,
-    demanding_round,
-)
+from test_collective_attention import check
 
 from tokendance import testing
 from tokendance.rounds import RoundTensors

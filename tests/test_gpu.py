@@ -17,7 +17,7 @@ import pytest
 import test_diff_encode
 import torch
 import torch.nn.functional as F
-from test_collective_attention import attention_round
+from attention_rounds import attention_round
 
 from tokendance import ops, reference, testing
 from tokendance.rounds import RoundExtents, RoundTensors
