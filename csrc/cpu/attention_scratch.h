@@ -11,7 +11,8 @@
 namespace tokendance::TOKENDANCE_ISA {
 
 constexpr int kBlockKeys = 64;      // keys that are taken at a time, at most
-constexpr int kFlatBlockKeys = 16;  // where the dims stand in the lanes, with all KV heads
+constexpr int kMinFlatKeys = 16;  // the least where the dims stand in the lanes
+constexpr int kFlatBlockBytes = 1 << 16;  // of keys that are taken at a time there, if so many fit
 constexpr int kMaxQueries = 128;    // query rows (rows * G * KV heads) that a tile takes at a time
 constexpr int kMinBlockSize = 8;
 constexpr int kBlockPages = kBlockKeys / kMinBlockSize;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "cpu/attention_scratch.h"
 #include "cpu/lanes.h"
 
 namespace tokendance::TOKENDANCE_ISA {
@@ -21,6 +22,7 @@ constexpr int kMaxFlatQueries = 8;  // query rows that the flat form takes at mo
 // registers.
 constexpr int kTallKeys = kVectorRegisters >= 32 ? 8 : 4;
 constexpr int kStepDims = 16;  // of a step; head dims are a multiple
+constexpr int kMaxima = 4;     // that a softmax keeps side by side
 
 // The next block's rows, whose cache lines are fetched while a block is multiplied.
 //
@@ -287,16 +289,24 @@ template <int kVectors>
 constexpr int kValueRows =
     kVectorRegisters >= 32 ? std::min(6, (kVectorRegisters - 2) / kVectors - 1) : 6;
 
-// weight of row r for key k: weight[r * row_stride + k * key_stride].
-struct Weights {
+// Weights of the rows in the tall form: of adjacent rows adjacent, `stride` from key to key.
+struct TallWeights {
   const float* at;
-  int64_t row_stride;
-  int64_t key_stride;
+  int64_t stride;
+  static constexpr int64_t row_stride() { return 1; }
+  int64_t key_stride() const { return stride; }
+};
+
+// In the flat form: of adjacent keys adjacent, kBlockKeys from row to row.
+struct FlatWeights {
+  const float* at;
+  static constexpr int64_t row_stride() { return kBlockKeys; }
+  static constexpr int64_t key_stride() { return 1; }
 };
 
 // out[r] = out[r] * rescale[r] + sum over keys of weight * values[key], for kRows rows and kVectors
 // vectors of dims from `dim` on; a value starts `offset` elements into its row.
-template <typename T, int kRows, int kVectors>
+template <int kRows, int kVectors, typename T, typename Weights>
 TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weights weights,
                                   const T* const* values, int64_t offset, int num_keys, int dim,
                                   Ahead& ahead) {
@@ -310,21 +320,19 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
     }
   }
   const float* weight = weights.at;
-  for (int k = 0; k < num_keys;) {
-    ahead.step();
-    for (const int end = std::min(k + kKeyGroup, num_keys); k < end; ++k) {
-      const T* row = values[k] + offset + dim;
-      Full value[kVectors];
+  for (int k = 0; k < num_keys; ++k) {
+    if (k % kKeyGroup == 0) ahead.step();
+    const T* row = values[k] + offset + dim;
+    Full value[kVectors];
+    TOKENDANCE_UNROLL
+    for (int i = 0; i < kVectors; ++i) value[i] = load_full(row + i * kFullLanes);
+    TOKENDANCE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Full factor = repeat<Full>(weight + r * weights.row_stride());
       TOKENDANCE_UNROLL
-      for (int i = 0; i < kVectors; ++i) value[i] = load_full(row + i * kFullLanes);
-      TOKENDANCE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const Full factor = repeat<Full>(weight + r * weights.row_stride);
-        TOKENDANCE_UNROLL
-        for (int i = 0; i < kVectors; ++i) sum[r][i] = multiply_add(factor, value[i], sum[r][i]);
-      }
-      weight += weights.key_stride;
+      for (int i = 0; i < kVectors; ++i) sum[r][i] = multiply_add(factor, value[i], sum[r][i]);
     }
+    weight += weights.key_stride();
   }
   TOKENDANCE_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -335,20 +343,20 @@ TOKENDANCE_INLINE void add_values(float* const* out, const float* rescale, Weigh
   }
 }
 
-template <typename T, int kRows, int kVectors>
+template <int kRows, int kVectors, typename T, typename Weights>
 inline void add_values_of(int rows, float* const* out, const float* rescale, Weights weights,
                           const T* const* values, int64_t offset, int num_keys, int dim,
                           Ahead& ahead) {
   if (rows == kRows) {
-    add_values<T, kRows, kVectors>(out, rescale, weights, values, offset, num_keys, dim, ahead);
+    add_values<kRows, kVectors>(out, rescale, weights, values, offset, num_keys, dim, ahead);
   } else if constexpr (kRows > 1) {
-    add_values_of<T, kRows - 1, kVectors>(rows, out, rescale, weights, values, offset, num_keys,
-                                          dim, ahead);
+    add_values_of<kRows - 1, kVectors>(rows, out, rescale, weights, values, offset, num_keys, dim,
+                                       ahead);
   }
 }
 
 // Cuts the rows into balanced parts: 7 rows are 4 + 3, not 6 + 1.
-template <typename T, int kVectors>
+template <int kVectors, typename T, typename Weights>
 inline void add_values_rows(int rows, float* const* out, const float* rescale, Weights weights,
                             const T* const* values, int64_t offset, int num_keys, int dim,
                             Ahead& ahead) {
@@ -357,14 +365,14 @@ inline void add_values_rows(int rows, float* const* out, const float* rescale, W
   for (int part = 0, begin = 0; part < parts; ++part) {
     const int end = rows * (part + 1) / parts;
     Weights some = weights;
-    some.at += begin * weights.row_stride;
-    add_values_of<T, kMost, kVectors>(end - begin, out + begin, rescale + begin, some, values,
-                                      offset, num_keys, dim, ahead);
+    some.at += begin * weights.row_stride();
+    add_values_of<kMost, kVectors>(end - begin, out + begin, rescale + begin, some, values, offset,
+                                   num_keys, dim, ahead);
     begin = end;
   }
 }
 
-template <typename T, int kVectors>
+template <int kVectors, typename T, typename Weights>
 inline void add_values_passes(int rows, float* const* out, const float* rescale, Weights weights,
                               const T* const* values, int64_t offset, int num_keys, int head_dim,
                               Share share) {
@@ -373,18 +381,18 @@ inline void add_values_passes(int rows, float* const* out, const float* rescale,
   share.ahead->begin(share.lines,
                      head_dim / kDims * parts * ((num_keys + kKeyGroup - 1) / kKeyGroup));
   for (int dim = 0; dim < head_dim; dim += kDims) {
-    add_values_rows<T, kVectors>(rows, out, rescale, weights, values, offset, num_keys, dim,
-                                 *share.ahead);
+    add_values_rows<kVectors>(rows, out, rescale, weights, values, offset, num_keys, dim,
+                              *share.ahead);
   }
 }
 
-template <typename T>
+template <typename T, typename Weights>
 inline void add_values_block(int rows, float* const* out, const float* rescale, Weights weights,
                              const T* const* values, int64_t offset, int num_keys, int head_dim,
                              Share share) {
   const auto passes = [&](auto vectors) {
-    add_values_passes<T, decltype(vectors)::value>(rows, out, rescale, weights, values, offset,
-                                                   num_keys, head_dim, share);
+    add_values_passes<decltype(vectors)::value>(rows, out, rescale, weights, values, offset,
+                                                num_keys, head_dim, share);
   };
   if constexpr (kFullLanes < 16) {
     passes(std::integral_constant<int, 2>{});

@@ -193,6 +193,22 @@ TOKENDANCE_INLINE Lanes<W> exp2(Lanes<W> x) {
   return {p.v * reinterpret_cast<typename V::Floats>(exponent)};
 }
 
+#if TOKENDANCE_LEVEL == TOKENDANCE_LEVEL_avx512
+// The same in ten instructions instead of fourteen, 0 below -126: x = floor(x) + f.
+TOKENDANCE_INLINE Full exp2(Full x) {
+  const Full f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  // Minimax polynomial of 2^f - 1 on [0, 1) without constant term.
+  Full p = repeat<Full>(0.0018671302f);
+  p = multiply_add(p, f, repeat<Full>(0.0090170298f));
+  p = multiply_add(p, f, repeat<Full>(0.0557999127f));
+  p = multiply_add(p, f, repeat<Full>(0.2401644439f));
+  p = multiply_add(p, f, repeat<Full>(0.6931512952f));
+  p = multiply_add(p, f, repeat<Full>(1.0f));
+  const __mmask16 counts = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(counts, p.v, x.v)};
+}
+#endif
+
 // tanh(x) to about 4e-7 absolute and relative: the rational approximation of Eigen's ptanh.
 template <int W>
 TOKENDANCE_INLINE Lanes<W> tanh(Lanes<W> x) {

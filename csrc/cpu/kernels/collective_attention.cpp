@@ -159,6 +159,13 @@ class Attention {
     int lines_ = 0;  // for each head, 0 where heads are not adjacent
   };
 
+  // Keys of a block in the flat form: a multiple of the block size.
+  int flat_block_keys(int kv_heads) const {
+    const int row_bytes = kv_heads * params_.head_dim * static_cast<int>(sizeof(T));
+    const int keys = std::clamp(kFlatBlockBytes / row_bytes, kMinFlatKeys, kBlockKeys);
+    return std::max(keys / kMinFlatKeys * kMinFlatKeys, block_size_) / block_size_ * block_size_;
+  }
+
   // Block of the rows from `first` of a source, which is a multiple of the block size; at most
   // `limit` rows.
   void find_block(int32_t source, int head, int64_t first, int64_t limit, Block<T>& block) const {
@@ -250,7 +257,7 @@ class Attention {
 
     Block<T> blocks[2];
     int current = 0;
-    const int block_keys = flat ? std::max(kFlatBlockKeys, block_size_) : kBlockKeys;
+    const int block_keys = flat ? flat_block_keys(tile.kv_heads) : kBlockKeys;
     const auto find = [&](int64_t first_key, Block<T>& block) {
       const int64_t rest = int64_t{high} + 1 - first_key;
       find_block(fields[0], tile.kv_head, first_key, std::min<int64_t>(rest, block_keys), block);
@@ -383,9 +390,9 @@ class Attention {
     }
     if (masked && !replace_unseen(s.value_rows, block.count, s.seen)) return;
     const int first = rows.first_query();
-    add_values_block<float>(end - first, s.out_rows + first, s.rescale + first,
-                            {s.weights + first, 1, rows.stride}, values, 0, block.count,
-                            params_.head_dim, {&values_ahead, values_ahead.lines()});
+    const TallWeights weights{s.weights + first, rows.stride};
+    add_values_block(end - first, s.out_rows + first, s.rescale + first, weights, values, 0,
+                     block.count, params_.head_dim, {&values_ahead, values_ahead.lines()});
   }
 
   // Softmax over the block of the rows in one vector: scores become weights.
@@ -393,9 +400,10 @@ class Attention {
   void soften(int lane, int stride, const Block<T>& block, Scratch& s) const {
     float* weights = s.weights + lane;
     const Full old_max = load_lanes<Full>(s.max + lane);
-    Full max = old_max;
+    Full maxima[kMaxima];  // of every fourth key: one would wait for each of the keys in turn
+    for (Full& max : maxima) max = old_max;
     const Full cap = repeat<Full>(cap_);
-    for (int k = 0; k < block.count; ++k) {
+    const auto see = [&](int k, Full& max) {
       Full score = load_lanes<Full>(weights + k * stride);
       if constexpr (kCapped) score = cap * tanh(score);
       if constexpr (kMasked) {
@@ -405,12 +413,19 @@ class Attention {
       }
       if constexpr (kCapped || kMasked) store_lanes(weights + k * stride, score);
       max = larger(max, score);
+    };
+    int k = 0;
+    for (; k + kMaxima <= block.count; k += kMaxima) {
+      TOKENDANCE_UNROLL
+      for (int i = 0; i < kMaxima; ++i) see(k + i, maxima[i]);
     }
+    for (; k < block.count; ++k) see(k, maxima[0]);
+    const Full max = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
     // A row that has seen nothing yet has weights exp2(-inf - 0) = 0.
     const Full base = {max.v == -kInfinity ? Full::Floats{} : max.v};
     const Full rescale = exp2(old_max - base);
     Full sum = load_lanes<Full>(s.sum + lane) * rescale;
-    for (int k = 0; k < block.count; ++k) {
+    for (k = 0; k < block.count; ++k) {
       const Full weight = exp2(load_lanes<Full>(weights + k * stride) - base);
       store_lanes(weights + k * stride, weight);
       sum = sum + weight;
@@ -461,9 +476,9 @@ class Attention {
       flat_block(rows.queries, s.queries + first * int64_t{params_.head_dim}, block, k_offset,
                  keys_ahead.share(h), s);
       for (int q = 0; q < rows.queries; ++q) soften_flat(first + q, q, masked, block, s);
-      add_values_block<T>(rows.queries, s.out_rows + first, s.rescale + first,
-                          {s.weights, kBlockKeys, 1}, block.values, v_offset, block.count,
-                          params_.head_dim, values_ahead.share(h));
+      add_values_block(rows.queries, s.out_rows + first, s.rescale + first, FlatWeights{s.weights},
+                       block.values, v_offset, block.count, params_.head_dim,
+                       values_ahead.share(h));
     }
   }
 
@@ -536,7 +551,7 @@ class Attention {
       store_lanes(weights + k, weight);
       sums = sums + weight;
     }
-    const float rescale = exp2f(s.max[query] - base);
+    const float rescale = max == s.max[query] ? 1.0f : exp2f(s.max[query] - base);
     s.max[query] = max;
     s.sum[query] = s.sum[query] * rescale + lane_sum(sums);
     s.rescale[query] = rescale;
