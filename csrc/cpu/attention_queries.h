@@ -7,6 +7,7 @@
 
 #include "cpu/attention_scratch.h"
 #include "cpu/dtypes.h"
+#include "cpu/lanes.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 
@@ -143,6 +144,21 @@ void rotate_queries(const CollectiveAttentionParams& params, const AttentionTile
       }
     }
   });
+}
+
+// The same dims of all queries of a KV head side by side: [KV head][dims / kFullLanes][query]
+// [kFullLanes].
+inline void interleave_queries(int kv_heads, int queries, int head_dim, Scratch& s) {
+  const float* from = s.queries;
+  for (int h = 0; h < kv_heads; ++h) {
+    float* head = s.query_lanes + h * int64_t{queries} * head_dim;
+    for (int q = 0; q < queries; ++q, from += head_dim) {
+      float* to = head + q * kFullLanes;
+      for (int dim = 0; dim < head_dim; dim += kFullLanes, to += queries * kFullLanes) {
+        store_lanes(to, load_lanes<Full>(from + dim));
+      }
+    }
+  }
 }
 
 // The queries with rows in the lanes; lanes beyond the rows are zero.

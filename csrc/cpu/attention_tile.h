@@ -245,12 +245,11 @@ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1)
 template <int kQueries>
 constexpr int kFlatKeys = std::max(1, kFullLanes / power_of_two(kQueries));
 
-// score[query][key], keys up to a multiple of sixteen. queries: [kQueries][query_stride]; a key
-// starts `offset` elements into its row.
+// score[query][key], keys up to a multiple of sixteen. queries: [head_dim / kFullLanes][kQueries]
+// [kFullLanes]; a key starts `offset` elements into its row.
 template <int kQueries, typename T>
-inline void flat_scores(const float* queries, int64_t query_stride, const T* const* keys,
-                        int64_t offset, int num_keys, int head_dim, float* score,
-                        int64_t score_stride, Share share) {
+inline void flat_scores(const float* queries, const T* const* keys, int64_t offset, int num_keys,
+                        int head_dim, float* score, int64_t score_stride, Share share) {
   constexpr int kKeys = kFlatKeys<kQueries>;
   constexpr int kRows = std::min(kQueries, kFullLanes);
   static_assert(kKeyGroup % kKeys == 0 || kKeys % kKeyGroup == 0);
@@ -261,13 +260,14 @@ inline void flat_scores(const float* queries, int64_t query_stride, const T* con
       Full sums[kFullLanes];
       TOKENDANCE_UNROLL
       for (int i = 0; i < kFullLanes; ++i) sums[i] = repeat<Full>(0.0f);
-      for (int dim = 0; dim < head_dim; dim += kFullLanes) {
+      const float* query_of = queries + first * kFullLanes;
+      for (int dim = 0; dim < head_dim; dim += kFullLanes, query_of += kQueries * kFullLanes) {
         Full key[kKeys];
         TOKENDANCE_UNROLL
         for (int k = 0; k < kKeys; ++k) key[k] = load_full(keys[k0 + k] + offset + dim);
         TOKENDANCE_UNROLL
         for (int q = 0; q < kRows; ++q) {
-          const Full query = load_lanes<Full>(queries + (first + q) * query_stride + dim);
+          const Full query = load_lanes<Full>(query_of + q * kFullLanes);
           TOKENDANCE_UNROLL
           for (int k = 0; k < kKeys; ++k) {
             sums[q * kKeys + k] = multiply_add(query, key[k], sums[q * kKeys + k]);

@@ -233,7 +233,11 @@ class Attention {
     const int queries = s.num_active * tile.heads;
     const int stride = (queries + kLanes - 1) / kLanes * kLanes;
     const bool flat = queries <= kMaxFlatQueries;
-    if (!flat) transpose_queries(queries, params_.head_dim, stride, s);
+    if (flat) {
+      interleave_queries(tile.kv_heads, queries, params_.head_dim, s);
+    } else {
+      transpose_queries(queries, params_.head_dim, stride, s);
+    }
     int32_t low = s.active[0].low;
     const int32_t high = s.active[s.num_active - 1].high;
     for (int i = 0; i < s.num_active; ++i) {
@@ -473,7 +477,7 @@ class Attention {
       const int first = h * rows.queries;
       const int64_t k_offset = h * params_.k_layout.head_stride;
       const int64_t v_offset = h * params_.v_layout.head_stride;
-      flat_block(rows.queries, s.queries + first * int64_t{params_.head_dim}, block, k_offset,
+      flat_block(rows.queries, s.query_lanes + first * int64_t{params_.head_dim}, block, k_offset,
                  keys_ahead.share(h), s);
       for (int q = 0; q < rows.queries; ++q) soften_flat(first + q, q, masked, block, s);
       add_values_block(rows.queries, s.out_rows + first, s.rescale + first, FlatWeights{s.weights},
@@ -498,9 +502,8 @@ class Attention {
   void flat_block(int count, const float* queries, const Block<T>& block, int64_t k_offset,
                   Share share, Scratch& s) const {
     const auto scores = [&](auto constant) {
-      flat_scores<decltype(constant)::value>(queries, params_.head_dim, block.keys, k_offset,
-                                             block.count, params_.head_dim, s.weights, kBlockKeys,
-                                             share);
+      flat_scores<decltype(constant)::value>(queries, block.keys, k_offset, block.count,
+                                             params_.head_dim, s.weights, kBlockKeys, share);
     };
     static_assert(kMaxFlatQueries == 8);
     switch (count) {
