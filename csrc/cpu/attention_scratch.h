@@ -10,10 +10,10 @@
 
 namespace tokendance::TOKENDANCE_ISA {
 
-constexpr int kBlockKeys = 64;      // keys that are taken at a time, at most
-constexpr int kMinFlatKeys = 16;  // the least where the dims stand in the lanes
+constexpr int kBlockKeys = 64;            // keys that are taken at a time, at most
+constexpr int kMinFlatKeys = 16;          // the least where the dims stand in the lanes
 constexpr int kFlatBlockBytes = 1 << 16;  // of keys that are taken at a time there, if so many fit
-constexpr int kMaxQueries = 128;    // query rows (rows * G * KV heads) that a tile takes at a time
+constexpr int kMaxQueries = 128;  // query rows (rows * G * KV heads) that a tile takes at a time
 constexpr int kMinBlockSize = 8;
 constexpr int kBlockPages = kBlockKeys / kMinBlockSize;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -286,8 +286,9 @@ inline void flat_scores(const float* queries, const T* const* keys, int64_t offs
 
 // Vectors of dims that one pass of add_values takes, and the most rows whose sums then fit.
 template <int kVectors>
-constexpr int kValueRows =
-    kVectorRegisters >= 32 ? std::min(6, (kVectorRegisters - 2) / kVectors - 1) : 6;
+constexpr int kValueRows = kVectorRegisters < 32 ? 6
+                           : kVectors == 2 ? 8
+                                           : std::min(6, (kVectorRegisters - 2) / kVectors - 1);
 
 // Weights of the rows in the tall form: of adjacent rows adjacent, `stride` from key to key.
 struct TallWeights {
@@ -401,6 +402,10 @@ inline void add_values_block(int rows, float* const* out, const float* rescale, 
   } else if (head_dim == 96) {
     passes(std::integral_constant<int, 6>{});
   } else {
+    if constexpr (!std::is_same_v<T, float>) {
+      // Widened once for all rows.
+      if (rows > kValueRows<4>) return passes(std::integral_constant<int, 2>{});
+    }
     passes(std::integral_constant<int, 4>{});
   }
 }
