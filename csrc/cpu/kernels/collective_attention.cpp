@@ -20,8 +20,8 @@
 //
 // With few query rows one task takes all KV heads, block by block with the heads inside: their keys
 // lie side by side, and a pass per head would fetch every page's address translation once per head.
-// Blocks are of 16 keys there (or a page): with all heads, 64 keys and values of 8 heads of 128
-// dims and as many that are fetched ahead would fill a second-level cache of 1 MiB.
+// Blocks are of 64 KiB of keys there, of 16 to 64 keys: 64 keys and values of 8 heads of 128 dims
+// in fp32, and as many that are fetched ahead, would fill a second-level cache of 1 MiB.
 //
 // A key that no row of the tile sees may hold anything, NaN too: its score is replaced and its
 // value is read as zeros. Scores are kept in units of log2, so that exp2 is all that is needed.
@@ -116,10 +116,13 @@ class Attention {
     return round_.work + task / params_.num_kv_heads * kWorkFields;
   }
   int head_of(int64_t task) const { return static_cast<int>(task % params_.num_kv_heads); }
+  // Whether all chunks of the item are taken in the flat form.
+  bool is_flat(const int32_t* item) const {
+    return int64_t{item[1] - item[0]} * group_ <= kMaxFlatQueries;
+  }
   // KV heads that a task of the item takes.
   int heads_at_once(const int32_t* item) const {
-    const int64_t queries = int64_t{item[1] - item[0]} * group_;
-    if (queries > kMaxFlatQueries) return 1;
+    if (!is_flat(item)) return 1;
     return std::min(params_.num_kv_heads, kMaxQueries / kMaxFlatQueries);
   }
 
@@ -162,8 +165,8 @@ class Attention {
   // Keys of a block in the flat form: a multiple of the block size.
   int flat_block_keys(int kv_heads) const {
     const int row_bytes = kv_heads * params_.head_dim * static_cast<int>(sizeof(T));
-    const int keys = std::clamp(kFlatBlockBytes / row_bytes, kMinFlatKeys, kBlockKeys);
-    return std::max(keys / kMinFlatKeys * kMinFlatKeys, block_size_) / block_size_ * block_size_;
+    const int unit = std::max(kMinFlatKeys, block_size_);
+    return std::clamp(kFlatBlockBytes / row_bytes / unit, 1, kBlockKeys / unit) * unit;
   }
 
   // Block of the rows from `first` of a source, which is a multiple of the block size; at most
@@ -192,18 +195,22 @@ class Attention {
   }
 
   // The first block that another chunk begins with, as far as it is known without its rows.
-  void guess_block(const int32_t* fields, int head, Block<T>& block) const {
-    const int64_t pages = fields[2] - fields[1];
-    if (pages == 0) return;
-    find_block(fields[0], head, int64_t{fields[1]} * block_size_, pages * block_size_, block);
+  void guess_block(const int32_t* item, const int32_t* fields, int head, Block<T>& block) const {
+    const int64_t rows = int64_t{fields[2] - fields[1]} * block_size_;
+    if (rows == 0) return;
+    const int keys = is_flat(item) ? flat_block_keys(heads_at_once(item)) : kBlockKeys;
+    const int64_t first = int64_t{fields[1]} * block_size_;
+    find_block(fields[0], head, first, std::min<int64_t>(rows, keys), block);
   }
 
   void guess_after(const AttentionTile& tile, int32_t index, int64_t next, Block<T>& block) const {
     block.count = 0;
-    if (index + 1 < tile.item[3]) return guess_block(chunk(index + 1), tile.kv_head, block);
+    if (index + 1 < tile.item[3]) {
+      return guess_block(tile.item, chunk(index + 1), tile.kv_head, block);
+    }
     if (next < 0) return;
     const int32_t* item = item_of(next);
-    if (item[2] < item[3]) guess_block(chunk(item[2]), head_of(next), block);
+    if (item[2] < item[3]) guess_block(item, chunk(item[2]), head_of(next), block);
   }
 
   // Attention of a tile ---------------------------------------------------------------------------
