@@ -129,6 +129,26 @@ def test_everything_gives_the_models_own_logits(name: str) -> None:
         plan.commit()
 
 
+def test_steps_have_1024_rows_at_most_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    one = engine(model, None)
+    prompt = [td.private(tokens(10, 2100))]
+    plan = one.collector.plan({"a": prompt})
+    rows: list[int] = []
+    forward = one._forward
+    monkeypatch.setattr(
+        one, "_forward", lambda step: (rows.append(step.num_rows), forward(step))[1]
+    )
+    logits = one.prefill(plan)
+    torch.testing.assert_close(logits["a"], own_logits(model, prompt), **CLOSE)
+    assert rows == [1024, 1024, 52]
+    rows.clear()
+    report = one.audit(plan, logits, "a")
+    assert report.kl is not None
+    assert report.kl < 1e-6
+    assert rows == [1024, 1024, 52]
+
+
 @pytest.mark.parametrize("selection", [td.Everything(), None], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("name", ["llama", "yarn", "qwen3"])

@@ -119,6 +119,10 @@ def sample_token(
 class TransformersEngine:
     """Runs the rounds of a collector on a model.
 
+    Steps have 8,192 rows at most, unless ``max_rows`` says otherwise; on a CPU 1,024, which are
+    enough for its matrix products: the activations of more are so large that its allocator gives
+    them back to the system after each operator, and every page of the next is a page fault.
+
     Args:
         model: an ``AutoModelForCausalLM`` of one of ``MODEL_TYPES``, in eval mode.
         collector: over a store of the model's geometry, rotation tables and device; its pool may
@@ -147,14 +151,17 @@ class TransformersEngine:
         self.model = model
         self.collector = collector
 
-    def prefill(self, plan: Plan, max_rows: int = 8192) -> dict[str, Tensor]:
+    def prefill(self, plan: Plan, max_rows: int | None = None) -> dict[str, Tensor]:
         """Computes the plan's prompts.
+
+        Args:
+            max_rows: rows of a step at most; None: as many as suit the device.
 
         Returns:
             Per agent the logits ``[vocabulary]`` of its last row; agents without tokens have none.
         """
         logits: dict[str, Tensor] = {}
-        for step in self.collector.prefill(plan, max_rows):
+        for step in self.collector.prefill(plan, self._rows_of_a_step(max_rows)):
             with step:
                 rows = self._forward(step)
             logits.update(zip(step.logit_agents, rows, strict=True))
@@ -226,7 +233,7 @@ class TransformersEngine:
         seed: int = 0,
         tokens: int = 16,
         rows: float = 1.0,
-        max_rows: int = 8192,
+        max_rows: int | None = None,
     ) -> AuditReport:
         """Compares a sample of the plan's agents with full recompute; see `KVCollector.audit`.
 
@@ -235,14 +242,19 @@ class TransformersEngine:
             logits: see `Audit.report`: what `prefill` returned, or those rows with `decode`'s
                 below them.
             agents, fraction, seed, tokens, rows: see `KVCollector.audit`.
-            max_rows: rows of a step at most.
+            max_rows: as for `prefill`.
         """
         audit = self.collector.audit(plan, agents, fraction, seed, tokens, rows)
-        for step in audit.steps(max_rows):
+        for step in audit.steps(self._rows_of_a_step(max_rows)):
             with step:
                 found = self._forward(step)
             audit.add(found)
         return audit.report(logits)
+
+    def _rows_of_a_step(self, max_rows: int | None) -> int:
+        if max_rows is not None:
+            return max_rows
+        return 1024 if self.model.device.type == "cpu" else 8192
 
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor:
