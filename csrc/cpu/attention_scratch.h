@@ -66,8 +66,9 @@ struct Scratch {
   // Of the rows that see the chunk, adjacent.
   ActiveRow active[kMaxQueries];
   int num_active;
-  alignas(kCacheLine) float queries[kMaxQueries * kMaxHeadDim];      // [query][head_dim]
-  alignas(kCacheLine) float query_lanes[kMaxHeadDim * kMaxQueries];  // [head_dim][stride]
+  alignas(kCacheLine) float queries[kMaxQueries * kMaxHeadDim];  // [query][head_dim]
+  // [head_dim][stride] in the tall form; in the flat one see interleave_queries.
+  alignas(kCacheLine) float query_lanes[kMaxHeadDim * kMaxQueries];
   alignas(kCacheLine) float max[kMaxQueries];
   alignas(kCacheLine) float sum[kMaxQueries];
   alignas(kCacheLine) float rescale[kMaxQueries];

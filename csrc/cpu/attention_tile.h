@@ -22,7 +22,6 @@ constexpr int kMaxFlatQueries = 8;  // query rows that the flat form takes at mo
 // registers.
 constexpr int kTallKeys = kVectorRegisters >= 32 ? 8 : 4;
 constexpr int kStepDims = 16;  // of a step; head dims are a multiple
-constexpr int kMaxima = 4;     // that a softmax keeps side by side
 
 // The next block's rows, whose cache lines are fetched while a block is multiplied.
 //

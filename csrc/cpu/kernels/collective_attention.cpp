@@ -411,7 +411,8 @@ class Attention {
   void soften(int lane, int stride, const Block<T>& block, Scratch& s) const {
     float* weights = s.weights + lane;
     const Full old_max = load_lanes<Full>(s.max + lane);
-    Full maxima[kMaxima];  // of every fourth key: one would wait for each of the keys in turn
+    constexpr int kMaxima = 4;  // side by side: one would wait for each of the keys in turn
+    Full maxima[kMaxima];
     for (Full& max : maxima) max = old_max;
     const Full cap = repeat<Full>(cap_);
     const auto see = [&](int k, Full& max) {
@@ -431,7 +432,8 @@ class Attention {
       for (int i = 0; i < kMaxima; ++i) see(k + i, maxima[i]);
     }
     for (; k < block.count; ++k) see(k, maxima[0]);
-    const Full max = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3]));
+    Full max = maxima[0];
+    for (int i = 1; i < kMaxima; ++i) max = larger(max, maxima[i]);
     // A row that has seen nothing yet has weights exp2(-inf - 0) = 0.
     const Full base = {max.v == -kInfinity ? Full::Floats{} : max.v};
     const Full rescale = exp2(old_max - base);
