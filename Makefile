@@ -45,7 +45,7 @@ sanitize-gpu: build
 	fi
 
 demo: build
-	$(BIN)/python -m tokendance simulate --audit --html build/demo.html
+	$(BIN)/python -m evals simulate --audit --html build/demo.html
 	@echo "The page about this run: build/demo.html"
 
 # Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import tokendance as td
 from bench.mirrors import DECODE, BenchRound, make_round
-from tokendance import ops
+from tokendance.device import operators as ops
 
 WARM_UP = 5  # calls before the samples
 AHEAD = 2_000_000  # cycles that the device waits for the host: about a millisecond

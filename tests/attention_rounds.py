@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tokendance import testing
-from tokendance.rounds import RoundTensors
+from tokendance.device.rounds import RoundTensors
 
 TILE_KEYS = 64  # the kernels' key tile
 TILE_ROWS = 64  # query rows times G of an item, at most

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-import tokendance.ops  # noqa: F401  (loads the library)
+import tokendance.device.operators  # noqa: F401  (loads the library)
 from tokendance import testing
 
 

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu, mirrors
-from tokendance import reference
+from tokendance.testing import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from tokendance import ops, testing
+from tokendance import testing
+from tokendance.device import operators as ops
 
 BLOCK = 16
 HEADS, HEAD_DIM = 2, 64

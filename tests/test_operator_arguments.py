@@ -10,7 +10,7 @@ import torch
 from operator_arguments import named_arguments_of, tensors_in
 
 from tokendance import testing
-from tokendance.rounds import RoundTensors
+from tokendance.device.rounds import RoundTensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tokendance import testing
-from tokendance.rounds import FIELD_ALIGNMENT, RoundExtents, RoundTensors, pack
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import FIELD_ALIGNMENT, RoundExtents, pack
 
 FILLED = RoundExtents(
     rows=3,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tokendance import testing
-from tokendance.reference import gather_rows, mirror_rows
-from tokendance.rounds import RoundTensors
+from tokendance.device.rounds import RoundTensors
+from tokendance.testing.reference import gather_rows, mirror_rows
 
 SEEDS = range(7)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import tokendance as td
 from tokendance._planner import RoundLayout
-from tokendance.layout import Origin
-from tokendance.mirror import Master, Mirror, Use, Uses, round_arrays
+from tokendance.host.decide import Origin
+from tokendance.host.mirror import Master, Mirror, Use, Uses, round_arrays
 
 BLOCK = 8
 
@@ -108,7 +108,7 @@ def test_every_row_is_computed_or_stands_in_a_master_of_its_tokens(
     plan = collector.plan(prompts)
     texts = {one.digest: one.token_ids for segments in prompts.values() for one in segments}
     made: set[int] = set()
-    for state in plan.states:
+    for state in plan._live.states:
         layout = state.layout
         ids = np.concatenate([np.empty(0, np.int32), *[one.token_ids for one in layout.segments]])
         computed = np.zeros(layout.length, dtype=bool)

@@ -1,6 +1,6 @@
 // The operators' schemas: the public contract (CHANGELOG.md says when one changes).
 //
-// Fake implementations stand in tokendance/ops.py, since the stable ABI has none.
+// Fake implementations stand in tokendance/device/operators.py, since the stable ABI has none.
 #include <torch/csrc/stable/library.h>
 
 // The fields of `Tensor round` and `int[] extents` are those of tokendance/round.h.

@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokendance.reference import quantize_rows
-from tokendance.rope import Rope
-from tokendance.rounds import IntArray, RoundExtents, RoundTensors
+from tokendance.device.rope import Rope
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import IntArray, RoundExtents
 from tokendance.testing.layouts import ABSURD, Layout, StorageCopies, is_quantized, pools
+from tokendance.testing.reference import quantize_rows
 from tokendance.testing.work_lists import index_pointers, int32_array, planned_work, random_work
 
 Masks = Literal["random", "none", "all", "leading"]

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from tokendance.rounds import CHUNK_FIELDS, WORK_FIELDS, IntArray, RoundExtents, RoundTensors
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import CHUNK_FIELDS, WORK_FIELDS, IntArray, RoundExtents
 
 
 def int32_array(values: object) -> IntArray:
