@@ -36,7 +36,7 @@ class Step:
         self._is_over = False
         self.agents = planned.agents
         self.logit_agents = planned.logit_agents
-        self._finalizer = weakref.finalize(self, _drop, planned)
+        self._finalizer = weakref.finalize(self, cancel_dropped, planned)
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -176,7 +176,8 @@ class Step:
         return self._open.keep(*tensors)
 
 
-def _drop(planned: PlannedStep) -> None:
+def cancel_dropped(planned: PlannedStep) -> None:
+    """Gives a step back that nobody can run any more."""
     if planned.is_open:
         warnings.warn(
             "step: expected a step to be run or cancelled, got one that was dropped",
