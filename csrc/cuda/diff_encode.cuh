@@ -14,12 +14,11 @@
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
 // multiprocessors: then a Master page is read again out of L2. With 16 the Master's rows are a
-// seventeenth of what is read. Registers of the comparison: 109 at
-// most on sm_80 and 116 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
-// KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
-// of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
-// KB. The compaction: 56 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
-// way per thread.
+// seventeenth of what is read. Registers of the comparison: 106 at most on sm_80 and 110 on sm_90,
+// no spills: two blocks of 256 threads, 16 of 64 warps, each with 2 KB of an agent's K and V under
+// way, 32 KB in all. With a latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
+// Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8 KB. The compaction: 56
+// registers, 8 KB: four blocks, with up to four accesses of 16 bytes under way per thread.
 //
 // e4m3 rows are compared 8 bytes at a time and copied 16: a thread has as many elements as of
 // 16-bit types, and so as many registers or fewer.
