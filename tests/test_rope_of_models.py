@@ -16,6 +16,7 @@ from tokendance import Rope
 transformers = pytest.importorskip("transformers")
 
 LAYERS = 3
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def per_layer(rope: Rope | list[Rope | None]) -> list[Rope | None]:

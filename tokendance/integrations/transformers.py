@@ -1,25 +1,25 @@
-"""Rounds on unmodified transformers models (Llama, Mistral, Qwen2 and Qwen3 architectures).
+"""Rounds on unmodified transformers models (Llama, Qwen, Gemma, gpt-oss and others).
 
-The model's own layers run on the rows of a step. They are given rotary embeddings of cos = 1 and
-sin = 0, so that their attention hands un-rotated queries and keys to the attention function that
-this module registers under the name "tokendance"; everything else is the library's public API.
+The model's own forward runs on the rows of a step (see `model_forward`); everything else is the
+library's public API.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import PreTrainedModel
 
 from tokendance.arrays import Array
 from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
 from tokendance.geometry import KVGeometry
+from tokendance.integrations.model_forward import logits_of
+from tokendance.integrations.model_trial import try_model
 from tokendance.layer_ropes import layer_ropes
 from tokendance.plan import Plan
 from tokendance.quantization import Quantization
@@ -27,12 +27,25 @@ from tokendance.rope import Rope
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ATTENTION = "tokendance"
+MODEL_TYPES = (
+    "cohere2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""Model types that are compared with transformers' own forward by the tests."""
 _SAMPLED_WEIGHTS = 256
-_COMPARED_POSITIONS = 1024
-# Frequencies that were rounded to fp32, or not, turn the last of these positions by up to 6e-5 rad.
-_ROPE_TOLERANCE = 1e-3
 
 
 def geometry_of(model: Any) -> KVGeometry:
@@ -42,15 +55,15 @@ def geometry_of(model: Any) -> KVGeometry:
     return KVGeometry(
         num_layers=config.num_hidden_layers,
         num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim or config.hidden_size // config.num_attention_heads,
         dtype=model.dtype,
     )
 
 
 def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
-    """The rotation tables of a transformers model; see `Rope.from_config`."""
-    return Rope.from_config(model.config, max_position)
+    """The rotation tables of a transformers model; see `Rope.from_model`."""
+    return Rope.from_model(model, max_position)
 
 
 def fingerprint_of(model: Any) -> str:
@@ -124,20 +137,17 @@ class TransformersEngine:
     them back to the system after each operator, and every page of the next is a page fault.
 
     Args:
-        model: an ``AutoModelForCausalLM`` of one of ``MODEL_TYPES``, in eval mode.
+        model: an ``AutoModelForCausalLM``, not wrapped, in eval mode. A model of a type that is not
+            in ``MODEL_TYPES`` is tried, here and now: a short forward is compared with its own.
         collector: over a store of the model's geometry, rotation tables and device; its pool may
             be quantized (`quantization_of`).
 
     Raises:
-        ValueError: another architecture, or a store that does not fit the model.
+        ValueError: a model that does not fit, with the reason, or a store that does not fit it.
     """
 
     def __init__(self, model: Any, collector: KVCollector) -> None:
-        if model.config.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model: expected one of the architectures {MODEL_TYPES}, "
-                f"got {model.config.model_type!r}"
-            )
+        _check_model(model)
         if geometry_of(model) != collector.store.geometry:
             raise ValueError(
                 f"collector: expected a store of {geometry_of(model)}, "
@@ -148,6 +158,8 @@ class TransformersEngine:
                 f"collector: expected a store on {model.device}, got {collector.store.device}"
             )
         _check_rope(model, collector.store)
+        if model.config.model_type not in MODEL_TYPES:
+            try_model(model, collector.store.geometry, collector.store.max_position)
         self.model = model
         self.collector = collector
 
@@ -259,93 +271,55 @@ class TransformersEngine:
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor:
         """Logits ``[len(step.logit_rows), vocabulary]`` of one step."""
-        body = self.model.model
-        hidden = body.embed_tokens(step.token_ids)[None]
-        ones = hidden.new_ones(1, 1, self.collector.store.geometry.head_dim)
-        with _attention_of(self.model.config):
-            for layer in body.layers:
-                hidden = layer(
-                    hidden,
-                    attention_mask=None,
-                    position_embeddings=(ones, torch.zeros_like(ones)),
-                    tokendance_step=step,
-                )
-                (rows,) = step.keep(hidden[0])
-                hidden = rows[None]
-        wanted = hidden[0][step.logit_rows]
-        logits: Tensor = self.model.lm_head(body.norm(wanted))
-        return logits
+        return logits_of(self.model, step)
+
+
+def _check_model(model: Any) -> None:
+    """Refuses what is no causal language model of transformers as such."""
+    wanted = "a transformers model with a language-model head (AutoModelForCausalLM)"
+    got = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = {"get_base_model": "get_base_model()", "_orig_mod": "_orig_mod", "module": "module"}
+        ways = [f"; give it model.{way}" for name, way in inner.items() if hasattr(model, name)]
+        raise ValueError(f"model: expected {wanted}, got {got}{ways[0] if ways else ''}")
+    config = model.config
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ValueError(f"model: expected {wanted} for text alone, got {got}")
+    head: Any = model.get_output_embeddings
+    if head() is None:
+        raise ValueError(f"model: expected {wanted}, got {got}, which has no such head")
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"model: expected keys and values per head, got {got}'s latent ones (MLA)")
+    if model.training:
+        raise ValueError("model: expected eval mode (model.eval()), got one in training mode")
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or len(layers) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"model: expected {model.config.num_hidden_layers} layers in {got}.base_model.layers, "
+            f"got {'none' if layers is None else len(layers)}"
+        )
+    for name, module in model.base_model.named_modules():
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"model: expected causal attention, got another in {name}")
 
 
 def _check_rope(model: Any, store: DiffStore) -> None:
-    """Compares a store's rotation tables with the model's, if its kind of rotation is known."""
-    try:
-        rope = rope_of(model, min(store.max_position, _COMPARED_POSITIONS))
-    except ValueError:
-        return
-    expected, rows = layer_ropes(store.geometry, rope, store.device)
+    """Compares a store's rotation tables with the model's, bit for bit."""
+    found = [store.layer_rope(layer) for layer in range(store.geometry.num_layers)]
+    rows = store.max_position if any(one.cos.shape[1] for one in found) else 1
+    expected, _ = layer_ropes(store.geometry, rope_of(model, rows), store.device)
     same: set[tuple[int, int]] = set()
-    for layer, one in enumerate(expected):
-        other = store.layer_rope(layer)
+    for layer, (one, other) in enumerate(zip(expected, found, strict=True)):
         if (id(one), id(other)) in same:
             continue
         if (
-            one.cos.shape[1] != other.cos.shape[1]
-            or (one.cos.shape[1] and one.interleaved != other.interleaved)
-            or abs(one.attention_factor - other.attention_factor) > _ROPE_TOLERANCE
-            or not _close(one.cos[:rows], other.cos[:rows])
-            or not _close(one.sin[:rows], other.sin[:rows])
+            (one.cos.shape[1] and one.interleaved != other.interleaved)
+            or one.attention_factor != other.attention_factor
+            or not torch.equal(one.cos, other.cos[: len(one.cos)])
+            or not torch.equal(one.sin, other.sin[: len(one.sin)])
         ):
             raise ValueError(
                 f"collector: expected a store of the model's rotation tables (rope_of(model)), "
                 f"got others in layer {layer}"
             )
         same.add((id(one), id(other)))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    b = b[: len(a)]
-    return a.shape == b.shape and bool(((a - b).abs() <= _ROPE_TOLERANCE).all())
-
-
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    tokendance_step: Step | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers: ``[1, heads, rows, head_dim]`` in, rows first out."""
-    if tokendance_step is None:
-        raise ValueError("attention: expected a step; run the model through TransformersEngine")
-    rows = query.shape[2]
-    out = tokendance_step.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=scaling,
-        window=sliding_window or 0,
-    )
-    if tokendance_step.kept is not None:
-        # The layer adds the attention to all rows; the dropped ones leave after it.
-        out = out.new_zeros(rows, *out.shape[1:]).index_copy(0, tokendance_step.kept, out)
-    return out[None], None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-@contextmanager
-def _attention_of(config: Any) -> Iterator[None]:
-    """Lets the model's layers call `_attend`, and only inside."""
-    before = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
