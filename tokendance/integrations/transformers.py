@@ -69,16 +69,57 @@ def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | N
 def fingerprint_of(model: Any) -> str:
     """What tells a model's weights from others', for `DiffStore`: 32 hexadecimal digits.
 
-    Of the name, shape, dtype and up to 256 elements of every parameter: another model, a fine-tuned
-    one or one cast to another dtype has another fingerprint, and large models are not read through.
+    Of the name, shape, dtype and up to 256 elements of every parameter and buffer: another model, a
+    fine-tuned one, one cast to another dtype or quantized (GPTQ, AWQ) has another fingerprint, and
+    large models are not read through. Of PEFT's adapters it knows those in use, merged or not, and
+    how they are scaled; adapters that are loaded and not in use change nothing.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+
+    Raises:
+        ValueError: weights that are not loaded.
     """
     hasher = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        weights = parameter.detach().flatten()
+    idle: set[str] = set()
+    for name, module in model.named_modules():
+        for line in _adapters_in_use(name, module, idle):
+            hasher.update(line.encode())
+    for name, weights in (*model.named_parameters(), *model.named_buffers()):
+        parts = name.split(".")
+        # Rotary frequencies have a fingerprint of their own, and some change with the prompt.
+        if name.endswith("inv_freq") or any(
+            ".".join(parts[:n]) in idle for n in range(1, len(parts) + 1)
+        ):
+            continue
+        if weights.is_meta:
+            raise ValueError(f"model: expected loaded weights, got {name} on the meta device")
+        hasher.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
+        weights = weights.detach().flatten()
         some = weights[:: max(1, weights.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         hasher.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
+
+
+def _adapters_in_use(name: str, module: Any, idle: set[str]) -> Iterator[str]:
+    """Which adapters a layer of PEFT applies, and with which numbers; the others' weights are idle.
+
+    Args:
+        idle: gets the names of the modules that hold adapters that are not in use.
+    """
+    kinds = getattr(module, "adapter_layer_names", None)
+    if not isinstance(kinds, tuple):
+        return
+    used = set(module.merged_adapters)
+    if not used and not module.disable_adapters:
+        used = set(module.active_adapters)
+    yield f"{name} uses {sorted(used)}, merged {list(module.merged_adapters)}"
+    for kind in (*kinds, *getattr(module, "other_param_names", ())):
+        held = getattr(module, kind, None)
+        if isinstance(held, torch.nn.ModuleDict | torch.nn.ParameterDict):
+            idle.update(f"{name}.{kind}.{adapter}" for adapter in held if adapter not in used)
+        elif isinstance(held, Mapping):
+            yield f"{kind} {[(key, held[key]) for key in sorted(used & set(held))]}"
 
 
 def quantization_of(
