@@ -14,7 +14,7 @@ from tokendance.integrations.transformers import fingerprint_of  # noqa: E402
 
 
 class LoraLinear(torch.nn.Module):
-    """A layer as PEFT puts it in the place of a linear one: the names are those of its LoraLayer."""
+    """A layer as PEFT puts it in the place of a linear one, with the names of its LoraLayer."""
 
     adapter_layer_names = ("lora_A", "lora_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")

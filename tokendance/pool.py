@@ -78,7 +78,8 @@ class PagePool:
                         f"got {pool.stride()}"
                     )
         self._check_memory()
-        self._unrotated = torch.empty(1, 0, device=first.device)  # tables of no dims
+        # Tables of no dims.
+        self._unrotated = torch.empty(1, 0, dtype=torch.float32, device=first.device)
         self.quantization = self._checked(quantization)
         self._allocate = allocate
         self._free = free
@@ -104,7 +105,7 @@ class PagePool:
         if quantization is None:
             if dtype not in LARGEST:
                 return None
-            ones = torch.ones(shape)
+            ones = torch.ones(shape, dtype=torch.float32, device="cpu")
             quantization = Quantization(dtype, ones, ones.clone())
         if quantization.dtype != dtype or list(quantization.k_scale.shape) != shape:
             raise ValueError(

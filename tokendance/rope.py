@@ -377,7 +377,8 @@ def _default_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
     if not (math.isfinite(theta) and theta > 0):
         raise ValueError(f"rope_theta: expected a finite value > 0, got {theta}")
     exponent = _even(rotary_dim) / rotary_dim
-    return torch.as_tensor(1.0 / (theta**exponent))
+    frequencies: torch.Tensor = 1.0 / (theta**exponent)
+    return frequencies
 
 
 def _even(rotary_dim: int) -> torch.Tensor:
