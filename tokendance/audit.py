@@ -27,6 +27,7 @@ from tokendance.segments import Segment, private
 from tokendance.selection import Everything
 from tokendance.step import Step
 from tokendance.store import DiffStore
+from tokendance.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from tokendance.collector import KVCollector
@@ -182,7 +183,7 @@ class CollectorStats:
     segments_opted_out: int = 0
 
 
-class Audit:
+class Audit(Uncopied, instead="make another by KVCollector.audit; its report can be copied"):
     """Recompute of some agents of a plan, or of some of their rows; made by `KVCollector.audit`.
 
     Run `steps`, hand every step's logits to `add`, then ask for the `report`. Agents are recomputed

@@ -32,9 +32,12 @@ from tokendance.selection import (
 )
 from tokendance.step import AgentRows, Step, is_to_compute, rows_for_prefill
 from tokendance.store import DiffStore
+from tokendance.uncopied import Uncopied
 
 
-class KVCollector:
+class KVCollector(
+    Uncopied, instead="make another KVCollector over a store that DiffStore.load has read"
+):
     """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
     Args:

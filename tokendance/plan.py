@@ -29,6 +29,7 @@ from tokendance.rounds import IntArray
 from tokendance.segments import Segment, shared
 from tokendance.selection import KeyDeviation, Selection
 from tokendance.store import DiffStore
+from tokendance.uncopied import Uncopied
 
 
 class Phase(Enum):
@@ -117,7 +118,7 @@ class AgentState(Mirror):
         )
 
 
-class Plan:
+class Plan(Uncopied, instead="make another by KVCollector.plan, with the same prompts"):
     """A round of requests: made by `KVCollector.plan`, ended agent by agent.
 
     It holds the Masters that it uses and leases the pages that it fills. Until an agent is

@@ -13,6 +13,7 @@ from tokendance import ops
 from tokendance.arrays import Array, as_output
 from tokendance.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.quantization import LARGEST, Quantization
+from tokendance.uncopied import Uncopied
 
 Pages = NDArray[np.int32]
 
@@ -21,7 +22,7 @@ class OutOfPagesError(RuntimeError):
     """The pool has fewer free pages than asked for, and nothing is left to evict."""
 
 
-class PagePool:
+class PagePool(Uncopied, instead="make another PagePool over tensors of its own"):
     """Pages of keys and values, one strided tensor of each per layer, the same page ids in all.
 
     The pool may be the engine's own KV cache: pass its tensors or other arrays (views of any

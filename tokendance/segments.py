@@ -58,6 +58,16 @@ class Segment:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __copy__(self) -> Segment:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Segment:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.token_ids, self.is_shared, self.digest, self.stem, self.space)
+        return _unpickled, fields
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
@@ -184,6 +194,11 @@ def _segment(token_ids: npt.NDArray[np.int32], is_shared: bool, key: bytes) -> S
     state.update(data[max(len(data) - 4, 0) :])
     space = hashlib.blake2b(key, digest_size=_DIGEST_SIZE, person=b"tokendance-spot").digest()
     return Segment(token_ids, is_shared, state.digest(), stem, space)
+
+
+def _unpickled(token_ids: npt.NDArray[np.int32], *fields: Any) -> Segment:
+    """A segment whose token ids are a copy: buffers that pickle hands over may be written."""
+    return Segment(_frozen(token_ids.copy()), *fields)
 
 
 def _key(namespace: bytes | str) -> bytes:

@@ -19,6 +19,7 @@ from tokendance.mirror import Use, round_arrays, slots_of
 from tokendance.plan import AgentState, Phase, Plan
 from tokendance.rounds import IntArray, RoundExtents, RoundTensors
 from tokendance.selection import KeyDeviation
+from tokendance.uncopied import Uncopied
 
 # Query heads x rows that a work item may have: the height of the kernels' tiles.
 _TILE_HEIGHT = 64
@@ -40,7 +41,7 @@ class AgentRows:
     token_ids: NDArray[np.int64]
 
 
-class Step:
+class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the round's KV.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
