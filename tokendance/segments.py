@@ -134,6 +134,7 @@ def split_round(
     *,
     namespace: bytes | str = b"",
     kind: Literal["shared", "private"] = "shared",
+    separators: int | None = None,
 ) -> list[Segment]:
     """Cuts a prompt after every separator (TokenDance's ``<TTSEP>``).
 
@@ -146,13 +147,15 @@ def split_round(
             the leftmost wins.
         namespace: as for `private`.
         kind: of all segments.
+        separators: how many the prompt was made with. A tokenizer may have merged one with the text
+            beside it; then there is no cut, unless the number is given and is an error.
 
     Returns:
         The segments in order, none of them empty.
 
     Raises:
         TypeError, ValueError: as `private`; ``separator_ids`` is empty; ``kind`` is neither of the
-            two.
+            two; another number of separators than ``separators``.
     """
     if kind not in ("shared", "private"):
         raise ValueError(f"kind: expected 'shared' or 'private', got {kind!r}")
@@ -165,6 +168,12 @@ def split_round(
     for end in _ends_of(tokens, separator):
         if end - len(separator) >= cuts[-1]:
             cuts.append(end)
+    if separators is not None and len(cuts) - 1 != separators:
+        raise ValueError(
+            f"separators: expected {separators} times {separator.tolist()} in token_ids, got "
+            f"{len(cuts) - 1}; a tokenizer that merges a separator with the text beside it needs "
+            "it as a special token, or the parts tokenised one by one"
+        )
     if cuts[-1] != len(tokens):
         cuts.append(len(tokens))
     return [
