@@ -38,6 +38,7 @@ from torch import Tensor
 
 from tokendance.arrays import Array, as_output, as_tensor, is_array
 from tokendance.rounds import RoundTensors
+from tokendance.source_tree import missing
 
 __all__ = [
     "LIBRARY",
@@ -59,10 +60,7 @@ __all__ = [
 LIBRARY = Path(__file__).with_name("_C.so")
 
 if not LIBRARY.exists():
-    raise ImportError(
-        f"{LIBRARY.name}: expected beside {Path(__file__).name}, got nothing; "
-        "build it with `pip install .` or `python setup.py build_ext --inplace`"
-    )
+    raise missing(LIBRARY)
 torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
 
 _ops = torch.ops.tokendance
