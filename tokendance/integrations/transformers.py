@@ -46,6 +46,7 @@ MODEL_TYPES = (
 )
 """Model types that are compared with transformers' own forward by the tests."""
 _SAMPLED_WEIGHTS = 256
+_TEMPERATURES = (1e-5, 1e5)
 
 
 def geometry_of(model: Any) -> KVGeometry:
@@ -155,16 +156,50 @@ def sample_token(
     """Draws a token.
 
     Args:
-        logits: ``[vocabulary]``.
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens of this total probability.
+        logits: ``[vocabulary]``, of which one at least is finite and the others may be -inf.
+        temperature: 0 takes the likeliest token; otherwise in 1e-5 .. 1e5.
+        top_p: draw among the likeliest tokens of this total probability; above 0, at most 1.
         generator: on the CPU.
+
+    Raises:
+        ValueError: an argument that is out of range, NaN, or of another shape.
     """
-    if temperature <= 0:
+    check_sampling(temperature, top_p)
+    return _sample("logits", logits, temperature, top_p, generator)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ``ValueError`` for numbers that `sample_token` does not take."""
+    least, most = _TEMPERATURES
+    if temperature != 0 and not least <= temperature <= most:
+        raise ValueError(
+            f"temperature: expected 0, or a number in {least:g} .. {most:g}, got {temperature}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+
+
+def _sample(
+    name: str,
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> int:
+    if logits.dim() != 1 or not logits.numel():
+        raise ValueError(f"{name}: expected [vocabulary], got {list(logits.shape)}")
+    largest = float(logits.max())  # NaN if any is
+    # A quotient that leaves the range of fp32 makes NaN of all of them.
+    if not abs(largest) <= torch.finfo(torch.float32).max * min(temperature or 1.0, 1.0):
+        raise ValueError(
+            f"{name}: expected numbers or -inf, and one number at least, got a largest of {largest}"
+        )
+    if temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
     outside = ordered.cumsum(0) - ordered >= top_p
+    outside[0] = False  # where top_p is 0 in fp32
     ordered = ordered.masked_fill(outside, 0)
     choice = torch.multinomial(ordered / ordered.sum(), 1, generator=generator)
     return int(ids[choice])
@@ -257,18 +292,22 @@ class TransformersEngine:
             logits: of the agents' last rows, as `prefill` returns them.
             max_new_tokens: per agent.
             stop: token ids that end an agent; they are returned, not fed.
-            temperature: 0 takes the likeliest token, otherwise tokens are sampled.
-            top_p: sample among the likeliest tokens of this total probability.
+            temperature, top_p: see `sample_token`.
             generator: of the sampling, on the CPU.
+
+        Raises:
+            ValueError: as `sample_token`; of what was given, before anything is fed.
 
         Returns:
             Per agent its tokens. The last one has not been fed, so it has no row.
         """
+        check_sampling(temperature, top_p)
         output: dict[str, list[int]] = {agent: [] for agent in logits}
         rows = dict(logits) if max_new_tokens > 0 else {}
         while rows:
             for agent, row in rows.items():
-                output[agent].append(sample_token(row, temperature, top_p, generator))
+                token = _sample(f"logits[{agent!r}]", row, temperature, top_p, generator)
+                output[agent].append(token)
             fed = {
                 agent: output[agent][-1:]
                 for agent in rows
