@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status. ``argv`` defaults to the process's arguments."""
+    _print_what_a_terminal_cannot()
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = sorted(module.name for module in pkgutil.iter_modules(__path__))
     parser = argparse.ArgumentParser(
@@ -27,3 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(command_parser)
     status: int = command.run(command_parser.parse_args(arguments[1:]))
     return status
+
+
+def _print_what_a_terminal_cannot() -> None:
+    """What an encoding lacks is printed as an escape: no command ends because of a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

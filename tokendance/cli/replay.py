@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             "rounds": [asdict(result) for result in results],
             "summary": summary,
         }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
