@@ -28,11 +28,14 @@ from tokendance.host.selection import (
     Nothing,
     Selection,
 )
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
-class KVCollector:
+class KVCollector(
+    Uncopied, instead="make another KVCollector over a store that DiffStore.load has read"
+):
     """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
     Args:

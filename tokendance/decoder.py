@@ -13,11 +13,12 @@ from tokendance.device.fixed_run import FixedRun
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import step_capacity
 from tokendance.host.segments import TokenIds
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import cancel_dropped
 from tokendance.store import DiffStore
 
 
-class Decoder:
+class Decoder(Uncopied, instead="ask the collector for another"):
     """Decode steps of up to ``max_rows`` rows, all in the same tensors; see `KVCollector.decoder`.
 
     `prepare` plans a step and fills the buffers. `attend` is what is captured, with the model's
@@ -114,7 +115,7 @@ class Decoder:
         )
 
 
-class DecodeStep:
+class DecodeStep(Uncopied, instead="ask the decoder for another"):
     """A prepared step: run the model, or replay its graph, inside ``with``.
 
     Leaving it by an exception aborts the plans that have rows in it.

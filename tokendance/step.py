@@ -12,9 +12,10 @@ from tokendance.device.arrays import Array
 from tokendance.device.executor import Executor, Reduce, Run
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import StepRecord
+from tokendance.host.uncopied import Uncopied
 
 
-class Step:
+class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the rounds' KV; see `KVCollector.step`.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from tokendance.device.arrays import Array, as_output, as_tensor, is_array
 from tokendance.device.rounds import RoundTensors
+from tokendance.source_tree import missing
 
 __all__ = [
     "LIBRARY",
@@ -66,10 +67,7 @@ __all__ = [
 LIBRARY = Path(__file__).parent.with_name("_C.so")
 
 if not LIBRARY.exists():
-    raise ImportError(
-        f"{LIBRARY.name}: expected in {LIBRARY.parent}, got nothing; "
-        "build it with `pip install .` or `python setup.py build_ext --inplace`"
-    )
+    raise missing(LIBRARY)
 torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
 
 _ops = torch.ops.tokendance

@@ -21,9 +21,10 @@ from tokendance.host.record import (
 from tokendance.host.round import IntArray, RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
 from tokendance.host.selection import KeyDeviation
+from tokendance.host.uncopied import Uncopied
 
 
-class Scheduler:
+class Scheduler(Uncopied, instead="make another with the same profile"):
     """Plans rounds and their steps, and keeps the books of one pool of pages.
 
     The host half of the library: it knows prompts, names and pages, and no device. What is to be
