@@ -36,7 +36,7 @@ class Step:
         self._is_over = False
         self.agents = planned.agents
         self.logit_agents = planned.logit_agents
-        self._finalizer = weakref.finalize(self, _drop, planned)
+        self._finalizer = weakref.finalize(self, _abandon, planned)
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class Step:
         self._finalizer.detach()
 
     def _check_plans(self) -> None:
-        if any(plan.is_aborted for plan in self._planned.plans):
+        if self._planned.is_void:
             raise ValueError("step: expected plans that go on, got one that was aborted")
 
     @property
@@ -176,11 +176,11 @@ class Step:
         return self._open.keep(*tensors)
 
 
-def _drop(planned: PlannedStep) -> None:
+def _abandon(planned: PlannedStep) -> None:
     if planned.is_open:
         warnings.warn(
             "step: expected a step to be run or cancelled, got one that was dropped",
             ResourceWarning,
             stacklevel=2,
         )
-        planned.cancel()
+        planned.abandon()
