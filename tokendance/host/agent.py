@@ -200,6 +200,12 @@ class AgentState(Mirror):
         pages = len(self.output.pages) if self.output else 0
         return pages_for(len(self.output_ids) + tokens, self._block_size) - pages
 
+    @property
+    def pages_to_go_on(self) -> int:
+        """Pages that one more decoded row needs, of an agent in host memory too."""
+        rows = len(self.output_ids)
+        return pages_for(rows + 1, self._block_size) - pages_for(rows, self._block_size)
+
     def extend(self, token_ids: Sequence[int], pages: Pages) -> Master | None:
         """Appends decoded tokens, whose rows go to the last pages and ``pages``.
 

@@ -158,6 +158,15 @@ class Books:
         free = self._allocator.num_free
         return self.num_pages - self._used if free is None else free
 
+    def state(self) -> tuple[int, ...] | None:
+        """What is equal while nothing has changed that decides whether prompts fit; None where an
+        engine's allocator does not say what it has."""
+        free = self._allocator.num_free
+        if free is None:
+            return None
+        found = len(self.masters), len(self.making), len(self.mirrors)
+        return free, self._idle_pages, self._clock, self.evictions, *found
+
     def take_pages(self, count: int) -> Pages:
         """Takes pages, evicting Masters that nobody uses, the longest idle first.
 

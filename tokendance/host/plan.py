@@ -235,7 +235,8 @@ class Plan:
         """Takes pages for suspended agents again.
 
         Rows that were given up are computed again by the next steps; the last of them has its
-        logits again.
+        logits again. There must be room for one more decoded row, too: an agent that had none
+        would be suspended again, and get nowhere.
 
         Raises:
             KeyError: an unknown agent.

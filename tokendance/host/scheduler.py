@@ -11,7 +11,7 @@ import numpy as np
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
 from tokendance.host.decide import AgentLayout, Find, Source, lay_out, source_of
-from tokendance.host.mirror import Master, Mirror, no_pages, pages_for, slots_of
+from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
 from tokendance.host.record import Copies, DeviceProfile
@@ -61,6 +61,7 @@ class Scheduler:
         self._makers: dict[int, AgentState] = {}  # of Masters that are not computed, by serial
         self._open: dict[int, PlannedStep] = {}  # steps that have not ended, by number
         self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
+        self._did_not_fit: tuple[int, ...] | None = None  # books in which their first did not
         self._serials = count()
         self._numbers = count()
 
@@ -122,7 +123,7 @@ class Scheduler:
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._lease(live, self._decide(prompts, live.policy))
+        self._lease_prompts(live, prompts)
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
@@ -146,7 +147,7 @@ class Scheduler:
         beside = len(np.unique(np.concatenate([no_pages(), *reused])))
         needed = self._pages_of(layouts, policy) + beside
         if needed > self.books.num_pages:
-            alone = self._decide(prompts, policy, find=lambda _: None, mirrors={})
+            alone = self._decide(prompts, policy, lambda _: None, {})
             needed = min(needed, self._pages_of(alone, policy))
         if needed > self.books.num_pages:
             raise OutOfPagesError(
@@ -158,11 +159,16 @@ class Scheduler:
         """Leases pages for prompts that wait, as far as they are there, in order."""
         while self._waiting:
             live, prompts = self._waiting[0]
+            seen = self.books.state()
+            if prompts and seen is not None and seen == self._did_not_fit:
+                return
             try:
                 if prompts:
                     self._admit(live, prompts)
             except OutOfPagesError:
+                self._did_not_fit = self.books.state()
                 return
+            self._did_not_fit = None
             self._waiting.popleft()
             live.waiting.remove(prompts)
 
@@ -183,6 +189,11 @@ class Scheduler:
             self.profile.max_position,
             policy.opted_out,
         )
+
+    def _find_held(self, segment: Segment) -> tuple[Master, int] | None:
+        """As `find`, without Masters that nobody holds."""
+        found = self.find(segment)
+        return None if found is None or found[0].holders == 0 else found
 
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
@@ -207,16 +218,38 @@ class Scheduler:
 
         Planning takes fresh pages, and holds idle Masters that could have been evicted otherwise;
         both count. It succeeds exactly if the sum is at most ``books.free_pages +
-        books.evictable_pages``.
+        books.evictable_pages``. Prompts that do not fit beside the idle Masters that they would
+        reuse, whose repaired rows take pages too, are planned without them, if that fits.
 
         Raises:
             TypeError, ValueError: as `plan`.
         """
         self.collect()
-        policy = policy or Policy()
-        layouts = self._decide(_checked_prompts(prompts), policy)
+        return self._pages_to_lease(_checked_prompts(prompts), policy or Policy())
+
+    def _pages_to_lease(self, prompts: Prompts, policy: Policy, more: int = 0) -> int:
+        """What `_lease_prompts` needs, with so many more pages."""
+        layouts = self._decide(prompts, policy)
         held = [master for layout in layouts for master in layout.uses.masters]
-        return self._pages_of(layouts, policy) + self.books.idle_pages_of(held)
+        idle = self.books.idle_pages_of(held)
+        needed = self._pages_of(layouts, policy) + idle + more
+        if idle and needed > self.books.free_pages + self.books.evictable_pages:
+            without = self._decide(prompts, policy, self._find_held)
+            needed = min(needed, self._pages_of(without, policy) + more)
+        return needed
+
+    def _lease_prompts(
+        self, live: LivePlan, prompts: Prompts, more: int = 0
+    ) -> tuple[list[AgentState], Pages]:
+        """Decides and leases, with so many more pages; see `pages_needed`."""
+        layouts = self._decide(prompts, live.policy)
+        try:
+            return self._lease(live, layouts, more)
+        except OutOfPagesError:
+            held = [master for layout in layouts for master in layout.uses.masters]
+            if not self.books.idle_pages_of(held):
+                raise
+        return self._lease(live, self._decide(prompts, live.policy, self._find_held), more)
 
     def _pages_of(self, layouts: Sequence[AgentLayout], policy: Policy) -> int:
         """Fresh pages of layouts."""
@@ -234,17 +267,20 @@ class Scheduler:
             needs.append(pages_for(mine + len(layout.own) + more, block) - mine // block)
         return needs
 
-    def _lease(self, live: LivePlan, layouts: Sequence[AgentLayout]) -> list[AgentState]:
-        """Takes all pages of prompts at once, or none, and makes the agents' states."""
+    def _lease(
+        self, live: LivePlan, layouts: Sequence[AgentLayout], more: int = 0
+    ) -> tuple[list[AgentState], Pages]:
+        """Takes all pages of prompts, and so many more, or none; makes the agents' states."""
         block = self.profile.block_size
         held = [master for layout in layouts for master in layout.uses.masters]
         self.books.hold(held)
         needs = self._needs(layouts, live.policy)
         try:
-            pages = self.books.take_pages(sum(needs))
+            pages = self.books.take_pages(sum(needs) + more)
         except BaseException:
             self.books.let_go(held)
             raise
+        pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         parts = [pages[begin:end].copy() for begin, end in pairwise(accumulate(needs, initial=0))]
         made = [use.master for layout in layouts for use in layout.made]
         for master, mine in zip(made, parts, strict=False):
@@ -263,11 +299,12 @@ class Scheduler:
         except BaseException:
             for state in states:
                 self.books.drop_pages(state.own_pages)
+            self.books.drop_pages(rest)
             self.books.let_go(held)
             raise
         for state in states:
             self._register(live, state)
-        return states
+        return states, rest
 
     def _register(self, live: LivePlan, state: AgentState) -> None:
         live.states.append(state)
@@ -552,7 +589,8 @@ class Scheduler:
 
     def _stop_waiting(self, live: LivePlan, agent: str) -> None:
         for prompts in live.waiting:
-            prompts.pop(agent, None)
+            if prompts.pop(agent, None) is not None:
+                self._did_not_fit = None
 
     def _give_up(self, live: LivePlan, state: AgentState) -> None:
         """Ends an agent; the Masters that it was making are computed for no agent from now on."""
@@ -719,29 +757,31 @@ class Scheduler:
     def _plan_again(self, live: LivePlan, agent: str) -> None:
         """Decides and leases as `plan` does, and makes room for the output's rows."""
         given = live.suspended[agent]
-        layouts = self._decide({agent: given.segments}, live.policy)
-        states = self._lease(live, layouts)
+        more = self._pages_of_output(given)
+        _, pages = self._lease_prompts(live, {agent: given.segments}, more)
         state = live.by_name[agent]
         if given.output_ids:
-            try:
-                pages = self.books.take_pages(state.pages_to_extend(len(given.output_ids)))
-            except BaseException:
-                for one in reversed(states):
-                    self._give_back(live, one)
-                live.states.remove(state)
-                self._agents[agent] = live
-                raise
-            made = state.extend(given.output_ids, pages)
+            needed = state.pages_to_extend(len(given.output_ids))
+            made = state.extend(given.output_ids, pages[:needed])
+            pages = pages[needed:]
             assert made is not None
             self.books.hold([made])
             state.recompute_output()
+        self.books.drop_pages(pages)  # that of the next row: it was enough to know that it is there
         del live.suspended[agent]
+
+    def _pages_of_output(self, suspended: Suspended) -> int:
+        """Pages of the decoded rows and of one more, without which an agent is suspended again."""
+        return pages_for(len(suspended.output_ids) + 1, self.profile.block_size)
 
     def _move_to_device(self, states: Sequence[AgentState]) -> None:
         held = [state.host_pages for state in states if state.host_pages is not None]
         if not held:
             return
-        pages = self.books.take_pages(sum(map(len, held)))
+        more = sum(state.pages_to_go_on for state in states)
+        pages = self.books.take_pages(sum(map(len, held)) + more)
+        pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
+        self.books.drop_pages(rest)
         try:
             self._order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
         except BaseException:
@@ -760,12 +800,12 @@ class Scheduler:
                 f"agent: expected a suspended agent, got {agent!r} ({live.phase(agent).value})"
             )
         if agent in live.by_name:
-            host_pages = live.by_name[agent].host_pages
-            assert host_pages is not None
-            return len(host_pages)
+            state = live.by_name[agent]
+            assert state.host_pages is not None
+            return len(state.host_pages) + state.pages_to_go_on
         given = live.suspended[agent]
-        needed = self.pages_needed({agent: given.segments}, live.policy)
-        return needed + pages_for(len(given.output_ids), self.profile.block_size)
+        more = self._pages_of_output(given)
+        return self._pages_to_lease({agent: given.segments}, live.policy, more)
 
 
 def _carried(layout: AgentLayout) -> IntArray:
