@@ -72,8 +72,8 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
             max_rows: rows of a step at most.
 
         Raises:
-            ValueError: ``max_rows < 1``, an audit that has been run, an agent in prefill or ended,
-                a step left unfinished or without its logits.
+            ValueError: ``max_rows < 1``, an audit that has been run, an agent in prefill, suspended
+                or ended, a step left unfinished or without its logits.
             OutOfPagesError: a prompt does not fit beside the round; the store is as it was, but for
                 evictions.
         """
@@ -87,8 +87,10 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
     def _steps(self, max_rows: int) -> Iterator[Step]:
         for agent in self.agents:
             state = self._plan.state(agent)
-            if state.phase is Phase.PREFILL:
-                raise ValueError(f"audit: expected a finished prefill, got {agent!r} in prefill")
+            if state.phase is not Phase.DECODE:
+                raise ValueError(
+                    f"audit: expected a finished prefill, got {agent!r} in {state.phase.value}"
+                )
             if not state.layout.length:
                 self._found[agent] = (0, ())
                 continue

@@ -100,7 +100,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._finalizer.detach()
 
     def _check_plans(self) -> None:
-        if any(plan.is_aborted for plan in self._planned.plans):
+        if self._planned.is_void:
             raise ValueError("step: expected plans that go on, got one that was aborted")
 
     @property
@@ -185,4 +185,4 @@ def cancel_dropped(planned: PlannedStep) -> None:
             ResourceWarning,
             stacklevel=2,
         )
-        planned.cancel()
+        planned.abandon()
