@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export TOKENDANCE_WERROR ?= 1
 
 .PHONY: build test test-gpu demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
-  coverage-python coverage-cpp mutate coverage-ptx sass clean
+  coverage-python coverage-cpp environments mutate coverage-ptx sass clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,11 @@ coverage-python: build
 
 coverage-cpp: $(VENV)/ready
 	$(BIN)/python tests/cpp/coverage.py
+
+# This build beside older torches and in other Pythons, in environments that are kept (4 to 5 GB each for
+# PyPI's torches). ENVIRONMENTS="3.11:2.12.0 ...": others than those of tools/environments.py.
+environments: build
+	$(BIN)/python -m tools.environments $(ENVIRONMENTS)
 
 # What the CUDA kernels' tests notice, what they do not reach, and what the assembler makes of the
 # kernels: needs nvcc, no GPU. MUTATE_ARGS: see tools/mutate.py.
