@@ -2,6 +2,7 @@
 
     python -m bench.gpu [--only attention] [--shapes usual|larger|all] [--samples 30]
                         [--json build/gpu.jsonl] [--end-to-end] [--rehearse]
+    python -m bench.gpu --matching "8x128  G 4, 16 agents" --calls 4
 
 A line has the median time of a call, with the least and the 90th percentile; bytes or FLOPs per
 second; that rate's fraction of the best copy or matrix product of the same run; the host's time for
@@ -18,6 +19,7 @@ writing alone, the driver, and the clocks, before and after.
 
 ``--json`` appends a line per shape, written at once; ``--end-to-end`` adds a random Llama of a
 billion parameters. ``--rehearse`` takes few rows on the CPU: it shows that all runs, no times.
+``--calls`` makes so many calls of each shape and measures nothing, which is what a profiler wants.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_shapes import LARGER, USUAL, Shape, bf16, f16, f32, normal, smaller
+from bench.gpu_shapes import LARGER, USUAL, Shape, Sizes, bf16, f16, f32, normal, smaller
 from tokendance import ops
 
 WARM_UP = 5  # calls before the samples
@@ -253,9 +255,22 @@ def head_of(
     }
 
 
+def call_only(device: torch.device, chosen: Sizes, matching: str, calls: int) -> int:
+    """The calls that a profiler is to see."""
+    for make, sizes in chosen:
+        shape = make(device, **sizes)
+        if matching in shape.name:
+            for _ in range(calls):
+                shape.call()
+            print(f"{calls} calls of {shape.name}", flush=True)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--only", default="", help="part of an operator's name")
+    parser.add_argument("--matching", default="", help="part of a shape's name in the report")
+    parser.add_argument("--calls", type=int, default=0, help="only call, so many times")
     parser.add_argument("--shapes", choices=SETS, default="usual")
     parser.add_argument("--samples", type=int, default=30, help="timed calls per shape")
     parser.add_argument("--json", type=Path, help="a file that a line per shape is appended to")
@@ -276,17 +291,24 @@ def main(arguments: list[str] | None = None) -> int:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
+    chosen = [
+        (make, smaller(sizes) if options.rehearse else sizes)
+        for make, sizes in SETS[options.shapes]
+        if options.only in make.__name__
+    ]
+    if options.calls:
+        return call_only(device, chosen, options.matching, options.calls)
     rates = rates_of(clock, device, options.rehearse)
     head = head_of(clock, device, rates, facts())
     write(head)
     shown = (f"{value:.2f}" if isinstance(value, float) else value for value in head.values())
-    print(", ".join(f"{name} {value}" for name, value in zip(head, shown, strict=True)), flush=True)
+    print(", ".join(map(" ".join, zip(head, shown, strict=True))), flush=True)
     failed, lacking = False, {}
-    for make, sizes in SETS[options.shapes]:
-        if options.only not in make.__name__:
-            continue
+    for make, sizes in chosen:
         try:
-            shape = make(device, **(smaller(sizes) if options.rehearse else sizes))
+            shape = make(device, **sizes)
+            if options.matching not in shape.name:
+                continue
             row = measure(shape, clock, rates)
             write(asdict(row))
             print(row.lines(), flush=True)

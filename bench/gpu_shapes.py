@@ -450,7 +450,11 @@ LARGER: Sizes = [
 def smaller(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The same with few rows and agents, for a rehearsal."""
     least = {"rows": 16, "tokens": 32, "shared": 64, "private": 4, "agents": 2, "layers": 2}
-    few = {name: max(sizes[name] // 64, least[name]) for name in least if name in sizes}
+    few = {
+        name: min(sizes[name], max(sizes[name] // 64, least[name]))
+        for name in least
+        if name in sizes
+    }
     if "segments" in sizes:
         few["segments"] = 4
     return {**sizes, **few}

@@ -290,6 +290,17 @@ def test_a_shape_that_fails_does_not_end_the_others(tmp_path, capsys, monkeypatc
     assert "broken {'rows': 1}: CUDA error 2" in capsys.readouterr().out
 
 
+def test_a_profiler_gets_calls_alone(capsys):
+    matching = ["--only", "attention_decode", "--matching", "8x64", "--calls", "3", "--rehearse"]
+    assert gpu.main(matching) == 0
+    assert capsys.readouterr().out == ""
+    matching[3] = "8x128  G 8"
+    assert gpu.main(matching) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("3 calls of attention, decode    bfloat16 8x128  G 8")
+
+
 def test_facts_are_those_of_nvidia_smi(tmp_path, monkeypatch):
     script = tmp_path / "nvidia-smi"
     script.write_text("#!/bin/sh\necho '580.1, 1980 MHz, 3201 MHz, 40, 300.00 W'\n")

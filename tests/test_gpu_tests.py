@@ -112,3 +112,32 @@ def test_without_the_sanitizer_it_fails_unless_told(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     assert gpu_tests.main(["--without-sanitizer"]) == 0
     assert capsys.readouterr().out == "compute-sanitizer: NOT RUN\n"
+
+
+def test_triage_repeats_the_first_failure_of_each_process(tmp_path, monkeypatch, capsys):
+    texts = {
+        "test_a": "FAILED tests/test_a.py::test_one[cuda-1] - assert\nFAILED tests/test_a.py::t\n",
+        "test_b": "ERROR tests/test_b.py::test_b - RuntimeError: CUDA error\n",
+        "test_c": "4 passed in 1s\n",
+        "memcheck_rest": "FAILED tests/test_gpu.py::test_x\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.log").write_text(text)
+    jobs = gpu_tests.triage_jobs(False, tmp_path)
+    assert [job.name for job in jobs] == ["triage_test_a", "triage_test_b"]
+    assert [job.command[-1] for job in jobs] == [
+        "tests/test_a.py::test_one[cuda-1]",
+        "tests/test_b.py::test_b",
+    ]
+    assert all(job.environment["CUDA_LAUNCH_BLOCKING"] == "1" for job in jobs)
+    for number in range(9):
+        (tmp_path / f"test_{number}.log").write_text(texts["test_a"])
+    assert len(gpu_tests.triage_jobs(False, tmp_path)) == gpu_tests.TRIAGED
+    said = "print('========= Invalid read\\nother\\n1 failed in 1s'); raise SystemExit(1)"
+    monkeypatch.setattr(
+        gpu_tests, "triage_jobs", lambda *arguments: [gpu_tests.Job("triage_x", script(said), {})]
+    )
+    monkeypatch.setattr(gpu_tests.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert gpu_tests.main(["triage", "--logs", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["triage_x", "========= Invalid read"]

@@ -3,13 +3,15 @@
     python -m tools.gpu_tests               tests, then the sanitizer
     python -m tools.gpu_tests tests         or one of both
     python -m tools.gpu_tests sanitize
+    python -m tools.gpu_tests triage --logs DIR     of the tests whose output is there
 
 Nothing is installed or built. A process has the cases of one file, or a part of them, so that an
 access that kills it leaves the others' results. The sanitizer runs the compact cases, which reach
 every instruction, without the pooling of memory, so that bounds are those of tensors: memcheck
 (every access in bounds), racecheck (no races in shared memory), synccheck (all threads at every
 barrier), initcheck (nothing is read that nobody wrote). Without compute-sanitizer on the path the
-second half fails, unless ``--without-sanitizer`` is given.
+second half fails, unless ``--without-sanitizer`` is given. A triage repeats the first failure of
+each process alone, with memcheck and one launch after the other.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ FILES = {
     "test_arrays": 1,
     "test_checks": 1,
 }
+WHAT = ("all", "tests", "sanitize", "triage")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SUBJECTS = {"attention": "collective_attention", "rest": "not collective_attention"}
 # A rehearsal takes one of so many cases of these files.
 REHEARSED, REHEARSED_FILES = 60, ("test_rope_rotate", "test_gpu_calls", "test_checks")
+TRIAGED = 4
 ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
 # Two sanitizers that start at once may choose the same port.
 _START = threading.Lock()
@@ -112,6 +116,36 @@ def sanitizer_jobs(rehearse: bool) -> list[Job]:
     return jobs
 
 
+def triage_jobs(rehearse: bool, logs: Path) -> list[Job]:
+    """The first failures of up to ``TRIAGED`` processes."""
+    jobs = []
+    for log in sorted(logs.glob("test_*.log")):
+        text = log.read_text(errors="replace")
+        failure = re.search(r"^(?:FAILED|ERROR) (tests/\S+)", text, flags=re.MULTILINE)
+        if failure is None or len(jobs) == TRIAGED:
+            continue
+        sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
+        sanitizer += ["--target-processes", "all", "--print-limit", "5"]
+        sanitizer += ["--kernel-name", "kernel_substring=tokendance"]
+        tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+        tests += ["--backend", "cpu" if rehearse else "cuda", failure[1]]
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+        pause = 0 if rehearse else 1
+        jobs.append(Job(f"triage_{log.stem}", [*sanitizer, *tests], environment, pause))
+    return jobs
+
+
+def triage(jobs: Sequence[Job], at_once: int, logs: Path, limit: float) -> bool:
+    """Runs them and prints what the sanitizer and pytest say of each."""
+    passed = run_all(jobs, at_once, logs, limit)
+    telling = re.compile(r"^=+ |Error|^E  |FAILED")
+    for job in jobs:
+        lines = (logs / f"{job.name}.log").read_text(errors="replace").splitlines()
+        found = [line for line in lines if telling.search(line)]
+        print("\n".join([job.name, *found[:15]]))
+    return passed
+
+
 def verdict(job: Job, code: int, output: str) -> Outcome:
     """Whether a job passed: by its exit status, that tests ran, and initcheck's report."""
     lines = [
@@ -165,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu_tests", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("what", nargs="?", choices=("all", "tests", "sanitize"), default="all")
+    parser.add_argument("what", nargs="?", choices=WHAT, default="all")
     parser.add_argument("--without-sanitizer", action="store_true", help="the tests alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     parser.add_argument("--limit", type=float, default=600, help="seconds of a process")
@@ -180,6 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     logs = options.logs or Path(tempfile.mkdtemp(prefix="tokendance-gpu-"))
     passed = True
+    if options.what == "triage":
+        jobs = triage_jobs(options.rehearse, logs)
+        return 0 if triage(jobs, options.jobs, logs, options.limit) else 1
     if options.what != "sanitize":
         passed = run_all(test_jobs(options.rehearse), options.jobs, logs, options.limit)
     if sanitized:
