@@ -36,7 +36,7 @@ sanitize-gpu:
 	$(HERE) -m tools.gpu_tests sanitize $(GPU_ARGS)
 
 demo: build
-	$(BIN)/python -m tokendance simulate --audit --html build/demo.html
+	$(BIN)/python -m evals simulate --audit --html build/demo.html
 	@echo "The page about this run: build/demo.html"
 
 # Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.

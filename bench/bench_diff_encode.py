@@ -12,7 +12,7 @@ import torch
 
 from bench import by_torch, ceilings
 from bench.mirrors import DTYPES, FLOATS, make_round
-from tokendance import ops
+from tokendance.device import operators as ops
 
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
 SIZES = {"1GiB": 1 << 30, "8MiB": 8 << 20}  # bytes of all agents' dense rows

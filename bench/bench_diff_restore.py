@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench import by_torch, ceilings
 from bench.mirrors import DTYPES, QUANTIZED, BenchRound, make_round
-from tokendance import ops
-from tokendance.mirror import Mirror
+from tokendance.device import operators as ops
+from tokendance.host.mirror import Mirror
 
 AGENTS, PRIVATE, OVERRIDDEN, SEGMENTS = 10, 16, 4, 4
 LAYERS, HEADS, HEAD_DIM = 1, 8, 128

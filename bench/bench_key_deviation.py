@@ -13,7 +13,7 @@ import torch
 import tokendance as td
 from bench import by_torch, ceilings
 from bench.mirrors import FLOATS
-from tokendance import ops
+from tokendance.device import operators as ops
 
 AGENTS, HEADS, HEAD_DIM = 8, 8, 128
 FOOTPRINTS = {"1GiB": 1 << 30, "8MiB": 8 << 20}

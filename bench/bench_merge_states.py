@@ -13,7 +13,7 @@ import torch
 
 from bench import by_torch, ceilings
 from bench.mirrors import FLOATS
-from tokendance import ops
+from tokendance.device import operators as ops
 
 PARTIALS, HEADS, HEAD_DIM = 4, 32, 128
 SIZES = {"1GiB": 1 << 30, "8MiB": 8 << 20}  # bytes of what is read and written together

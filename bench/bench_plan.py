@@ -11,8 +11,8 @@ import torch
 
 import tokendance as td
 from bench import ceilings
-from tokendance.mirror import round_arrays
-from tokendance.step import with_work
+from tokendance.host.mirror import round_arrays
+from tokendance.host.record import with_work
 
 TOKENS = 32768
 
@@ -61,13 +61,15 @@ def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
 @pytest.mark.parametrize("agents", [16, 64])
 def bench_describe(benchmark: Any, agents: int) -> None:
     """The round's fields and the work list of one decode step: once per step, for all layers."""
-    plan = _collector().plan(_prompts(agents, TOKENS))
+    collector = _collector()
+    plan = collector.plan(_prompts(agents, TOKENS))
+    states, profile = plan._live.states, collector.store.scheduler.profile
     rows = np.arange(agents, dtype=np.int32)
-    last = np.array([state.length - 1 for state in plan.states], dtype=np.int32)
+    last = np.array([state.length - 1 for state in states], dtype=np.int32)
 
     def describe() -> None:
-        arrays, extents = round_arrays(plan.states, plan.store.block_size)
-        with_work(arrays, extents, rows, last, plan.store.geometry, "cpu")
+        arrays, extents = round_arrays(states, profile.block_size)
+        with_work(arrays, extents, rows, last, profile.work)
 
     benchmark.pedantic(describe, rounds=15, warmup_rounds=2)
     plan.abort()
@@ -93,12 +95,12 @@ def bench_layer_call(benchmark: Any) -> None:
     collector = _collector(layers)
     plan = collector.plan({"a": [td.private([1])]})
     q = torch.randn(1, 1, 64, dtype=torch.float16)
-    for step in collector.prefill(plan):
+    while step := collector.step():
         _run(step, q, layers)
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
         plan.truncate("a", 1)
-        return (collector.decode(plan, {"a": [2]}), q, layers), {}
+        return (collector.step({"a": [2]}, prefill=()), q, layers), {}
 
     benchmark.pedantic(_run, setup=setup, rounds=30, warmup_rounds=2)
     benchmark.extra_info["us_per_layer"] = benchmark.stats.stats.min / layers * 1e6

@@ -16,7 +16,7 @@ import torch
 import tokendance as td
 from bench import by_torch, ceilings
 from bench.mirrors import DTYPES, FLOATS, QUANTIZED
-from tokendance import ops
+from tokendance.device import operators as ops
 
 HEADS, HEAD_DIM = 8, 128
 FOOTPRINTS = {"1GiB": 2 << 30, "8MiB": 8 << 20}  # of what is read and written together

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tokendance as td
 from bench.mirrors import BenchRound
-from tokendance.mirror import Use
+from tokendance.host.mirror import Use
 
 PIECE = 1 << 19  # elements; 2 MiB in fp32
 
@@ -30,7 +30,7 @@ def _angles_at(table: Tensor, rows: slice) -> Tensor:
 
 
 class Rotation:
-    """Half-split rotation of rows ``[rows, Hk, D]``, as `tokendance.ops.rope_rotate_out`'s.
+    """Half-split rotation of rows ``[rows, Hk, D]``, as `ops.rope_rotate_out`'s.
 
     Args:
         like: what is turned, for its shape of a row.
@@ -59,7 +59,7 @@ class Rotation:
 
 
 class Deviation:
-    """`tokendance.ops.key_deviation_out` of agents that all have every token.
+    """`ops.key_deviation_out` of agents that all have every token.
 
     Args:
         like: cached keys ``[tokens, Hk, D]``, for their shape of a row.
@@ -87,7 +87,7 @@ class Deviation:
 
 
 class Encoding:
-    """`tokendance.ops.diff_encode` without tolerance, of one layer and half-split rotation.
+    """`ops.diff_encode` without tolerance, of one layer and half-split rotation.
 
     What stays with Masters is a bool per position, and own rows go where they stood before.
 
@@ -141,7 +141,7 @@ class Encoding:
 
 
 def merge_states(partial_out: Tensor, partial_lse: Tensor) -> Callable[[Tensor, Tensor], None]:
-    """`tokendance.ops.merge_states_out` of these, without sinks: called with ``out``, ``lse``."""
+    """`ops.merge_states_out` of these, without sinks: called with ``out``, ``lse``."""
     narrow = partial_out.dtype != torch.float32
     total, part = torch.empty(2, *partial_out[0].shape) if narrow else (None, None)
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from bench.mirrors import make_round
-from tokendance import ops
-from tokendance.rounds import RoundExtents
+from tokendance.device import operators as ops
+from tokendance.host.round import RoundExtents
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 import tokendance as td
+from evals.models import load_model
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
-from tokendance.models import load_model
 
 SEGMENTS = 8
 CACHES = ("dynamic", "static")

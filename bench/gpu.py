@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from bench.gpu_shapes import LARGER, USUAL, Shape, Sizes, bf16, f16, f32, normal, smaller
-from tokendance import ops
+from tokendance.device import operators as ops
 
 WARM_UP = 5  # calls before the samples
 AHEAD = 2_000_000  # cycles that the device waits for the host: about a millisecond

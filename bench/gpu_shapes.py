@@ -12,8 +12,9 @@ from torch import Tensor
 import tokendance as td
 from bench import gpu_peers
 from bench.mirrors import DECODE, BenchRound, make_round
-from tokendance import ops, testing
-from tokendance.rounds import RoundTensors
+from tokendance import testing
+from tokendance.device import operators as ops
+from tokendance.device.rounds import RoundTensors
 
 FARTHEST = 8192  # positions that rows move by, at most
 RUN = 256  # rows that move together

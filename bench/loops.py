@@ -25,7 +25,7 @@ import torch
 import tokendance as td
 from bench import ceilings
 from bench.mirrors import DECODE, FLOATS, make_round
-from tokendance import ops
+from tokendance.device import operators as ops
 
 HEADS, HEAD_DIM = 8, 128
 AGENTS = 8

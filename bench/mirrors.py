@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import tokendance as td
-from tokendance import ops
-from tokendance.mirror import Master, Mirror, Use, Uses, empty_masks, pages_for, round_arrays
-from tokendance.rounds import RoundTensors
-from tokendance.step import with_work
+from tokendance.device import operators as ops
+from tokendance.device.executor import work_shape
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.mirror import Master, Mirror, Use, Uses, empty_masks, pages_for, round_arrays
+from tokendance.host.record import with_work
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}
@@ -175,7 +176,9 @@ def make_round(
     if resident_pages:
         for i, name in enumerate(("master_pages", "own_pages")):
             arrays[name] = arrays[name] % resident_pages + i * resident_pages
-    arrays, extents = with_work(arrays, extents, row_agent, row_position, geometry, device)
+    arrays, extents = with_work(
+        arrays, extents, row_agent, row_position, work_shape(geometry, device)
+    )
     rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)
     return BenchRound(
         geometry,

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from bench.plots import draw_against_agents
-from tokendance.replay import SystemResult, make_system, replay_round, summarize
-from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
+from evals.replay import SystemResult, make_system, replay_round, summarize
+from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
 TITLES = {  # in pictures
     "full": "full recompute",
@@ -148,7 +148,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from tokendance.models import load_model
+    from evals.models import load_model
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.rounds", description=__doc__.split("\n")[0]

@@ -25,8 +25,10 @@ from pathlib import Path
 
 import torch
 
-from tokendance import reference, testing
-from tokendance.rounds import RoundExtents, RoundTensors
+from tokendance import testing
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import RoundExtents
+from tokendance.testing import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

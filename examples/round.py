@@ -6,8 +6,8 @@ python examples/round.py
 import torch
 
 import tokendance as td
+from evals.models import load_model
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
-from tokendance.models import load_model
 
 PERSONAS = {
     "Ada": "a mathematician who checks every number twice",

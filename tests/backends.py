@@ -56,7 +56,7 @@ class TorchBackend:
     """``torch.ops.tokendance`` on a device."""
 
     def __init__(self, name: str) -> None:
-        import tokendance.ops  # noqa: F401  (loads the library)
+        import tokendance.device.operators  # noqa: F401  (loads the library)
 
         self.name = name
         self.device = torch.device(name)
@@ -83,7 +83,7 @@ def missing(name: str) -> str | None:
     if name == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        from tokendance import ops
+        from tokendance.device import operators as ops
 
         return None if ops.registered("CUDA") else "the library was built without CUDA kernels"
     if name == "ptx":
@@ -107,7 +107,7 @@ def has_operator(name: str, operator: str) -> bool:
     """Whether a backend has a kernel of the operator."""
     if name == "ptx":
         return (Path(__file__).parents[1] / "csrc" / "cuda" / f"{operator}_plan.h").exists()
-    from tokendance import ops
+    from tokendance.device import operators as ops
 
     registered = ops.registered(name.upper())
     return operator in registered or f"{operator}_out" in registered

@@ -129,7 +129,7 @@ def _a_core_for_each_model(request):
 def smollm2():
     """SmolLM2-135M-Instruct in fp32 and its tokenizer; downloaded on the first use."""
     pytest.importorskip("transformers")
-    from tokendance.models import load_model
+    from evals.models import load_model
 
     try:
         return load_model("smollm2")

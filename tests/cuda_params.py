@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokendance.rounds import RoundExtents
+from tokendance.host.round import RoundExtents
 
 _POINTER = ctypes.c_uint64
 _INT, _LONG, _FLOAT, _BOOL = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_bool

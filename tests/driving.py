@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,12 +46,20 @@ def run_step(step: td.Step) -> Tensor:
     return out
 
 
+def prefill_steps(
+    collector: td.KVCollector, plan: td.Plan, max_rows: int = 8192
+) -> Iterator[td.Step]:
+    """The steps that compute a plan's prompts; each is to be run before the next."""
+    while step := collector.step(prefill=plan.prefilling, max_rows=max_rows):
+        yield step
+
+
 def run_prefill(
     collector: td.KVCollector, plan: td.Plan, max_rows: int = 8192
 ) -> dict[str, Tensor]:
     """The last row's output of each agent."""
     result: dict[str, Tensor] = {}
-    for step in collector.prefill(plan, max_rows):
+    for step in prefill_steps(collector, plan, max_rows):
         out = run_step(step)
         result.update(zip(step.logit_agents, out[step.logit_rows], strict=True))
     return result
@@ -83,6 +92,15 @@ def restored(store: td.DiffStore, agent: str) -> list[tuple[Tensor, Tensor]]:
 def snapshot(store: td.DiffStore) -> tuple[td.StoreStats, dict[str, list[tuple[Tensor, Tensor]]]]:
     """All that an observer can see of a store."""
     return store.stats(), {agent: restored(store, agent) for agent in store.agents}
+
+
+def without_idle(
+    store: td.DiffStore,
+) -> tuple[td.StoreStats, dict[str, list[tuple[Tensor, Tensor]]]]:
+    """All that an observer can see of a store once the Masters that nobody uses are gone."""
+    store.evict(store.stats().total_pages)
+    stats, caches = snapshot(store)
+    return replace(stats, evictions=0), caches
 
 
 def same_snapshot(a: object, b: object) -> bool:

@@ -40,7 +40,7 @@ from cuda_params import (
 )
 from torch import Tensor
 
-from tokendance.rounds import RoundExtents
+from tokendance.host.round import RoundExtents
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "ptxrun"))

@@ -6,10 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from driving import prefill_steps
 
 import tokendance as td
-from tokendance import ops, testing
-from tokendance.arrays import as_output, as_tensor, as_tensors, is_array
+from tokendance import testing
+from tokendance.device import operators as ops
+from tokendance.device.arrays import as_output, as_tensor, as_tensors, is_array
 
 HEADS, DIM, LAYERS, BLOCK = 2, 64, 2, 8
 
@@ -202,7 +204,7 @@ def attend(np_like, make_sinks):
     heard = td.shared(range(100, 120))
     plan = collector.plan({"ada": [td.private([1, 2]), heard], "ben": [td.private([3]), heard]})
     outs = []
-    for step in collector.prefill(plan):
+    for step in prefill_steps(collector, plan):
         with step:
             for layer in range(LAYERS):
                 rng = np.random.default_rng(layer)
@@ -246,7 +248,7 @@ def test_audits_and_scales_take_arrays():
         return out.flatten(1)[step.logit_rows].numpy()
 
     logits = {}
-    for step in collector.prefill(plan):
+    for step in prefill_steps(collector, plan):
         rows = run(step)
         logits.update(zip(step.logit_agents, rows, strict=True))
     audit = collector.audit(plan, agents=["ada", "ben"])

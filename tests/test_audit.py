@@ -8,11 +8,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from driving import GEOMETRY, make_store, restored, run_step, same_snapshot, snapshot, tokens
+from driving import (
+    GEOMETRY,
+    make_store,
+    prefill_steps,
+    restored,
+    run_step,
+    same_snapshot,
+    snapshot,
+    tokens,
+)
 from torch import Tensor
 
 import tokendance as td
-from tokendance.audit import AgentAudit, SegmentAudit, divergence_of, judge
+from tokendance.audit import divergence_of
+from tokendance.host.gate import AgentAudit, SegmentAudit, judge
 
 A, B, C = (td.shared(tokens(seed, count)) for seed, count in ((1, 40), (2, 30), (3, 17)))
 Prompts = Mapping[str, Sequence[td.Segment]]
@@ -50,7 +60,7 @@ def run(step: td.Step) -> Tensor:
 
 def prefill(collector: td.KVCollector, plan: td.Plan) -> dict[str, Tensor]:
     logits: dict[str, Tensor] = {}
-    for step in collector.prefill(plan):
+    for step in prefill_steps(collector, plan):
         rows = run(step)
         logits.update(zip(step.logit_agents, rows, strict=True))
     return logits
@@ -159,7 +169,7 @@ def test_decoded_tokens_are_compared_too() -> None:
     logits = {agent: [row] for agent, row in prefill(collector, plan).items()}
     ids = [5, 6, 7]
     for token in ids:
-        step = collector.decode(plan, {agent: [token] for agent in logits})
+        step = collector.step({agent: [token] for agent in logits}, prefill=())
         for agent, row in zip(logits, run(step), strict=True):
             logits[agent].append(row)
     stacked = {agent: torch.stack(rows) for agent, rows in logits.items()}
@@ -171,7 +181,7 @@ def test_decoded_tokens_are_compared_too() -> None:
     full = collector_of(selection=td.Everything())
     reference = full.plan({"second": prompts()["second"]})
     rows = [prefill(full, reference)["second"]]
-    rows += [run(full.decode(reference, {"second": [token]}))[0] for token in ids]
+    rows += [run(full.step({"second": [token]}, prefill=()))[0] for token in ids]
     kls = [divergence(p, q) for p, q in zip(rows, stacked["second"], strict=True)]
     assert kls[-1] == pytest.approx(last, rel=1e-3, abs=1e-9)
     assert report.agents["second"].kl == pytest.approx(np.mean(kls), rel=1e-3, abs=1e-9)
@@ -182,7 +192,7 @@ def decoded(collector: td.KVCollector, plan: td.Plan, ids: Sequence[int]) -> dic
     """Logits of each prompt's last row and of ``ids``, fed to all."""
     rows = {agent: [row] for agent, row in prefill(collector, plan).items()}
     for token in ids:
-        step = collector.decode(plan, {agent: [token] for agent in rows})
+        step = collector.step({agent: [token] for agent in rows}, prefill=())
         for parts, row in zip(rows.values(), run(step), strict=True):
             parts.append(row)
     return {agent: torch.stack(parts) for agent, parts in rows.items()}
@@ -276,7 +286,7 @@ def test_audits_leave_the_store_and_the_plan_as_they_were(source: str, rows: flo
         one.report()
     assert same_snapshot(snapshot(collector.store), before)
     assert not plan.ended
-    run(collector.decode(plan, {"second": [1]}))
+    run(collector.step({"second": [1]}, prefill=()))
     plan.commit()
 
 
@@ -317,6 +327,7 @@ def test_the_gate_warns_and_changes_nothing_else() -> None:
     assert (report.fallen_agents, report.fallen_segments) == ((), ())
     rows = plan.rows_computed
     plan.abort()
+    collector.store.clear()  # of the Masters that the first plan has finished
     again = collector.plan(prompts())
     prefill(collector, again)
     assert again.rows_computed == rows
@@ -346,7 +357,7 @@ def test_an_agent_falls_back_to_full_recompute_and_back() -> None:
         logits = prefill(collector, plan)
         full = expected_logits(prompts())
         torch.testing.assert_close(logits["second"], full["second"], rtol=1e-5, atol=1e-5)
-        assert plan.state("second").exact_length == 103
+        assert plan._live.state("second").exact_length == 103
         report = audit(collector, plan, logits, agents=["second"])
         assert report.agents["second"].kl == pytest.approx(0.0, abs=1e-9)
         assert all(one.reused == 0 for one in report.agents["second"].segments)
@@ -400,7 +411,7 @@ def test_a_segment_that_was_found_by_its_stem_can_be_opted_out() -> None:
         }
     )
     prefill(collector, plan)
-    run(collector.decode(plan, {"first": said[:-1]}))  # the last token is never fed
+    run(collector.step({"first": said[:-1]}, prefill=()))  # the last token is never fed
     plan.commit()
     output = td.shared(said)
     prompt = [td.private(tokens(23, 5)), heard, td.private([1]), output, td.private([5])]
@@ -455,14 +466,14 @@ def test_whoever_has_opted_out_has_full_recomputes_rows_bit_for_bit(
     collector = collector_of(selection=selection, source=source)
     collector.opt_out("second", [C])
     plan = collector.plan(prompts())
-    for step in collector.prefill(plan):
+    for step in prefill_steps(collector, plan):
         run_step(step)
     assert {span.origin.value for span in plan.spans("second")} <= {"own", "master"}
-    assert all(one.shift == 0 for one in plan.state("second").uses)
+    assert all(one.shift == 0 for one in plan._live.state("second").uses)
     plan.commit()
     alone = collector_of(selection=td.Everything())
     plan = alone.plan({"second": prompts()["second"]})
-    for step in alone.prefill(plan):
+    for step in prefill_steps(alone, plan):
         run_step(step)
     plan.commit()
     for a, b in zip(

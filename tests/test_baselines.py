@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tokendance import workloads
-from tokendance.baselines import (
+from evals import workloads
+from evals.baselines import (
     FullPrefill,
     ModelFlops,
     PerRequestBlend,
     PrefixCaching,
     causal_pairs,
 )
-from tokendance.segments import private, shared
+from tokendance.host.segments import private, shared
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,11 +10,11 @@ import torch
 import tokendance as td
 from bench import by_torch, compare, loops, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
-from bench.fidelity import __main__ as fidelity
-from bench.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
 from bench.rounds import Cell, table
-from tokendance import ops
-from tokendance.replay import SystemResult
+from evals.fidelity import __main__ as fidelity
+from evals.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
+from evals.replay import SystemResult
+from tokendance.device import operators as ops
 
 
 def run_of(path, fractions, times=()):

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu, gpu_model, gpu_peers, gpu_shapes, mirrors
-from tokendance import ops, reference
+from tokendance.device import operators as ops
+from tokendance.testing import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

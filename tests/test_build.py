@@ -58,8 +58,8 @@ def test_import_needs_neither_gpu_nor_compiler_nor_network():
         "import socket, subprocess\n"
         "def refuse(*arguments, **options): raise AssertionError('not while importing')\n"
         "socket.socket.connect = subprocess.Popen.__init__ = refuse\n"
-        "import tokendance.ops, torch\n"
-        "print(len(tokendance.ops.registered('CPU')), torch.cuda.is_initialized())\n"
+        "import tokendance.device.operators, torch\n"
+        "print(len(tokendance.device.operators.registered('CPU')), torch.cuda.is_initialized())\n"
     )
     result = run("-c", code, CUDA_VISIBLE_DEVICES="", PATH="")
     assert result.returncode == 0, result.stderr
@@ -70,7 +70,7 @@ def test_import_needs_neither_gpu_nor_compiler_nor_network():
 
 def test_an_unknown_instruction_set_is_refused_by_the_operator():
     code = (
-        "import torch, tokendance.ops as ops\n"
+        "import torch, tokendance.device.operators as ops\n"
         "x, table = torch.zeros(1, 1, 64), torch.zeros(1, 32)\n"
         "ops.rope_rotate(x, None, None, None, table, table)\n"
     )
@@ -85,7 +85,8 @@ def test_an_unknown_instruction_set_is_refused_by_the_operator():
 DIGESTS = """
 import hashlib, json, sys
 import torch
-from tokendance import ops, testing
+from tokendance import testing
+from tokendance.device import operators as ops
 
 def digest(*tensors):
     state = hashlib.sha256()
@@ -163,7 +164,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
 
 
 def test_the_binary_asks_for_no_cuda_library():
-    from tokendance import ops
+    from tokendance.device import operators as ops
 
     command = ["readelf", "--dynamic", "--wide", ops.LIBRARY]
     needed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

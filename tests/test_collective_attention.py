@@ -27,7 +27,8 @@ from attention_rounds import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tokendance import _planner, reference, testing
+from tokendance import _planner, testing
+from tokendance.testing import reference
 
 OPERATOR = "collective_attention"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from driving import (
     GEOMETRY,
     ROPE,
     make_store,
+    prefill_steps,
     project,
     restored,
     run_prefill,
@@ -17,11 +20,12 @@ from driving import (
     same_snapshot,
     snapshot,
     tokens,
+    without_idle,
 )
 
 import tokendance as td
-from tokendance.reference import exact_rotation
-from tokendance.selection import Selection
+from tokendance.host.selection import Selection
+from tokendance.testing.reference import exact_rotation
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
@@ -39,6 +43,11 @@ def fail_in(step: td.Step) -> None:
     with step:
         step.attend(0, *project(step.token_ids, 0))
         raise LookupError("the engine's own mistake")
+
+
+def _with_plan(collector: td.KVCollector, prompts: object, act: Callable[[], object]) -> None:
+    with collector.plan(prompts):  # type: ignore[arg-type]
+        act()
 
 
 SELECTIONS = [td.LeadingTokens(4), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
@@ -98,7 +107,7 @@ def test_more_rows_are_repaired_of_what_a_master_saw_less_in_front() -> None:
         collector = td.KVCollector(make_store(), selection=td.LeadingTokens(**options))
         plan = collector.plan(round_)
         assert plan.spans("a")[1].origin.value == "master"
-        result = [len(use.overridden(8)) for use in plan.state("b").uses]
+        result = [len(use.overridden(8)) for use in plan._live.state("b").uses]
         plan.abort()
         return result
 
@@ -119,7 +128,7 @@ def test_abort_and_exceptions_leave_the_store_as_it_was(selection: object) -> No
     store = make_store()
     collector = td.KVCollector(store, "producer", selection)  # type: ignore[arg-type]
     run_round(collector, {"a": prompts()["a"], "z": [td.private(C), td.shared(A)]})
-    before = snapshot(store)
+    before = without_idle(store)
 
     collector.plan(prompts()).abort()
     assert same_snapshot(snapshot(store), before)
@@ -129,33 +138,36 @@ def test_abort_and_exceptions_leave_the_store_as_it_was(selection: object) -> No
     assert same_snapshot(snapshot(store), before)
 
     plan = collector.plan(prompts())
-    run_step(next(collector.prefill(plan, 10)))
+    run_step(next(prefill_steps(collector, plan, 10)))
     with pytest.raises(LookupError), plan:
         raise LookupError
     assert plan.ended
-    assert same_snapshot(snapshot(store), before)
+    assert same_snapshot(without_idle(store), before)
 
     plan = collector.plan(prompts())
-    steps = collector.prefill(plan, 10)
+    steps = prefill_steps(collector, plan, 10)
     run_step(next(steps))
     with pytest.raises(LookupError, match="the engine's own"):
         fail_in(next(steps))
     assert plan.ended
-    assert same_snapshot(snapshot(store), before)
+    assert same_snapshot(without_idle(store), before)
 
     plan = collector.plan(prompts())
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": [1, 2, 3], "b": [4]}))
+    run_step(collector.step({"a": [1, 2, 3], "b": [4]}, prefill=()))
     plan.abort("b")
-    with pytest.raises(ValueError, match="layer"), collector.decode(plan, {"a": [1]}) as step:
+    with pytest.raises(ValueError, match="layer"), collector.step({"a": [1]}, prefill=()) as step:
         step.attend(1, *project(step.token_ids, 1))
     assert plan.ended
-    assert same_snapshot(snapshot(store), before)
+    assert same_snapshot(without_idle(store), before)
 
     plan = collector.plan(prompts())
-    with pytest.raises(ValueError, match="expected 2 layers, got 0"), next(collector.prefill(plan)):
+    with (
+        pytest.raises(ValueError, match="expected 2 layers, got 0"),
+        next(prefill_steps(collector, plan)),
+    ):
         pass
-    assert same_snapshot(snapshot(store), before)
+    assert same_snapshot(without_idle(store), before)
     run_round(collector, prompts())  # all pages are there again
 
 
@@ -164,22 +176,22 @@ def test_agents_end_at_different_times() -> None:
     collector = td.KVCollector(store, "producer")
     plan = collector.plan(prompts())
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": [1], "b": [2, 3], "c": [4]}))
+    run_step(collector.step({"a": [1], "b": [2, 3], "c": [4]}, prefill=()))
     plan.commit("b")
     plan.abort("a")  # the Master agent; its Masters stay with those who use them
-    run_step(collector.decode(plan, {"c": [5]}))
+    run_step(collector.step({"c": [5]}, prefill=()))
     plan.commit()
     assert store.agents == ["b", "c"]
     assert [store.length(agent) for agent in ("b", "c")] == [29 + 80 + 2, 42 + 2]
-    assert store.find(td.shared(A)) is not None
-    assert store.find(td.shared([4, 5])) is not None
+    assert store.scheduler.find(td.shared(A)) is not None
+    assert store.scheduler.find(td.shared([4, 5])) is not None
     for agent, ids in (("b", [*YOURS, *B, *A, *B, 2, 3]), ("c", [*THEIRS, *A, *C, 4, 5])):
         for layer, (_, v) in enumerate(restored(store, agent)):
             assert torch.equal(v, project(torch.tensor(ids), layer)[2])
     with pytest.raises(ValueError, match="ended"):
         plan.commit("c")
-    with pytest.raises(ValueError, match="ended"):
-        collector.decode(plan, {"a": [1]})
+    with pytest.raises(KeyError, match=r"agent: expected one of \[\], got 'a'"):
+        collector.step({"a": [1]}, prefill=())
     for agent in ("b", "c"):
         store.release(agent)
     assert store.stats().own_rows == 0
@@ -191,10 +203,10 @@ def test_truncate_forgets_rejected_drafts() -> None:
     plan = collector.plan({"a": [td.private(MINE)]})
     run_prefill(collector, plan)
     pages = store.stats().used_pages
-    out = run_step(collector.decode(plan, {"a": list(range(1, 20))}))
+    out = run_step(collector.step({"a": list(range(1, 20))}, prefill=()))
     plan.truncate("a", 13 + 2)
     assert plan.output("a") == [1, 2]
-    again = run_step(collector.decode(plan, {"a": [3]}))
+    again = run_step(collector.step({"a": [3]}, prefill=()))
     torch.testing.assert_close(again[0], out[2], rtol=1e-5, atol=1e-6)
     plan.truncate("a", 13)
     assert store.stats().used_pages == pages
@@ -211,9 +223,9 @@ def test_decode_equals_prefill() -> None:
     whole.abort()
     plan = collector.plan(prompts())
     run_prefill(collector, plan, max_rows=33)
-    run_step(collector.decode(plan, {"c": [5], "a": [5, 6]}))
-    run_step(collector.decode(plan, {"b": [5, 6], "c": [6]}))
-    out = run_step(collector.decode(plan, {"a": [7], "c": [7], "b": [7]}))
+    run_step(collector.step({"c": [5], "a": [5, 6]}, prefill=()))
+    run_step(collector.step({"b": [5, 6], "c": [6]}, prefill=()))
+    out = run_step(collector.step({"a": [7], "c": [7], "b": [7]}, prefill=()))
     for agent, row in zip(("a", "c", "b"), out, strict=True):
         torch.testing.assert_close(row, expected[agent], rtol=1e-5, atol=1e-6)
 
@@ -249,7 +261,7 @@ def test_key_deviation_keeps_its_number_of_rows_and_the_worst_ones() -> None:
         }
     )
     worst = [3, 11, 12, 19]
-    for step in collector.prefill(plan):
+    for step in prefill_steps(collector, plan):
         with step:
             ids, positions = step.token_ids, step.positions
             for layer in range(GEOMETRY.num_layers):
@@ -320,11 +332,11 @@ def test_eviction_takes_the_longest_unused_master_and_never_one_in_use() -> None
     store.release("b")
     assert store.stats().masters == 3
     run_round(collector, {"d": [td.private(tokens(9, 40))]})
-    assert store.find(old) is None
-    assert store.find(new) is not None
+    assert store.scheduler.find(old) is None
+    assert store.scheduler.find(new) is not None
     with pytest.raises(td.OutOfPagesError, match="capacity"):
         collector.plan({"e": [td.private(tokens(9, 100))]})
-    assert store.find(used) is not None
+    assert store.scheduler.find(used) is not None
     assert store.agents == ["c", "d"]
     run_round(collector, {"e": [td.private(tokens(9, 24))]})
 
@@ -334,12 +346,12 @@ def test_out_of_pages_while_decoding_changes_nothing() -> None:
     collector = td.KVCollector(store)
     plan = collector.plan({"a": [td.private(tokens(1, 8))], "b": [td.private(tokens(2, 8))]})
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": list(range(8))}))
-    with pytest.raises(td.OutOfPagesError), collector.decode(plan, {"b": [1], "a": [9]}):
-        pass
+    run_step(collector.step({"a": list(range(8))}, prefill=()))
+    with pytest.raises(td.OutOfPagesError):
+        collector.step({"b": [1], "a": [9]}, prefill=())
     assert (plan.length("a"), plan.length("b")) == (16, 8)
     assert not plan.ended
-    run_step(collector.decode(plan, {"b": [1]}))
+    run_step(collector.step({"b": [1]}, prefill=()))
     plan.commit()
     assert store.length("b") == 9
 
@@ -348,12 +360,12 @@ def test_empty_rounds() -> None:
     store = make_store()
     collector = td.KVCollector(store)
     plan = collector.plan({})
-    assert list(collector.prefill(plan)) == []
+    assert list(prefill_steps(collector, plan)) == []
     plan.commit()
     plan = collector.plan({"a": [], "b": [td.shared([])]})
     assert run_prefill(collector, plan) == {}
-    run_step(collector.decode(plan, {}))
-    run_step(collector.decode(plan, {"a": [1, 2]}))
+    assert collector.step({}, prefill=()) is None
+    run_step(collector.step({"a": [1, 2]}, prefill=()))
     plan.commit()
     assert [store.length(agent) for agent in ("a", "b")] == [2, 0]
 
@@ -370,26 +382,33 @@ def test_empty_rounds() -> None:
         (lambda c: c.plan({"a": td.shared([1])}), TypeError, r"prompts\['a'\]: .* got Segment"),
         (lambda c: c.plan({7: []}), ValueError, r"prompts: expected agents' names \(str\), got 7"),
         (
-            lambda c: c.prefill(td.KVCollector(make_store()).plan({})),
+            lambda c: c.audit(td.KVCollector(make_store()).plan({})),
             ValueError,
             "plan: expected one of this collector's store",
         ),
+        (lambda c: c.step(max_rows=0), ValueError, "max_rows: expected at least 1, got 0"),
+        (lambda c: c.step({"x": [1]}), KeyError, "agent: expected one of"),
+        (lambda c: c.step(prefill=["x"]), KeyError, "agent: expected one of"),
         (
-            lambda c: c.decode(td.KVCollector(make_store()).plan({"a": []}), {"a": [1]}),
+            lambda c: _with_plan(c, {"a": [td.private([1])]}, lambda: c.step({"a": [1]})),
             ValueError,
-            "plan: expected one of this collector's store",
-        ),
-        (lambda c: c.prefill(c.plan({}), 0), ValueError, "max_rows: expected at least 1, got 0"),
-        (lambda c: c.decode(c.plan({}), {"x": [1]}), KeyError, "agent: expected one of"),
-        (
-            lambda c: c.decode(c.plan({"a": [td.private([1])]}), {"a": [1]}),
-            ValueError,
-            "token_ids: expected a finished prefill",
+            r"decode: expected agents in decode, got 'a' \(prefill\)",
         ),
         (
-            lambda c: c.decode(c.plan({"a": []}), {"a": []}),
+            lambda c: _with_plan(c, {"a": []}, lambda: c.step({"a": []})),
             ValueError,
-            r"token_ids\['a'\]: expected at least one token",
+            r"decode\['a'\]: expected at least one token",
+        ),
+        (
+            lambda c: _with_plan(c, {"a": []}, lambda: c.plan({"a": []})),
+            ValueError,
+            "prompts: expected agents of no live plan, got 'a' a second time",
+        ),
+        (lambda c: c.store.evict(-1), ValueError, "pages: expected at least 0, got -1"),
+        (
+            lambda c: _with_plan(c, {"a": []}, c.store.clear),
+            ValueError,
+            r"store: expected no agents of plans that have not ended, got \['a'\]",
         ),
         (
             lambda c: c.plan({"a": [td.private([1])]}).commit(),
@@ -418,7 +437,7 @@ def test_prompts_and_tokens_may_be_iterators() -> None:
         collector = td.KVCollector(make_store())
         plan = collector.plan({agent: as_given(one) for agent, one in prompts().items()})
         run_prefill(collector, plan)
-        run_step(collector.decode(plan, {"a": as_given([1, 2])}))
+        run_step(collector.step({"a": as_given([1, 2])}, prefill=()))
         plan.commit()
         stores.append(collector.store)
     assert same_snapshot(*map(snapshot, stores))
@@ -440,9 +459,9 @@ def test_decode_takes_the_token_ids_that_segments_take(
 ) -> None:
     collector = td.KVCollector(make_store())
     plan = collector.plan({"a": [], "b": []})
-    with pytest.raises(error, match=rf"token_ids\['b'\]: expected {text}"):
-        collector.decode(plan, {"a": [1], "b": ids})  # type: ignore[dict-item]
-    run_step(collector.decode(plan, {"a": np.array([1]), "b": torch.tensor([2, 3])}))
+    with pytest.raises(error, match=rf"decode\['b'\]: expected {text}"):
+        collector.step({"a": [1], "b": ids}, prefill=())  # type: ignore[dict-item]
+    run_step(collector.step({"a": np.array([1]), "b": torch.tensor([2, 3])}, prefill=()))
     assert (plan.output("a"), plan.output("b")) == ([1], [2, 3])
 
 
@@ -469,18 +488,22 @@ def test_decode_beyond_the_table_is_refused() -> None:
     plan = collector.plan({"a": [td.private(tokens(1, 15))]})
     run_prefill(collector, plan)
     with pytest.raises(ValueError, match="positions below 16, got 16"):
-        collector.decode(plan, {"a": [1, 2]})
-    run_step(collector.decode(plan, {"a": [1]}))
+        collector.step({"a": [1, 2]}, prefill=())
+    run_step(collector.step({"a": [1]}, prefill=()))
     with pytest.raises(ValueError, match="positions below 16, got 16"):
-        collector.decode(plan, {"a": [1]})
+        collector.step({"a": [1]}, prefill=())
 
 
 def test_steps_refuse_what_does_not_fit() -> None:
     collector = td.KVCollector(make_store())
     plan = collector.plan({"a": [td.private(tokens(1, 5))]})
-    step = next(collector.prefill(plan))
+    step = next(prefill_steps(collector, plan))
     with pytest.raises(ValueError, match="entered step"):
         step.attend(0, torch.zeros(5, 2, 64), torch.zeros(5, 1, 64), torch.zeros(5, 1, 64))
+    step.cancel()
+    with pytest.raises(ValueError, match="has not been entered"):
+        step.cancel()
+    plan.abort()
     q, k, v = torch.zeros(5, 2, 64), torch.zeros(5, 1, 64), torch.zeros(5, 1, 64)
     for bad, text in (
         ((q[:4], k, v), r"q: expected \[5, 2, 64\], got \[4, 2, 64\]"),
@@ -488,16 +511,17 @@ def test_steps_refuse_what_does_not_fit() -> None:
         ((q, k, v.half()), "v: expected torch.float32 on cpu, got torch.float16 on cpu"),
     ):
         plan = collector.plan({"a": [td.private(tokens(1, 5))]})
-        with pytest.raises(ValueError, match=text), next(collector.prefill(plan)) as step:
+        with pytest.raises(ValueError, match=text), next(prefill_steps(collector, plan)) as step:
             step.attend(0, *bad)
         assert plan.ended
     plan = collector.plan({"a": [td.private(tokens(1, 5))]})
-    steps = collector.prefill(plan, 3)
-    next(steps)
-    with pytest.raises(ValueError, match="expected each step to be run"):
-        next(steps)
-    with pytest.raises(ValueError, match="has not been prefilled"):
-        collector.prefill(plan)
+    step = collector.step(max_rows=3)
+    assert collector.step(max_rows=3) is None  # the agent's rows wait for those of the open step
+    run_step(step)
+    with pytest.raises(ValueError, match="has not been entered"):
+        run_step(step)
+    run_step(collector.step(max_rows=3))
+    plan.commit()
 
 
 @pytest.mark.parametrize(
@@ -523,7 +547,7 @@ def test_a_call_that_was_refused_can_be_repeated(
     for refused in (False, True):
         collector = td.KVCollector(make_store(), selection=selection)
         plan = collector.plan(prompts())
-        for step in collector.prefill(plan):
+        for step in prefill_steps(collector, plan):
             with step:
                 ids = step.token_ids
                 for layer in range(GEOMETRY.num_layers):

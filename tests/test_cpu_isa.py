@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokendance import ops
+from tokendance.device import operators as ops
 
 TESTS = Path(__file__).parent
 MODULES = (
@@ -64,7 +64,8 @@ def test_operators_on_another_instruction_set(isa):
 
 
 def test_an_unknown_instruction_set_is_refused():
-    code = "import torch; import tokendance.ops as ops; x = torch.zeros(1, 1, 64);" + (
+    code = (
+        "import torch; from tokendance.device import operators as ops; x = torch.zeros(1, 1, 64);"
         "t = torch.zeros(1, 32); p = torch.zeros(1, dtype=torch.int32);"
         "ops.rope_rotate(x, None, None, p, t, t)"
     )

@@ -15,7 +15,7 @@ from ptx_backend import PtxBackend
 from test_collective_attention import check
 
 from tokendance import testing
-from tokendance.rounds import RoundTensors
+from tokendance.device.rounds import RoundTensors
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

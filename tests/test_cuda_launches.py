@@ -18,8 +18,9 @@ import test_rope_rotate
 import torch
 from ptx_backend import PtxBackend
 
-from tokendance import reference, testing
-from tokendance.rounds import RoundTensors
+from tokendance import testing
+from tokendance.device.rounds import RoundTensors
+from tokendance.testing import reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance import reference, testing
-from tokendance.rounds import RoundTensors
+from tokendance import testing
+from tokendance.device.rounds import RoundTensors
+from tokendance.testing import reference
 
 OPERATOR = "diff_restore"
 PLAIN = [torch.float32, torch.float16, torch.bfloat16]

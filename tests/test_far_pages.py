@@ -10,7 +10,8 @@ import test_diff_encode
 import test_diff_restore
 import torch
 
-from tokendance import reference, testing
+from tokendance import testing
+from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tokendance.replay import RoundResult, make_system, replay_round, summarize
-from tokendance.workloads import (
+from evals.replay import RoundResult, make_system, replay_round, summarize
+from evals.workloads import (
     RecordedRound,
     find_workload,
     read_rounds,

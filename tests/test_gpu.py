@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from attention_rounds import attention_round
 
-from tokendance import ops, reference, testing
-from tokendance.rounds import RoundExtents, RoundTensors
+from tokendance import testing
+from tokendance.device import operators as ops
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import RoundExtents
+from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 E4M3 = torch.float8_e4m3fn

@@ -27,7 +27,9 @@ from test_gpu import (
     stream_of_its_own,
 )
 
-from tokendance import ops, reference, testing
+from tokendance import testing
+from tokendance.device import operators as ops
+from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance import reference, testing
-from tokendance.rope import Rope
+from tokendance import testing
+from tokendance.device.rope import Rope
+from tokendance.testing import reference
 
 OPERATOR = "key_deviation"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

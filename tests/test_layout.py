@@ -7,7 +7,7 @@ import pytest
 from driving import make_store, run_prefill, run_round, run_step, tokens
 
 import tokendance as td
-from tokendance.layout import Origin
+from tokendance.host.decide import Origin
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS = tokens(10, 13), tokens(11, 29)
@@ -195,7 +195,7 @@ def test_each_segment_may_have_a_source_of_its_own() -> None:
     found = {agent: [o for _, _, o in origins(plan, agent)] for agent in prompts}
     assert found["a"] == [*own, *repaired_and_reused, Origin.MASTER, *own]
     assert found["b"] == [*own, *repaired_and_reused, *repaired_and_reused, *own]
-    assert [master.context for master in plan.state("b").uses.masters][1] == b""
+    assert [master.context for master in plan._live.state("b").uses.masters][1] == b""
     run_prefill(collector, plan)
     assert plan.rows_computed == 50 + 13 + 29 + 2 * 17 + 3 * 4
     plan.commit()
@@ -251,10 +251,10 @@ def test_outputs_become_masters_by_the_source_of_their_segment() -> None:
     collector = td.KVCollector(store, source)
     plan = collector.plan({"a": [td.private(MINE)], "b": [td.private(YOURS)]})
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, said))
+    run_step(collector.step(said, prefill=()))
     plan.commit()
-    assert store.find(td.shared(said["a"])) is not None
-    assert store.find(td.shared(said["b"])) is None
+    assert store.scheduler.find(td.shared(said["a"])) is not None
+    assert store.scheduler.find(td.shared(said["b"])) is None
 
 
 def test_an_unknown_source_of_a_segment_is_refused() -> None:
@@ -266,7 +266,7 @@ def test_an_unknown_source_of_a_segment_is_refused() -> None:
         collector.plan({"a": [td.private(MINE), td.shared(B)], "b": [td.shared(B)]})
     plan = collector.plan({"a": [td.private(MINE), td.shared(A)], "b": [td.shared(A)]})
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"b": [1, 2]}))
+    run_step(collector.step({"b": [1, 2]}, prefill=()))
     with pytest.raises(ValueError, match=wanted):
         plan.commit()
     assert store.agents == []
@@ -284,7 +284,7 @@ def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> No
     said = [int(token) for token in tokens(20, 12)]
 
     for token in said[:-1]:
-        run_step(collector.decode(plan, {"a": [token]}))
+        run_step(collector.step({"a": [token]}, prefill=()))
     plan.commit()
     # The last token was never fed: the other eleven rows are there.
     again = collector.plan(

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance import reference, testing
+from tokendance import testing
+from tokendance.testing import reference
 
 OPERATOR = "merge_states"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokendance import models
+from evals import models
 
 
 def fake_download(member: str, content: bytes):

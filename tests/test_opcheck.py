@@ -7,8 +7,8 @@ import torch
 from backends import METHODS
 from operator_arguments import QUANTIZED_OPERATORS, arguments_of, tensors_in
 
-import tokendance.ops as ops
 from tokendance import testing
+from tokendance.device import operators as ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,6 +10,7 @@ import torch
 from driving import (
     GEOMETRY,
     make_store,
+    prefill_steps,
     project,
     restored,
     run_prefill,
@@ -18,11 +19,13 @@ from driving import (
     same_snapshot,
     snapshot,
     tokens,
+    without_idle,
 )
 
 import tokendance as td
-from tokendance.plan import Phase
-from tokendance.selection import Selection
+from tokendance import Phase
+from tokendance.host import scheduler
+from tokendance.host.selection import Selection
 
 A, B = tokens(1, 40), tokens(2, 24)
 MINE, YOURS, THEIRS = tokens(10, 13), tokens(11, 29), tokens(12, 5)
@@ -50,7 +53,7 @@ def test_an_aborted_agent_is_not_computed_any_more() -> None:
     store = make_store()
     collector = td.KVCollector(store)
     plan = collector.plan(pair())
-    steps = collector.prefill(plan, 16)
+    steps = prefill_steps(collector, plan, 16)
     run_step(next(steps))
     plan.abort("a")
     run_round(collector, {"x": [td.private(tokens(5, 64))]})  # on the pages that a has given back
@@ -79,10 +82,10 @@ def test_masters_outlive_an_agent_that_is_aborted_in_prefill(
         empty = snapshot(store)
         collector = td.KVCollector(store, source, selection)
         plan = collector.plan(siblings())
-        steps = collector.prefill(plan, 16)
+        steps = prefill_steps(collector, plan, 16)
         for _ in range(run_before):
             run_step(next(steps))
-        if aborts and plan.state("a").phase is Phase.PREFILL:
+        if aborts and plan._live.state("a").phase is Phase.PREFILL:
             plan.abort("a")
             with pytest.raises(ValueError, match="not ended, got 'a'"):
                 plan.length("a")
@@ -113,10 +116,10 @@ def test_an_aborted_agent_is_computed_up_to_the_last_master_that_is_awaited() ->
     plan = collector.plan(siblings())
     assert plan.spans("a")[1].origin.value == "master"
     plan.abort("a")
-    pending = {state.layout.agent: len(state.pending) for state in plan.states}
+    pending = {state.agent: len(state.pending) for state in plan._live.states}
     assert pending[None] == 13 + 40 + 24
     plan.abort("c")
-    pending = {state.layout.agent: len(state.pending) for state in plan.states}
+    pending = {state.agent: len(state.pending) for state in plan._live.states}
     assert pending[None] == 13 + 40
     plan.abort("b")
     assert plan.ended
@@ -126,40 +129,30 @@ def test_an_aborted_agent_is_computed_up_to_the_last_master_that_is_awaited() ->
     plan.abort("a")
     run_prefill(collector, plan)
     plan.abort()
-    assert same_snapshot(snapshot(store), empty)
+    assert same_snapshot(without_idle(store), without_idle(make_store()))
 
 
-def test_a_step_with_an_aborted_agent_cannot_be_entered() -> None:
-    store = make_store()
-    collector = td.KVCollector(store)
-    plan = collector.plan(pair())
-    steps = collector.prefill(plan)
-    stale = next(steps)
-    plan.abort("a")
-    run_round(collector, {"x": [td.private(tokens(5, 64))]})
-    before = snapshot(store)
-    with pytest.raises(ValueError, match=r"expected agents in prefill, got 'a' \(ended\)"):
-        run_step(stale)
-    assert same_snapshot(snapshot(store), before)
-    assert not plan.ended
-    for step in steps:  # has the other rows
-        run_step(step)
-    plan.commit("b")
-
-
-def test_a_step_made_before_an_end_cannot_be_entered_after_it() -> None:
+def test_a_step_that_is_not_run_gives_back_what_it_took() -> None:
     store = make_store()
     collector = td.KVCollector(store, "producer")
     plan = collector.plan(pair())
+    step = collector.step(max_rows=16)
+    with pytest.raises(ValueError, match="no open step, got 'a'"):
+        plan.abort("a")
+    step.cancel()
+    plan.abort("a")
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": [1], "b": [2]}))
-    stale = collector.decode(plan, {"b": [4], "a": [3]})
-    plan.commit("a")
     before = snapshot(store)
-    with pytest.raises(ValueError, match=r"expected agents in decode, got 'a' \(ended\)"):
-        run_step(stale)
+    step = collector.step({"b": list(range(20))})
+    assert plan.length("b") == 84
+    assert not same_snapshot(snapshot(store), before)
+    step.cancel()
+    assert plan.length("b") == 64
     assert same_snapshot(snapshot(store), before)
-    assert plan.length("b") == 65
+    step = collector.step({"b": list(range(20))})
+    with pytest.warns(ResourceWarning, match="expected a step to be run or cancelled"):
+        del step
+    assert same_snapshot(snapshot(store), before)
     plan.commit()
 
 
@@ -168,7 +161,8 @@ ACTS: list[Callable[[td.KVCollector, td.Plan], object]] = [
     lambda _, plan: plan.commit("a"),
     lambda _, plan: plan.abort("a"),
     lambda _, plan: plan.truncate("a", 64),
-    lambda collector, plan: run_step(collector.decode(plan, {"b": [7], "a": [8]})),
+    lambda _, plan: plan.suspend("a"),
+    lambda collector, plan: run_step(collector.step({"b": [7], "a": [8]}, prefill=())),
 ]
 
 
@@ -178,14 +172,14 @@ def test_an_open_step_keeps_its_agents(act: Callable[..., object]) -> None:
     collector = td.KVCollector(store)
     plan = collector.plan(pair())
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": [1], "b": [2]}))
-    with collector.decode(plan, {"a": [3]}) as step:
+    run_step(collector.step({"a": [1], "b": [2]}, prefill=()))
+    with collector.step({"a": [3]}, prefill=()) as step:
         for layer in range(GEOMETRY.num_layers):
             with pytest.raises(ValueError, match="no open step, got 'a'"):
                 act(collector, plan)
             step.attend(layer, *project(step.token_ids, layer))
     assert (plan.output("a"), plan.output("b")) == ([1, 3], [2])
-    run_step(collector.decode(plan, {"a": [4], "b": [5]}))
+    run_step(collector.step({"a": [4], "b": [5]}, prefill=()))
     plan.commit()
     for agent, ids in (("a", [1, 3, 4]), ("b", [2, 5])):
         whole = np.concatenate([pair()[agent][0].token_ids, ids])
@@ -199,12 +193,12 @@ def test_an_exception_ends_other_open_steps() -> None:
     empty = snapshot(store)
     plan = collector.plan(pair())
     run_prefill(collector, plan)
-    outer = collector.decode(plan, {"a": [1]}).__enter__()
-    with pytest.raises(LookupError), collector.decode(plan, {"b": [1]}):
+    outer = collector.step({"a": [1]}, prefill=()).__enter__()
+    with pytest.raises(LookupError), collector.step({"b": [1]}, prefill=()):
         raise LookupError
     assert plan.ended
     assert same_snapshot(snapshot(store), empty)
-    with pytest.raises(ValueError, match="expected a plan that goes on"):
+    with pytest.raises(ValueError, match="expected plans that go on"):
         outer.attend(0, *project(outer.token_ids, 0))
     assert same_snapshot(snapshot(store), empty)
 
@@ -216,26 +210,14 @@ def test_a_step_that_fails_to_open_leaves_the_plan_as_it_was(
     collector = td.KVCollector(store)
     plan = collector.plan(pair())
     run_prefill(collector, plan)
-    run_step(collector.decode(plan, {"a": [1]}))
+    run_step(collector.step({"a": [1]}, prefill=()))
     before = store.stats()
-    step = collector.decode(plan, {"a": list(range(20)), "b": [4]})
-    with monkeypatch.context() as patch:
-        patch.setattr(td.Step, "_describe_rows", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run_step(step)
-    assert store.stats() == before
-    assert (plan.output("a"), plan.output("b")) == ([1], [])
-    run_step(step)
+    for target, name in ((scheduler, "PlannedStep"), (store.executor, "upload")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run_step(collector.step({"a": list(range(20)), "b": [4]}, prefill=()))
+        assert store.stats() == before
+        assert (plan.output("a"), plan.output("b")) == ([1], [])
+    run_step(collector.step({"a": list(range(20)), "b": [4]}, prefill=()))
     assert plan.output("b") == [4]
-
-
-def test_room_is_checked_again_when_a_step_is_entered() -> None:
-    rope = td.Rope.default(head_dim=64, theta=10000.0, max_position=66)
-    collector = td.KVCollector(td.DiffStore(GEOMETRY, rope, "1MiB", block_size=8))
-    plan = collector.plan(pair())
-    run_prefill(collector, plan)
-    first, second = (collector.decode(plan, {"a": [1, 2]}) for _ in range(2))
-    run_step(first)
-    with pytest.raises(ValueError, match="positions below 66, got 67"):
-        run_step(second)
-    assert plan.length("a") == 66

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokendance._planner import plan_work, work_capacity
-from tokendance.step import items_per_kv_head
+from tokendance.device.executor import items_per_kv_head
 
 FIELDS = ("work", "work_rows", "work_chunks", "row_partial_indptr", "row_partials")
 

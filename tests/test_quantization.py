@@ -10,8 +10,9 @@ import torch
 from driving import GEOMETRY, ROPE, make_store, project, restored, run_prefill, run_step, tokens
 
 import tokendance as td
-from tokendance import reference, testing
-from tokendance.quantization import LARGEST
+from tokendance import testing
+from tokendance.device.quantization import LARGEST
+from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (GEOMETRY.num_layers, GEOMETRY.num_kv_heads)
@@ -48,7 +49,7 @@ def test_rounds_stay_near_those_of_a_plain_store(dtype, selection):
         collector = td.KVCollector(store, selection=selection)
         plan = collector.plan(prompts())
         out = run_prefill(collector, plan)
-        step = collector.decode(plan, {agent: tokens(20, 3) for agent in prompts()})
+        step = collector.step({agent: tokens(20, 3) for agent in prompts()}, prefill=())
         out["decoded"] = run_step(step)
         plan.commit()
         outputs.append(out)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokendance import reference, testing
-from tokendance.rope import Rope
+from tokendance import testing
+from tokendance.device.rope import Rope
+from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

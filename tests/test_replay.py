@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import tokendance as td
-from tokendance.audit import divergence_of
-from tokendance.baselines import ModelFlops, causal_pairs
-from tokendance.cli import main
-from tokendance.replay import (
+from evals.baselines import ModelFlops, causal_pairs
+from evals.cli import main
+from evals.replay import (
     SYSTEMS,
     CollectiveReuse,
     RoundResult,
@@ -21,6 +20,7 @@ from tokendance.replay import (
     replay_round,
     summarize,
 )
+from tokendance.audit import divergence_of
 
 
 def tiny_llama() -> Any:

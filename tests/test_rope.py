@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokendance.rope import _STYLES, Rope
+from tokendance.device.rope import _STYLES, Rope
 
 transformers = pytest.importorskip("transformers")
 

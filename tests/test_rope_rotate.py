@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokendance import reference, testing
-from tokendance.rope import Rope
+from tokendance import testing
+from tokendance.device.rope import Rope
+from tokendance.testing import reference
 
 OPERATOR = "rope_rotate"
 E4M3 = torch.float8_e4m3fn

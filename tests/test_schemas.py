@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tokendance import ops
+from tokendance.device import operators as ops
 
 RECORDED = Path(__file__).with_name("schemas.txt")
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendance.segments import chain, private, shared, split_round
+from tokendance.host.segments import chain, private, shared, split_round
 
 IDS = [5, 1, 0, 49151, 2**31 - 1]
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokendance import Everything, KeyDeviation, LeadingTokens, Nothing
-from tokendance.selection import parse_selection
+from tokendance.host.selection import parse_selection
 
 
 @pytest.mark.parametrize(

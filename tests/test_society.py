@@ -17,10 +17,9 @@ pytest.importorskip("transformers")
 from tiny_model import write_tiny_model
 
 import tokendance as td
-from tokendance.cli import main
-from tokendance.layout import Origin
-from tokendance.models import load_model
-from tokendance.society import (
+from evals.cli import main
+from evals.models import load_model
+from evals.society import (
     PERSONAS,
     TOPICS,
     Meeting,
@@ -29,12 +28,13 @@ from tokendance.society import (
     RoundReport,
     Society,
 )
-from tokendance.society.figures import figures_of, table, total
-from tokendance.society.meeting import REQUESTS
-from tokendance.society.page import page
-from tokendance.society.speech import clean_message, is_over
-from tokendance.society.svg import nice_ticks
-from tokendance.workloads import WorkloadError, read_rounds, tokenize_round
+from evals.society.figures import figures_of, table, total
+from evals.society.meeting import REQUESTS
+from evals.society.page import page
+from evals.society.speech import clean_message, is_over
+from evals.society.svg import nice_ticks
+from evals.workloads import WorkloadError, read_rounds, tokenize_round
+from tokendance.host.decide import Origin
 
 PEOPLE = (
     Persona("Ann", "a smith", "You are Ann & you mend <things>."),
@@ -437,7 +437,7 @@ def test_the_page_shows_every_span_and_needs_nothing_else(
 def test_bars_are_as_long_as_their_spans(
     audited: tuple[Society, list[RoundReport], list[dict[str, Any]]],
 ) -> None:
-    from tokendance.society.prompt_map import prompt_map
+    from evals.society.prompt_map import prompt_map
 
     report = audited[1][1]
     longest = max(prompt.length for prompt in report.prompts)

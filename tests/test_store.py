@@ -249,9 +249,9 @@ def test_what_can_never_fit_evicts_nothing() -> None:
     store.release("b")
     before = store.stats()
     with pytest.raises(td.OutOfPagesError, match="capacity: expected 8 free pages"):
-        store.ledger.take_pages(8)
+        store.books.take_pages(8)
     assert store.stats() == before
-    assert len(store.ledger.take_pages(7)) == 7
+    assert len(store.books.take_pages(7)) == 7
     assert store.stats().evictions == 1
 
 
@@ -361,9 +361,9 @@ def test_pages_of_an_allocator_are_checked_and_given_back(given: list[int], text
     pools = [torch.zeros(4, 8, 1, 64) for _ in range(4)]
     pool = td.PagePool(pools[:2], pools[2:], lambda n: answers.pop(0), back.extend)
     store = td.DiffStore(GEOMETRY, ROPE, pool=pool)
-    store.ledger.take_pages(1)
+    store.books.take_pages(1)
     with pytest.raises(ValueError, match=f"allocate: expected {text}"):
-        store.ledger.take_pages(3)
+        store.books.take_pages(3)
     assert back == [page for page in given if page != 3]
     assert store.stats().used_pages == 1
 

@@ -10,7 +10,7 @@ import pytest
 from driving import ROPE, make_store, run_prefill
 
 import tokendance as td
-from tokendance.workloads import find_workload, read_rounds, tokenize_round
+from evals.workloads import find_workload, read_rounds, tokenize_round
 
 
 def rounds(name: str, tokenizer: Any, count: int, **options: Any) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import tokendance as td
 from tokendance._planner import RoundLayout
-from tokendance.layout import Origin
-from tokendance.mirror import Master, Mirror, Use, Uses, round_arrays
+from tokendance.host.decide import Origin
+from tokendance.host.mirror import Master, Mirror, Use, Uses, round_arrays
 
 BLOCK = 8
 
@@ -78,7 +78,7 @@ def test_a_master_that_one_prompt_uses_twice_is_listed_twice() -> None:
     assert extents.masters == 3
     assert arrays["use_master"].tolist() == [0, 1, 2, 1]
     assert arrays["use_agent"].tolist() == [0, 1, 1, 2]
-    assert arrays["agent_use"].tolist() == [[0, -1, -1], [-1, 1, 2], [-1, 3, -1]]
+    assert arrays["agent_use"].tolist() == [[0, 0], [1, 1], [2, 2], [1, 3]]
     assert arrays["use_shift"].tolist() == [3, 3, 20, 3]
     assert arrays["master_page_indptr"].tolist() == [0, 2, 4, 6]
 
@@ -108,7 +108,7 @@ def test_every_row_is_computed_or_stands_in_a_master_of_its_tokens(
     plan = collector.plan(prompts)
     texts = {one.digest: one.token_ids for segments in prompts.values() for one in segments}
     made: set[int] = set()
-    for state in plan.states:
+    for state in plan._live.states:
         layout = state.layout
         ids = np.concatenate([np.empty(0, np.int32), *[one.token_ids for one in layout.segments]])
         computed = np.zeros(layout.length, dtype=bool)

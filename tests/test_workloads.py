@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from tokendance import workloads
-from tokendance.segments import private, shared
-from tokendance.workloads import (
+from evals import workloads
+from evals.workloads import (
     RecordedBlock,
     WorkloadError,
     find_workload,
@@ -16,6 +15,7 @@ from tokendance.workloads import (
     read_rounds,
     tokenize_round,
 )
+from tokendance.host.segments import private, shared
 
 
 def block(block_id, text):

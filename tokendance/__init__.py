@@ -1,24 +1,70 @@
-"""One KV cache for many LLM agents: collective reuse, block-sparse diffs, fused RoPE attention."""
+"""One KV cache for many LLM agents: collective reuse, block-sparse diffs, fused RoPE attention.
 
+`host` decides, `device` computes, `files` keeps what outlives a process; `collector`, `store` and
+`step` are the front of the three for one process. `integrations` runs models, `cli` has the
+commands of ``python -m tokendance``, `testing` is for whoever writes an engine or a kernel.
+
+What is exported here is imported when it is first asked for, so that `tokendance.host` can be used
+where there is no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from tokendance.audit import Audit, AuditReport, CollectorStats, Gate, ReuseWarning
-from tokendance.collector import KVCollector
-from tokendance.geometry import KVGeometry
-from tokendance.plan import Plan
-from tokendance.pool import OutOfPagesError, PagePool
-from tokendance.quantization import Quantization
-from tokendance.rope import Rope
-from tokendance.rounds import RoundExtents, RoundTensors
-from tokendance.segments import Segment, private, shared, split_round
-from tokendance.selection import Everything, KeyDeviation, LeadingTokens, Nothing
-from tokendance.step import Step
-from tokendance.store import DiffStore, StoreStats
+if TYPE_CHECKING:
+    from tokendance.audit import Audit
+    from tokendance.collector import KVCollector
+    from tokendance.device.geometry import KVGeometry
+    from tokendance.device.pool import PagePool
+    from tokendance.device.quantization import Quantization
+    from tokendance.device.rope import Rope
+    from tokendance.device.rounds import RoundTensors
+    from tokendance.host.agent import Phase
+    from tokendance.host.books import OutOfPagesError
+    from tokendance.host.gate import AuditReport, CollectorStats, Gate, ReuseWarning
+    from tokendance.host.plan import Plan
+    from tokendance.host.round import RoundExtents
+    from tokendance.host.segments import Segment, private, shared, split_round
+    from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Nothing
+    from tokendance.step import Step
+    from tokendance.store import DiffStore, StoreStats
 
 try:
     __version__ = version("tokendance")
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
+
+_MODULES = {
+    "Audit": "audit",
+    "AuditReport": "host.gate",
+    "CollectorStats": "host.gate",
+    "DiffStore": "store",
+    "Everything": "host.selection",
+    "Gate": "host.gate",
+    "KVCollector": "collector",
+    "KVGeometry": "device.geometry",
+    "KeyDeviation": "host.selection",
+    "LeadingTokens": "host.selection",
+    "Nothing": "host.selection",
+    "OutOfPagesError": "host.books",
+    "PagePool": "device.pool",
+    "Phase": "host.agent",
+    "Plan": "host.plan",
+    "Quantization": "device.quantization",
+    "ReuseWarning": "host.gate",
+    "Rope": "device.rope",
+    "RoundExtents": "host.round",
+    "RoundTensors": "device.rounds",
+    "Segment": "host.segments",
+    "Step": "step",
+    "StoreStats": "store",
+    "private": "host.segments",
+    "shared": "host.segments",
+    "split_round": "host.segments",
+}
 
 __all__ = [
     "Audit",
@@ -34,6 +80,7 @@ __all__ = [
     "Nothing",
     "OutOfPagesError",
     "PagePool",
+    "Phase",
     "Plan",
     "Quantization",
     "ReuseWarning",
@@ -48,3 +95,15 @@ __all__ = [
     "shared",
     "split_round",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tokendance' has no attribute {name!r}")
+    value = getattr(import_module(f"tokendance.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

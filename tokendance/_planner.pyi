@@ -14,7 +14,7 @@ class Tiling(TypedDict):
 
     span_indptr: _Ints  # [N + 1]
     span_end: _Ints
-    span_origin: _Flags  # index in tokendance.layout.ORIGINS
+    span_origin: _Flags  # index in tokendance.host.decide.ORIGINS
     use_indptr: _Ints  # [N + 1]
     use_master: _Ints
     use_delta: _Ints

@@ -9,177 +9,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokendance import ops
-from tokendance.arrays import Array, as_tensor
-from tokendance.layout import ORIGINS, AgentLayout, Origin, Source, foreign_uses, lay_out
-from tokendance.mirror import Mirror, round_arrays, slots_of
-from tokendance.plan import AgentState, Phase, Plan
-from tokendance.rounds import IntArray, RoundTensors
-from tokendance.segments import Segment, private
-from tokendance.selection import Everything
+from tokendance.device import operators as ops
+from tokendance.device.arrays import Array, as_tensor
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.agent import AgentState, Phase
+from tokendance.host.decide import ORIGINS, AgentLayout, Origin, Source, foreign_uses, lay_out
+from tokendance.host.gate import AgentAudit, AuditReport, ReuseWarning, SegmentAudit
+from tokendance.host.mirror import Mirror, round_arrays, slots_of
+from tokendance.host.plan import LivePlan, Plan, Policy
+from tokendance.host.round import IntArray
+from tokendance.host.segments import Segment, private
+from tokendance.host.selection import Everything
 from tokendance.step import Step
 from tokendance.store import DiffStore
-
-if TYPE_CHECKING:
-    from tokendance.collector import KVCollector
-
-ACTIONS = ("warn", "fall back")
-
-
-class ReuseWarning(UserWarning):
-    """An audit found reuse farther from full recompute than the gate allows."""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What an audit may find. A limit that is None is not checked.
-
-    Attributes:
-        kl: nats, KL(full || reuse) of an agent, mean over its compared tokens.
-        top1: least share of an agent's compared tokens whose likeliest token is full recompute's.
-        deviation: see `SegmentAudit.deviation`.
-        action: ``"warn"``: a `ReuseWarning` says what was found. ``"fall back"``: besides, the
-            agent, or the segment in all prompts, is computed from then on, as by `Everything`.
-    """
-
-    kl: float | None = None
-    top1: float | None = None
-    deviation: float | None = None
-    action: str = "warn"
-
-    def __post_init__(self) -> None:
-        for name, most in (("kl", None), ("top1", 1), ("deviation", None)):
-            limit = getattr(self, name)
-            if limit is not None and not (limit >= 0 and (most is None or limit <= most)):
-                wanted = "at least 0" if most is None else "0 .. 1"
-                raise ValueError(f"{name}: expected {wanted}, got {limit}")
-        if self.action not in ACTIONS:
-            raise ValueError(f"action: expected one of {list(ACTIONS)}, got {self.action!r}")
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentAudit:
-    """How far one segment of one prompt is from full recompute.
-
-    Attributes:
-        agent, index: which segment of which prompt; empty segments do not count.
-        digest: of the segment.
-        begin, end: its positions.
-        reused: rows of it that came from a Master of another context.
-        compared: rows of it that were recomputed.
-        keys, values: fp64 ``[layers]``, norm of the difference over the norm of what was
-            recomputed, of all compared rows together; 0 where there are none.
-    """
-
-    agent: str
-    index: int
-    digest: bytes
-    begin: int
-    end: int
-    reused: int
-    compared: int
-    keys: NDArray[np.float64]
-    values: NDArray[np.float64]
-
-    @property
-    def deviation(self) -> float:
-        """The greatest of ``keys`` and ``values``, over the layers."""
-        return float(np.max([self.keys, self.values]))  # NaN if any is
-
-
-@dataclass(frozen=True)
-class AgentAudit:
-    """One agent against full recompute.
-
-    Attributes:
-        rows: recomputed: what the audit of this agent cost.
-        tokens: whose distributions were compared; 0 if no logits were given.
-        kl: KL(recomputed || reuse) in nats, mean over the tokens, or None.
-        top1: share of the tokens whose likeliest token is the same, or None.
-        segments: of the prompt, and last the decoded tokens if there are any.
-    """
-
-    rows: int
-    tokens: int
-    kl: float | None
-    top1: float | None
-    segments: tuple[SegmentAudit, ...]
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What an audit found.
-
-    Attributes:
-        agents: by name, in the order of the plan.
-        findings: a sentence for everything beyond the gate's limits.
-        fallen_agents, fallen_segments: names and digests that have fallen back because of it.
-    """
-
-    agents: Mapping[str, AgentAudit]
-    findings: tuple[str, ...] = ()
-    fallen_agents: tuple[str, ...] = ()
-    fallen_segments: tuple[bytes, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows that were recomputed."""
-        return sum(one.rows for one in self.agents.values())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens whose distributions were compared."""
-        return sum(one.tokens for one in self.agents.values())
-
-    @property
-    def kl(self) -> float | None:
-        """Mean over all compared tokens."""
-        return self._mean("kl")
-
-    @property
-    def top1(self) -> float | None:
-        """Mean over all compared tokens."""
-        return self._mean("top1")
-
-    def _mean(self, name: str) -> float | None:
-        if not self.tokens:
-            return None
-        parts = [one.tokens * getattr(one, name) for one in self.agents.values() if one.tokens]
-        return float(sum(parts)) / self.tokens
-
-
-@dataclass(frozen=True)
-class CollectorStats:
-    """What a collector's audits have found since it was made.
-
-    Attributes:
-        audits: reports.
-        audited_agents, audited_rows, audited_tokens: sums over them; rows are what audits cost.
-        kl, top1: means over the tokens; None before the first.
-        worst_kl: of one agent in one audit; None before the first.
-        findings: beyond the gate's limits.
-        agents_opted_out, segments_opted_out: that are computed at present, by the gate or by
-            `KVCollector.opt_out`.
-    """
-
-    audits: int = 0
-    audited_agents: int = 0
-    audited_rows: int = 0
-    audited_tokens: int = 0
-    kl: float | None = None
-    top1: float | None = None
-    worst_kl: float | None = None
-    findings: int = 0
-    agents_opted_out: int = 0
-    segments_opted_out: int = 0
 
 
 class Audit:
@@ -195,8 +43,8 @@ class Audit:
 
     def __init__(
         self,
-        collector: KVCollector,
-        plan: Plan,
+        store: DiffStore,
+        plan: LivePlan,
         agents: Sequence[str],
         tokens: int,
         draw_rows: Callable[[str, int], NDArray[np.bool_]] | None,
@@ -204,7 +52,7 @@ class Audit:
     ) -> None:
         """``draw_rows`` says of an agent and its length which rows are recomputed; None: all."""
         self.agents = list(agents)
-        self._collector = collector
+        self._store = store
         self._plan = plan
         self._tokens = tokens
         self._draw_rows = draw_rows
@@ -244,25 +92,30 @@ class Audit:
                 self._found[agent] = (0, ())
                 continue
             reference = self._reference(agent, state)
-            positions = reference.state(agent).pending
+            full = self._store.live(reference).state(agent)
+            positions = full.pending
             try:
-                for step in self._collector.prefill(reference, max_rows):
+                while planned := self._store.scheduler.step_of(reference, max_rows):
+                    step = Step(self._store.executor, planned, None)
                     self._step = step
                     yield step
-                    if self._step is not None and len(step.logit_rows):
+                    if planned.is_open:
+                        raise ValueError(
+                            "step: expected each step to be run before the next, got one left"
+                        )
+                    if self._step is not None and step.logit_agents:
                         raise ValueError("audit: expected add() after every step, got none")
-                full = reference.state(agent)
-                compared = _compare_rows(self._plan.store, agent, state, full, positions)
+                compared = _compare_rows(self._store, agent, state, full, positions)
                 self._found[agent] = (len(positions), compared)
             finally:
                 if not reference.ended:
-                    reference.abort()
+                    self._store.scheduler.abort_open(self._store.live(reference))
 
     def _reference(self, agent: str, state: AgentState) -> Plan:
         """A plan of the agent's tokens that computes all rows, or those that are drawn."""
         decoded = state.output_ids[: self._tokens]
         segments = tuple(one for one in (*state.segments, private(decoded)) if one.length)
-        store = self._plan.store
+        store = self._store
         if self._draw_rows is not None:
             length = sum(segment.length for segment in segments)
             drawn = self._draw_rows(agent, length)
@@ -279,7 +132,7 @@ class Audit:
             store.max_position,
         )
         layouts[0].logit_rows = 1 + len(decoded)
-        return Plan(store, layouts, [agent], Everything(), Source.MASTER)
+        return store.scheduler.probe(layouts, [agent], Policy(Everything()))
 
     def add(self, logits: Array) -> None:
         """Takes the logits of the step that was run last.
@@ -339,94 +192,10 @@ class Audit:
         return self._finish(AuditReport(found))
 
 
-@dataclass
-class Record:
-    """The running sums behind `CollectorStats`."""
-
-    reports: int = 0
-    agents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    kl: float = 0.0
-    top1: float = 0.0
-    worst_kl: float | None = None
-    findings: int = 0
-
-    def add(self, report: AuditReport) -> None:
-        self.reports += 1
-        self.agents += len(report.agents)
-        self.rows += report.rows
-        self.tokens += report.tokens
-        self.kl += (report.kl or 0.0) * report.tokens
-        self.top1 += (report.top1 or 0.0) * report.tokens
-        self.findings += len(report.findings)
-        kls = [one.kl for one in report.agents.values() if one.kl is not None]
-        if self.worst_kl is not None:
-            kls.append(self.worst_kl)
-        self.worst_kl = max(kls, default=None)
-
-    def stats(self, agents_opted_out: int, segments_opted_out: int) -> CollectorStats:
-        return CollectorStats(
-            audits=self.reports,
-            audited_agents=self.agents,
-            audited_rows=self.rows,
-            audited_tokens=self.tokens,
-            kl=self.kl / self.tokens if self.tokens else None,
-            top1=self.top1 / self.tokens if self.tokens else None,
-            worst_kl=self.worst_kl,
-            findings=self.findings,
-            agents_opted_out=agents_opted_out,
-            segments_opted_out=segments_opted_out,
-        )
-
-
-def judge(gate: Gate, agents: Mapping[str, AgentAudit]) -> AuditReport:
-    """What lies beyond the gate's limits; nothing has fallen back yet but what the report names."""
-    findings: list[str] = []
-    fallen_agents: list[str] = []
-    fallen_segments: dict[bytes, None] = {}
-    for name, agent in agents.items():
-        before = len(findings)
-        if gate.kl is not None and agent.kl is not None and not agent.kl <= gate.kl:
-            findings.append(f"agent {name!r}: expected KL <= {gate.kl:g}, got {agent.kl:.4g}")
-        if gate.top1 is not None and agent.top1 is not None and not agent.top1 >= gate.top1:
-            findings.append(
-                f"agent {name!r}: expected top-1 >= {gate.top1:g}, got {agent.top1:.4g}"
-            )
-        if len(findings) > before:
-            fallen_agents.append(name)
-        for one in agent.segments:
-            if gate.deviation is None or not one.reused or one.deviation <= gate.deviation:
-                continue
-            findings.append(
-                f"agent {name!r}, segment {one.index} ({one.digest.hex()}): expected deviation <= "
-                f"{gate.deviation:g}, got {one.deviation:.4g}"
-            )
-            fallen_segments[one.digest] = None
-    if gate.action != "fall back":
-        return AuditReport(agents, tuple(findings))
-    return AuditReport(agents, tuple(findings), tuple(fallen_agents), tuple(fallen_segments))
-
-
 def tell(report: AuditReport) -> None:
     """Warns of everything that was found."""
     for finding in report.findings:
         warnings.warn(finding, ReuseWarning, stacklevel=4)
-
-
-def is_drawn(agent: str, fraction: float, seed: int, number: int) -> bool:
-    """Whether an agent is in the sample: with the chance ``fraction``, the same for the same
-    arguments."""
-    name = np.frombuffer(agent.encode(), dtype=np.uint8).tolist()
-    return bool(np.random.default_rng([seed, number, *name]).random() < fraction)
-
-
-def draw_rows(
-    agent: str, length: int, fraction: float, seed: int, number: int
-) -> NDArray[np.bool_]:
-    """Which of an agent's rows are in the sample, each with the chance ``fraction``."""
-    name = np.frombuffer(agent.encode(), dtype=np.uint8).tolist()
-    return np.random.default_rng([seed, number, *name, length]).random(length) < fraction
 
 
 def divergence_of(reference: Tensor, logits: Tensor) -> Tensor:
@@ -478,12 +247,12 @@ def _probe(
         exact_length=0,
         logit_rows=logit_rows,
     )
-    plan = Plan(store, [layout], [agent], Everything(), Source.MASTER)
+    plan = store.scheduler.probe([layout], [agent], Policy(Everything()))
     try:
-        probe = plan.state(agent)
+        probe = store.live(plan).state(agent)
         probe.pending = computed
         sources = torch.from_numpy(slots_of(state.own_pages, len(kept), block)).to(store.device)
-        targets = torch.from_numpy(probe.slots(kept, block)).to(store.device)
+        targets = torch.from_numpy(probe.slots(kept)).to(store.device)
         for layer in range(store.pool.num_layers):
             pools = store.pool.k_pools[layer], store.pool.v_pools[layer]
             store.pool.write_rows(layer, *pools, targets, sources)
@@ -518,7 +287,7 @@ def _compare_rows(
     at = torch.from_numpy(positions.astype(np.int64)).to(device)
     sums = []
     for layer in range(geometry.num_layers):
-        rope = store.layer_rope(layer)
+        rope = store.executor.ropes[layer]
         ops.diff_restore(
             [store.pool.k_pools[layer]],
             [store.pool.v_pools[layer]],

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
-import numpy as np
-
-from tokendance.audit import (
-    Audit,
+from tokendance.audit import Audit, tell
+from tokendance.decoder import Decoder
+from tokendance.device.executor import Reduce
+from tokendance.host.decide import OptedOut, Source, Sources
+from tokendance.host.gate import (
+    Accounts,
     AuditReport,
     CollectorStats,
     Gate,
-    Record,
     draw_rows,
     is_drawn,
     judge,
-    tell,
 )
-from tokendance.layout import OptedOut, Source, Sources, lay_out
-from tokendance.plan import AgentState, Phase, Plan
-from tokendance.rounds import IntArray
-from tokendance.segments import Segment, TokenIds, as_token_ids
-from tokendance.selection import (
+from tokendance.host.plan import Plan, Policy
+from tokendance.host.segments import Segment, TokenIds
+from tokendance.host.selection import (
     DEFAULT,
     Everything,
     KeyDeviation,
@@ -30,7 +28,7 @@ from tokendance.selection import (
     Nothing,
     Selection,
 )
-from tokendance.step import AgentRows, Step, is_to_compute, rows_for_prefill
+from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
@@ -78,128 +76,106 @@ class KVCollector:
         self.selection = selection
         self.gate = gate
         self._opted_out = OptedOut()
-        self._record = Record()
+        self._accounts = Accounts()
         self._audits = 0
 
-    def plan(self, prompts: Mapping[str, Iterable[Segment]]) -> Plan:
-        """Matches the prompts with the store and with each other, and leases the round's pages.
+    def __repr__(self) -> str:
+        source = "a function" if callable(self.source) else self.source.value
+        return f"KVCollector({self.store!r}, source={source}, selection={self.selection})"
+
+    @property
+    def policy(self) -> Policy:
+        """What the next plan reuses and recomputes."""
+        return Policy(self.selection, self.source, self._opted_out)
+
+    def plan(self, prompts: Mapping[str, Iterable[Segment]], *, wait: bool = False) -> Plan:
+        """Matches prompts with what is stored or being computed, and leases the pages they need.
 
         Args:
             prompts: per agent the segments of its prompt, made by `private` and `shared`. Any
                 number of agents; any lengths, orders, subsets and repeats. An agent's own earlier
                 KV is taken over as far as the prompt begins with the same tokens.
+            wait: prompts for which there are too few pages now get them by a later `step`, in the
+                order in which they came.
 
         Raises:
             TypeError: something else than segments.
-            ValueError: an agent's name is no str, a prompt is longer than the rotation tables, or
-                an unknown source of a segment.
-            OutOfPagesError: the store has too few pages; it is as it was, but for evictions.
+            ValueError: an agent's name is no str or is that of an agent that has not ended, a
+                prompt is longer than the rotation tables, or an unknown source of a segment.
+            OutOfPagesError: the store has too few pages, now or, with ``wait``, ever; it is as it
+                was, but for evictions.
         """
-        for agent, given in prompts.items():
-            if not isinstance(agent, str):
-                raise ValueError(f"prompts: expected agents' names (str), got {agent!r}")
-            if not isinstance(given, Iterable):
-                raise TypeError(
-                    f"prompts[{agent!r}]: expected a list of segments, got {type(given).__name__}"
-                )
-        tuples = {agent: tuple(segments) for agent, segments in prompts.items()}
-        for agent, segments in tuples.items():
-            odd = [kind for kind in set(map(type, segments)) if not issubclass(kind, Segment)]
-            if odd:
-                raise TypeError(
-                    f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), "
-                    f"got {odd[0].__name__}"
-                )
-        layouts = lay_out(
-            tuples,
-            self.store.find,
-            self.store.mirrors,
-            self.selection,
-            self.source,
-            self.store.block_size,
-            self.store.max_position,
-            self._opted_out,
-        )
-        return Plan(self.store, layouts, tuples, self.selection, self.source)
+        return self.store.scheduler.plan(prompts, self.policy, wait=wait)
 
-    def prefill(self, plan: Plan, max_rows: int = 8192) -> Iterator[Step]:
-        """The steps that compute the plan's prompts.
+    def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
+        """Pages that planning these prompts now needs.
 
-        A row's visible keys lie in its own or an earlier step. Enter and finish each step before
-        the next is asked for, unless an agent in it was aborted: then it can no longer be entered,
-        and the next step has its other rows. With `KeyDeviation` all rows of an agent are in one
-        step, however many.
-
-        Args:
-            max_rows: rows of a step at most.
+        Fresh pages, and those of idle Masters that would be held from then on: `plan` succeeds
+        exactly if they are at most ``stats().free_pages + stats().evictable_pages`` of the store.
 
         Raises:
-            ValueError: ``max_rows < 1``, a plan that has been prefilled or is of another store, or
-                a step left unfinished.
+            TypeError, ValueError: as `plan`.
         """
-        self._check_plan(plan)
-        if max_rows < 1:
-            raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
-        plan.begin_prefill()
-        return self._steps(plan, max_rows)
+        return self.store.scheduler.pages_needed(prompts, self.policy)
 
-    def _steps(self, plan: Plan, max_rows: int) -> Iterator[Step]:
-        while parts := _next_rows(plan, max_rows):
-            states = [state for state, _ in parts]
-            yield Step(plan, states, partial(rows_for_prefill, parts), decode=False)
-            if all(is_to_compute(state, positions) for state, positions in parts):
-                raise ValueError("step: expected each step to be run before the next, got one left")
+    def step(
+        self,
+        decode: Mapping[str, TokenIds | Iterator[int]] | None = None,
+        prefill: Iterable[str] | None = None,
+        max_rows: int = 2048,
+        *,
+        reduce: Reduce | None = None,
+    ) -> Step | None:
+        """The next forward pass, of any live plans of the store: decode rows, then prompts' rows.
 
-    def decode(self, plan: Plan, token_ids: Mapping[str, TokenIds | Iterator[int]]) -> Step:
-        """A step that feeds one or more tokens to any subset of the plan's agents.
+        A row's visible keys lie in this step or in an earlier one. The step's agents can be in no
+        other step until it ends.
 
         Args:
-            token_ids: per agent the tokens to feed; several are a draft, see `Plan.truncate`.
+            decode: per agent the tokens to feed; several are a draft, see `Plan.truncate`.
+            prefill: agents whose prompts may be computed, together with what they wait for; None:
+                all.
+            max_rows: rows of a step at most. Decode rows are in it whatever their number; with
+                `KeyDeviation` all rows of an agent are in one step, however many.
+            reduce: adds fp32 key deviations up over the ranks of a tensor-parallel engine, for
+                `KeyDeviation`: without it ranks would keep different rows.
+
+        Returns:
+            The step, or None where there is nothing to compute.
 
         Raises:
-            KeyError: an unknown agent.
+            KeyError: an agent of no live plan.
             TypeError: token ids that are no integers.
-            ValueError: a plan of another store; an agent has ended or is still in prefill, has no
-                tokens to feed, or would grow beyond the rotation tables; a token id out of range.
-            OutOfPagesError: on entering the step; then the plan is as it was.
+            ValueError: ``max_rows < 1``; an agent to decode that is in an open step or not in
+                decode, has no tokens, or would grow beyond the rotation tables; a token id out of
+                range.
+            OutOfPagesError: too few pages for the decoded rows; nothing has changed, but for
+                evictions.
         """
-        self._check_plan(plan)
-        fed: list[tuple[AgentState, list[int]]] = []
-        for agent, ids in token_ids.items():
-            state = plan.state(agent)
-            if state.phase is not Phase.DECODE:
-                raise ValueError(
-                    f"token_ids: expected a finished prefill, got {agent!r} in prefill"
-                )
-            given = list(ids) if isinstance(ids, Iterator) else ids
-            tokens = as_token_ids(given, f"token_ids[{agent!r}]").tolist()
-            if not tokens:
-                raise ValueError(f"token_ids[{agent!r}]: expected at least one token, got none")
-            self._check_room(state, len(tokens))
-            fed.append((state, tokens))
+        planned = self.store.scheduler.step(decode, prefill, max_rows)
+        return None if planned is None else Step(self.store.executor, planned, reduce)
 
-        def make_rows() -> list[AgentRows]:
-            rows = []
-            for state, tokens in fed:
-                begin = state.length
-                self._check_room(state, len(tokens))
-                plan.extend(state, tokens)
-                positions = np.arange(begin, state.length, dtype=np.int32)
-                rows.append(AgentRows(state, positions, np.array(tokens, np.int64)))
-            return rows
+    def decoder(
+        self,
+        max_agents: int,
+        max_rows: int,
+        max_pages: int,
+        max_masters: int | None = None,
+        windows: Sequence[int] = (0,),
+    ) -> Decoder:
+        """Buffers of fixed size at fixed addresses for decode steps: a whole step can be captured.
 
-        return Step(plan, [state for state, _ in fed], make_rows, decode=True)
+        Args:
+            max_agents, max_rows: of a step.
+            max_pages: pages of all Masters in a step, outputs among them; as many of own rows.
+            max_masters: Masters in a step, each agent's output among them; default 64 besides the
+                outputs.
+            windows: sliding windows of the model's layers, 0 for none.
 
-    def _check_plan(self, plan: Plan) -> None:
-        if plan.store is not self.store:
-            raise ValueError("plan: expected one of this collector's store, got another's")
-
-    def _check_room(self, state: AgentState, count: int) -> None:
-        if state.length + count > self.store.max_position:
-            raise ValueError(
-                f"token_ids[{state.layout.agent!r}]: expected positions below "
-                f"{self.store.max_position}, got {state.length + count - 1}"
-            )
+        Raises:
+            ValueError: a number that is not positive.
+        """
+        return Decoder(self.store, max_agents, max_rows, max_pages, max_masters, windows)
 
     # The gate ------------------------------------------------------------------------------------
 
@@ -274,31 +250,32 @@ class KVCollector:
             raise ValueError(f"seed: expected at least 0, got {seed}")
         if tokens < 0:
             raise ValueError(f"tokens: expected at least 0, got {tokens}")
-        self._check_plan(plan)
+        live = self.store.live(plan)
         if agents is None:
-            active = [name for name in plan.agents if plan.is_active(name)]
-            states = {name: plan.state(name) for name in active}
-            names = [n for n, state in states.items() if state.exact_length < state.length]
+            names = [n for n, one in live.by_name.items() if one.exact_length < one.length]
+            names = [name for name in plan.agents if name in names]
         else:
             wanted = [agents] if isinstance(agents, str) else list(agents)
-            states = {name: plan.state(name) for name in wanted}
+            states = {name: live.state(name) for name in wanted}
             names = [name for name in plan.agents if name in states]
         drawn = [name for name in names if is_drawn(name, fraction, seed, self._audits)]
         draw = partial(draw_rows, fraction=rows, seed=seed, number=self._audits)
         self._audits += 1
-        return Audit(self, plan, drawn, tokens, draw if rows < 1 else None, self._finish_audit)
+        return Audit(
+            self.store, live, drawn, tokens, draw if rows < 1 else None, self._finish_audit
+        )
 
     def _finish_audit(self, report: AuditReport) -> AuditReport:
         if self.gate is not None:
             report = judge(self.gate, report.agents)
         self.opt_out(report.fallen_agents, report.fallen_segments)
-        self._record.add(report)
+        self._accounts.add(report)
         tell(report)
         return report
 
     def stats(self) -> CollectorStats:
         """What audits have cost and found, and who is computed because of it."""
-        return self._record.stats(len(self._opted_out.agents), len(self._opted_out.segments))
+        return self._accounts.stats(len(self._opted_out.agents), len(self._opted_out.segments))
 
 
 def _names_and_digests(
@@ -318,31 +295,3 @@ def _names_and_digests(
             )
         digests.append(segment.digest if isinstance(segment, Segment) else segment)
     return frozenset(names), frozenset(digests)
-
-
-def _next_rows(plan: Plan, max_rows: int) -> list[tuple[AgentState, IntArray]]:
-    """The next rows of the plan in the order of computing, at most ``max_rows``.
-
-    An agent whose rows are chosen while the round runs is not divided.
-    """
-    parts: list[tuple[AgentState, IntArray]] = []
-    room = max_rows
-    for state in plan.states:
-        if state.phase is not Phase.PREFILL:
-            continue
-        if room <= 0:
-            break
-        state.settle(plan.chosen, plan.store.block_size)
-        positions = state.pending
-        rows = len(positions)
-        if state.candidates:
-            rows += sum(use.length for use in state.candidates)
-            if parts and rows > room:
-                break  # the rows so far may choose this agent's rows too
-        else:
-            positions = positions[:room]
-            rows = len(positions)
-        if rows:
-            parts.append((state, positions))
-        room -= rows
-    return parts

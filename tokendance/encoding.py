@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance import ops
-from tokendance.layer_ropes import same_rope
-from tokendance.layout import AgentLayout, Source, lay_out
-from tokendance.mirror import (
+from tokendance.device import operators as ops
+from tokendance.device.layer_ropes import same_rope
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.decide import AgentLayout, Source, lay_out
+from tokendance.host.mirror import (
     Master,
     Mirror,
+    Pages,
     Use,
     no_pages,
     no_positions,
@@ -22,10 +24,8 @@ from tokendance.mirror import (
     round_arrays,
     slots_of,
 )
-from tokendance.pool import Pages
-from tokendance.rounds import RoundTensors
-from tokendance.segments import Segment
-from tokendance.selection import Nothing
+from tokendance.host.segments import Segment
+from tokendance.host.selection import Nothing
 
 if TYPE_CHECKING:
     from tokendance.store import DiffStore
@@ -47,7 +47,13 @@ def encode_round(
     _check_dense(store, dense, layout)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
     layouts = lay_out(
-        layout, store.find, {}, Nothing(), Source.MASTER, store.block_size, store.max_position
+        layout,
+        store.scheduler.find,
+        {},
+        Nothing(),
+        Source.MASTER,
+        store.block_size,
+        store.max_position,
     )
     held: list[Master] = []
     taken: list[Pages] = []
@@ -55,10 +61,10 @@ def encode_round(
         _encode(store, layouts, dense, atol, rtol, held, taken)
     except BaseException:
         for pages in taken:
-            store.ledger.drop_pages(pages)
+            store.books.drop_pages(pages)
         raise
     finally:
-        store.ledger.let_go(held)
+        store.books.let_go(held)
 
 
 def _encode(
@@ -71,17 +77,18 @@ def _encode(
     taken: list[Pages],
 ) -> None:
     for layout in layouts:
-        store.ledger.hold(layout.uses.masters)
+        store.books.hold(layout.uses.masters)
         held += layout.uses.masters
     for layout in layouts:  # no Master of the round is evicted for the pages of another
         for use in layout.made:
-            use.master.pages = store.ledger.take_pages(pages_for(use.length, store.block_size))
+            use.master.pages = store.books.take_pages(pages_for(use.length, store.block_size))
+            use.master.computed = use.length
             _copy_rows(store, layout, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
     for layout in layouts:
         assert layout.agent is not None
         mirror = _encode_agent(store, layout, dense[layout.agent], atol, rtol)
-        mirror.own_pages = store.ledger.take_pages(
+        mirror.own_pages = store.books.take_pages(
             pages_for(len(mirror.own_position), store.block_size)
         )
         taken.append(mirror.own_pages)
@@ -93,9 +100,9 @@ def _encode(
         mirrors.append((layout.agent, mirror))
     for layout in layouts:
         for use in layout.made:
-            store.ledger.publish(use.master)
+            store.books.publish(use.master)
     for agent, mirror in mirrors:
-        store.ledger.put(agent, mirror)
+        store.books.put(agent, mirror)
     taken.clear()
 
 
@@ -121,9 +128,9 @@ def _encode_agent(
     keys, values = dense
     masks = np.zeros(extents.use_pages, dtype=np.uint32)
     layers = range(store.geometry.num_layers)
-    for same in same_rope(layers, [store.layer_rope(layer) for layer in layers]):
+    for same in same_rope(layers, store.executor.ropes):
         round_ = RoundTensors.from_arrays(arrays, extents, device=store.device)
-        rope = store.layer_rope(same[0])
+        rope = store.executor.ropes[same[0]]
         ops.diff_encode(
             [keys[i] for i in same],
             [values[i] for i in same],
@@ -174,7 +181,7 @@ def _as_stored(
     """Dense rows in the pool's dtype."""
     stored: tuple[list[Tensor], list[Tensor]] = ([], [])
     for layer, rows in enumerate(zip(keys, values, strict=True)):
-        rope = store.layer_rope(layer)
+        rope = store.executor.ropes[layer]
         for x, scale, to in zip(rows, store.pool.scales(layer), stored, strict=True):
             out = x
             if x.dtype != store.pool.dtype:

@@ -10,23 +10,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokendance import ops, persistence
-from tokendance.arrays import Array, as_tensor, as_tensors, is_array
+from tokendance.device import operators as ops
+from tokendance.device.arrays import Array, as_tensor, as_tensors, is_array
+from tokendance.device.executor import Executor
+from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
+from tokendance.device.layer_ropes import same_rope
+from tokendance.device.pool import PagePool
+from tokendance.device.quantization import Quantization
+from tokendance.device.rope import Rope
+from tokendance.device.rounds import RoundTensors
 from tokendance.encoding import encode_round
-from tokendance.geometry import BLOCK_SIZES, KVGeometry
-from tokendance.layer_ropes import LayerRope, layer_ropes, same_rope
-from tokendance.ledger import Ledger
-from tokendance.mirror import (
+from tokendance.files import one_file
+from tokendance.host.books import Books, PageAllocator
+from tokendance.host.mirror import (
     Master,
     Mirror,
     no_pages,
     round_arrays,
 )
-from tokendance.pool import PagePool
-from tokendance.quantization import Quantization
-from tokendance.rope import Rope
-from tokendance.rounds import RoundTensors
-from tokendance.segments import Segment
+from tokendance.host.plan import LivePlan, Plan
+from tokendance.host.scheduler import Scheduler
+from tokendance.host.segments import Segment
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -47,6 +51,10 @@ class StoreStats:
         row_bytes: bytes of ``master_rows + own_rows``: the least that this content takes.
         stored_bytes: bytes of the pages that hold them.
         total_pages, used_pages: of the pool; used ones hold this store's rows, plans' included.
+        free_pages: that can be taken without an eviction. Where an engine's allocator does not say
+            how many it has, those that the store does not use.
+        evictable_pages: of Masters that no Mirror and no plan uses.
+        held_pages: used ones that are not evictable.
         evictions: Masters dropped to make room since the store was made.
     """
 
@@ -60,6 +68,9 @@ class StoreStats:
     stored_bytes: int
     total_pages: int
     used_pages: int
+    free_pages: int
+    evictable_pages: int
+    held_pages: int
     evictions: int
 
     @property
@@ -88,6 +99,8 @@ class DiffStore:
         model: what computes the keys and values, a name and revision or
             `tokendance.integrations.transformers.fingerprint_of`. What was saved is loaded for the
             same one only.
+        host_capacity: bytes of host memory, as ``capacity``, that suspended agents' rows may be
+            moved to (`Plan.suspend`).
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -106,6 +119,7 @@ class DiffStore:
         pool: PagePool | None = None,
         quantization: Quantization | None = None,
         model: str = "",
+        host_capacity: int | str | None = None,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
@@ -123,28 +137,40 @@ class DiffStore:
                     f"capacity: expected at least one page of {page_bytes} bytes, got {capacity}"
                 )
             pool = PagePool.own(geometry, pages, block_size, device, quantization)
-        self._check_pool(geometry, pool)
+        page_bytes = pool.page_bytes
+        host_pages = 0 if host_capacity is None else parse_bytes(host_capacity) // page_bytes
         self.geometry = geometry
         self.model = model
         self.pool = pool
-        self._ropes, self.max_position = layer_ropes(geometry, rope, pool.device)
-        self.ledger = Ledger(pool)  # of this package's modules: nothing in it is checked
+        self.executor = Executor(geometry, rope, pool, host_pages)
+        self.max_position = self.executor.max_position
+        allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
+        self.scheduler = Scheduler(self.executor.profile, allocator, copy=self.executor.copy)
         self._restore_rounds: dict[tuple[int, ...], tuple[list[Mirror], RoundTensors]] = {}
 
-    @staticmethod
-    def _check_pool(geometry: KVGeometry, pool: PagePool) -> None:
-        if pool.num_layers != geometry.num_layers:
-            raise ValueError(f"pool: expected {geometry.num_layers} layers, got {pool.num_layers}")
-        shape = pool.k_pools[0].shape
-        if tuple(shape[2:]) != (geometry.num_kv_heads, geometry.head_dim):
-            raise ValueError(
-                f"pool: expected [num_pages, {pool.block_size}, {geometry.num_kv_heads}, "
-                f"{geometry.head_dim}], got {list(shape)}"
-            )
-        if pool.quantization is None and pool.dtype != geometry.dtype:
-            raise ValueError(
-                f"pool: expected {geometry.dtype} or a quantized dtype, got {pool.dtype}"
-            )
+    def __repr__(self) -> str:
+        books = self.books
+        return (
+            f"DiffStore({len(books.mirrors)} agents, {len(books.masters)} Masters; pages: "
+            f"{books.free_pages} free, {books.evictable_pages} evictable, "
+            f"{books.used_pages - books.evictable_pages} held)"
+        )
+
+    @property
+    def books(self) -> Books:
+        """Who uses which page: of this package's modules, nothing in it is checked."""
+        self.scheduler.collect()
+        return self.scheduler.books
+
+    def live(self, plan: Plan) -> LivePlan:
+        """What the scheduler keeps of a plan.
+
+        Raises:
+            ValueError: a plan of another store.
+        """
+        if plan._scheduler is not self.scheduler:
+            raise ValueError("plan: expected one of this collector's store, got another's")
+        return plan._live
 
     @property
     def block_size(self) -> int:
@@ -158,7 +184,7 @@ class DiffStore:
     @property
     def agents(self) -> list[str]:
         """The agents that have a Mirror."""
-        return list(self.ledger.mirrors)
+        return list(self.books.mirrors)
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
@@ -171,25 +197,7 @@ class DiffStore:
     @property
     def mirrors(self) -> Mapping[str, Mirror]:
         """All Mirrors, by agent; not to be changed."""
-        return self.ledger.mirrors
-
-    def layer_rope(self, layer: int) -> LayerRope:
-        """The layer's rotation tables, on the store's device."""
-        return self._ropes[layer]
-
-    def find(self, segment: Segment) -> tuple[Master, int] | None:
-        """The stored Master of a segment and how many of the segment's first rows it has.
-
-        A Master of a decoded output lacks the row of its last token if that was never fed; it is
-        found by the segment's stem.
-        """
-        master = self.ledger.masters.get(segment.digest)
-        if master is not None:
-            return master, master.length
-        master = self.ledger.masters.get(segment.stem)
-        if master is not None and master.length == segment.length - 1:
-            return master, master.length
-        return None
+        return self.books.mirrors
 
     # Agents ---------------------------------------------------------------------------------------
 
@@ -200,12 +208,35 @@ class DiffStore:
             KeyError: an unknown agent, or one released before.
         """
         self._mirror(agent)
-        self.ledger.drop(agent)
+        self.books.drop(agent)
 
     def _mirror(self, agent: str) -> Mirror:
-        if agent not in self.ledger.mirrors:
-            raise KeyError(f"agent: expected one of {sorted(self.ledger.mirrors)}, got {agent!r}")
-        return self.ledger.mirrors[agent]
+        if agent not in self.books.mirrors:
+            raise KeyError(f"agent: expected one of {sorted(self.books.mirrors)}, got {agent!r}")
+        return self.books.mirrors[agent]
+
+    def evict(self, pages: int) -> int:
+        """Drops Masters that nobody uses, the longest unused first: an engine wants its pages.
+
+        Returns:
+            Pages given back: fewer than asked for if no more Masters are idle, more if the last one
+            had more.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if pages < 0:
+            raise ValueError(f"pages: expected at least 0, got {pages}")
+        return self.books.evict(pages)
+
+    def clear(self) -> None:
+        """Forgets all agents and all Masters: the weights have changed, or another model comes.
+
+        Raises:
+            ValueError: a plan has agents that have not ended; nothing is forgotten.
+        """
+        self.scheduler.clear()
+        self._restore_rounds.clear()
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -253,8 +284,8 @@ class DiffStore:
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
         round_ = self._restore_round([self._mirror(name) for name in names])
-        for same in same_rope(which, self._ropes):
-            rope = self._ropes[which[same[0]]]
+        for same in same_rope(which, self.executor.ropes):
+            rope = self.executor.ropes[which[same[0]]]
             ops.diff_restore(
                 [self.pool.k_pools[which[i]] for i in same],
                 [self.pool.v_pools[which[i]] for i in same],
@@ -323,11 +354,11 @@ class DiffStore:
         Raises:
             OSError: the file cannot be written; an earlier one of this name is as it was.
         """
-        masters, mirrors = self.ledger.masters.values(), self.ledger.mirrors
-        state = persistence.pack(
-            self.model, self.geometry, self.pool, self._ropes, masters, mirrors
+        masters, mirrors = self.books.masters.values(), self.books.mirrors
+        state = one_file.pack(
+            self.model, self.geometry, self.pool, self.executor.ropes, masters, mirrors
         )
-        persistence.write_state(path, state)
+        one_file.write_state(path, state)
 
     @classmethod
     def load(
@@ -352,20 +383,20 @@ class DiffStore:
                 are others, as far as rows were rotated with them; or arguments that do not fit.
             OutOfPagesError: capacity or pool has fewer pages than the file.
         """
-        state = persistence.read_state(path)
+        state = one_file.read_state(path)
         if state["model"] != model:
             raise ValueError(f"model: expected that of {path}, {state['model']!r}, got {model!r}")
         store = cls(
-            persistence.geometry_in(state),
+            one_file.geometry_in(state),
             rope,
             capacity,
             device,
             state["block_size"],
             pool,
-            persistence.quantization_in(state) if pool is None else None,
+            one_file.quantization_in(state) if pool is None else None,
             model,
         )
-        saved = persistence.quantization_in(state)
+        saved = one_file.quantization_in(state)
         mine = store.pool.quantization
         if (saved is None) != (mine is None) or (saved is not None and not saved.equals(mine)):
             raise ValueError(
@@ -379,33 +410,33 @@ class DiffStore:
             raise ValueError(
                 f"rope: expected at least {state['positions']} positions, got {store.max_position}"
             )
-        if persistence.rope_digests(store._ropes, state["positions"]) != state["ropes"]:
+        if one_file.rope_digests(store.executor.ropes, state["positions"]) != state["ropes"]:
             raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = persistence.unpack(state, store.pool, store.ledger)
-        store.ledger.take_over(masters)
+        masters, mirrors = one_file.unpack(state, store.pool, store.books)
+        store.books.take_over(masters)
         for agent, mirror in mirrors.items():
-            store.ledger.put(agent, mirror)
+            store.books.put(agent, mirror)
         return store
 
     # Statistics -----------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
         """Counts rows, pages and bytes."""
-        masters = {id(master): master for master in self.ledger.masters.values()}
+        masters = {id(master): master for master in self.books.masters.values()}
         outputs: dict[int, Master] = {}
-        for mirror in self.ledger.mirrors.values():
+        for mirror in self.books.mirrors.values():
             for master in mirror.uses.masters:
                 shared = master.stored or master.holders > 1
                 (masters if shared else outputs)[id(master)] = master
-        own_pages = [mirror.own_pages for mirror in self.ledger.mirrors.values()]
+        own_pages = [mirror.own_pages for mirror in self.books.mirrors.values()]
         own_pages += [master.pages for master in (*masters.values(), *outputs.values())]
         pages = np.unique(np.concatenate(own_pages)) if own_pages else no_pages()
         master_rows = sum(master.length for master in masters.values())
-        own_rows = sum(len(mirror.own_position) for mirror in self.ledger.mirrors.values())
+        own_rows = sum(len(mirror.own_position) for mirror in self.books.mirrors.values())
         own_rows += sum(master.length for master in outputs.values())
-        dense_rows = sum(mirror.length for mirror in self.ledger.mirrors.values())
+        dense_rows = sum(mirror.length for mirror in self.books.mirrors.values())
         return StoreStats(
-            agents=len(self.ledger.mirrors),
+            agents=len(self.books.mirrors),
             masters=len(masters),
             dense_rows=dense_rows,
             master_rows=master_rows,
@@ -414,8 +445,11 @@ class DiffStore:
             row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
             stored_bytes=len(pages) * self.pool.page_bytes,
             total_pages=self.pool.num_pages,
-            used_pages=self.ledger.used_pages,
-            evictions=self.ledger.evictions,
+            used_pages=self.books.used_pages,
+            free_pages=self.books.free_pages,
+            evictable_pages=self.books.evictable_pages,
+            held_pages=self.books.used_pages - self.books.evictable_pages,
+            evictions=self.books.evictions,
         )
 
 

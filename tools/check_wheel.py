@@ -24,7 +24,8 @@ MOST_BYTES = 20_000_000
 PROGRAM = """
 import torch
 import tokendance as td
-from tokendance import _planner, ops
+from tokendance import _planner
+from tokendance.device import operators as ops
 from tokendance.cli.info import report
 
 x = torch.randn(3, 2, 64)

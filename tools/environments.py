@@ -50,7 +50,8 @@ TESTS_OF_TORCH = ("schemas", "opcheck", "checks", "operator_arguments")
 PROGRAM = """
 import ctypes, os, platform, sys
 import torch
-from tokendance import _planner, ops
+from tokendance import _planner
+from tokendance.device import operators as ops
 
 expected = os.path.join(os.getcwd(), "tokendance")
 for path in (str(ops.LIBRARY), _planner.__file__):

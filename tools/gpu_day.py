@@ -47,7 +47,8 @@ if torch.cuda.is_available():
 """
 LOAD = """
 import sys
-from tokendance import _planner, ops
+from tokendance import _planner
+from tokendance.device import operators as ops
 found, wanted = sorted(ops.registered(sys.argv[1])), sorted(ops.OPERATORS)
 if found != wanted:
     sys.exit(f"operators on {sys.argv[1]}: expected {wanted}, got {found}")

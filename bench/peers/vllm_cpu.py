@@ -79,7 +79,7 @@ def serve_with_tokendance(
     model: Any, rounds: Sequence[Mapping[str, Any]], new_tokens: int
 ) -> tuple[list[float], list[float]]:
     """Seconds to the first token of all agents and to the last, per round."""
-    from tokendance.replay import CollectiveReuse
+    from evals.replay import CollectiveReuse
 
     system = CollectiveReuse(model)
     first, last = [], []
@@ -132,8 +132,8 @@ def agents_within(seconds: float, agents: Sequence[int], times: Sequence[float])
 def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
-    from tokendance.models import load_model, smollm2_path
-    from tokendance.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
+    from evals.models import load_model, smollm2_path
+    from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
     parser = argparse.ArgumentParser(
         prog="python -m bench.peers.vllm_cpu", description=__doc__.split("\n")[0]

@@ -1,4 +1,4 @@
-// What a round reuses and what it computes, decided by content: tokendance/layout.py says by which
+// What a round reuses and what it computes, decided by content: tokendance/host/decide.py says by which
 // rules, and turns what it finds here into layouts.
 //
 // A prompt is a list of places; a place holds a segment. Segments, contexts and Masters are numbers
@@ -15,7 +15,7 @@
 
 namespace tokendance {
 
-// Where the rows of a place, or of a span, come from; tokendance.layout.Origin in this order.
+// Where the rows of a place, or of a span, come from; tokendance.host.decide.Origin in this order.
 enum class Origin : uint8_t { kEarlier, kOwn, kMaster, kExact, kReused, kRepaired };
 
 struct Prompts {

@@ -59,7 +59,7 @@ def _version(distribution: str) -> str:
 
 
 def _build_options() -> dict[str, str]:
-    from tokendance import ops
+    from tokendance.device import operators as ops
 
     library = ctypes.CDLL(str(ops.LIBRARY))
     library.tokendance_build_options.restype = ctypes.c_char_p
@@ -73,7 +73,7 @@ def _build_options() -> dict[str, str]:
 def _cpu() -> dict[str, str]:
     import torch
 
-    from tokendance import ops
+    from tokendance.device import operators as ops
 
     library = ctypes.CDLL(str(ops.LIBRARY))
     library.tokendance_cpu_isa.restype = ctypes.c_char_p

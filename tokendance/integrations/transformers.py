@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from tokendance.arrays import Array
-from tokendance.audit import AuditReport
 from tokendance.collector import KVCollector
-from tokendance.geometry import KVGeometry
-from tokendance.layer_ropes import layer_ropes
-from tokendance.plan import Plan
-from tokendance.quantization import Quantization
-from tokendance.rope import Rope
+from tokendance.device.arrays import Array
+from tokendance.device.geometry import KVGeometry
+from tokendance.device.layer_ropes import layer_ropes
+from tokendance.device.quantization import Quantization
+from tokendance.device.rope import Rope
+from tokendance.host.gate import AuditReport
+from tokendance.host.plan import Plan
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
@@ -161,11 +161,20 @@ class TransformersEngine:
             Per agent the logits ``[vocabulary]`` of its last row; agents without tokens have none.
         """
         logits: dict[str, Tensor] = {}
-        for step in self.collector.prefill(plan, self._rows_of_a_step(max_rows)):
-            with step:
-                rows = self._forward(step)
-            logits.update(zip(step.logit_agents, rows, strict=True))
+        rows = self._rows_of_a_step(max_rows)
+        while step := self.collector.step(prefill=plan.prefilling, max_rows=rows):
+            logits.update(self.run(step))
         return logits
+
+    def run(self, step: Step) -> dict[str, Tensor]:
+        """Runs a step.
+
+        Returns:
+            Per agent with rows whose logits are wanted, ``[vocabulary]`` of the last of them.
+        """
+        with step:
+            rows = self._forward(step)
+        return dict(zip(step.logit_agents, rows, strict=True))
 
     def decode(
         self, plan: Plan, token_ids: Mapping[str, Sequence[int] | Iterator[int]]
@@ -176,8 +185,8 @@ class TransformersEngine:
             Per agent the logits ``[tokens, vocabulary]`` that follow each of its tokens.
         """
         given = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in token_ids.items()}
-        step = self.collector.decode(plan, given)
-        if not given:
+        step = self.collector.step(given, prefill=()) if given else None
+        if step is None:
             return {}
         with step:
             rows = self._forward(step)
@@ -286,7 +295,7 @@ def _check_rope(model: Any, store: DiffStore) -> None:
     expected, rows = layer_ropes(store.geometry, rope, store.device)
     same: set[tuple[int, int]] = set()
     for layer, one in enumerate(expected):
-        other = store.layer_rope(layer)
+        other = store.executor.ropes[layer]
         if (id(one), id(other)) in same:
             continue
         if (

@@ -1,0 +1,200 @@
+"""Ideas that are no part of the library, measured in the place of what they would change.
+
+Each takes a workload's rounds and one way of reuse, and changes one thing: which agent comes first
+among those that could be Master agents, in which layers a repaired row replaces the Master's, or
+whose keys rank the rows of `KeyDeviation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.fidelity.front import siblings_kl
+from evals.fidelity.replays import Prompts, Round, measure, read_workload, recompute
+from tokendance.device import operators as ops
+from tokendance.device.executor import Executor
+from tokendance.host.decide import Origin, Source, lay_out
+from tokendance.host.mirror import slots_of
+from tokendance.host.planned_step import StepPart
+from tokendance.host.selection import DEFAULT
+from tokendance.step import Step
+
+REUSE = "master/leading:4:96:24"
+
+
+def run(
+    model: Any, tokenizer: Any, workload: str, new_tokens: int = 12
+) -> dict[str, dict[str, float]]:
+    """Per idea the rows computed and overridden, and KL of the siblings and of all agents."""
+    rounds = read_workload(workload, tokenizer)
+    recompute(model, rounds, new_tokens)
+    layers = model.config.num_hidden_layers
+    half = layers // 2
+    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(rounds)}
+    print(result, flush=True)
+    ideas: dict[str, tuple[str, Callable[[Prompts], str] | None, AbstractContextManager[Any]]] = {
+        "as it is": (REUSE, None, nullcontext()),
+        f"repaired in layers 0 to {half - 1}": (REUSE, None, repaired_only_in(range(half))),
+        f"repaired in layers {half} to {layers - 1}": (
+            REUSE,
+            None,
+            repaired_only_in(range(half, layers)),
+        ),
+        "Master agent of middle private length": (REUSE, _middle, nullcontext()),
+        "Master agent of least private length": (REUSE, _shortest, nullcontext()),
+        "last agent as Master agent": (REUSE, lambda prompts: list(prompts)[-1], nullcontext()),
+        "deviation of all siblings": ("master/deviation:0.15", None, nullcontext()),
+        "deviation of one sibling": ("master/deviation:0.15", None, ranked_by_one_sibling()),
+    }
+    for name, (way, first, changed) in ideas.items():
+        with changed:
+            figures = measure(model, way, [_led(one, first) for one in rounds])
+        kls = [kl for one in figures for kl in one.kl.values()]
+        result[name] = {
+            "rows": sum(one.rows for one in figures),
+            "overridden": sum(one.overridden for one in figures),
+            "siblings": siblings_kl(figures, figures),
+            "all": sum(kls) / len(kls),
+        }
+        print(name, result[name], flush=True)
+    return result
+
+
+def shared_repairs(rounds: Iterable[Round]) -> dict[str, float]:
+    """How many repaired rows a sibling could take from another.
+
+    ``unseen``: rows of one Master that an earlier sibling repairs too, behind the same segments
+    unseen by the Master. ``context``: behind the same shared segments in the same order.
+    """
+    repaired = unseen_alike = context_alike = 0
+    for one in rounds:
+        layouts = lay_out(one.prompts, lambda _: None, {}, DEFAULT, Source.MASTER, 8)
+        known: dict[object, int] = {}
+        for layout in layouts:
+            starts = {span.begin: span for span in layout.spans if span.origin is Origin.REPAIRED}
+            for use in layout.uses:
+                if use.delta not in starts:
+                    continue
+                rows = starts[use.delta].end - use.delta
+                repaired += rows
+                left, position = [], 0
+                for segment in layout.segments:
+                    if position < use.delta and segment.is_shared:
+                        left.append(segment.digest)
+                    position += segment.length
+                unseen = frozenset(left) - use.master.seen
+                for kind in (unseen, tuple(left)):
+                    key = (use.master.digest, kind)
+                    alike = min(rows, known.get(key, 0))
+                    known[key] = max(rows, known.get(key, 0))
+                    if kind is unseen:
+                        unseen_alike += alike
+                    else:
+                        context_alike += alike
+    return {"repaired": repaired, "unseen": unseen_alike, "context": context_alike}
+
+
+@contextmanager
+def repaired_only_in(layers: Iterable[int]) -> Iterator[None]:
+    """In other layers the rows of the Master stand where a repaired row would."""
+    repaired = frozenset(layers)
+    enter, write = Step.__enter__, Executor.write
+    steps: list[Step] = []
+
+    def entered(step: Step) -> Step:
+        steps[:] = [step]
+        return enter(step)
+
+    def changed(
+        executor: Executor, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor
+    ) -> None:
+        write(executor, layer, k, v, slots, positions)
+        if layer not in repaired:
+            for part in steps[0]._planned._parts:
+                if not part.is_decode:
+                    _put_back(executor, part, layer)
+
+    with (
+        mock.patch.object(Step, "__enter__", entered),
+        mock.patch.object(Executor, "write", changed),
+    ):
+        yield
+
+
+def _put_back(executor: Executor, part: StepPart, layer: int) -> None:
+    block, rope, pool = executor.pool.block_size, executor.ropes[layer], executor.pool
+    tables = (rope.cos, rope.sin, rope.interleaved)
+    last = part.state.layout.length - 1  # whose logits the prompt is for; it is no repair
+    for use in part.state.uses:
+        over = use.overridden(block)
+        over = over[np.isin(use.delta + over, part.positions[part.positions < last])]
+        if not len(over):
+            continue
+        at = torch.from_numpy((use.delta + over).astype(np.int32))
+        origin = torch.from_numpy((use.master.origin + over).astype(np.int32))
+        source = torch.from_numpy(slots_of(use.master.pages, use.length, block)[over])
+        target = torch.from_numpy(part.state.slots(at.numpy()))
+        k, v = pool.k_pools[layer], pool.v_pools[layer]
+        ops.rope_rotate_out(k, source, target, origin, at, *tables, 1.0, k)
+        ops.rope_rotate_out(v, source, target, None, None, *tables, 1.0, v)
+
+
+def ranked_by_one_sibling() -> AbstractContextManager[Any]:
+    """The first user of a Master chooses for all."""
+    deviation = ops.key_deviation
+
+    def changed(k: Tensor, fresh: Tensor, *others: Any) -> Tensor:
+        return deviation(k, fresh[:1], *others)
+
+    return mock.patch.object(ops, "key_deviation", changed)
+
+
+def _led(one: Round, first: Callable[[Prompts], str] | None) -> Round:
+    if first is None:
+        return one
+    name = first(one.prompts)
+    return replace(one, prompts={name: one.prompts[name], **one.prompts})
+
+
+def _by_private_length(prompts: Prompts) -> Sequence[str]:
+    length = {
+        agent: sum(segment.length for segment in segments if not segment.is_shared)
+        for agent, segments in prompts.items()
+    }
+    return sorted(prompts, key=lambda agent: length[agent])
+
+
+def _middle(prompts: Prompts) -> str:
+    return _by_private_length(prompts)[len(prompts) // 2]
+
+
+def _shortest(prompts: Prompts) -> str:
+    return _by_private_length(prompts)[0]
+
+
+def text(result: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown."""
+    lines = ["| idea | rows computed | overridden | siblings' KL | KL |", "| --- |" + " --- |" * 4]
+    for name, one in result.items():
+        if name == "shared repairs":
+            continue
+        lines.append(
+            f"| {name} | {one['rows']:.0f} | {one['overridden']:.0f} | {one['siblings']:.4f} "
+            f"| {one['all']:.4f} |"
+        )
+    shared = result["shared repairs"]
+    lines += [
+        "",
+        f"Of {shared['repaired']:.0f} repaired rows {shared['unseen']:.0f} are repaired by an "
+        "earlier sibling behind the same unseen segments, "
+        f"{shared['context']:.0f} behind the same shared segments.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""Recorded rounds, what full recompute makes of them, and ways of reuse run against that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evals.baselines import FullPrefill, PerRequestBlend
+from evals.replay import divergence_of
+from evals.workloads import find_workload, read_rounds, tokenize_round
+from tokendance.collector import KVCollector
+from tokendance.device.quantization import Quantization
+from tokendance.host.segments import Segment, private, shared
+from tokendance.host.selection import parse_selection
+from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
+from tokendance.store import DiffStore
+
+Prompts = Mapping[str, Sequence[Segment]]
+
+# What is replayed of each workload: whole rounds, the same for every way of reuse.
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "town_square": {"rounds": (1, 4)},
+    "debate": {"session": "gsm_qwen3-14b/00", "rounds": (1, 3), "chat": True},
+    "agentsociety": {"rounds": (1, 2), "agents": 8},
+    "generative_agents_25": {"rounds": (2, 3), "agents": 8, "max_private": 2},
+    "generative_agents_3": {"rounds": (1, 3)},
+}
+PIC = "pic"
+NEUTRAL = "neutral"
+OUTPUTS_AND_ALONE = "producer+alone"
+SHORT_AND_ALONE = "master+alone"
+
+
+@dataclass
+class Round:
+    """One recorded round and what full recompute makes of it.
+
+    Attributes:
+        prompts: per agent its segments.
+        outputs: per agent the tokens that the recording says it wrote, where a later round has
+            them.
+        fed: per agent full recompute's greedy continuation, without its last token.
+        logits: per agent ``[len(fed) + 1, vocabulary]``: of the prompt's last row and of ``fed``.
+    """
+
+    session: str
+    number: int
+    prompts: Prompts
+    outputs: dict[str, list[int]]
+    fed: dict[str, list[int]] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Figures:
+    """One way of reuse in one round; ``kl`` and ``top1`` are against full recompute, per agent."""
+
+    prompt_rows: int
+    rows: float
+    overridden: int
+    master_agents: list[str]
+    kl: dict[str, float]
+    top1: dict[str, float]
+
+
+def read_workload(name: str, tokenizer: Any, before: int = 0) -> list[Round]:
+    """The rounds of `WORKLOADS` and ``before`` more in front, without full recompute's part."""
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    begin, end = WORKLOADS[name]["rounds"]
+    options = {**WORKLOADS[name], "rounds": (begin - before, end)}
+    path = find_workload(name)
+    recorded = read_rounds(path, **options)
+    recorded = [one for one in recorded if one.session == recorded[0].session]
+    later = read_rounds(path, **{**options, "session": recorded[0].session, "rounds": None})
+    texts = {b.block_id: b.text for one in later for a in one.agents for b in a.blocks}
+    return [
+        Round(
+            one.session,
+            one.round,
+            tokenize_round(one, encode),
+            {a.name: encode(texts[a.output_id]) for a in one.agents if a.output_id in texts},
+        )
+        for one in recorded
+    ]
+
+
+def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
+    """Fills in what full recompute says."""
+    full = FullPrefill(model)
+    for one in rounds:
+        rows = {agent: [row] for agent, row in full.prefill_round(one.prompts).items()}
+        one.fed = {agent: [] for agent in rows}
+        for _ in range(new_tokens - 1):
+            for agent, so_far in rows.items():
+                one.fed[agent].append(int(so_far[-1].argmax()))
+            for agent, found in full.decode({a: ids[-1:] for a, ids in one.fed.items()}).items():
+                rows[agent].append(found[0])
+        one.logits = {agent: torch.stack(parts) for agent, parts in rows.items()}
+
+
+def make_engine(
+    model: Any,
+    source: str | Callable[[Segment], str],
+    selection: str,
+    quantization: Quantization | None = None,
+) -> Any:
+    """A collector over an empty store of its own, and the engine that runs it."""
+    store = DiffStore(
+        geometry_of(model),
+        rope_of(model, model.config.max_position_embeddings),
+        "16GiB",
+        block_size=8,
+        quantization=quantization,
+    )
+    return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
+
+
+def measure(
+    model: Any, way: str, rounds: Sequence[Round], before: Sequence[Round] = ()
+) -> list[Figures]:
+    """Runs a session's rounds, one after the other, by one way of reuse.
+
+    Args:
+        way: ``pic:RATIO``, ``SOURCE/SELECTION`` (as `KVCollector` and `parse_selection` name them),
+            or with a source that is none of the collector's:
+            ``neutral``: ``"master"`` with one more prompt in front that holds the first agent's
+            shared segments alone, so that no agent's private context is in any Master. Its rows
+            count. ``producer+alone``: what agents wrote by ``"producer"``, all else ``"alone"``.
+            ``master+alone``: ``"alone"`` for the segments that are longer than the workload's
+            median, ``"master"`` for the others.
+        rounds: to be measured.
+        before: whose outputs are there when the first one begins, if the source has them; nothing
+            else of them is.
+    """
+    kind, _, rest = way.partition(":" if way.startswith(PIC) else "/")
+    if kind == PIC:
+        return _measure_pic(PerRequestBlend(model, float(rest)), rounds)
+    engine = make_engine(model, source_of_way(kind, [*before, *rounds]), rest)
+    produces = kind.startswith("producer")
+    if produces:
+        for one in before:
+            _produce(engine, one)
+    return [measure_round(engine, one, kind == NEUTRAL, produces) for one in rounds]
+
+
+def source_of_way(kind: str, rounds: Sequence[Round]) -> str | Callable[[Segment], str]:
+    """The collector's source for what `measure` calls ``kind``, over rounds of one workload."""
+    if kind == OUTPUTS_AND_ALONE:
+        written = {shared(ids).digest for one in rounds for ids in one.outputs.values()}
+        return lambda segment: "producer" if segment.digest in written else "alone"
+    if kind == SHORT_AND_ALONE:
+        prompts = [prompt for one in rounds for prompt in one.prompts.values()]
+        lengths = {s.digest: s.length for prompt in prompts for s in prompt if s.is_shared}
+        middle = median(lengths.values())
+        return lambda segment: "alone" if segment.length > middle else "master"
+    return "master" if kind == NEUTRAL else kind
+
+
+def _produce(engine: Any, one: Round) -> None:
+    """Leaves a round's outputs in the store, decoded behind prompts that reuse nothing."""
+    plan = engine.collector.plan(
+        {agent: [private(s.token_ids) for s in prompt] for agent, prompt in one.prompts.items()}
+    )
+    engine.prefill(plan)
+    engine.decode(plan, one.outputs)
+    plan.commit()
+    for agent in one.prompts:
+        engine.collector.store.release(agent)
+
+
+def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figures]:
+    result = []
+    for one in rounds:
+        first = system.prefill_round(one.prompts)
+        rest = system.decode(one.fed)
+        logits = {agent: torch.cat([row[None], rest[agent]]) for agent, row in first.items()}
+        stats = system.stats
+        result.append(
+            Figures(
+                stats.prompt_rows,
+                stats.rows,
+                stats.rows_overridden,
+                [],
+                *compare(one.logits, logits),
+            )
+        )
+    return result
+
+
+def measure_round(
+    engine: Any, one: Round, neutral: bool = False, produces: bool = False
+) -> Figures:
+    """Runs and commits a round, with what its agents wrote if a later round is to find it."""
+    prompts = dict(one.prompts)
+    if neutral:
+        first = next(iter(prompts.values()))
+        prompts = {NEUTRAL: [segment for segment in first if segment.is_shared], **prompts}
+    plan = engine.collector.plan(prompts)
+    first = engine.prefill(plan)
+    rest = engine.decode(plan, one.fed)
+    figures = Figures(
+        sum(segment.length for prompt in one.prompts.values() for segment in prompt),
+        plan.rows_computed,
+        plan.rows_overridden,
+        [agent for agent in plan.master_agents if agent != NEUTRAL],
+        *compare(one.logits, {a: torch.cat([first[a][None], rest[a]]) for a in one.prompts}),
+    )
+    for agent, ids in one.fed.items():
+        plan.truncate(agent, plan.length(agent) - len(ids))
+    if one.outputs and produces:
+        engine.decode(plan, one.outputs)
+    plan.commit()
+    if neutral:
+        engine.collector.store.release(NEUTRAL)
+    return figures
+
+
+def compare(
+    reference: Mapping[str, Tensor], logits: Mapping[str, Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Per agent KL(reference || logits) in nats and the share of equal likeliest tokens."""
+    kl = {a: float(divergence_of(rows, logits[a]).mean()) for a, rows in reference.items()}
+    top1 = {
+        a: float((rows.argmax(-1) == logits[a].argmax(-1)).double().mean())
+        for a, rows in reference.items()
+    }
+    return kl, top1

@@ -1,0 +1,4 @@
+"""What is computed: pools of pages, rotation tables, operators.
+
+May import: this package, and of `tokendance.host` the record of a step and what it is made of.
+"""

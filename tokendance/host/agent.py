@@ -1,0 +1,271 @@
+"""One agent while its round runs: a Mirror that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokendance.host.decide import AgentLayout
+from tokendance.host.mirror import (
+    Master,
+    Mirror,
+    Pages,
+    Use,
+    Uses,
+    empty_masks,
+    no_pages,
+    no_positions,
+    pages_for,
+    slots_at,
+)
+from tokendance.host.round import IntArray
+
+
+class Phase(Enum):
+    """How far an agent of a plan is."""
+
+    WAITING = "waiting"  # its prompt has no pages yet
+    PREFILL = "prefill"  # some of its rows are not computed yet
+    DECODE = "decode"
+    SUSPENDED = "suspended"  # its own rows have no pages on the device
+    ENDED = "ended"  # committed or aborted
+
+
+class AgentState(Mirror):
+    """One agent's KV while its round runs.
+
+    Attributes:
+        agent: its name; None for what is computed for no agent: a segment without context, or the
+            Masters of an agent that was aborted.
+        layout: what was decided for the agent.
+        serial: a number that grows with every state: rows never see rows of a later one.
+        pending: int32, positions that are still to be computed, ascending.
+        candidates: uses whose rows `KeyDeviation` has not chosen yet.
+        awaited: uses of Masters that another state is still computing.
+        output: the Master that holds the decoded rows, or None before the first.
+        output_ids: the decoded tokens that were fed.
+        busy: whether an open step has rows of it.
+        host_pages: where its own pages lie in host memory while it is suspended, or None.
+    """
+
+    def __init__(
+        self,
+        layout: AgentLayout,
+        own_pages: Pages,
+        carried: IntArray,
+        block_size: int,
+        serials: count[int],
+    ) -> None:
+        super().__init__(
+            layout.segments,
+            layout.length,
+            layout.uses,
+            own_pages,
+            np.concatenate([carried, layout.own]),
+            layout.exact_length,
+        )
+        self.agent = layout.agent
+        self.layout = layout
+        self.serial = next(serials)
+        self.pending: IntArray = layout.own
+        if layout.made:
+            computed = np.zeros(layout.length, dtype=bool)
+            computed[layout.own] = True
+            for use in layout.made:
+                computed[use.delta : use.delta + use.length] = True
+            self.pending = np.flatnonzero(computed).astype(np.int32)
+        made = {use.master.serial for use in layout.made}
+        self.awaited = [
+            layout.uses[i]
+            for i, master in enumerate(layout.uses.masters)
+            if not master.is_computed and master.serial not in made
+        ]
+        self.candidates = list(layout.candidates)
+        self.output: Master | None = None
+        self.output_ids: list[int] = []
+        self.busy = False
+        self.ended = False
+        self.host_pages: Pages | None = None
+        self._block_size = block_size
+
+    @property
+    def phase(self) -> Phase:
+        if self.ended:
+            return Phase.ENDED
+        if self.host_pages is not None:
+            return Phase.SUSPENDED
+        return Phase.PREFILL if len(self.pending) else Phase.DECODE
+
+    # Rows -----------------------------------------------------------------------------------------
+
+    def slots(self, positions: IntArray) -> NDArray[np.int64]:
+        """Pool rows where the KV of computed rows is kept; -1 for rows that are not kept."""
+        slots = np.full(len(positions), -1, dtype=np.int64)
+        if len(self.own_position):
+            index = np.searchsorted(self.own_position, positions)
+            index = np.minimum(index, len(self.own_position) - 1)
+            own = self.own_position[index] == positions
+            slots[own] = slots_at(self.own_pages, index[own], self._block_size)
+        prompt = positions < self.layout.length
+        written = list(self.layout.made) if prompt.any() else []
+        if self.output is not None and not prompt.all():
+            written.append(self.uses[-1])
+        for use in written:
+            inside = (positions >= use.delta) & (positions < use.delta + use.length)
+            rows = positions[inside] - use.delta
+            slots[inside] = slots_at(use.master.pages, rows, self._block_size)
+        return slots
+
+    def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
+        """Tokens at positions of the prompt and of the output so far."""
+        parts = [segment.token_ids for segment in self.segments]
+        output = np.array(self.output_ids, dtype=np.int64)
+        return np.concatenate([no_positions(), *parts, output])[positions].astype(np.int64)
+
+    def rows_to_choose(self) -> IntArray:
+        """Positions of the rows that `KeyDeviation` chooses from."""
+        parts = [
+            np.arange(use.delta, use.delta + use.length, dtype=np.int32) for use in self.candidates
+        ]
+        return np.concatenate([no_positions(), *parts])
+
+    def settle(self, chosen: Mapping[int, IntArray]) -> None:
+        """Makes the rows that have been chosen, by serial of their Master, own rows to be computed.
+
+        Their pages were taken with the plan.
+        """
+        for use in self.candidates:
+            if use.master.serial not in chosen:
+                continue
+            rows = chosen[use.master.serial]
+            rows = rows[rows < use.length]
+            use.override(rows, self._block_size)
+            positions = (use.delta + rows).astype(np.int32)
+            self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
+            self.pending = np.union1d(self.pending, positions).astype(np.int32)
+        self.candidates = [use for use in self.candidates if use.master.serial not in chosen]
+
+    def first_unseeable(self, available: Mapping[int, int]) -> int:
+        """The first position that sees a Master's row that nobody has computed yet.
+
+        Args:
+            available: by serial, rows of Masters that are computed by the end of a step, of those
+                that are not just what `Master.computed` says.
+        """
+        self.awaited = [use for use in self.awaited if not use.master.is_computed]
+        first = int(np.iinfo(np.int32).max)
+        for use in self.awaited:
+            rows = available.get(use.master.serial, use.master.computed)
+            if rows < use.length:
+                first = min(first, use.delta + rows)
+        return first
+
+    def computed_of(self, use: Use, pending: IntArray) -> int:
+        """Rows of a Master that this agent makes, when only ``pending`` is left to be computed."""
+        inside = pending[(pending >= use.delta) & (pending < use.delta + use.length)]
+        return int(inside[0]) - use.delta if len(inside) else use.length
+
+    def advance(self, last: int) -> list[Master]:
+        """Counts rows up to position ``last`` as computed; returns the Masters that are finished
+        by it."""
+        self.pending = self.pending[self.pending > last]
+        finished: list[Master] = []
+        for use in self.layout.made:
+            if not use.master.is_computed:
+                use.master.computed = self.computed_of(use, self.pending)
+                if use.master.is_computed:
+                    finished.append(use.master)
+        return finished
+
+    def give_up_from(self, end: int) -> None:
+        """Nothing from position ``end`` on is computed any more."""
+        self.pending = self.pending[self.pending < end]
+        self.candidates = [use for use in self.candidates if use.delta < end]
+
+    # Output ---------------------------------------------------------------------------------------
+
+    def pages_to_extend(self, tokens: int) -> int:
+        """Pages that so many more decoded rows need."""
+        pages = len(self.output.pages) if self.output else 0
+        return pages_for(len(self.output_ids) + tokens, self._block_size) - pages
+
+    def extend(self, token_ids: Sequence[int], pages: Pages) -> Master | None:
+        """Appends decoded tokens, whose rows go to the last pages and ``pages``.
+
+        Returns:
+            The Master of the output if this call made it: it is to be held.
+        """
+        made = None
+        if self.output is None:
+            exact = self.exact_length == self.length
+            seen = frozenset(one.digest for one in self.segments if one.is_shared)
+            origin, context = self.length, self.layout.context
+            made = self.output = Master(b"", 0, origin, context, exact, seen)
+        self.output.pages = np.concatenate([self.output.pages, pages])
+        self.output_ids += token_ids
+        self._set_output_length()
+        return made
+
+    def shorten(self, length: int) -> tuple[Pages, Master | None]:
+        """Undoes `extend` down to a length between that of the prompt and the present one.
+
+        Returns:
+            Pages to be given back, and the output's Master if there is none any more.
+        """
+        if self.output is None:
+            return no_pages(), None
+        kept = length - self.layout.length
+        needed = pages_for(kept, self._block_size)
+        pages = self.output.pages[needed:]
+        self.output.pages = self.output.pages[:needed]
+        del self.output_ids[kept:]
+        self._set_output_length()
+        if kept:
+            return pages, None
+        self.uses = self.layout.uses
+        gone, self.output = self.output, None
+        return pages, gone
+
+    def _set_output_length(self) -> None:
+        assert self.output is not None
+        length = len(self.output_ids)
+        self.output.length = self.output.computed = length
+        self.length = self.layout.length + length
+        use = Use(self.output, self.layout.length, length, empty_masks(length, self._block_size))
+        self.uses = self.layout.uses.followed_by(Uses.of([use], self._block_size))
+        if self.output.exact:
+            self.exact_length = self.length
+
+    def recompute_output(self) -> None:
+        """The output's rows are computed again, behind the prompt's."""
+        rows = np.arange(self.layout.length, self.length, dtype=np.int32)
+        self.pending = np.union1d(self.pending, rows).astype(np.int32)
+
+    # Pages ----------------------------------------------------------------------------------------
+
+    @property
+    def private_pages(self) -> Pages:
+        """Pages that hold what only this agent has: own rows and the output's."""
+        return np.concatenate([self.own_pages, self.output.pages if self.output else no_pages()])
+
+    def move_to(self, pages: Pages) -> None:
+        """The private pages are these from now on."""
+        own = len(self.own_pages)
+        self.own_pages = pages[:own]
+        if self.output is not None:
+            self.output.pages = pages[own:]
+
+    def mirror(self, segments: tuple[object, ...]) -> Mirror:
+        """What stays of the agent when it is committed."""
+        return Mirror(
+            segments,  # type: ignore[arg-type]
+            self.length,
+            self.uses,
+            self.own_pages,
+            self.own_position,
+            self.exact_length,
+        )

@@ -1,0 +1,312 @@
+"""Who uses which page and which Master: the books of a store.
+
+Plans lease pages, Mirrors own them and hold Masters, and Masters that nobody holds stay until their
+pages are wanted. All of that is counted here and nowhere else: a page is free when the books say
+so. What an allocator gives is checked; what this package's modules ask for is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from tokendance.host.mirror import Master, Mirror, Pages, no_pages
+
+Allocate: TypeAlias = Callable[[int], Sequence[int] | None]
+"""Gives so many page ids that nobody else uses. None, or an exception, means that it has fewer."""
+
+Free: TypeAlias = Callable[[Sequence[int]], None]
+"""Takes page ids back."""
+
+
+class OutOfPagesError(RuntimeError):
+    """The pool has fewer free pages than asked for, and nothing is left to evict."""
+
+
+class PageAllocator:
+    """Page ids of a pool: of a list of its own, or of an engine's allocator.
+
+    Args:
+        num_pages: of the pool.
+        allocate, free: the engine's; None for a list of its own.
+        num_free: how many pages ``allocate`` could give now; None if the engine does not say.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        allocate: Allocate | None = None,
+        free: Free | None = None,
+        num_free: Callable[[], int] | None = None,
+    ) -> None:
+        self.num_pages = num_pages
+        if allocate is None or free is None:
+            ids = list(range(num_pages - 1, -1, -1))
+            allocate, free, num_free = _popper(ids), ids.extend, ids.__len__
+        self._allocate = allocate
+        self._free = free
+        self._num_free = num_free
+
+    @property
+    def num_free(self) -> int | None:
+        """Pages that could be given now; None if the engine does not say."""
+        return None if self._num_free is None else self._num_free()
+
+    def allocate(self, count: int) -> Pages | None:
+        """Takes ``count`` pages; None if there are fewer.
+
+        Raises:
+            ValueError: the engine gave something else than ``count`` different page ids of the
+                pool; it has got them back.
+        """
+        if count == 0:
+            return no_pages()
+        if count > self.num_pages:
+            return None
+        try:
+            given = self._allocate(count)
+        except Exception:  # whatever an engine's allocator raises when it is full
+            return None
+        if given is None:
+            return None
+        pages = np.asarray(given)
+        if pages.shape != (count,):
+            wrong = f"{count} page ids, got {list(pages.shape)}"
+        elif not np.issubdtype(pages.dtype, np.integer):
+            wrong = f"integers, got {pages.dtype}"
+        elif pages.min() < 0 or pages.max() >= self.num_pages:
+            wrong = f"pages 0..{self.num_pages - 1}, got {pages.min()}..{pages.max()}"
+        elif count > 1 and len(np.unique(pages)) < count:
+            wrong = f"{count} different pages, got {len(np.unique(pages))}"
+        else:
+            return pages.astype(np.int32)
+        self._free(given)
+        raise ValueError(f"allocate: expected {wrong}")
+
+    def free(self, pages: Pages) -> None:
+        """Gives pages back."""
+        if len(pages):
+            self._free(pages.tolist())
+
+
+def _popper(free: list[int]) -> Allocate:
+    def allocate(count: int) -> list[int] | None:
+        if count > len(free):
+            return None
+        taken = free[len(free) - count :]
+        del free[len(free) - count :]
+        return taken[::-1]
+
+    return allocate
+
+
+class Books:
+    """Users of the pages of a pool.
+
+    Attributes:
+        masters: by digest, those that later rounds find: all their rows are computed.
+        making: by digest, those that are being computed; a later plan may use them and waits for
+            their rows.
+        mirrors: by agent.
+        evictions: Masters dropped to make room.
+    """
+
+    def __init__(self, allocator: PageAllocator) -> None:
+        self.masters: dict[bytes, Master] = {}
+        self.making: dict[bytes, Master] = {}
+        self.mirrors: dict[str, Mirror] = {}
+        self.evictions = 0
+        self._allocator = allocator
+        self._page_users = np.zeros(allocator.num_pages, dtype=np.int32)
+        self._used = 0
+        # Stored Masters that nobody holds, the longest idle first, and how many pages they have.
+        self._idle: dict[int, Master] = {}
+        self._idle_pages = 0
+        self._clock = 0
+
+    # Pages ----------------------------------------------------------------------------------------
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return self._allocator.num_pages
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that have a user here, idle Masters among them."""
+        return self._used
+
+    @property
+    def evictable_pages(self) -> int:
+        """Pages of Masters that nobody holds."""
+        return self._idle_pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be taken without an eviction.
+
+        Where an engine's allocator does not say how many it has, all that are not used here.
+        """
+        free = self._allocator.num_free
+        return self.num_pages - self._used if free is None else free
+
+    def take_pages(self, count: int) -> Pages:
+        """Takes pages, evicting Masters that nobody uses, the longest idle first.
+
+        Raises:
+            OutOfPagesError: nothing was taken; Masters may have been evicted, unless the pool would
+                have been too small without any of them.
+            ValueError: the engine's allocator gave pages that are in use, or none of the pool.
+        """
+        pages = self._allocator.allocate(count)
+        if pages is None:
+            held = self._used - self._idle_pages
+            free = self._allocator.num_free
+            reach = self.num_pages - held if free is None else free + self._idle_pages
+            if count <= reach:
+                pages = self._evict_and_take(count, free)
+        if pages is None:
+            raise OutOfPagesError(
+                f"capacity: expected {count} free pages, got {self.free_pages} and "
+                f"{self._idle_pages} of idle Masters, of {self.num_pages}; release or suspend "
+                "agents, or enlarge the store"
+            )
+        used = self._page_users[pages] > 0
+        if used.any():
+            self._allocator.free(pages[~used])
+            raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
+        self._page_users[pages] = 1
+        self._used += count
+        return pages
+
+    def _evict_and_take(self, count: int, free: int | None) -> Pages | None:
+        if free is not None:
+            self.evict(count - free)
+            return self._allocator.allocate(count)
+        # An engine that does not say what it has is asked again after each Master.
+        while self._idle:
+            self.evict(1)
+            pages = self._allocator.allocate(count)
+            if pages is not None:
+                return pages
+        return None
+
+    def share_pages(self, pages: Pages) -> None:
+        """Adds one user to each page."""
+        self._page_users[pages] += 1
+
+    def drop_pages(self, pages: Pages) -> None:
+        """Takes one user from each page; pages without users go back to the pool."""
+        if not len(pages):
+            return
+        self._page_users[pages] -= 1
+        left = self._page_users[pages]
+        assert (left >= 0).all(), "pages that were given back before"
+        unused = pages[left == 0]
+        self._used -= len(unused)
+        self._allocator.free(unused)
+
+    def evict(self, pages: int) -> int:
+        """Drops idle Masters, the longest idle first, until so many pages have been given back.
+
+        Returns:
+            Pages given back: fewer if there were no more idle Masters, more if the last one had
+            more.
+        """
+        given = 0
+        while given < pages and self._idle:
+            master = next(iter(self._idle.values()))
+            self._no_longer_idle(master)
+            del self.masters[master.digest]
+            master.stored = False
+            given += len(master.pages)
+            self._give_back(master)
+            self.evictions += 1
+        return given
+
+    # Masters --------------------------------------------------------------------------------------
+
+    def hold(self, masters: Sequence[Master]) -> None:
+        """Keeps Masters from being evicted until they are let go, as often as each is held."""
+        for master in masters:
+            if master.holders == 0 and master.stored:
+                self._no_longer_idle(master)
+            master.holders += 1
+            self._touch(master)
+
+    def let_go(self, masters: Sequence[Master]) -> None:
+        """Ends a `hold`. A Master that nothing refers to any more gives its pages back."""
+        for master in masters:
+            master.holders -= 1
+            if master.holders:
+                continue
+            if master.stored:
+                self._idle[master.serial] = master
+                self._idle_pages += len(master.pages)
+                self._touch(master)
+            else:
+                if self.making.get(master.digest) is master:
+                    del self.making[master.digest]
+                self._give_back(master)
+
+    def idle_pages_of(self, masters: Sequence[Master]) -> int:
+        """Pages of those among the Masters that nobody holds yet; each counts once."""
+        idle = {one.serial: len(one.pages) for one in masters if one.serial in self._idle}
+        return sum(idle.values())
+
+    def _touch(self, master: Master) -> None:
+        self._clock += 1
+        master.last_used = self._clock
+
+    def _no_longer_idle(self, master: Master) -> None:
+        del self._idle[master.serial]
+        self._idle_pages -= len(master.pages)
+
+    def _give_back(self, master: Master) -> None:
+        self.drop_pages(master.pages)
+        master.pages = no_pages()
+
+    def announce(self, master: Master) -> None:
+        """Lets later plans find a Master that is going to be computed; the first one stays."""
+        if master.digest not in self.masters:
+            self.making.setdefault(master.digest, master)
+
+    def publish(self, master: Master) -> None:
+        """Lets later rounds find a finished Master by its digest; the first one of a digest stays.
+
+        The Master is held by whoever computed it.
+        """
+        if self.making.get(master.digest) is master:
+            del self.making[master.digest]
+        if not master.stored and master.digest not in self.masters:
+            self.masters[master.digest] = master
+            master.stored = True
+
+    def take_over(self, masters: Sequence[Master]) -> None:
+        """Masters of another store, the longest idle first, whose pages have been taken."""
+        for master in masters:
+            self._touch(master)
+            if master.stored:
+                self.masters[master.digest] = master
+                self._idle[master.serial] = master
+                self._idle_pages += len(master.pages)
+
+    # Mirrors --------------------------------------------------------------------------------------
+
+    def put(self, agent: str, mirror: Mirror) -> None:
+        """Makes ``mirror`` the agent's KV; its earlier one is dropped.
+
+        One use of each of the Mirror's own pages is taken over, and its Masters are held.
+        """
+        self.hold(mirror.uses.masters)
+        if agent in self.mirrors:
+            self.drop(agent)
+        self.mirrors[agent] = mirror
+
+    def drop(self, agent: str) -> None:
+        """Forgets the agent's Mirror."""
+        mirror = self.mirrors.pop(agent)
+        self.let_go(mirror.uses.masters)
+        self.drop_pages(mirror.own_pages)

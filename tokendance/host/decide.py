@@ -1,0 +1,488 @@
+"""What a round reuses and what it computes: decided by content, before any page is taken.
+
+The result for each agent is a list of spans that tile its prompt. Nothing here touches a device or
+changes a store; `KVCollector.plan` leases pages for what this decides. The loops over places and
+rows are C++ (csrc/planner/layout.cpp): here prompts become numbers, and numbers layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import chain as put_together
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokendance import _planner
+from tokendance.host.mirror import Master, Mirror, Use, Uses, pages_for
+from tokendance.host.round import IntArray
+from tokendance.host.segments import Segment, chain
+from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Selection
+
+Find = Callable[[Segment], tuple[Master, int] | None]
+"""The stored Master of a segment and how many of the segment's rows it has, or None."""
+
+
+class Source(Enum):
+    """Where the Master of a segment that is not stored comes from.
+
+    MASTER: an agent of the round computes it in its own prompt (docs/guide.md).
+    ALONE: it is computed without any context, as position-independent caching does (PIC).
+    PRODUCER: as MASTER, but the decoded output of an agent becomes a stored Master at commit, as
+        the agent that wrote it computed it.
+    """
+
+    MASTER = "master"
+    ALONE = "alone"
+    PRODUCER = "producer"
+
+
+Sources: TypeAlias = Source | Callable[[Segment], str]
+"""One for all segments, or the name of each one's by the segment."""
+
+
+def source_of(source: Sources, segment: Segment) -> Source:
+    """Raises ``ValueError`` for a name that is none of a `Source`."""
+    if isinstance(source, Source):
+        return source
+    name = source(segment)
+    try:
+        return Source(name)
+    except ValueError:
+        known = [one.value for one in Source]
+        raise ValueError(f"source: expected one of {known}, got {name!r} of {segment}") from None
+
+
+class Origin(Enum):
+    """Where rows of a prompt come from."""
+
+    EARLIER = "earlier"  # the agent's own KV of an earlier round, at the same positions
+    OWN = "own"  # computed, kept by this agent
+    MASTER = "master"  # computed, the first copy, kept as a Master
+    EXACT = "exact"  # reused from a Master of the same context
+    REUSED = "reused"  # reused from a Master of another context
+    REPAIRED = "repaired"  # reused, but recomputed in this agent's context and overridden
+
+
+@dataclass(frozen=True)
+class OptedOut:
+    """Who and what takes part in no reuse but the exact one, as under `Everything`.
+
+    Attributes:
+        agents: names. Such an agent takes over no inexact row; others may reuse what it computes.
+        segments: digests. Such a segment is computed in every prompt.
+    """
+
+    agents: frozenset[str] = frozenset()
+    segments: frozenset[bytes] = frozenset()
+
+
+_MAX_LENGTH = np.iinfo(np.int32).max  # positions are int32
+
+ORIGINS = tuple(Origin)
+"""By the numbers that the planner has for them."""
+
+
+class Span(NamedTuple):
+    """Rows ``begin .. end - 1`` of a prompt and where they come from."""
+
+    begin: int
+    end: int
+    origin: Origin
+
+
+@dataclass(eq=False)
+class AgentLayout:
+    """What one agent reuses and computes.
+
+    Attributes:
+        agent: its name; of a segment that is computed alone, None.
+        segments, length: the prompt.
+        earlier: the agent's Mirror whose first ``prefix`` rows are taken over, or None.
+        prefix: rows taken over.
+        uses: of the whole prompt; overrides of selected rows are marked.
+        made: uses among ``uses`` whose Master this agent computes.
+        candidates: uses whose rows `KeyDeviation` chooses while the round runs.
+        own: int32, positions that the agent computes and keeps, ascending.
+        ends, origins: of the spans that tile the prompt: where each ends, int32, and the number in
+            `ORIGINS` of where its rows come from, uint8.
+        exact_length: rows before the first inexact one.
+        logit_rows: how many of the last rows the engine wants logits of.
+    """
+
+    agent: str | None
+    segments: tuple[Segment, ...]
+    length: int
+    earlier: Mirror | None
+    prefix: int
+    uses: Uses
+    made: list[Use]
+    candidates: list[Use]
+    own: IntArray
+    ends: IntArray
+    origins: NDArray[np.uint8]
+    exact_length: int
+    logit_rows: int = 1
+
+    @property
+    def spans(self) -> list[Span]:
+        ends = self.ends.tolist()
+        origins = [ORIGINS[number] for number in self.origins]
+        return [Span(*span) for span in zip([0, *ends], ends, origins, strict=False)]
+
+    @cached_property
+    def context(self) -> bytes:
+        """Chained digest of the whole prompt."""
+        context = b""
+        for segment in self.segments:
+            context = chain(context, segment.digest)
+        return context
+
+
+def lay_out(
+    prompts: Mapping[str, Sequence[Segment]],
+    find: Find,
+    mirrors: Mapping[str, Mirror],
+    selection: Selection,
+    source: Sources,
+    block_size: int,
+    max_length: int = _MAX_LENGTH,
+    opted_out: OptedOut = OptedOut(),
+) -> list[AgentLayout]:
+    """Decides a round. The layouts come in the order in which they must be computed.
+
+    Args:
+        prompts: the segments of every agent's prompt. Empty segments do not count.
+        find: looks a segment up among the stored Masters.
+        mirrors: the agents' KV of earlier rounds.
+        selection: which reused rows are recomputed.
+        source: where Masters that are not stored come from.
+        block_size: rows of a page. A shared segment shorter than half a page is not worth a page of
+            its own: every agent computes it.
+        max_length: of a prompt, in tokens.
+        opted_out: who and what is computed whatever the selection.
+
+    Raises:
+        ValueError: a prompt is longer than that, or an unknown source of a segment.
+    """
+    numbers = _Numbers(prompts)
+    for agent, length in zip(prompts, numbers.lengths.tolist(), strict=True):
+        if length > max_length:
+            raise ValueError(
+                f"prompts[{agent!r}]: expected at most {max_length} tokens (the rotation tables' "
+                f"positions), got {length}"
+            )
+    if isinstance(selection, Everything):
+        opted_out = OptedOut(frozenset(prompts))
+    earlier = [
+        _taken_over(agent, numbers.prompts[a], mirrors.get(agent), opted_out)
+        for a, agent in enumerate(prompts)
+    ]
+    prefix = np.array([rows for _, rows in earlier], dtype=np.int32)
+    round_ = _planner.RoundLayout(
+        numbers.indptr, numbers.segment, numbers.is_shared, numbers.length, prefix
+    )
+    masters = _match(round_, numbers, find, earlier, selection, source, block_size, opted_out)
+    repaired = np.zeros(len(numbers.segment), dtype=np.int32)
+    if isinstance(selection, LeadingTokens):
+        unseen = round_.unseen
+        starts = np.flatnonzero(unseen >= 0)
+        prompt = np.repeat(numbers.lengths, np.diff(numbers.indptr))
+        repaired[starts] = selection.rows_of(unseen[starts], prompt[starts])
+    return _layouts(numbers, masters, earlier, round_, repaired, selection, block_size)
+
+
+_Earlier = tuple[Mirror | None, int]
+"""An agent's earlier KV, and how many of its rows the prompt takes over; None where none."""
+
+
+def _match(
+    round_: _planner.RoundLayout,
+    numbers: _Numbers,
+    find: Find,
+    earlier: Sequence[_Earlier],
+    selection: Selection,
+    source: Sources,
+    block_size: int,
+    opted_out: OptedOut,
+) -> list[Master]:
+    """Finds what the round reuses and makes; returns all Masters, by number."""
+    context = np.full(len(numbers.segment), -1, dtype=np.int32)
+    for a, (mirror, _) in enumerate(earlier):
+        if mirror is not None:
+            context[numbers.places(a)] = numbers.contexts_of(mirror, a)
+    found = [find(one) if one.is_shared else None for one in numbers.segments]
+    masters = [one[0] for one in found if one]
+    stored = np.full(len(found), -1, dtype=np.int32)
+    stored[[e for e, one in enumerate(found) if one]] = np.arange(len(masters))
+    alone = np.zeros(len(found), dtype=np.uint8)
+    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
+    if not isinstance(selection, Everything):
+        for e, one in enumerate(numbers.segments):
+            alone[e] = one.is_shared and source_of(source, one) is Source.ALONE
+    round_.match(
+        exact_prefix=np.array(
+            [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
+            dtype=np.int32,
+        ),
+        earlier_context=context,
+        agent_computes=np.array([a in opted_out.agents for a in numbers.agents], dtype=np.uint8),
+        segment_computes=np.array(
+            [one.digest in opted_out.segments for one in numbers.segments], dtype=np.uint8
+        ),
+        stored=stored,
+        stored_rows=np.array([one[1] if one else 0 for one in found], dtype=np.int32),
+        master_context=np.array([numbers.context(m.context) for m in masters], dtype=np.int32),
+        master_is_exact=np.array([m.exact for m in masters], dtype=np.uint8),
+        master_has_seen=numbers.seen_by(masters),
+        shortest=block_size // 2,
+        alone=alone,
+        # Only where inexact rows are reused does it matter what a Master has seen.
+        informed=isinstance(selection, LeadingTokens | KeyDeviation),
+        lone=isinstance(selection, LeadingTokens),
+        chain=numbers.chain,
+    )
+    for agent, segment, origin, number, place, is_exact in round_.made:
+        digest, length = numbers.segments[segment].digest, int(numbers.length[segment])
+        seen = numbers.shared_before(agent, place)
+        masters.append(Master(digest, length, origin, numbers.digests[number], is_exact, seen))
+    return masters
+
+
+def _layouts(
+    numbers: _Numbers,
+    masters: Sequence[Master],
+    earlier: Sequence[_Earlier],
+    round_: _planner.RoundLayout,
+    repaired: IntArray,
+    selection: Selection,
+    block_size: int,
+) -> list[AgentLayout]:
+    """The layouts in the order in which they must be computed."""
+    made = round_.made
+    layouts = [
+        _layout_alone(master, numbers.segments[segment], block_size)
+        for master, (agent, segment, *_) in zip(
+            masters[len(masters) - len(made) :], made, strict=True
+        )
+        if agent < 0
+    ]
+    tiles = round_.tile(repaired, block_size)
+    serial = np.array([master.serial for master in masters], dtype=np.int64)
+    exact_length = round_.exact_length.tolist()
+    makers = {agent for agent, *_ in made}
+    chooses = isinstance(selection, KeyDeviation)
+    for a in round_.order.tolist():
+        use, mask = _of(tiles["use_indptr"], a), _of(tiles["mask_indptr"], a)
+        span, own = _of(tiles["span_indptr"], a), _of(tiles["own_indptr"], a)
+        # Copies: who keeps a part does not keep the round.
+        uses = Uses(
+            [masters[master] for master in tiles["use_master"][use].tolist()],
+            tiles["use_delta"][use].copy(),
+            tiles["use_length"][use].copy(),
+            tiles["masks"][mask].copy(),
+            block_size,
+            serial[tiles["use_master"][use]],
+        )
+        mirror, prefix = earlier[a]
+        carried = 0
+        if mirror is not None:
+            taken = mirror.uses.cut(prefix)
+            uses, carried = taken.followed_by(uses), len(taken)
+        made_uses: list[Use] = []
+        candidates: list[Use] = []
+        if a in makers or chooses:
+            for i, number in enumerate(tiles["use_origin"][use].tolist(), carried):
+                if ORIGINS[number] is Origin.MASTER:
+                    made_uses.append(uses[i])
+                elif ORIGINS[number] is Origin.REUSED and chooses:
+                    candidates.append(uses[i])
+        layouts.append(
+            AgentLayout(
+                numbers.agents[a],
+                numbers.prompts[a],
+                int(numbers.lengths[a]),
+                mirror,
+                prefix,
+                uses,
+                made_uses,
+                candidates,
+                tiles["own"][own].copy(),
+                tiles["span_end"][span].copy(),
+                tiles["span_origin"][span].copy(),
+                exact_length[a],
+            )
+        )
+    return layouts
+
+
+def _of(indptr: IntArray, index: int) -> slice:
+    return slice(int(indptr[index]), int(indptr[index + 1]))
+
+
+def _layout_alone(master: Master, segment: Segment, block_size: int) -> AgentLayout:
+    """Of a segment that is computed without a context, for no agent."""
+    length = master.length
+    masks = np.zeros(pages_for(length, block_size), dtype=np.uint32)
+    uses = Uses.of([Use(master, 0, length, masks)], block_size)
+    return AgentLayout(
+        None,
+        (segment,),
+        length,
+        None,
+        0,
+        uses,
+        [uses[0]],
+        [],
+        np.empty(0, dtype=np.int32),
+        np.array([length], dtype=np.int32),
+        np.array([ORIGINS.index(Origin.MASTER)], dtype=np.uint8),
+        length,
+    )
+
+
+class _Numbers:
+    """The prompts of a round in numbers: segments of one digest have one, contexts too.
+
+    Attributes:
+        agents: their names.
+        prompts: each agent's segments, without empty ones.
+        lengths: int64, tokens of each prompt.
+        indptr: int32 ``[N + 1]``, places of each prompt.
+        segment: int32, by place, the number of its segment.
+        is_shared: uint8, by place.
+        segments: by number; of several with one digest, one that is shared if there is one.
+        length: int32, by number, tokens.
+        number: of a digest.
+        digests: of contexts, by number; 0 is the empty context.
+    """
+
+    def __init__(self, prompts: Mapping[str, Sequence[Segment]]) -> None:
+        self.agents = list(prompts)
+        self.prompts = [tuple(segments) for segments in prompts.values()]
+        # A segment stands in many prompts: what is asked of it is asked once.
+        everywhere = list(put_together.from_iterable(self.prompts))
+        keys = list(map(id, everywhere))
+        objects = dict(zip(keys, everywhere, strict=True))
+        if not all(map(len, objects.values())):
+            self.prompts = [tuple(filter(len, segments)) for segments in self.prompts]
+            keys = list(map(id, put_together.from_iterable(self.prompts)))
+            objects = {key: one for key, one in objects.items() if len(one)}
+        self.number: dict[bytes, int] = {}
+        self.segments: list[Segment] = []
+        for one in objects.values():
+            e = self.number.setdefault(one.digest, len(self.segments))
+            if e == len(self.segments):
+                self.segments.append(one)
+            elif one.is_shared:
+                self.segments[e] = one
+        every = list(objects.values())
+        number = np.array([self.number[one.digest] for one in every], dtype=np.int32)
+        shared = np.array([one.is_shared for one in every], dtype=np.uint8)
+        self.length = np.array([len(one) for one in self.segments], dtype=np.int32)
+        self.indptr = np.zeros(len(self.prompts) + 1, dtype=np.int32)
+        np.cumsum([len(segments) for segments in self.prompts], out=self.indptr[1:])
+        index = {key: i for i, key in enumerate(objects)}
+        places = np.fromiter(map(index.__getitem__, keys), dtype=np.intp, count=len(keys))
+        self.segment = number[places]
+        self.is_shared = shared[places]
+        ends = np.concatenate([[0], np.cumsum(self.length[self.segment], dtype=np.int64)])
+        self.lengths = np.diff(ends[self.indptr])
+        self.digests = [b""]
+        self._context = {b"": 0}
+        self._shared: dict[int, tuple[list[bytes], list[int]]] = {}
+
+    def context(self, digest: bytes) -> int:
+        """The number of a context."""
+        number = self._context.setdefault(digest, len(self.digests))
+        if number == len(self.digests):
+            self.digests.append(digest)
+        return number
+
+    def chain(self, context: int, segment: int) -> int:
+        """The number of a context followed by a segment."""
+        return self.context(chain(self.digests[context], self.segments[segment].digest))
+
+    def places(self, agent: int) -> slice:
+        """Of an agent's prompt."""
+        return _of(self.indptr, agent)
+
+    def contexts_of(self, mirror: Mirror, agent: int) -> IntArray:
+        """Of the agent's places: where a Master of its earlier KV begins, that Master's context."""
+        lengths = self.length[self.segment[self.places(agent)]]
+        begins = np.cumsum(lengths) - lengths
+        earlier = {use.delta: self.context(use.master.context) for use in mirror.uses}
+        return np.array([earlier.get(begin, -1) for begin in begins.tolist()], dtype=np.int32)
+
+    def seen_by(self, masters: Sequence[Master]) -> NDArray[np.uint8]:
+        """Which segments of the round Masters have seen, as 0 and 1."""
+        seen = np.zeros((len(masters), len(self.segments)), dtype=np.uint8)
+        for line, master in zip(seen, masters, strict=True):
+            line[[self.number[digest] for digest in master.seen if digest in self.number]] = 1
+        return seen
+
+    def shared_before(self, agent: int, place: int) -> frozenset[bytes]:
+        """Digests of the shared segments of the agent's prompt in front of a place."""
+        if agent < 0:
+            return frozenset()
+        if agent not in self._shared:
+            shared = self.is_shared[self.places(agent)] != 0
+            mine = self.segment[self.places(agent)][shared].tolist()
+            digests = [self.segments[number].digest for number in mine]
+            self._shared[agent] = digests, np.cumsum(shared).tolist()
+        digests, counts = self._shared[agent]
+        index = place - int(self.indptr[agent])
+        return frozenset(digests[: counts[index - 1] if index else 0])
+
+
+def foreign_uses(mirror: Mirror) -> list[Use]:
+    """Uses whose Master was computed in another context than the agent's own."""
+    contexts, context, position = {}, b"", 0
+    for segment in mirror.segments:
+        contexts[position] = context
+        context = chain(context, segment.digest)
+        position += segment.length
+    contexts[position] = context
+    return [use for use in mirror.uses if use.master.context != contexts[use.delta]]
+
+
+def _taken_over(
+    agent: str, segments: Sequence[Segment], mirror: Mirror | None, opted_out: OptedOut
+) -> _Earlier:
+    """The agent's earlier KV and its rows that the prompt begins with; never the prompt's last row.
+
+    They end before whatever has opted out since it was reused.
+    """
+    if mirror is None:
+        return None, 0
+    prefix = 0
+    for new, old in zip(segments, mirror.segments, strict=False):
+        if new.digest == old.digest:
+            prefix += new.length
+            continue
+        if new.stem == old.digest:  # a decoded output whose last token was never fed
+            prefix += old.length
+        elif not new.is_shared and new.space == old.space:
+            length = min(new.length, old.length)
+            differs = np.flatnonzero(new.token_ids[:length] != old.token_ids[:length])
+            prefix += int(differs[0]) if len(differs) else length
+        break
+    if agent in opted_out.agents:
+        prefix = min(prefix, mirror.exact_length)
+    elif opted_out.segments:
+        # By the segment, not by its Master: one that was found by its stem has the stem's digest.
+        starts = np.cumsum([0, *[segment.length for segment in mirror.segments]]).tolist()
+        out = {
+            start
+            for start, segment in zip(starts, mirror.segments, strict=False)
+            if segment.length and segment.digest in opted_out.segments
+        }
+        foreign = [use.delta for use in foreign_uses(mirror) if use.delta in out]
+        prefix = min([prefix, *foreign])
+    total = sum(segment.length for segment in segments)
+    prefix = min(prefix, max(total - 1, 0))
+    return (mirror if prefix else None), prefix

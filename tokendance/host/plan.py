@@ -1,0 +1,354 @@
+"""A round in the making, as whoever asked for it sees it."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from typing_extensions import Self
+
+from tokendance.host.agent import AgentState, Phase
+from tokendance.host.decide import AgentLayout, OptedOut, Source, Sources, Span
+from tokendance.host.mirror import no_pages
+from tokendance.host.round import IntArray
+from tokendance.host.segments import Segment
+from tokendance.host.selection import DEFAULT, Selection
+
+if TYPE_CHECKING:
+    from tokendance.host.scheduler import Scheduler
+
+Prompts = Mapping[str, tuple[Segment, ...]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a plan reuses and recomputes.
+
+    Attributes:
+        selection: which reused rows are recomputed.
+        source: where Masters that are not stored come from.
+        opted_out: who and what is computed whatever the selection.
+    """
+
+    selection: Selection = DEFAULT
+    source: Sources = Source.MASTER
+    opted_out: OptedOut = field(default_factory=OptedOut)
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """An agent whose rows were given back: what is needed to compute them again.
+
+    Attributes:
+        segments: of its prompt.
+        output_ids: the decoded tokens that were fed.
+    """
+
+    segments: tuple[Segment, ...]
+    output_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Rows of prompt and output."""
+        return sum(segment.length for segment in self.segments) + len(self.output_ids)
+
+
+@dataclass(eq=False)
+class LivePlan:
+    """What a scheduler keeps of a plan.
+
+    Attributes:
+        policy: of its agents.
+        is_probe: it changes nothing that others see: no Master of it is ever found.
+        agents: all names, in the order in which they were given.
+        layouts: by name, what was decided.
+        states: what is or was computed, in the order of computing.
+        by_name: the states of agents that have not ended.
+        waiting: prompts that have no pages yet, in the order in which they came.
+        suspended: agents whose rows were given back.
+        chosen: rows that `KeyDeviation` chose, by serial of the Master.
+        row_layers, pair_layers: computed prompt rows, and (row, visible key) pairs, times layers.
+        is_aborted: by an exception in a step.
+    """
+
+    policy: Policy
+    is_probe: bool = False
+    agents: list[str] = field(default_factory=list)
+    layouts: dict[str, AgentLayout] = field(default_factory=dict)
+    states: list[AgentState] = field(default_factory=list)
+    by_name: dict[str, AgentState] = field(default_factory=dict)
+    waiting: list[dict[str, tuple[Segment, ...]]] = field(default_factory=list)
+    suspended: dict[str, Suspended] = field(default_factory=dict)
+    chosen: dict[int, IntArray] = field(default_factory=dict)
+    row_layers: int = 0
+    pair_layers: int = 0
+    is_aborted: bool = False
+
+    def phase(self, agent: str) -> Phase:
+        """Raises ``KeyError`` for an unknown agent."""
+        if agent not in self.agents:
+            raise KeyError(f"agent: expected one of {self.agents}, got {agent!r}")
+        if agent in self.by_name:
+            return self.by_name[agent].phase
+        if agent in self.suspended:
+            return Phase.SUSPENDED
+        if any(agent in prompts for prompts in self.waiting):
+            return Phase.WAITING
+        return Phase.ENDED
+
+    def state(self, agent: str) -> AgentState:
+        """An agent that has pages. Raises ``KeyError`` or ``ValueError``."""
+        phase = self.phase(agent)
+        if phase is Phase.ENDED:
+            raise ValueError(f"agent: expected one that has not ended, got {agent!r}")
+        if agent not in self.by_name:
+            raise ValueError(f"agent: expected one that has pages, got {agent!r} ({phase.value})")
+        return self.by_name[agent]
+
+    def names(self, agents: str | Iterable[str] | None) -> list[str]:
+        """The agents that are meant: one, several, or (None) all that have not ended."""
+        if agents is None:
+            return [name for name in self.agents if self.phase(name) is not Phase.ENDED]
+        return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
+
+
+class Plan:
+    """A round of requests: made by `KVCollector.plan`, ended agent by agent.
+
+    It holds the Masters that it uses and leases the pages that it fills. A Master serves others
+    from the moment its last row is computed; an agent's own rows are visible to nobody before it is
+    committed. After `abort` the store is as it was, finished Masters aside. As a context manager it
+    aborts the agents that have not ended when the block is left. A plan that is dropped with agents
+    that have not ended aborts them, with a ``ResourceWarning``.
+    """
+
+    def __init__(self, scheduler: Scheduler, live: LivePlan) -> None:
+        self._scheduler = scheduler
+        self._live = live
+        self._finalizer = weakref.finalize(self, _abandon, scheduler, live)
+        self._finalizer.atexit = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: object
+    ) -> None:
+        if kind is None:
+            self.abort()
+        else:
+            self._scheduler.abort_open(self._live)
+
+    def __repr__(self) -> str:
+        phases = [self._live.phase(agent) for agent in self.agents]
+        counts = [f"{phases.count(one)} {one.value}" for one in Phase if one in phases]
+        return (
+            f"Plan({len(phases)} agents: {', '.join(counts) or 'none'}; "
+            f"{self.rows_computed:g} of {self.rows} prompt rows computed)"
+        )
+
+    def __copy__(self) -> Self:
+        raise TypeError("plan: a plan cannot be copied; it leases pages")
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("plan: a plan cannot be pickled; send the records of its steps")
+
+    # Agents ---------------------------------------------------------------------------------------
+
+    @property
+    def agents(self) -> list[str]:
+        """The agents' names, in the order in which they came."""
+        return list(self._live.agents)
+
+    def phase(self, agent: str) -> Phase:
+        """How far an agent is. Raises ``KeyError`` for an unknown one."""
+        return self._live.phase(agent)
+
+    @property
+    def prefilling(self) -> list[str]:
+        """The agents that have rows to be computed."""
+        return [name for name in self._live.agents if self.phase(name) is Phase.PREFILL]
+
+    def is_active(self, agent: str) -> bool:
+        """Whether an agent of the plan has not ended."""
+        return self.phase(agent) is not Phase.ENDED
+
+    @property
+    def ended(self) -> bool:
+        """Whether all agents have been committed or aborted."""
+        return all(not self.is_active(name) for name in self._live.agents)
+
+    def add(self, prompts: Mapping[str, Iterable[Segment]], *, wait: bool = False) -> None:
+        """More agents join the round; see `KVCollector.plan`.
+
+        They reuse what is computed, and wait for what is being computed.
+        """
+        self._scheduler.add(self._live, prompts, wait)
+
+    def length(self, agent: str) -> int:
+        """Rows of the agent's prompt and output so far."""
+        if agent in self._live.suspended:
+            return self._live.suspended[agent].length
+        return self._live.state(agent).length
+
+    def output(self, agent: str) -> list[int]:
+        """The agent's decoded tokens that were fed."""
+        if agent in self._live.suspended:
+            return list(self._live.suspended[agent].output_ids)
+        return list(self._live.state(agent).output_ids)
+
+    def truncate(self, agent: str, length: int) -> None:
+        """Forgets the agent's rows from position ``length`` on: rejected drafts.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: the agent has ended, is in an open step or has no pages, or ``length`` is
+                not between prompt and present length.
+        """
+        self._scheduler.truncate(self._live, agent, length)
+
+    def suspend(self, agents: str | Iterable[str], *, to: str = "nowhere") -> None:
+        """Gives the pages of agents' own rows back: preemption.
+
+        Args:
+            agents: one or several.
+            to: ``"nowhere"``: everything is let go of, and `resume` plans and computes the agent's
+                prompt and output again; finished Masters stay in the store as long as there is
+                room. ``"host"``: own rows are copied to host memory, and the Masters stay held.
+                An agent whose rows lie in host memory may be suspended again to ``"nowhere"``.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent that has ended, is in an open step or has no pages; one that is
+                not in decode, for host memory.
+            OutOfPagesError: host memory is full; nothing has changed.
+        """
+        self._scheduler.suspend(self._live, agents, to)
+
+    def resume(self, agents: str | Iterable[str]) -> None:
+        """Takes pages for suspended agents again.
+
+        Rows that were given up are computed again by the next steps; the last of them has its
+        logits again.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent that is not suspended.
+            OutOfPagesError: too few pages for all of them; nothing has changed, but for evictions.
+        """
+        self._scheduler.resume(self._live, agents)
+
+    def pages_to_resume(self, agent: str) -> int:
+        """Pages that `resume` of the agent needs, counted as `KVCollector.pages_needed` does."""
+        return self._scheduler.pages_to_resume(self._live, agent)
+
+    def commit(
+        self, agents: str | Iterable[str] | None = None, namespace: bytes | str = b""
+    ) -> None:
+        """Makes what was computed the agents' KV in the store.
+
+        With the source ``"producer"``, or where the output's segment has it, an agent's output
+        becomes a Master too: its pages are handed over.
+
+        Args:
+            agents: one, several, or (None) all that have not ended.
+            namespace: of the segments that outputs become (see `shared`).
+
+        Raises:
+            KeyError, ValueError: an unknown agent, one that has ended, one whose prefill has not
+                finished, one in an open step or without pages, or an unknown source of an output;
+                then nothing is committed.
+        """
+        self._scheduler.commit(self._live, agents, namespace)
+
+    def abort(self, agents: str | Iterable[str] | None = None) -> None:
+        """Gives back what the agents (default: all that have not ended) leased.
+
+        If an aborted agent was computing a Master that others need, that Master is still completed,
+        for no agent, and its pages are kept until then.
+
+        Raises:
+            KeyError, ValueError: an unknown agent, one that has ended, or one in an open step
+                (which an exception aborts); then nothing is given back.
+        """
+        self._scheduler.abort(self._live, agents)
+
+    # What was decided and done --------------------------------------------------------------------
+
+    def spans(self, agent: str) -> list[Span]:
+        """Where the rows of the agent's prompt come from; the spans tile it.
+
+        Rows that `KeyDeviation` will choose count as reused.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent that waits for pages.
+        """
+        if self._live.phase(agent) is Phase.WAITING:
+            raise ValueError(f"agent: expected one that has pages, got {agent!r} (waiting)")
+        return list(self._live.layouts[agent].spans)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all prompts that have been decided."""
+        return sum(layout.length for layout in self._live.layouts.values())
+
+    @property
+    def rows_computed(self) -> float:
+        """Prompt rows computed so far, in whole-model rows: row-layers / layers."""
+        return self._live.row_layers / self._scheduler.profile.num_layers
+
+    @property
+    def pairs_computed(self) -> float:
+        """(Query row, visible key) pairs of the prompts attended so far: pair-layers / layers.
+
+        What a sliding window hides is counted too.
+        """
+        return self._live.pair_layers / self._scheduler.profile.num_layers
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the pages that hold the KV of the agents that have not ended."""
+        parts = [no_pages()]
+        for state in self._live.states:
+            if not state.ended:
+                parts += [state.own_pages, *[master.pages for master in state.uses.masters]]
+        return len(np.unique(np.concatenate(parts))) * self._scheduler.profile.page_bytes
+
+    @property
+    def rows_overridden(self) -> int:
+        """Rows of Masters that agents' own rows replace."""
+        block = self._scheduler.profile.block_size
+        return sum(len(use.overridden(block)) for state in self._live.states for use in state.uses)
+
+    @property
+    def master_agents(self) -> list[str]:
+        """Agents that compute a Master which another agent reuses."""
+        layouts: Sequence[AgentLayout] = list(self._live.layouts.values())
+        made = {use.master.serial: one.agent for one in layouts for use in one.made}
+        reused = {
+            made[master.serial]
+            for one in layouts
+            for master in one.uses.masters
+            if master.serial in made and made[master.serial] != one.agent
+        }
+        return [agent for agent in self._live.agents if agent in reused]
+
+
+def _abandon(scheduler: Scheduler, live: LivePlan) -> None:
+    left = [name for name in live.agents if live.phase(name) is not Phase.ENDED]
+    if left:
+        warnings.warn(
+            f"plan: expected commit or abort of every agent before the plan is dropped, got "
+            f"{left} left; they are aborted",
+            ResourceWarning,
+            stacklevel=2,
+        )
+        scheduler.dropped.append(live)  # garbage may be collected in the middle of anything

@@ -1,0 +1,797 @@
+"""Which rows are computed when, and who has which pages meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, count, pairwise
+
+import numpy as np
+
+from tokendance.host.agent import AgentState, Phase
+from tokendance.host.books import Books, OutOfPagesError, PageAllocator
+from tokendance.host.decide import AgentLayout, Source, lay_out, source_of
+from tokendance.host.mirror import Master, no_pages, pages_for, slots_of
+from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
+from tokendance.host.planned_step import PlannedStep, StepPart
+from tokendance.host.record import (
+    Copies,
+    DeviceProfile,
+)
+from tokendance.host.round import IntArray, RoundExtents
+from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
+from tokendance.host.selection import KeyDeviation
+
+
+class Scheduler:
+    """Plans rounds and their steps, and keeps the books of one pool of pages.
+
+    The host half of the library: it knows prompts, names and pages, and no device. What is to be
+    computed it says in `StepRecord`s; whoever runs them says when one is done. One scheduler may
+    serve any number of workers that run the same records.
+
+    Args:
+        profile: of the devices.
+        allocator: an engine's pages; None for a list of its own.
+        windows: sliding windows of the model's layers, 0 for none; each record has a work list for
+            each.
+        copy: makes copies at once, where the device half is in this process. None: the next record
+            has them. An engine whose allocator the books use must not write to pages that it got
+            back before that record has been run.
+
+    Attributes:
+        books: pages, Masters and Mirrors.
+    """
+
+    def __init__(
+        self,
+        profile: DeviceProfile,
+        allocator: PageAllocator | None = None,
+        windows: Sequence[int] = (0,),
+        copy: Callable[[Sequence[Copies]], None] | None = None,
+    ) -> None:
+        self.profile = profile
+        self.books = Books(allocator or PageAllocator(profile.num_pages))
+        self.host_pages = PageAllocator(profile.host_pages)
+        self.windows = list(windows)
+        self._copies: list[Copies] = []  # that the next record has to make, in order
+        self._copy = copy
+        self.dropped: deque[LivePlan] = deque()
+        self._agents: dict[str, LivePlan] = {}  # of all plans, those that have not ended
+        self._states: dict[int, AgentState] = {}  # by serial, those that have not ended
+        self._plans: dict[int, LivePlan] = {}  # of each state, by serial
+        self._makers: dict[int, AgentState] = {}  # of Masters that are not computed, by serial
+        self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
+        self._serials = count()
+        self._numbers = count()
+
+    # Plans ----------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        prompts: Mapping[str, Iterable[Segment]],
+        policy: Policy | None = None,
+        *,
+        wait: bool = False,
+    ) -> Plan:
+        """Matches prompts with what is stored or being computed, and leases their pages.
+
+        Args:
+            prompts: per agent the segments of its prompt.
+            policy: what is reused and recomputed; default `Policy`.
+            wait: prompts for which there are too few pages get them later, in the order in which
+                they came, when a step is planned.
+
+        Raises:
+            TypeError: something else than segments.
+            ValueError: an agent's name is no str or is that of a live agent, a prompt is longer
+                than the rotation tables, or an unknown source of a segment.
+            OutOfPagesError: too few pages, now or, with ``wait``, ever; the books are as they were,
+                but for evictions.
+        """
+        live = LivePlan(policy or Policy())
+        self.add(live, prompts, wait)
+        return Plan(self, live)
+
+    def probe(self, layouts: Sequence[AgentLayout], agents: Sequence[str], policy: Policy) -> Plan:
+        """A plan of given layouts that changes nothing that others see."""
+        live = LivePlan(policy, is_probe=True, agents=list(agents))
+        self._lease(live, layouts)
+        return Plan(self, live)
+
+    def add(
+        self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]], wait: bool = False
+    ) -> None:
+        """Adds agents to a plan; see `plan`."""
+        self.collect()
+        checked = _checked_prompts(prompts)
+        for agent in checked:
+            if agent in self._agents or agent in live.agents:
+                raise ValueError(
+                    f"prompts: expected agents of no live plan, got {agent!r} a second time"
+                )
+        if wait and self._waiting:
+            self._check_possible(live.policy, checked)
+            self._enqueue(live, checked)
+            return
+        try:
+            self._admit(live, checked)
+        except OutOfPagesError:
+            if not wait:
+                raise
+            self._check_possible(live.policy, checked)
+            self._enqueue(live, checked)
+
+    def _admit(self, live: LivePlan, prompts: Prompts) -> None:
+        self._lease(live, self._decide(prompts, live.policy))
+        for agent in prompts:
+            if agent not in live.agents:
+                live.agents.append(agent)
+            self._agents[agent] = live
+
+    def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
+        live.waiting.append(prompts)
+        live.agents += prompts
+        for agent in prompts:
+            self._agents[agent] = live
+        self._waiting.append((live, prompts))
+
+    def _check_possible(self, policy: Policy, prompts: Prompts) -> None:
+        needed = self._pages_of(self._decide(prompts, policy), policy)
+        if needed > self.books.num_pages:
+            raise OutOfPagesError(
+                f"prompts: expected at most {self.books.num_pages} pages, got {needed}; they would "
+                "wait for ever"
+            )
+
+    def _admit_waiting(self) -> None:
+        """Leases pages for prompts that wait, as far as they are there, in order."""
+        while self._waiting:
+            live, prompts = self._waiting[0]
+            try:
+                if prompts:
+                    self._admit(live, prompts)
+            except OutOfPagesError:
+                return
+            self._waiting.popleft()
+            live.waiting.remove(prompts)
+
+    def _decide(self, prompts: Prompts, policy: Policy) -> list[AgentLayout]:
+        return lay_out(
+            prompts,
+            self.find,
+            self.books.mirrors,
+            policy.selection,
+            policy.source,
+            self.profile.block_size,
+            self.profile.max_position,
+            policy.opted_out,
+        )
+
+    def find(self, segment: Segment) -> tuple[Master, int] | None:
+        """The Master of a segment, stored or being computed, and how many of the segment's first
+        rows it has.
+
+        A Master of a decoded output lacks the row of its last token if that was never fed; it is
+        found by the segment's stem.
+        """
+        books = self.books
+        master = books.masters.get(segment.digest) or books.making.get(segment.digest)
+        if master is not None:
+            return master, master.length
+        master = books.masters.get(segment.stem)
+        if master is not None and master.length == segment.length - 1:
+            return master, master.length
+        return None
+
+    def pages_needed(
+        self, prompts: Mapping[str, Iterable[Segment]], policy: Policy | None = None
+    ) -> int:
+        """Pages that planning these prompts now needs of the free and the evictable ones.
+
+        Planning takes fresh pages, and holds idle Masters that could have been evicted otherwise;
+        both count. It succeeds exactly if the sum is at most ``books.free_pages +
+        books.evictable_pages``.
+
+        Raises:
+            TypeError, ValueError: as `plan`.
+        """
+        self.collect()
+        policy = policy or Policy()
+        layouts = self._decide(_checked_prompts(prompts), policy)
+        held = [master for layout in layouts for master in layout.uses.masters]
+        return self._pages_of(layouts, policy) + self.books.idle_pages_of(held)
+
+    def _pages_of(self, layouts: Sequence[AgentLayout], policy: Policy) -> int:
+        """Fresh pages of layouts."""
+        return sum(self._needs(layouts, policy))
+
+    def _needs(self, layouts: Sequence[AgentLayout], policy: Policy) -> list[int]:
+        """Fresh pages of each Master that is made, then of each layout's own rows."""
+        block = self.profile.block_size
+        needs = [pages_for(use.length, block) for layout in layouts for use in layout.made]
+        for layout in layouts:
+            mine = len(_carried(layout))
+            more = 0
+            if isinstance(policy.selection, KeyDeviation):
+                more = sum(policy.selection.rows_of(use.length) for use in layout.candidates)
+            needs.append(pages_for(mine + len(layout.own) + more, block) - mine // block)
+        return needs
+
+    def _lease(self, live: LivePlan, layouts: Sequence[AgentLayout]) -> list[AgentState]:
+        """Takes all pages of prompts at once, or none, and makes the agents' states."""
+        block = self.profile.block_size
+        held = [master for layout in layouts for master in layout.uses.masters]
+        self.books.hold(held)
+        needs = self._needs(layouts, live.policy)
+        try:
+            pages = self.books.take_pages(sum(needs))
+        except BaseException:
+            self.books.let_go(held)
+            raise
+        parts = [pages[begin:end].copy() for begin, end in pairwise(accumulate(needs, initial=0))]
+        made = [use.master for layout in layouts for use in layout.made]
+        for master, mine in zip(made, parts, strict=False):
+            master.pages = mine
+        states = []
+        for layout, fresh in zip(layouts, parts[len(made) :], strict=True):
+            carried = _carried(layout)
+            full = len(carried) // block
+            kept = layout.earlier.own_pages[:full] if layout.earlier else no_pages()
+            self.books.share_pages(kept)
+            own_pages = np.concatenate([kept, fresh])
+            state = AgentState(layout, own_pages, carried, block, self._serials)
+            states.append(state)
+        try:
+            self._copy_carried_rows(layouts, states)
+        except BaseException:
+            for state in states:
+                self.books.drop_pages(state.own_pages)
+            self.books.let_go(held)
+            raise
+        for state in states:
+            self._register(live, state)
+        return states
+
+    def _register(self, live: LivePlan, state: AgentState) -> None:
+        live.states.append(state)
+        self._plans[state.serial] = live
+        if state.agent is not None:
+            live.by_name[state.agent] = state
+            live.layouts[state.agent] = state.layout
+        for use in state.layout.made:
+            self._makers[use.master.serial] = state
+        if not live.is_probe:
+            self._states[state.serial] = state
+            for use in state.layout.made:
+                self.books.announce(use.master)
+
+    def _copy_carried_rows(
+        self, layouts: Sequence[AgentLayout], states: Sequence[AgentState]
+    ) -> None:
+        """Own rows of an earlier round that share a page with new ones get a page of their own."""
+        block = self.profile.block_size
+        moves = []
+        for layout, state in zip(layouts, states, strict=True):
+            rows = len(_carried(layout))
+            if layout.earlier is None or rows % block == 0:
+                continue
+            begin = rows - rows % block
+            sources = slots_of(layout.earlier.own_pages, rows, block)[begin:]
+            targets = slots_of(state.own_pages, rows, block)[begin:]
+            moves.append(np.stack([sources, targets], axis=1))
+        if moves:
+            self._order([Copies(rows=np.concatenate(moves))])
+
+    def order_again(self, copies: list[Copies]) -> None:
+        """Copies of a record that is not run are the next record's."""
+        self._copies = [*copies, *self._copies]
+
+    def _order(self, copies: list[Copies]) -> None:
+        """Has copies made before anything else is computed."""
+        if self._copy is not None:
+            self._copy(copies)
+        else:
+            self._copies += copies
+
+    # Steps ----------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        decode: Mapping[str, TokenIds | Iterator[int]] | None = None,
+        prefill: Iterable[str] | None = None,
+        max_rows: int = 2048,
+    ) -> PlannedStep | None:
+        """The rows of the next forward pass, of any plans: decode rows first, then prompts' rows.
+
+        Rows of prompts come in the order in which their agents were planned, as far as all rows
+        that they see are computed in this step or before it.
+
+        Args:
+            decode: per agent the tokens to feed; several are a draft, see `Plan.truncate`.
+            prefill: agents whose prompts may be computed, with what they wait for; None: all.
+            max_rows: rows of a step at most. Decode rows are always in it; with `KeyDeviation` all
+                rows of an agent are in one step, however many.
+
+        Returns:
+            The step, or None where there is nothing to compute.
+
+        Raises:
+            KeyError: an unknown agent.
+            TypeError: token ids that are no integers.
+            ValueError: ``max_rows < 1``; an agent to decode that is in an open step or not in
+                decode, has no tokens, or would grow beyond the rotation tables; a token id out of
+                range.
+            OutOfPagesError: too few pages for the decode rows; nothing has changed, but for
+                evictions.
+        """
+        self.collect()
+        if max_rows < 1:
+            raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+        names = None if prefill is None else self._named(prefill)
+        fed = self._fed(decode or {})
+        self._admit_waiting()
+        parts = self._extend(fed)
+        room = max_rows - sum(len(part.positions) for part in parts)
+        wanted = None if names is None else self._wanted(names)
+        parts += self._prefill_parts(self._states.values(), room, wanted)
+        return self._planned(parts)
+
+    def step_of(self, plan: Plan, max_rows: int) -> PlannedStep | None:
+        """The next step of one plan's prompts alone."""
+        live = plan._live
+        return self._planned(self._prefill_parts(live.states, max_rows, None))
+
+    def decode_step(
+        self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
+    ) -> PlannedStep | None:
+        """A step of decode rows alone, padded to the rows and extents of ``capacity``.
+
+        Raises:
+            ValueError: the step needs more than that, naming what; nothing has changed. Otherwise
+                as `step`.
+        """
+        decode = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in decode.items()}
+        for name, needed in self.exceeded(decode, capacity).items():
+            given = getattr(capacity, name)
+            raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
+        return self._planned(self._extend(self._fed(decode)), capacity)
+
+    def exceeded(
+        self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
+    ) -> dict[str, int]:
+        """The extents of which a decode step needs more than ``capacity`` has, and how many."""
+        self.collect()
+        needed = self._extents_of(self._fed(decode))
+        return {name: count for name, count in needed.items() if count > getattr(capacity, name)}
+
+    def _extents_of(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> dict[str, int]:
+        """What a decode step needs of the extents of a round, but for its work list."""
+        pages: dict[int, int] = {}  # of each Master, by serial
+        listed: dict[int, int] = {}  # and how often it stands in the round
+        needed = dict.fromkeys(("uses", "use_pages", "masters", "master_pages", "own_pages"), 0)
+        for _, state, tokens in fed:
+            more, new = state.pages_to_extend(len(tokens)), state.output is None
+            needed["uses"] += len(state.uses) + new
+            needed["use_pages"] += int(state.uses.page_indptr[-1]) + more
+            needed["masters"] += new
+            needed["master_pages"] += more
+            needed["own_pages"] += len(state.own_pages)
+            # A Master that one prompt uses twice is listed twice.
+            for serial, times in Counter(one.serial for one in state.uses.masters).items():
+                listed[serial] = max(listed.get(serial, 0), times)
+            pages |= {one.serial: len(one.pages) for one in state.uses.masters}
+        needed["masters"] += sum(listed.values())
+        needed["master_pages"] += sum(times * pages[serial] for serial, times in listed.items())
+        rows = sum(len(tokens) for _, _, tokens in fed)
+        return {"agents": len(fed), "rows": rows, **needed}
+
+    def _planned(
+        self, parts: list[StepPart], capacity: RoundExtents | None = None
+    ) -> PlannedStep | None:
+        if not parts:
+            return None
+        try:
+            step = PlannedStep(self, parts, next(self._numbers), capacity)
+        except BaseException:
+            for part in parts:
+                if part.is_decode:
+                    self.shorten(part.state, part.begin)
+            raise
+        step.record.copies, self._copies = self._copies, []
+        for part in parts:
+            part.state.busy = True
+        return step
+
+    def _named(self, agents: Iterable[str]) -> list[str]:
+        names = [agents] if isinstance(agents, str) else list(agents)
+        for name in names:
+            if name not in self._agents:
+                raise KeyError(f"agent: expected one of {sorted(self._agents)}, got {name!r}")
+        return names
+
+    def _fed(
+        self, decode: Mapping[str, TokenIds | Iterator[int]]
+    ) -> list[tuple[LivePlan, AgentState, list[int]]]:
+        fed = []
+        for agent, ids in decode.items():
+            self._named([agent])
+            live = self._agents[agent]
+            state = live.state(agent)
+            if state.busy:
+                raise ValueError(f"decode: expected agents in no open step, got {agent!r}")
+            if state.phase is not Phase.DECODE:
+                raise ValueError(
+                    f"decode: expected agents in decode, got {agent!r} ({state.phase.value})"
+                )
+            given = list(ids) if isinstance(ids, Iterator) else ids
+            tokens = as_token_ids(given, f"decode[{agent!r}]").tolist()
+            if not tokens:
+                raise ValueError(f"decode[{agent!r}]: expected at least one token, got none")
+            if state.length + len(tokens) > self.profile.max_position:
+                raise ValueError(
+                    f"decode[{agent!r}]: expected positions below {self.profile.max_position}, "
+                    f"got {state.length + len(tokens) - 1}"
+                )
+            fed.append((live, state, tokens))
+        return fed
+
+    def _extend(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> list[StepPart]:
+        """Makes room for decoded rows, of all agents or of none."""
+        needs = [state.pages_to_extend(len(tokens)) for _, state, tokens in fed]
+        pages = self.books.take_pages(sum(needs))
+        parts, at = [], 0
+        for (live, state, tokens), need in zip(fed, needs, strict=True):
+            begin = state.length
+            made = state.extend(tokens, pages[at : at + need])
+            at += need
+            if made is not None:
+                self.books.hold([made])
+            positions = np.arange(begin, state.length, dtype=np.int32)
+            parts.append(StepPart(live, state, positions, begin))
+        return parts
+
+    def _wanted(self, names: Sequence[str]) -> set[int]:
+        """Serials of the states of agents, and of all that they wait for."""
+        wanted = {
+            self._agents[name].by_name[name].serial
+            for name in names
+            if name in self._agents[name].by_name
+        }
+        for serial in sorted(self._states, reverse=True):
+            if serial in wanted:
+                for use in self._states[serial].awaited:
+                    maker = self._makers.get(use.master.serial)
+                    if maker is not None:
+                        wanted.add(maker.serial)
+        # A segment that is computed alone waits for nothing, and comes before those who use it.
+        return wanted
+
+    def _prefill_parts(
+        self, states: Iterable[AgentState], room: int, wanted: set[int] | None
+    ) -> list[StepPart]:
+        parts: list[StepPart] = []
+        available: dict[int, int] = {}
+        for state in states:
+            if room <= 0:
+                break
+            if state.ended or state.busy or state.phase is not Phase.PREFILL:
+                continue
+            if wanted is not None and state.serial not in wanted:
+                continue
+            plan = self._plans[state.serial]
+            state.settle(plan.chosen)
+            limit = state.first_unseeable(available)
+            positions = state.pending
+            if state.candidates:
+                positions = np.union1d(positions, state.rows_to_choose()).astype(np.int32)
+                if limit <= positions[-1]:
+                    continue
+                if parts and len(positions) > room:
+                    break  # the rows so far may choose this agent's rows too
+            else:
+                positions = positions[: int(np.searchsorted(positions, limit))][:room]
+            if not len(positions):
+                continue
+            left = state.pending[state.pending > positions[-1]]
+            for use in state.layout.made:
+                if not use.master.is_computed:
+                    available[use.master.serial] = state.computed_of(use, left)
+            parts.append(StepPart(plan, state, positions, -1))
+            room -= len(positions)
+        return parts
+
+    def shorten(self, state: AgentState, length: int) -> None:
+        """Gives the pages of decoded rows from position ``length`` on back."""
+        pages, gone = state.shorten(length)
+        self.books.drop_pages(pages)
+        if gone is not None:
+            self.books.let_go([gone])
+
+    # Ends -----------------------------------------------------------------------------------------
+
+    def truncate(self, live: LivePlan, agent: str, length: int) -> None:
+        state = self._idle(live, agent)
+        if not state.layout.length <= length <= state.length:
+            raise ValueError(
+                f"length: expected {state.layout.length}..{state.length}, got {length}"
+            )
+        self.shorten(state, length)
+        state.pending = state.pending[state.pending < length]
+
+    def _idle(self, live: LivePlan, agent: str, on_host: bool = False) -> AgentState:
+        state = live.state(agent)
+        if state.busy:
+            raise ValueError(f"agent: expected one that is in no open step, got {agent!r}")
+        if state.phase is Phase.SUSPENDED and not on_host:
+            raise ValueError(f"agent: expected one that has pages, got {agent!r} (suspended)")
+        return state
+
+    def commit(
+        self,
+        live: LivePlan,
+        agents: str | Iterable[str] | None,
+        namespace: bytes | str = b"",
+    ) -> None:
+        states = [(name, self._idle(live, name)) for name in live.names(agents)]
+        for name, state in states:
+            if state.phase is not Phase.DECODE:
+                raise ValueError(
+                    f"agents: expected a finished prefill, got {name!r} in {state.phase.value}"
+                )
+        outputs = {
+            name: shared(state.output_ids, namespace=namespace)
+            for name, state in states
+            if state.output is not None
+        }
+        sources = {name: source_of(live.policy.source, output) for name, output in outputs.items()}
+        for name, state in states:
+            segments: tuple[Segment, ...] = state.segments
+            if state.output is not None:
+                segments = (*segments, outputs[name])
+                if sources[name] is Source.PRODUCER:
+                    state.output.digest = outputs[name].digest
+                    self.books.publish(state.output)
+            self.books.put(name, state.mirror(segments))
+            self._let_go(live, state)
+        self.end_unneeded()
+
+    def abort(self, live: LivePlan, agents: str | Iterable[str] | None) -> None:
+        names = live.names(agents)
+        for name in names:
+            if name in live.by_name:
+                self._idle(live, name, on_host=True)
+            elif live.phase(name) is Phase.ENDED:
+                live.state(name)  # raises
+        self._abort(live, names)
+
+    def abort_open(self, live: LivePlan) -> None:
+        """Aborts all agents that have not ended, those in open steps too."""
+        for state in live.states:
+            state.busy = False
+        self._abort(live, live.names(None))
+        live.is_aborted = True
+
+    def _abort(self, live: LivePlan, names: Iterable[str]) -> None:
+        for name in names:
+            if name in live.by_name:
+                self._give_up(live, live.by_name[name])
+            live.suspended.pop(name, None)
+            self._stop_waiting(live, name)
+            self._agents.pop(name, None) if not live.is_probe else None
+        self.end_unneeded()
+
+    def _stop_waiting(self, live: LivePlan, agent: str) -> None:
+        for prompts in live.waiting:
+            prompts.pop(agent, None)
+
+    def _give_up(self, live: LivePlan, state: AgentState) -> None:
+        """Ends an agent; the Masters that it was making are computed for no agent from now on."""
+        unfinished = any(not use.master.is_computed for use in state.layout.made)
+        if state.phase is Phase.PREFILL and unfinished and not live.is_probe:
+            assert state.agent is not None
+            del live.by_name[state.agent]
+            state.agent = None
+        else:
+            self._give_back(live, state)
+
+    def _give_back(self, live: LivePlan, state: AgentState) -> None:
+        self._forget_host_pages(state)
+        self.books.drop_pages(state.own_pages)
+        self._let_go(live, state)
+
+    def _forget_host_pages(self, state: AgentState) -> None:
+        if state.host_pages is not None:
+            self.host_pages.free(state.host_pages)
+            state.host_pages = None
+            state.move_to(no_pages())
+
+    def _let_go(self, live: LivePlan, state: AgentState) -> None:
+        state.ended = True
+        state.pending = state.pending[:0]
+        for use in state.layout.made:
+            self._makers.pop(use.master.serial, None)
+        self.books.let_go(state.uses.masters)
+        del self._plans[state.serial]
+        self._states.pop(state.serial, None)
+        if state.agent is not None:
+            del live.by_name[state.agent]
+            if not live.is_probe:
+                self._agents.pop(state.agent, None)
+
+    def end_unneeded(self) -> None:
+        """Ends what is computed for no agent where no agent waits for it."""
+        for serial in sorted(
+            (s for s, one in self._states.items() if one.agent is None), reverse=True
+        ):
+            state = self._states[serial]
+            if state.busy:
+                continue
+            mine = [master.serial for master in state.uses.masters]
+            ends = [
+                use.delta + use.length
+                for use in state.layout.made
+                if use.master.holders > mine.count(use.master.serial) and not use.master.is_computed
+            ]
+            state.give_up_from(max(ends, default=0))
+            if not len(state.pending):
+                self._give_back(self._plans[state.serial], state)
+
+    def collect(self) -> None:
+        """Aborts plans that were dropped."""
+        while self.dropped:
+            self.abort_open(self.dropped.popleft())
+
+    def clear(self) -> None:
+        """Forgets all Mirrors and Masters; see `DiffStore.clear`."""
+        self.collect()
+        if self._agents:
+            raise ValueError(
+                "store: expected no agents of plans that have not ended, got "
+                f"{sorted(self._agents)}"
+            )
+        for agent in list(self.books.mirrors):
+            self.books.drop(agent)
+        self.books.evict(self.books.num_pages)
+
+    # Preemption -----------------------------------------------------------------------------------
+
+    def suspend(self, live: LivePlan, agents: str | Iterable[str], to: str) -> None:
+        if to not in ("nowhere", "host"):
+            raise ValueError(f"to: expected 'nowhere' or 'host', got {to!r}")
+        states = []
+        for name in live.names(agents):
+            state = self._idle(live, name, on_host=True)
+            if to == "host" and state.phase is not Phase.DECODE:
+                raise ValueError(
+                    f"agents: expected agents in decode, got {name!r} ({state.phase.value})"
+                )
+            states.append(state)
+        if to == "host":
+            self._move_to_host(states)
+            return
+        for state in states:
+            assert state.agent is not None
+            name = state.agent
+            live.suspended[name] = Suspended(state.segments, list(state.output_ids))
+            self._forget_host_pages(state)
+            if state.output is not None:
+                self.shorten(state, state.layout.length)
+            self._give_up(live, state)
+            self._agents[name] = live
+        self.end_unneeded()
+
+    def _move_to_host(self, states: Sequence[AgentState]) -> None:
+        private = [state.private_pages for state in states]
+        ends = np.cumsum([0, *[len(pages) for pages in private]])
+        given = self.host_pages.allocate(int(ends[-1]))
+        if given is None:
+            raise OutOfPagesError(
+                f"to: expected {ends[-1]} free host pages, got {self.host_pages.num_free} of "
+                f"{self.profile.host_pages}"
+            )
+        pages = np.concatenate(private)
+        try:
+            self._order([Copies(to_host=np.stack([pages, given], axis=1))])
+        except BaseException:
+            self.host_pages.free(given)
+            raise
+        for state, mine, (begin, end) in zip(states, private, pairwise(ends), strict=True):
+            state.host_pages = given[begin:end]
+            self.books.drop_pages(mine)
+
+    def resume(self, live: LivePlan, agents: str | Iterable[str]) -> None:
+        self.collect()
+        names = live.names(agents)
+        for name in names:
+            if live.phase(name) is not Phase.SUSPENDED:
+                raise ValueError(
+                    f"agents: expected suspended agents, got {name!r} ({live.phase(name).value})"
+                )
+        on_host = [live.by_name[name] for name in names if name in live.by_name]
+        done: list[str] = []
+        try:
+            for name in names:
+                if name in live.suspended:
+                    self._plan_again(live, name)
+                    done.append(name)
+            self._move_to_device(on_host)
+        except BaseException:
+            self.suspend(live, done, "nowhere")
+            raise
+
+    def _plan_again(self, live: LivePlan, agent: str) -> None:
+        """Decides and leases as `plan` does, and makes room for the output's rows."""
+        given = live.suspended[agent]
+        layouts = self._decide({agent: given.segments}, live.policy)
+        states = self._lease(live, layouts)
+        state = live.by_name[agent]
+        if given.output_ids:
+            try:
+                pages = self.books.take_pages(state.pages_to_extend(len(given.output_ids)))
+            except BaseException:
+                for one in reversed(states):
+                    self._give_back(live, one)
+                self._agents[agent] = live
+                raise
+            made = state.extend(given.output_ids, pages)
+            assert made is not None
+            self.books.hold([made])
+            state.recompute_output()
+        del live.suspended[agent]
+
+    def _move_to_device(self, states: Sequence[AgentState]) -> None:
+        held = [state.host_pages for state in states if state.host_pages is not None]
+        if not held:
+            return
+        pages = self.books.take_pages(sum(map(len, held)))
+        try:
+            self._order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
+        except BaseException:
+            self.books.drop_pages(pages)
+            raise
+        at = 0
+        for state, host_pages in zip(states, held, strict=True):
+            state.host_pages = None
+            state.move_to(pages[at : at + len(host_pages)])
+            at += len(host_pages)
+            self.host_pages.free(host_pages)
+
+    def pages_to_resume(self, live: LivePlan, agent: str) -> int:
+        self.collect()
+        if live.phase(agent) is not Phase.SUSPENDED:
+            raise ValueError(
+                f"agent: expected a suspended agent, got {agent!r} ({live.phase(agent).value})"
+            )
+        if agent in live.by_name:
+            return len(live.by_name[agent].private_pages)
+        given = live.suspended[agent]
+        needed = self.pages_needed({agent: given.segments}, live.policy)
+        return needed + pages_for(len(given.output_ids), self.profile.block_size)
+
+
+def _carried(layout: AgentLayout) -> IntArray:
+    """Positions of the own rows that are taken over from the agent's earlier KV."""
+    if layout.earlier is None:
+        return np.empty(0, dtype=np.int32)
+    position = layout.earlier.own_position
+    return position[: int(np.searchsorted(position, layout.prefix))]
+
+
+def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
+    for agent, given in prompts.items():
+        if not isinstance(agent, str):
+            raise ValueError(f"prompts: expected agents' names (str), got {agent!r}")
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"prompts[{agent!r}]: expected a list of segments, got {type(given).__name__}"
+            )
+    tuples = {agent: tuple(segments) for agent, segments in prompts.items()}
+    for agent, segments in tuples.items():
+        odd = [kind for kind in set(map(type, segments)) if not issubclass(kind, Segment)]
+        if odd:
+            raise TypeError(
+                f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), "
+                f"got {odd[0].__name__}"
+            )
+    return tuples
