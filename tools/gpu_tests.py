@@ -39,6 +39,7 @@ FILES = {
     "test_rope_rotate": 2,
     "test_gpu": 2,
     "test_gpu_calls": 2,
+    "test_decoder": 1,
     "test_far_pages": 1,
     "test_key_deviation": 1,
     "test_merge_states": 1,
