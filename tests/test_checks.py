@@ -113,7 +113,7 @@ def test_rope_rotate_names_what_is_wrong(changes, text):
     assert torch.equal(arguments["out"], before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.gpu
 def test_tensors_of_two_devices_are_refused():
     with raises("cos: expected device cuda:0, got device cpu"):
         ops.rope_rotate_out(
