@@ -190,3 +190,65 @@ def test_other_architectures_are_refused(tmp_path: Path, changes: dict[str, Any]
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ValueError, match="expected (llama or qwen2|silu and full attention)"):
         Model(tmp_path)
+
+
+def round_of(agents: int, seed: int = 0) -> dict[str, list[td.Segment]]:
+    """The same three segments, for each agent in another order and behind another beginning."""
+    shared = [td.shared(tokens(seed + one, 40 + 9 * one)) for one in range(3)]
+    rng = np.random.default_rng(seed)
+    return {
+        f"agent {a}": [
+            td.private(tokens(100 + a, 20 + 7 * a)),
+            *[shared[one] for one in rng.permutation(3)],
+            td.private(tokens(200 + a, 3)),
+        ]
+        for a in range(agents)
+    }
+
+
+async def serve_round(
+    engine: Engine, prompts: dict[str, list[td.Segment]], number: int, pause: float, count: int = 8
+) -> dict[str, list[int]]:
+    requests = []
+    for agent, prompt in prompts.items():
+        requests.append(engine.submit(agent, prompt, number, count))
+        if pause:
+            await asyncio.sleep(pause)
+    return {request.agent: await all_of(request) for request in requests}
+
+
+@pytest.mark.parametrize("source", ["master", "producer"])
+@pytest.mark.parametrize(
+    ("selection", "pause"),
+    [
+        (None, 0.02),
+        (td.Nothing(), 0.02),
+        # Which rows deviate is asked of the agents that are there.
+        (td.KeyDeviation(0.15, layer=0), 0),
+    ],
+    ids=str,
+)
+def test_a_trickling_round_equals_the_round_at_once(
+    llama: tuple[Any, Model], selection: Any, source: str, pause: float
+) -> None:
+    """And the rounds after it, that hear what all have said."""
+    reference, model = llama
+    watched, mine = Watched(model), collector(model, selection, source=source)
+    at_once = TransformersEngine(reference, collector(model, selection, source=source))
+
+    async def serve() -> None:
+        said: list[td.Segment] = []
+        async with Engine(watched, mine, max_rows=1000) as engine:
+            for number in (1, 2):
+                watched.logits.clear()
+                prompts = {a: [one[0], *said, *one[1:]] for a, one in round_of(5).items()}
+                output = await serve_round(engine, prompts, number, pause)
+                plan = at_once.collector.plan(prompts)
+                logits = at_once.prefill(plan)
+                for agent, row in logits.items():
+                    torch.testing.assert_close(watched.logits[agent][0], row, **CLOSE)
+                assert at_once.generate(plan, logits, 8) == output
+                plan.commit()
+                said = [td.shared(tokens) for tokens in output.values()]
+
+    run(serve())
