@@ -148,6 +148,8 @@ class AgentState(Mirror):
             self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
             self.pending = np.union1d(self.pending, positions).astype(np.int32)
         self.candidates = [use for use in self.candidates if use.master.serial not in chosen]
+        if self.output is not None:  # the prompt's masks were copied beside the output's
+            self._set_output_length()
 
     def first_unseeable(self, available: Mapping[int, int]) -> int:
         """The first position that sees a Master's row that nobody has computed yet.
