@@ -1,4 +1,4 @@
-"""examples/engine.py: transformers' tokens, the round's tokens, and all requests end in any pool."""
+"""examples/engine.py: transformers' tokens, the rounds' tokens; all requests end in any pool."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_other_architectures_are_refused(tmp_path: Path, changes: dict[str, Any]
     write_model(tmp_path, "qwen2")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(ValueError, match="expected (llama or qwen2|silu and full attention)"):
+    with pytest.raises(ValueError, match=r"expected (llama or qwen2|silu and full attention)"):
         Model(tmp_path)
 
 
