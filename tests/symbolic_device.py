@@ -188,7 +188,7 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
         assert not master.stored
         assert not master.is_computed
         maker = scheduler._makers[master.serial]
-        use = next(use for use in maker.layout.made if use.master is master)
+        use = next(use for use in maker.decision.made if use.master is master)
         left = np.arange(use.delta + master.computed, use.delta + use.length)
         assert np.isin(left, pending[maker.serial]).all()
     for state in states:

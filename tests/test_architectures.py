@@ -118,8 +118,8 @@ def test_the_trial_passes_what_fits_in_every_dtype(name: str, dtype: torch.dtype
     [
         # Queries and keys are normed after the rotation; the norms' weights do not commute with it.
         ("hunyuan_v1_dense", "the attention of layer 0 within .* of its own forward"),
-        ("mamba", "logits without attention within .* of those of another order"),
-        ("nemotron", "attention: expected a step among the keyword arguments"),
+        ("mamba", "logits without attention within .* of those of the rows in another order"),
+        ("nemotron", "expected attention to be handed the forward's keyword arguments"),
         ("ministral3", "the attention of layer 0 within .* of itself at its first positions"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from driving import make_store, prefill_steps, run_round, tokens
 
 import tokendance as td
+from tokendance.host.books import PageAllocator
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
@@ -41,6 +42,11 @@ def things() -> dict[str, Any]:
         "Step": step,
         "Audit": audit,
         "PagePool": store.pool,
+        "Executor": store.executor,
+        "Scheduler": store.scheduler,
+        "Books": store.scheduler.books,
+        "PageAllocator": PageAllocator(8),
+        "Decoder": collector.decoder(2, 2, 8),
     }
 
 
@@ -51,6 +57,11 @@ WAYS = {
     "Step": "ask the collector for the next step",
     "Audit": "make another by KVCollector.audit",
     "PagePool": "make another PagePool",
+    "Executor": "make another over a pool of its own",
+    "Scheduler": "make another with the same profile",
+    "Books": "make another over an allocator of its own",
+    "PageAllocator": "make another for pages of its own",
+    "Decoder": "ask the collector for another",
 }
 
 

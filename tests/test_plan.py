@@ -114,7 +114,7 @@ def test_an_aborted_agent_is_computed_up_to_the_last_master_that_is_awaited() ->
     collector = td.KVCollector(store, selection=td.Nothing())
     empty = snapshot(store)
     plan = collector.plan(siblings())
-    assert plan.spans("a")[1].origin.value == "master"
+    assert plan.spans("a")[1].kind.value == "master"
     plan.abort("a")
     pending = {state.agent: len(state.pending) for state in plan._live.states}
     assert pending[None] == 13 + 40 + 24

@@ -62,7 +62,7 @@ class PerRequestBlend(DenseSystem):
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio: expected 0 .. 1, got {ratio}")
         self.ratio = ratio
-        rope = Rope.from_config(model.config)
+        rope = Rope.from_model(model)
         if not isinstance(rope, Rope):
             raise ValueError("rope_parameters: expected the same for all layers, got several")
         self._rope = rope

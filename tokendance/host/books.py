@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages
+from tokendance.host.uncopied import Uncopied
 
 Allocate: TypeAlias = Callable[[int], Sequence[int] | None]
 """Gives so many page ids that nobody else uses. None, or an exception, means that it has fewer."""
@@ -25,7 +26,7 @@ class OutOfPagesError(RuntimeError):
     """The pool has fewer free pages than asked for, and nothing is left to evict."""
 
 
-class PageAllocator:
+class PageAllocator(Uncopied, instead="make another for pages of its own"):
     """Page ids of a pool: of a list of its own, or of an engine's allocator.
 
     Args:
@@ -108,7 +109,7 @@ def _popper(free: list[int]) -> Allocate:
     return allocate
 
 
-class Books:
+class Books(Uncopied, instead="make another over an allocator of its own"):
     """Users of the pages of a pool.
 
     Attributes:

@@ -51,11 +51,11 @@ def try_model(model: Any, geometry: KVGeometry, max_position: int) -> None:
         store = DiffStore(geometry, rope, capacity, model.device, block_size=8)
         collector = KVCollector(store, selection=Everything())
         with collector.plan({"": [private(prompt)]}) as plan:
-            step = collector.step(prefill=plan.prefilling, max_rows=len(prompt))
+            step = collector.step(prefill=plan.prefilling, max_rows=_TRIED_TOKENS)
             assert step is not None
             with step:
                 ours = _trace(model, modules, prompt, own[0], step)
-        tolerance = _TRIED_TOLERANCE.get(model.dtype, _TRIED_TOLERANCE[torch.bfloat16])
+        tolerance = _tolerance(model)
         _compare_traces("its own forward", ours, own, tolerance)
         if max_position > _TRIED_TOKENS:
             moved = _trace(model, modules, prompt, own[0], first=max_position - _TRIED_TOKENS)
@@ -71,20 +71,6 @@ def _try_rows_and_masks(model: Any, prompt: Tensor, max_position: int) -> list[A
     """Each layer's attention. Without it and without rotation rows must not see each other, and
     its masks must be those of the windows that it is handed."""
     seen: list[tuple[Any, Any, int]] = []
-
-    def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        sliding_window: int | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        seen.append((module, attention_mask, sliding_window or 0))
-        return query.transpose(1, 2), None
-
-    AttentionInterface.register(_NO_ATTENTION, attend)
     logits = []
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -92,15 +78,10 @@ def _try_rows_and_masks(model: Any, prompt: Tensor, max_position: int) -> list[A
         stack.enter_context(no_rotation(model))
         for ids in (prompt, prompt.flip(0)):
             seen.clear()
-            logits.append(model(input_ids=ids[None], use_cache=False).logits[0])
-    tolerance = _TRIED_TOLERANCE.get(model.dtype, _TRIED_TOLERANCE[torch.bfloat16])
-    _compare(
-        "logits without attention",
-        "those of another order",
-        logits[0],
-        logits[1].flip(0),
-        tolerance,
-    )
+            out = model(input_ids=ids[None], use_cache=False, tokendance_seen=seen)
+            logits.append(out.logits[0])
+    order = "those of the rows in another order"
+    _compare("logits without attention", order, logits[1].flip(0), logits[0], _tolerance(model))
     if len(seen) != model.config.num_hidden_layers:
         raise ValueError(
             f"expected attention in {model.config.num_hidden_layers} layers, got {len(seen)}"
@@ -123,9 +104,30 @@ def _try_rows_and_masks(model: Any, prompt: Tensor, max_position: int) -> list[A
     return [module for module, _, _ in seen]
 
 
+def _note(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    sliding_window: int | None = None,
+    tokendance_seen: list[tuple[Any, Any, int]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers that sees nothing, and notes what it is handed."""
+    if tokendance_seen is None:
+        raise ValueError("expected attention to be handed the forward's keyword arguments")
+    tokendance_seen.append((module, attention_mask, sliding_window or 0))
+    return query.transpose(1, 2), None
+
+
 def _mask_of_rows(*_: Any, mask_function: Any, **__: Any) -> Any:
     """A mask function of transformers: what decides, in place of a tensor of decisions."""
     return mask_function
+
+
+AttentionInterface.register(_NO_ATTENTION, _note)
+AttentionMaskInterface.register(_NO_ATTENTION, _mask_of_rows)
 
 
 def _trace(
@@ -185,10 +187,11 @@ def _compare(name: str, what: str, found: Tensor, expected: Tensor, tolerance: f
         )
 
 
+def _tolerance(model: Any) -> float:
+    return _TRIED_TOLERANCE.get(model.dtype, _TRIED_TOLERANCE[torch.bfloat16])
+
+
 def _tried_tokens(model: Any) -> Tensor:
     ids = torch.arange(_TRIED_TOKENS, dtype=torch.int64, device=model.device)
     vocabulary = int(model.config.vocab_size)
     return (ids * 7919 + 13) % vocabulary
-
-
-AttentionMaskInterface.register(_NO_ATTENTION, _mask_of_rows)

@@ -139,7 +139,7 @@ def quantization_of(
     for ids in token_ids:
         prompt = torch.tensor([list(ids)], device=model.device)
         with torch.inference_mode():
-            cache = model.model(prompt, use_cache=True).past_key_values
+            cache = model.base_model(prompt, use_cache=True).past_key_values
         for parts, layer in zip(layers, cache.layers, strict=True):
             for kept, rows in zip(parts, (layer.keys, layer.values), strict=True):
                 kept.append(rows[0].transpose(0, 1))
