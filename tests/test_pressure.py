@@ -1,24 +1,12 @@
-"""Memory that runs out: exact needs, waiting, preemption, eviction, and an engine that lives on it."""
+"""Memory that runs out: exact needs, waiting, preemption, eviction, and an engine on top."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from driving import (
-    GEOMETRY,
-    ROPE,
-    prefill_steps,
-    restored,
-    run_prefill,
-    run_round,
-    run_step,
-    same_snapshot,
-    snapshot,
     tokens,
 )
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +24,7 @@ BLOCK = 8
 SELECTIONS = [td.LeadingTokens(4, unseen=96), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
 
 
-# Exact needs ---------------------------------------------------------------------------------------
+# Exact needs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ def run_all(device: SymbolicDevice, max_rows: int = 2048) -> int:
     return steps
 
 
-# An engine that lives on it ------------------------------------------------------------------------
+# An engine that lives on it -----------------------------------------------------------------------
 
 
 @dataclass
@@ -192,9 +180,10 @@ class Engine:
             assert self.time < patience, "the engine gets nowhere"
             self.resume()
             self.admit(queue)
+            before = self.suspensions
             step = self.step()
             if step is None:
-                if not self.end_finished():
+                if not self.end_finished() and self.suspensions == before:
                     self.make_room(queue)
                 continue
             self.device.run(step)
