@@ -26,11 +26,12 @@ from tokendance.host.plan import LivePlan, Plan, Policy
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, private
 from tokendance.host.selection import Everything
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
-class Audit:
+class Audit(Uncopied, instead="make another by KVCollector.audit; its report can be copied"):
     """Recompute of some agents of a plan, or of some of their rows; made by `KVCollector.audit`.
 
     Run `steps`, hand every step's logits to `add`, then ask for the `report`. Agents are recomputed

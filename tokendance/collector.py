@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from tokendance.audit import Audit, tell
+from tokendance.decoder import Decoder
 from tokendance.device.executor import Reduce
 from tokendance.host.decide import OptedOut, Source, Sources
 from tokendance.host.gate import (
@@ -27,11 +28,14 @@ from tokendance.host.selection import (
     Nothing,
     Selection,
 )
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
-class KVCollector:
+class KVCollector(
+    Uncopied, instead="make another KVCollector over a store that DiffStore.load has read"
+):
     """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
     Args:
@@ -153,6 +157,28 @@ class KVCollector:
         """
         planned = self.store.scheduler.step(decode, prefill, max_rows)
         return None if planned is None else Step(self.store.executor, planned, reduce)
+
+    def decoder(
+        self,
+        max_agents: int,
+        max_rows: int,
+        max_pages: int,
+        max_masters: int | None = None,
+        windows: Sequence[int] = (0,),
+    ) -> Decoder:
+        """Buffers of fixed size at fixed addresses for decode steps: a whole step can be captured.
+
+        Args:
+            max_agents, max_rows: of a step.
+            max_pages: pages of all Masters in a step, outputs among them; as many of own rows.
+            max_masters: Masters in a step, each agent's output among them; default 64 besides the
+                outputs.
+            windows: sliding windows of the model's layers, 0 for none.
+
+        Raises:
+            ValueError: a number that is not positive.
+        """
+        return Decoder(self.store, max_agents, max_rows, max_pages, max_masters, windows)
 
     # The gate ------------------------------------------------------------------------------------
 

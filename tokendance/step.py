@@ -12,9 +12,10 @@ from tokendance.device.arrays import Array
 from tokendance.device.executor import Executor, Reduce, Run
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import StepRecord
+from tokendance.host.uncopied import Uncopied
 
 
-class Step:
+class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the rounds' KV; see `KVCollector.step`.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
@@ -36,7 +37,7 @@ class Step:
         self._is_over = False
         self.agents = planned.agents
         self.logit_agents = planned.logit_agents
-        self._finalizer = weakref.finalize(self, _abandon, planned)
+        self._finalizer = weakref.finalize(self, cancel_dropped, planned)
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -176,7 +177,8 @@ class Step:
         return self._open.keep(*tensors)
 
 
-def _abandon(planned: PlannedStep) -> None:
+def cancel_dropped(planned: PlannedStep) -> None:
+    """Gives a step back that nobody can run any more."""
     if planned.is_open:
         warnings.warn(
             "step: expected a step to be run or cancelled, got one that was dropped",

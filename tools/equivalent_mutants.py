@@ -285,7 +285,7 @@ EQUIVALENT = (
         "every lane has the mask of the page, and any other than the first may write it",
         kernel="diff_encode_compare",
         change=OTHER_THAN_0,
-        source=r"return round\.agent_use\[",  # what is loaded after lane == 0 is asked
+        source=r"const int32_t use = uses\[agent\]",  # what is loaded after lane == 0 is asked
         operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(

@@ -16,6 +16,7 @@ from tokendance.host.mirror import no_pages
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment
 from tokendance.host.selection import DEFAULT, Selection
+from tokendance.host.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from tokendance.host.scheduler import Scheduler
@@ -113,7 +114,7 @@ class LivePlan:
         return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
 
 
-class Plan:
+class Plan(Uncopied, instead="make another by KVCollector.plan, with the same prompts"):
     """A round of requests: made by `KVCollector.plan`, ended agent by agent.
 
     It holds the Masters that it uses and leases the pages that it fills. A Master serves others
@@ -147,15 +148,6 @@ class Plan:
             f"Plan({len(phases)} agents: {', '.join(counts) or 'none'}; "
             f"{self.rows_computed:g} of {self.rows} prompt rows computed)"
         )
-
-    def __copy__(self) -> Plan:
-        raise TypeError("plan: a plan cannot be copied; it leases pages")
-
-    def __deepcopy__(self, memo: object) -> Plan:
-        return self.__copy__()
-
-    def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("plan: a plan cannot be pickled; send the records of its steps")
 
     # Agents ---------------------------------------------------------------------------------------
 

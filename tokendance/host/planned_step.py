@@ -12,7 +12,7 @@ from tokendance.host.agent import AgentState
 from tokendance.host.mirror import Use, slots_of
 from tokendance.host.plan import LivePlan
 from tokendance.host.record import Choice, PackedRound, StepRecord, pack_round
-from tokendance.host.round import IntArray
+from tokendance.host.round import IntArray, RoundExtents
 from tokendance.host.selection import KeyDeviation
 
 if TYPE_CHECKING:
@@ -50,10 +50,17 @@ class PlannedStep:
         logit_agents: the agents of ``record.logit_rows``.
     """
 
-    def __init__(self, scheduler: Scheduler, parts: list[StepPart], number: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        parts: list[StepPart],
+        number: int,
+        capacity: RoundExtents | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._parts = parts
         self.number = number
+        self._capacity = capacity
         self._before: list[tuple[int, int]] | None = None  # rows and pairs before a choice
         self.is_open = True
         self.record = self._make_record()
@@ -109,12 +116,13 @@ class PlannedStep:
             record.choice_layer = min(max(layers), self._scheduler.profile.num_layers - 1)
         for window in self._scheduler.windows:
             record.rounds[window] = self._pack(record, window)
-        return record
+        return record if self._capacity is None else record.padded(self._capacity.rows)
 
     def _pack(self, record: StepRecord, window: int) -> PackedRound:
         states = [part.state for part in self._parts]
         profile = self._scheduler.profile
-        return pack_round(states, self._row_agent, record.positions, profile, window)
+        positions = record.positions[: len(self._row_agent)]
+        return pack_round(states, self._row_agent, positions, profile, window, self._capacity)
 
     def round_of(self, window: int) -> PackedRound:
         """The round with the work list of a sliding window; later steps have it from the start."""

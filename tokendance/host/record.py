@@ -145,6 +145,16 @@ class StepRecord:
         """R."""
         return len(self.token_ids)
 
+    def padded(self, rows: int) -> StepRecord:
+        """The same with rows behind the last that nothing keeps: token 0, position 0, slot -1."""
+        more = rows - self.num_rows
+        return replace(
+            self,
+            token_ids=np.pad(self.token_ids, (0, more)),
+            positions=np.pad(self.positions, (0, more)),
+            slots=np.pad(self.slots, (0, more), constant_values=-1),
+        )
+
 
 def pack_round(
     mirrors: Sequence[Mirror],
@@ -158,6 +168,51 @@ def pack_round(
     arrays, extents = round_arrays(mirrors, profile.block_size)
     arrays, extents = with_work(arrays, extents, row_agent, row_position, profile.work, window)
     return PackedRound(pack(arrays, extents, capacity), capacity or extents)
+
+
+def step_capacity(
+    *,
+    agents: int,
+    rows: int,
+    pages: int,
+    masters: int,
+    uses: int,
+    masks: int,
+    profile: DeviceProfile,
+) -> RoundExtents:
+    """Extents that hold every round of so many agents, rows, and so on, and its work list.
+
+    Args:
+        agents, rows: of a step.
+        pages: of all Masters of a round; as many of own rows.
+        masters: of a round. An agent's output is one.
+        uses: of all agents.
+        masks: pages of all uses, counted for each use.
+    """
+    shape = profile.work
+    work = _planner.work_capacity(
+        agents=agents,
+        rows=rows,
+        uses=uses,
+        masters=masters,
+        max_tile_rows=shape.max_tile_rows,
+        target_items=shape.target_items,
+        max_splits=shape.max_splits,
+    )
+    return RoundExtents(
+        rows=rows,
+        uses=uses,
+        use_pages=masks,
+        agents=agents,
+        masters=masters,
+        master_pages=pages,
+        own_pages=pages,
+        work=work["work"],
+        work_rows=work["work_rows"],
+        work_chunks=work["work_chunks"],
+        partials=work["partials"],
+        block_size=profile.block_size,
+    )
 
 
 def with_work(

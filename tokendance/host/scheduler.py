@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, count, pairwise
 
 import numpy as np
@@ -15,14 +16,15 @@ from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, s
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
 from tokendance.host.record import Copies, DeviceProfile
-from tokendance.host.round import IntArray
+from tokendance.host.round import IntArray, RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
 from tokendance.host.selection import KeyDeviation
+from tokendance.host.uncopied import Uncopied
 
 _EVERYTHING = int(np.iinfo(np.int32).max)  # beyond all positions
 
 
-class Scheduler:
+class Scheduler(Uncopied, instead="make another with the same profile"):
     """Plans rounds and their steps, and keeps the books of one pool of pages.
 
     The host half of the library: it knows prompts, names and pages, and no device. What is to be
@@ -384,12 +386,18 @@ class Scheduler:
         names = None if prefill is None else self._named(prefill)
         fed = self._fed(decode or {})
         decoded = self._extend(fed)  # before others are admitted, who would take their pages
-        try:
+        with self._undone_by_errors(decoded):
             self._admit_waiting()
             room = max_rows - sum(len(part.positions) for part in decoded)
             wanted = None if names is None else self._wanted(names)
             prefilled = self._prefill_parts(self._states.values(), room, wanted)
             return self._planned([*decoded, *prefilled])
+
+    @contextmanager
+    def _undone_by_errors(self, decoded: Sequence[StepPart]) -> Iterator[None]:
+        """Gives decoded rows' pages back if their step cannot be planned."""
+        try:
+            yield
         except BaseException:
             for part in decoded:
                 self.shorten(part.state, part.begin)
@@ -400,10 +408,58 @@ class Scheduler:
         live = plan._live
         return self._planned(self._prefill_parts(live.states, max_rows, None))
 
-    def _planned(self, parts: list[StepPart]) -> PlannedStep | None:
+    def decode_step(
+        self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
+    ) -> PlannedStep | None:
+        """A step of decode rows alone, padded to the rows and extents of ``capacity``.
+
+        Raises:
+            ValueError: the step needs more than that, naming what; nothing has changed. Otherwise
+                as `step`.
+        """
+        decode = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in decode.items()}
+        for name, needed in self.exceeded(decode, capacity).items():
+            given = getattr(capacity, name)
+            raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
+        decoded = self._extend(self._fed(decode))
+        with self._undone_by_errors(decoded):
+            return self._planned(decoded, capacity)
+
+    def exceeded(
+        self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
+    ) -> dict[str, int]:
+        """The extents of which a decode step needs more than ``capacity`` has, and how many."""
+        self.collect()
+        needed = self._extents_of(self._fed(decode))
+        return {name: count for name, count in needed.items() if count > getattr(capacity, name)}
+
+    def _extents_of(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> dict[str, int]:
+        """What a decode step needs of the extents of a round, but for its work list."""
+        pages: dict[int, int] = {}  # of each Master, by serial
+        listed: dict[int, int] = {}  # and how often it stands in the round
+        needed = dict.fromkeys(("uses", "use_pages", "masters", "master_pages", "own_pages"), 0)
+        for _, state, tokens in fed:
+            more, new = state.pages_to_extend(len(tokens)), state.output is None
+            needed["uses"] += len(state.uses) + new
+            needed["use_pages"] += int(state.uses.page_indptr[-1]) + more
+            needed["masters"] += new
+            needed["master_pages"] += more
+            needed["own_pages"] += len(state.own_pages)
+            # A Master that one prompt uses twice is listed twice.
+            for serial, times in Counter(one.serial for one in state.uses.masters).items():
+                listed[serial] = max(listed.get(serial, 0), times)
+            pages |= {one.serial: len(one.pages) for one in state.uses.masters}
+        needed["masters"] += sum(listed.values())
+        needed["master_pages"] += sum(times * pages[serial] for serial, times in listed.items())
+        rows = sum(len(tokens) for _, _, tokens in fed)
+        return {"agents": len(fed), "rows": rows, **needed}
+
+    def _planned(
+        self, parts: list[StepPart], capacity: RoundExtents | None = None
+    ) -> PlannedStep | None:
         if not parts:
             return None
-        step = PlannedStep(self, parts, next(self._numbers))
+        step = PlannedStep(self, parts, next(self._numbers), capacity)
         self._open[step.number] = step
         step.record.copies, self._copies = self._copies, []
         for part in parts:
