@@ -56,9 +56,9 @@ def is_of(module: str, names: frozenset[str]) -> bool:
 
 STANDARD = frozenset(sys.stdlib_module_names)
 FRONT = frozenset(
-    f"tokendance.{name}" for name in ("audit", "collector", "encoding", "step", "store")
+    f"tokendance.{name}" for name in ("audit", "collector", "decoder", "encoding", "step", "store")
 )
-RECORD = frozenset({"tokendance.host.record", "tokendance.host.round"})
+RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))
 ARRAYS = frozenset({"numpy", "torch", "typing_extensions"})
 MAY_IMPORT = {
