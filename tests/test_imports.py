@@ -60,15 +60,18 @@ FRONT = frozenset(
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))
+INTEGRATIONS = frozenset({"tokendance.integrations", "transformers"})
+SOURCE_TREE = frozenset({"tokendance.source_tree"})  # says why compiled modules are missing
 ARRAYS = frozenset({"numpy", "torch", "typing_extensions"})
 MAY_IMPORT = {
     "tokendance.host": HOST | {"tokendance._planner", "numpy"},
-    "tokendance.device": DEVICE | RECORD | ARRAYS,
+    "tokendance.device": DEVICE | RECORD | ARRAYS | SOURCE_TREE,
     "tokendance.files": FILES | HOST | DEVICE | ARRAYS,
     **dict.fromkeys(FRONT, FRONT | HOST | DEVICE | FILES | ARRAYS),
-    "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | {"transformers"},
+    "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | INTEGRATIONS,
     "tokendance.testing": HOST | DEVICE | ARRAYS | {"tokendance.testing", "tokendance._planner"},
     "tokendance.cli": frozenset({"tokendance"}) | ARRAYS,
+    "tokendance.source_tree": STANDARD,
     "tokendance.__main__": frozenset({"tokendance.cli"}),
 }
 
