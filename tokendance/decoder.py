@@ -36,14 +36,17 @@ class Decoder(Uncopied, instead="ask the collector for another"):
         max_rows: int,
         max_pages: int,
         max_masters: int | None = None,
+        max_uses: int | None = None,
         windows: Sequence[int] = (0,),
     ) -> None:
         masters = max_agents + 64 if max_masters is None else max_masters
+        uses = max_agents * min(masters, 32) if max_uses is None else max_uses
         sizes = {
             "max_agents": max_agents,
             "max_rows": max_rows,
             "max_pages": max_pages,
             "max_masters": masters,
+            "max_uses": uses,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -55,7 +58,7 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             rows=max_rows,
             pages=max_pages,
             masters=masters,
-            uses=max_agents * masters,
+            uses=uses,
             masks=max_agents * max_pages,
             profile=self._scheduler.profile,
         )
