@@ -206,7 +206,7 @@ def test_a_master_serves_from_its_last_row_on(end: str) -> None:
                 del plan
     late = collector.plan({"x": [td.private(tokens(15, 6)), td.shared(A), END]})
     check(collector)
-    spans = [(span.end, span.origin.value) for span in late.spans("x")]
+    spans = [(span.end, span.kind.value) for span in late.spans("x")]
     assert spans == [(6, "own"), (46, "reused"), (55, "own")]
     found = {}
     run(collector.step(prefill=["x"]), found)
@@ -225,7 +225,7 @@ def test_a_master_is_not_found_before_its_agent_has_announced_it_or_after_it_gav
     check(collector)
     found: Outputs = {}
     late = collector.plan({"x": [td.private(tokens(16, 4)), td.shared(B), td.shared(A), END]})
-    spans = [(span.end, span.origin.value) for span in late.spans("x")]
+    spans = [(span.end, span.kind.value) for span in late.spans("x")]
     assert spans == [(4, "own"), (28, "master"), (68, "reused"), (77, "own")]
     run_all(collector, found)
     dense: Outputs = {}
@@ -340,7 +340,7 @@ def test_own_rows_are_visible_to_nobody_before_commit_and_outputs_only_then() ->
         assert store.scheduler.find(segment) is None
     assert store.scheduler.find(td.shared(A)) is not None
     other = collector.plan({"b": [td.shared(mine), output, td.shared(A)]})
-    origins = {span.origin.value for span in other.spans("b")[:1]}
+    origins = {span.kind.value for span in other.spans("b")[:1]}
     assert origins == {"master"}
     other.abort()
     plan.commit()
@@ -672,7 +672,7 @@ def test_outputs_of_producers_serve_plans_that_come_before_others_have_ended() -
     plan.commit("a")
     assert plan.phase("b") is Phase.DECODE
     late = collector.plan({"x": [td.private(tokens(15, 6)), td.shared([*ids, 99]), END]})
-    spans = [(span.end, span.origin.value) for span in late.spans("x")]
+    spans = [(span.end, span.kind.value) for span in late.spans("x")]
     assert spans == [(6, "own"), (18, "reused"), (19, "own"), (28, "own")]
     found: Outputs = {}
     run(collector.step({"b": [50]}), found)

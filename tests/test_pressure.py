@@ -426,7 +426,7 @@ def test_only_what_can_never_fit_is_refused_at_once() -> None:
     scheduler.books.drop("a")
     run_all(device)
     assert waits.phase("b") is Phase.DECODE
-    assert [(span.end, span.origin.value) for span in waits.spans("b")][-1] == (80, "master")
+    assert [(span.end, span.kind.value) for span in waits.spans("b")][-1] == (80, "master")
     waits.commit()
     check_books(scheduler, device.free)
 
