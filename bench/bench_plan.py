@@ -23,7 +23,7 @@ def _collector(layers: int = 1) -> td.KVCollector:
     return td.KVCollector(td.DiffStore(geometry, rope, "64MiB", block_size=16))
 
 
-def _prompts(agents: int, tokens: int) -> dict[str, list[td.Segment]]:
+def make_prompts(agents: int, tokens: int) -> dict[str, list[td.Segment]]:
     """All agents share 64 segments in orders of their own, behind 64 private tokens."""
     rng = np.random.default_rng(0)
     length = tokens // 64
@@ -42,7 +42,7 @@ def _prompts(agents: int, tokens: int) -> dict[str, list[td.Segment]]:
 @pytest.mark.parametrize("agents", [16, 64])
 def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
     """Rounds whose agents share all segments."""
-    prompts = _prompts(agents, tokens)
+    prompts = make_prompts(agents, tokens)
     collector = _collector()
     plans: list[td.Plan] = []
 
@@ -62,7 +62,7 @@ def bench_plan(benchmark: Any, agents: int, tokens: int) -> None:
 def bench_describe(benchmark: Any, agents: int) -> None:
     """The round's fields and the work list of one decode step: once per step, for all layers."""
     collector = _collector()
-    plan = collector.plan(_prompts(agents, TOKENS))
+    plan = collector.plan(make_prompts(agents, TOKENS))
     states, profile = plan._live.states, collector.store.scheduler.profile
     rows = np.arange(agents, dtype=np.int32)
     last = np.array([state.length - 1 for state in states], dtype=np.int32)

@@ -7,6 +7,7 @@ so. What an allocator gives is checked; what this package's modules ask for is n
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -129,7 +130,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         self._page_users = np.zeros(allocator.num_pages, dtype=np.int32)
         self._used = 0
         # Stored Masters that nobody holds, the longest idle first, and how many pages they have.
-        self._idle: dict[int, Master] = {}
+        self._idle: OrderedDict[int, Master] = OrderedDict()
         self._idle_pages = 0
         self._clock = 0
 
@@ -231,15 +232,18 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             Pages given back: fewer if there were no more idle Masters, more if the last one had
             more.
         """
+        parts = [no_pages()]
         given = 0
         while given < pages and self._idle:
-            master = next(iter(self._idle.values()))
-            self._no_longer_idle(master)
+            _, master = self._idle.popitem(last=False)
             del self.masters[master.digest]
             master.stored = False
             given += len(master.pages)
-            self._give_back(master)
-            self.evictions += 1
+            parts.append(master.pages)
+            master.pages = no_pages()
+        self._idle_pages -= given
+        self.evictions += len(parts) - 1
+        self.drop_pages(np.concatenate(parts))
         return given
 
     # Masters --------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
 from tokendance.host.selection import KeyDeviation
 from tokendance.host.uncopied import Uncopied
 
+_EVERYTHING = int(np.iinfo(np.int32).max)  # beyond all positions
+
 
 class Scheduler(Uncopied, instead="make another with the same profile"):
     """Plans rounds and their steps, and keeps the books of one pool of pages.
@@ -514,24 +516,26 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             parts.append(StepPart(live, state, positions, begin))
         return parts
 
-    def _wanted(self, names: Sequence[str]) -> set[int]:
-        """Serials of the states of agents, and of all that they wait for."""
+    def _wanted(self, names: Sequence[str]) -> dict[int, int]:
+        """By serial, the states of agents and of all that they wait for, each with the position
+        up to which its rows are wanted."""
         wanted = {
-            self._agents[name].by_name[name].serial
+            self._agents[name].by_name[name].serial: _EVERYTHING
             for name in names
             if name in self._agents[name].by_name
         }
-        for serial in sorted(self._states, reverse=True):
-            if serial in wanted:
-                for use in self._states[serial].awaited:
-                    maker = self._makers.get(use.master.serial)
-                    if maker is not None:
-                        wanted.add(maker.serial)
-        # A segment that is computed alone waits for nothing, and comes before those who use it.
+        for serial in sorted(self._states, reverse=True):  # who waits has the larger serial
+            for use in self._states[serial].awaited if serial in wanted else ():
+                maker = self._makers.get(use.master.serial)
+                if maker is None or use.delta >= wanted[serial]:
+                    continue
+                made = next(one for one in maker.made if one.master is use.master)
+                end = made.delta + use.length
+                wanted[maker.serial] = max(end, wanted.get(maker.serial, 0))
         return wanted
 
     def _prefill_parts(
-        self, states: Iterable[AgentState], room: int, wanted: set[int] | None
+        self, states: Iterable[AgentState], room: int, wanted: Mapping[int, int] | None
     ) -> list[StepPart]:
         parts: list[StepPart] = []
         available: dict[int, int] = {}
@@ -540,7 +544,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 break
             if state.ended or state.busy or state.phase is not Phase.PREFILL:
                 continue
-            if wanted is not None and state.serial not in wanted:
+            end = _EVERYTHING if wanted is None else wanted.get(state.serial, 0)
+            if not end:
                 continue
             plan = self._plans[state.serial]
             state.settle(plan.chosen)
@@ -553,7 +558,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 if parts and len(positions) > room:
                     break  # the rows so far may choose this agent's rows too
             else:
-                positions = positions[: int(np.searchsorted(positions, limit))][:room]
+                positions = positions[: int(np.searchsorted(positions, min(limit, end)))][:room]
             if not len(positions):
                 continue
             left = state.pending[state.pending > positions[-1]]

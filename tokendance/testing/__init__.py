@@ -3,6 +3,9 @@
 A round made here is legal and as unkind as the contract (``round.h``) allows: whatever must not be
 read is NaN (rows and pages without content, gaps between strides) or an absurd number (page ids,
 positions and indices in slots beyond the filled part), and fields have more capacity than content.
+
+May import: this package, `tokendance.host`, `tokendance.device` and the planner; nothing of the
+library imports it.
 """
 
 from __future__ import annotations
