@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +252,287 @@ def test_a_trickling_round_equals_the_round_at_once(
                 said = [td.shared(tokens) for tokens in output.values()]
 
     run(serve())
+
+
+def turns_of(agents: int, turns: int, seed: int) -> dict[str, list[list[td.Segment]]]:
+    """Prompts of each agent's turns: what it is, what it has heard so far, and a question."""
+    rng = np.random.default_rng(seed)
+    news = [td.shared(tokens(1000 + n, int(rng.integers(3, 30)))) for n in range(12)]
+    result = {}
+    for a in range(agents):
+        mine = [td.private(tokens(2000 + a, int(rng.integers(1, 30))))]
+        prompts = []
+        for turn in range(turns):
+            if rng.random() < 0.6:
+                mine = [*mine, *rng.choice(news, int(rng.integers(0, 3)))]
+            else:  # forgets: another order from the beginning on
+                mine = [mine[0], *rng.permutation(np.array(mine[1:], dtype=object))[:3]]
+            prompts.append([*mine, td.private(tokens(3000 + 50 * a + turn, 4))])
+        result[f"agent {a}"] = prompts
+    return result
+
+
+def most_pages(prompt: Sequence[td.Segment], output: int, selection: Any) -> int:
+    """That a request alone can need: each segment has pages of its own, and where what is reused is
+    repaired, any of its rows may be computed a second time."""
+    again = 0 if selection == td.Everything() else sum(map(len, prompt))
+    return sum(-(-rows // 8) for rows in [*map(len, prompt), again, output])
+
+
+def held_by_agents(store: td.DiffStore) -> int:
+    """Pages of Mirrors, and of the Masters that they use."""
+    pages: set[int] = set()
+    for mirror in store.mirrors.values():
+        pages.update(mirror.own_pages.tolist())
+        for master in mirror.uses.masters:
+            pages.update(master.pages.tolist())
+    return len(pages)
+
+
+@pytest.mark.parametrize(
+    ("selection", "source"),
+    [
+        (td.Everything(), "producer"),
+        (None, "master"),
+        (None, "alone"),
+        (td.KeyDeviation(0.2), "master"),
+    ],
+    ids=str,
+)
+def test_200_requests_end_in_a_pool_too_small_for_all(
+    llama: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch, selection: Any, source: str
+) -> None:
+    """They come and are cancelled at random; nobody fails and no page is lost."""
+    _, model = llama
+    turns = turns_of(20, 10, seed=1)
+    counts = {agent: [1 + 13 * (n + a) % 40 for n in range(10)] for a, agent in enumerate(turns)}
+    suspended: list[object] = []
+    suspend = td.Plan.suspend
+    monkeypatch.setattr(
+        td.Plan, "suspend", lambda plan, who: (suspended.append(who), suspend(plan, who))
+    )
+
+    async def live(engine: Engine, agent: str, rng: np.random.Generator, leaves: float) -> None:
+        for n, (prompt, count) in enumerate(zip(turns[agent], counts[agent], strict=True)):
+            await asyncio.sleep(rng.exponential(0.003))
+            request = engine.submit(agent, prompt, n, count)
+            last = int(rng.integers(0, count)) if rng.random() < leaves else count
+            if last == 0:
+                await asyncio.sleep(rng.exponential(0.003))
+                request.cancel()
+            async for _ in request:
+                if len(request.output) >= last:
+                    request.cancel()
+            outputs[agent, n] = request.output
+            if last == count:
+                assert len(request.output) == count
+
+    async def serve(pages: int, leaves: float) -> tuple[td.DiffStore, Watched]:
+        mine, watched = collector(model, selection, pages, source=source), Watched(model)
+        rng = np.random.default_rng(2)
+        async with Engine(watched, mine, max_rows=64) as engine:
+            await asyncio.gather(*(live(engine, agent, rng, leaves) for agent in turns))
+        return mine.store, watched
+
+    pages = max(
+        most_pages(prompt, count, selection)
+        for agent in turns
+        for prompt, count in zip(turns[agent], counts[agent], strict=True)
+    )
+    outputs: dict[tuple[str, int], list[int]] = {}
+    store, watched = run(serve(pages, leaves=0.2))
+    assert len(outputs) == 200
+    assert len(suspended) > 3
+    assert store.stats().evictions > 20
+    assert any(len({one for one in step if one}) > 3 for step in watched.steps)
+    stats = store.stats()
+    assert stats.held_pages == held_by_agents(store)
+    assert stats.used_pages == stats.held_pages + stats.evictable_pages
+    assert stats.free_pages == pages - stats.used_pages
+    pressed, outputs = outputs, {}
+    if selection == td.Everything():
+        _, watched = run(serve(8192, leaves=0))
+        gaps = torch.stack([row for rows in watched.logits.values() for row in rows]).topk(2).values
+        assert (gaps[:, 0] - gaps[:, 1]).min() > 1e-5  # no token hangs on a rounding
+        for turn, found in pressed.items():
+            assert found == outputs[turn][: len(found)]
+    for agent in store.agents:
+        store.release(agent)
+    assert store.stats().held_pages == 0
+    store.clear()
+    assert store.stats().free_pages == pages
+
+
+def test_preemption_takes_the_youngest_and_resumes_the_oldest(
+    llama: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, model = llama
+    prompts = {agent: [td.private(tokens(a, 24))] for a, agent in enumerate("abcd")}
+    did: list[tuple[str, str]] = []
+    suspend, resume = td.Plan.suspend, td.Plan.resume
+    monkeypatch.setattr(
+        td.Plan, "suspend", lambda plan, who: (did.append(("suspend", who)), suspend(plan, who))
+    )
+    monkeypatch.setattr(
+        td.Plan, "resume", lambda plan, who: (did.append(("resume", who)), resume(plan, who))
+    )
+
+    async def serve() -> dict[str, list[int]]:
+        # 4 agents need 12 pages for their prompts, and 5 pages each for 40 tokens.
+        async with Engine(Watched(model), collector(model, None, 17)) as engine:
+            requests = [engine.submit(agent, prompt, 1, 40) for agent, prompt in prompts.items()]
+            return {request.agent: await all_of(request) for request in requests}
+
+    output = run(serve())
+    for agent, prompt in prompts.items():
+        assert output[agent] == greedy(reference, prompt, 40)[0]
+    suspended = [who for verb, who in did if verb == "suspend"]
+    assert suspended[:2] == ["d", "c"]
+    assert "a" not in suspended
+    assert next(who for verb, who in did if verb == "resume") == "c"
+
+
+def test_a_later_round_computes_what_is_new(llama: tuple[Any, Model]) -> None:
+    _, model = llama
+    watched, prompts = Watched(model), round_of(4)
+
+    async def serve() -> tuple[int, int]:
+        async with Engine(watched, collector(model, source="producer")) as engine:
+            said = await serve_round(engine, prompts, 1, 0)
+            rows = sum(map(len, watched.steps))
+            watched.steps.clear()
+            heard = [td.shared(one) for one in said.values()]
+            later = {agent: [*prompt, *heard] for agent, prompt in prompts.items()}
+            await serve_round(engine, later, 2, 0, count=1)
+            return rows, sum(map(len, watched.steps))
+
+    rows, later = run(serve())
+    prompt_rows = sum(len(one) for prompt in prompts.values() for one in prompt)
+    assert rows < 0.7 * prompt_rows + 4 * 7
+    # The own beginning is taken over, and what is heard is repaired: at most all of it is computed.
+    assert later < 4 * 4 * 8
+
+
+def test_what_cannot_be_served_ends_with_an_error_and_hurts_nobody(
+    llama: tuple[Any, Model],
+) -> None:
+    _, model = llama
+
+    async def serve() -> None:
+        mine = collector(model, None, pages=20)
+        async with Engine(model, mine) as engine:
+            good = engine.submit("good", [td.private(tokens(1, 60))], 1, 20)
+            too_long = engine.submit("long", [td.private(tokens(2, 8 * 21))], 1)
+            grows = engine.submit("grows", [td.private(tokens(3, 8 * 19))], 1, 20)
+            with pytest.raises(ValueError, match="agent: expected one without a request"):
+                engine.submit("good", [td.private([1])], 2)
+            for prompt, count in (
+                ([], 1),
+                ([td.private([])], 1),
+                ([td.private([331])], 1),
+                ([td.private([1])], 0),
+                ([td.private([1] * 1000)], 26),
+            ):
+                with pytest.raises(ValueError, match=r"prompt: expected 1\.\..* below 331, got"):
+                    engine.submit("bad", prompt, 1, count)
+            assert len(await all_of(good)) == 20
+            for request, made in ((too_long, 0), (grows, 9)):
+                for _ in range(2):
+                    with pytest.raises(td.OutOfPagesError):
+                        await all_of(request)
+                assert len(request.output) == made
+            assert len(await all_of(engine.submit("long", [td.private([5])], 1, 3))) == 3
+        assert mine.store.agents == ["long"]
+        assert mine.store.stats().held_pages == held_by_agents(mine.store) == 2
+
+    run(serve())
+
+
+def test_a_step_that_fails_ends_the_rounds_in_it(llama: tuple[Any, Model]) -> None:
+    _, model = llama
+
+    class Failing(Watched):
+        def __call__(self, rows: td.Step) -> torch.Tensor:
+            logits = super().__call__(rows)
+            if len(self.steps) == 3:
+                raise ArithmeticError("the third step")
+            return logits
+
+    async def serve() -> None:
+        mine = collector(model)
+        async with Engine(Failing(model), mine) as engine:
+            requests = [engine.submit(agent, PROMPTS[agent], 1) for agent in "ab"]
+            for request in requests:
+                with pytest.raises(ArithmeticError, match="the third step"):
+                    await all_of(request)
+                assert len(request.output) == 2
+            assert mine.store.agents == []
+            assert mine.store.stats().held_pages == 0
+            assert len(await all_of(engine.submit("a", PROMPTS["a"], 1))) == 16
+        assert mine.store.agents == ["a"]
+
+    run(serve())
+
+
+def test_cancelled_requests_give_their_pages_back(llama: tuple[Any, Model]) -> None:
+    """In the queue, in prefill and in decode; and a closed engine ends all."""
+    _, model = llama
+
+    async def serve() -> None:
+        mine = collector(model, pages=60)
+        async with Engine(model, mine, max_rows=8) as engine:
+            decodes = engine.submit("decodes", PROMPTS["d"], 1, 100)
+            assert [token async for token in take(decodes, 3)] == decodes.output[:3]
+            prefills = engine.submit("prefills", PROMPTS["a"], 1)
+            waits = engine.submit("waits", [td.private(tokens(9, 400))], 2)
+            while prefills.phase is not td.Phase.PREFILL:
+                await asyncio.sleep(0)
+            assert waits.phase is td.Phase.WAITING
+            for request in (waits, prefills, decodes):
+                request.cancel()
+            for request in (waits, prefills, decodes):
+                await all_of(request)
+            assert prefills.output == waits.output == []
+            assert mine.store.stats().used_pages == 0
+            left = engine.submit("left", PROMPTS["a"], 3, 100)
+            assert len([token async for token in take(left, 1)]) == 1
+        await all_of(left)
+        assert 1 <= len(left.output) < 100
+        assert mine.store.stats().held_pages == 0
+        assert mine.store.agents == []
+
+    run(serve())
+
+
+async def take(request: Request, count: int) -> AsyncIterator[int]:
+    """The first tokens of a request."""
+    left = count
+    async for token in request:
+        yield token
+        left -= 1
+        if left == 0:
+            return
+
+
+@pytest.mark.model
+def test_smollm2_says_what_transformers_says(smollm2: tuple[Any, Any]) -> None:
+    from evals.models import smollm2_path
+
+    reference, tokenizer = smollm2
+    model = Watched(Model(smollm2_path()))
+    story = "The agents met at noon and told each other what they had seen in the town. "
+    heard = td.shared(tokenizer(story * 10).input_ids)
+    prompts = {
+        name: [td.private(tokenizer(f"I am {name}. ").input_ids), heard, end]
+        for name, end in (("Ada", td.private([28])), ("Ben", td.private([30])))
+    }
+
+    async def serve() -> dict[str, list[int]]:
+        async with Engine(model, collector(model.model, td.Everything())) as engine:
+            return await serve_round(engine, prompts, 1, pause=0.01, count=6)
+
+    output = run(serve())
+    for name, prompt in prompts.items():
+        expected, logits = greedy(reference, prompt, 6)
+        assert output[name] == expected
+        assert (torch.stack(model.logits[name]) - logits).abs().max() <= 2e-3
