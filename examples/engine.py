@@ -29,10 +29,9 @@ class Model:
     def __init__(self, directory: str | Path, device: str = "cpu", dtype=torch.float32) -> None:
         at = Path(directory)
         config = SimpleNamespace(**json.loads((at / "config.json").read_text()))
-        if config.model_type not in ("llama", "qwen2"):
-            raise ValueError(f"model_type: expected llama or qwen2, got {config.model_type!r}")
-        if config.hidden_act != "silu" or getattr(config, "use_sliding_window", False):
-            raise ValueError("config: expected silu and full attention in every layer, got others")
+        kind, window = config.model_type, getattr(config, "use_sliding_window", False)
+        if kind not in ("llama", "qwen2") or config.hidden_act != "silu" or window:
+            raise ValueError(f"config: expected a plain llama or qwen2, got {vars(config)}")
         index = at / "model.safetensors.index.json"
         names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
         loaded = [load_file(at / name, device) for name in set(names) or ["model.safetensors"]]
