@@ -2,9 +2,9 @@
 
 python examples/engine.py MODEL_DIRECTORY
 
-Requests come at any time, each an async iterator of its tokens. A step is one forward pass: the
-next token of every agent that decodes, and as many rows of prompts as there is room for. When pages
-run short, the KV of agents without a request goes first, then the youngest requests are suspended.
+Requests come at any time. A step is one forward pass: the next token of every agent that decodes,
+and as many rows of prompts as there is room for. When pages run short, the KV of agents without a
+request goes first, then the youngest requests are suspended.
 """
 
 import asyncio
@@ -36,8 +36,7 @@ class Model:
         names = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
         loaded = [load_file(at / name, device) for name in set(names) or ["model.safetensors"]]
         self.weights = {name: one.to(dtype) for part in loaded for name, one in part.items()}
-        if getattr(config, "tie_word_embeddings", False):
-            self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
+        self.weights.setdefault("lm_head.weight", self.weights["model.embed_tokens.weight"])
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", heads)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -104,11 +103,10 @@ class Engine:
     A thread computes a step; everything is decided in the event loop, between two steps.
     """
 
-    def __init__(self, model: Model, collector: td.KVCollector, max_rows: int = 1024) -> None:
+    def __init__(self, model: Model, collector: td.KVCollector, max_rows=1024, decoder=None):
         self.model, self.collector, self.store = model, collector, collector.store
-        self.max_rows = max_rows  # of a step, decode rows aside
-        self._requests: dict[str, Request] = {}  # by agent, the oldest first
-        self._rounds: dict[Hashable, td.Plan] = {}
+        self.max_rows, self.decoder = max_rows, decoder  # of a step; captured where there is a GPU
+        self._requests, self._rounds = {}, {}  # by agent, the oldest first; plans by round
         self._arrival, self._is_open = asyncio.Event(), True
 
     def submit(
@@ -140,10 +138,8 @@ class Engine:
         try:
             while self._is_open:
                 self._arrival.clear()
-                if step := self._next_step():
-                    await self._finish(step)
-                else:
-                    await self._arrival.wait()
+                step = self._next_step()
+                await (self._finish(step) if step else self._arrival.wait())
         finally:
             for request in list(self._requests.values()):
                 self._end(request)
@@ -167,7 +163,10 @@ class Engine:
 
     def _run(self, step: td.Step) -> list[int]:
         with step, torch.inference_mode():
-            return self.model(step).argmax(-1).tolist()
+            if isinstance(step, td.Step):
+                return self.model(step).argmax(-1).tolist()
+            tokens = self.decoder.replay(lambda: self.model(self.decoder).argmax(-1))
+            return tokens[: step.num_rows].tolist()
 
     def _in(self, *phases: td.Phase) -> list[Request]:
         return [one for one in self._requests.values() if one.phase in phases]
@@ -176,9 +175,11 @@ class Engine:
         for request in [one for one in self._requests.values() if one.is_cancelled]:
             self._end(request)
         self._admit()
-        while self._in(td.Phase.PREFILL, td.Phase.DECODE):
+        while running := self._in(td.Phase.PREFILL, td.Phase.DECODE):
             decode = {one.agent: one.output[-1:] for one in self._in(td.Phase.DECODE)}
             try:
+                if self.decoder and len(decode) == len(running) and self.decoder.fits(decode):
+                    return self.decoder.prepare(decode)
                 return self.collector.step(decode, max_rows=self.max_rows)
             except td.OutOfPagesError as error:
                 self._make_room(error)
@@ -230,15 +231,16 @@ class Engine:
 
 async def main(directory: str) -> None:
     """Three agents, two rounds: in the second, each hears what all have said in the first."""
-    model, tokenizer = Model(directory), Tokenizer.from_file(f"{directory}/tokenizer.json")
-    store, said = td.DiffStore(model.geometry, model.rope, "256MiB"), []
-    async with Engine(model, td.KVCollector(store, source="producer")) as engine:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = Model(directory, device), Tokenizer.from_file(f"{directory}/tokenizer.json")
+    store, said = td.DiffStore(model.geometry, model.rope, "256MiB", device), []
+    collector = td.KVCollector(store, source="producer")
+    async with Engine(model, collector, decoder=collector.decoder(4, 4, 512)) as engine:
         for number in (1, 2):
             requests = []
             for name in ("Ada", "Ben", "Cleo"):
-                texts = f"{name} is in the council.", f"About the new harbour, {name} says:"
-                start, end = (td.private(tokenizer.encode(text).ids) for text in texts)
-                requests.append(engine.submit(name, [start, *said, end], number))
+                ids = tokenizer.encode(f"{name}, of the council:", add_special_tokens=False).ids
+                requests.append(engine.submit(name, [td.private(ids), *said], number))
             for request in requests:
                 said.append(td.shared([token async for token in request]))
                 print(number, request.agent, tokenizer.decode(request.output))

@@ -47,7 +47,6 @@ class Engine:
         self.collector = td.KVCollector(store, "producer")
         self.layers = Layers(device)
         self.decoder = None
-        self.graph: torch.cuda.CUDAGraph | None = None
         if max_agents is not None:
             self.decoder = self.collector.decoder(max_agents, ROWS, max_pages=40, max_masters=12)
 
@@ -60,28 +59,12 @@ class Engine:
         if self.decoder is None:
             with self.collector.step(ids, prefill=()) as step:  # type: ignore[union-attr]
                 return self.layers.run(step.attend, step.token_ids)
-        with self.decoder.prepare(ids) as step:
-            out = self.replay()[: step.num_rows].clone()
+        decoder = self.decoder
+        with decoder.prepare(ids) as step:
+            out = decoder.replay(lambda: self.layers.run(decoder.attend, decoder.token_ids))
+            out = out[: step.num_rows].clone()
         assert step.agents == [agent for agent, fed in ids.items() for _ in fed]
         return out
-
-    def replay(self) -> Tensor:
-        """The layers over the decoder's buffers: captured the first time, on CUDA."""
-        decoder = self.decoder
-        assert decoder is not None
-        if decoder.token_ids.device.type != "cuda":
-            return self.layers.run(decoder.attend, decoder.token_ids)
-        if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.layers.run(decoder.attend, decoder.token_ids)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.out = self.layers.run(decoder.attend, decoder.token_ids)
-        self.graph.replay()
-        return self.out
 
 
 def play(engine: Engine) -> Iterator[Tensor | list[str]]:

@@ -254,6 +254,26 @@ def test_a_trickling_round_equals_the_round_at_once(
     run(serve())
 
 
+def test_a_decoder_gives_the_same_tokens(llama: tuple[Any, Model]) -> None:
+    """Its buffers hold four agents: steps of more are eager."""
+    prompts = round_of(6)
+
+    async def serve(fixed: bool) -> tuple[dict[str, list[int]], int]:
+        mine, prepared = collector(llama[1]), []
+        decoder = mine.decoder(4, 4, max_pages=200) if fixed else None
+        if decoder is not None:
+            prepare = decoder.prepare
+            decoder.prepare = lambda ids: prepared.append(len(ids)) or prepare(ids)
+        async with Engine(llama[1], mine, decoder=decoder) as engine:
+            few = await serve_round(engine, dict(list(prompts.items())[:4]), 1, 0)
+            return few | await serve_round(engine, prompts, 2, 0), len(prepared)
+
+    eager, _ = run(serve(False))
+    found, prepared = run(serve(True))
+    assert found == eager
+    assert prepared >= 7
+
+
 def turns_of(agents: int, turns: int, seed: int) -> dict[str, list[list[td.Segment]]]:
     """Prompts of each agent's turns: what it is, what it has heard so far, and a question."""
     rng = np.random.default_rng(seed)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
-from tokendance.device.arrays import Array
+from tokendance.device.arrays import Array, as_tensors
 from tokendance.device.fixed_run import FixedRun
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import step_capacity
@@ -27,6 +28,7 @@ class Decoder(Uncopied, instead="ask the collector for another"):
     Attributes:
         token_ids: int64 ``[max_rows]``, 0 behind the step's rows.
         positions: int32 ``[max_rows]``, likewise.
+        logit_rows: int64 ``[max_rows]``, all rows: a model that takes a `Step` can take a decoder.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class Decoder(Uncopied, instead="ask the collector for another"):
         self._run = FixedRun(store.executor, capacity, windows)
         self.token_ids = self._run.token_ids
         self.positions = self._run.positions
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result = self.token_ids  # of the graph
+        self.logit_rows = torch.arange(max_rows, dtype=torch.int64, device=store.device)
 
     @property
     def max_rows(self) -> int:
@@ -100,6 +105,38 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             raise
         return DecodeStep(planned)
 
+    def replay(self, layers: Callable[[], Tensor]) -> Tensor:
+        """What ``layers()`` returns for the rows that were prepared last.
+
+        On a GPU the first call runs and captures it, and later ones replay that; elsewhere it is
+        run each time.
+
+        Args:
+            layers: the same in every call. It reads this decoder's tensors, and on a GPU does
+                nothing that a graph cannot hold.
+
+        Returns:
+            On a GPU the same tensor each time: the next call overwrites it.
+        """
+        if self.token_ids.device.type != "cuda":
+            return layers()
+        if self._graph is None:
+            # What is allocated, or set up, at the first call is not to be captured.
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                layers()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = layers()
+        self._graph.replay()
+        return self._result
+
+    def keep(self, *tensors: Array) -> tuple[Tensor, ...]:
+        """The tensors: no row is ever dropped; see `Step.keep`."""
+        return tuple(as_tensors(tensors))
+
     def attend(
         self,
         layer: int,
@@ -132,11 +169,12 @@ class DecodeStep(Uncopied, instead="ask the decoder for another"):
 
     Attributes:
         agents: name of the agent of each row; rows behind them are padding.
+        logit_agents: the same, as a `Step` has them.
     """
 
     def __init__(self, planned: PlannedStep) -> None:
         self._planned = planned
-        self.agents = planned.logit_agents
+        self.agents = self.logit_agents = planned.logit_agents
         self._finalizer = weakref.finalize(self, cancel_dropped, planned)
         self._finalizer.atexit = False
 
