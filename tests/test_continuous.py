@@ -12,6 +12,7 @@ from driving import (
     project,
     restored,
     run_prefill,
+    run_round,
     run_step,
     same_snapshot,
     snapshot,
@@ -679,4 +680,30 @@ def test_outputs_of_producers_serve_plans_that_come_before_others_have_ended() -
     assert set(found) == {"b", "x"}
     plan.commit()
     late.commit()
+    check(collector)
+
+
+def test_dense_caches_are_not_encoded_against_masters_that_are_being_computed() -> None:
+    dense, given = {}, {"x": [td.private(tokens(15, 6)), td.shared(A), td.shared(B)]}
+    source = collector_of(td.Everything())
+    run_round(source, given)
+    dense["x"] = tuple(map(list, zip(*restored(source.store, "x"), strict=True)))
+    collector = collector_of(td.Nothing())
+    store = collector.store
+    plan = collector.plan({"a": prompts()["a"]})
+    run_step(collector.step(max_rows=13 + 40 + 3))  # all of A, three rows of B
+    store.put_round(dense, given)
+    assert store.scheduler.find(td.shared(B))[0].is_computed
+    assert all(master.is_computed for master in store.mirror("x").uses.masters)
+    check(collector)
+    before = restored(store, "x")
+    run_prefill(collector, plan)
+    check(collector)
+    for now, then, there in zip(
+        restored(store, "x"), before, restored(source.store, "x"), strict=True
+    ):
+        for mine, old, other in zip(now, then, there, strict=True):
+            assert torch.equal(mine, old)
+            assert torch.equal(mine, other)
+    plan.commit()
     check(collector)

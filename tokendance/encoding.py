@@ -46,9 +46,14 @@ def encode_round(
     prompts = {agent: _segments(agent, segments) for agent, segments in prompts.items()}
     _check_dense(store, dense, prompts)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
+
+    def stored(segment: Segment) -> tuple[Master, int] | None:
+        found = store.scheduler.find(segment)  # also what a plan is still computing
+        return found if found is not None and found[0].is_computed else None
+
     decisions = decide(
         prompts,
-        store.scheduler.find,
+        stored,
         {},
         Nothing(),
         Source.MASTER,
