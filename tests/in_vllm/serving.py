@@ -62,6 +62,7 @@ class Serving:
         self.engine = llm.llm_engine
         self.cached: dict[str, int] = {}
         self.done: dict[str, list[int]] = {}
+        self._counted: dict[str, int] = {}
 
     @property
     def scheduler(self) -> Any:
@@ -107,6 +108,12 @@ class Serving:
         self.run()
         return {agent: self.done[f"{name} {agent}"] for agent in prompts}
 
+    def counts(self) -> dict[str, int]:
+        """What the connector has counted since this was asked last."""
+        totals = dict(self.rounds.totals.data)
+        before, self._counted = self._counted, totals
+        return {name: count - before.get(name, 0) for name, count in totals.items()}
+
     def free_blocks(self) -> int:
         """Of vLLM's cache."""
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -133,8 +140,10 @@ def serving(connector: Mapping[str, Any] | None = None, **options: Any) -> Itera
         "max_num_batched_tokens": 4096,
         "max_num_seqs": 32,
         "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.1,  # on a CPU, of its memory; the cache has a variable
     }
-    llm = LLM(str(smollm2_path()), **{**settings, **more, **options})
+    settings = {"model": str(smollm2_path()), **settings, **more, **options}
+    llm = LLM(**settings)
     try:
         yield Serving(llm)
     finally:

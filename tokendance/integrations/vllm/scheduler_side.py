@@ -99,6 +99,9 @@ class SchedulerSide:
         options: the connector's.
         block_size: rows of a block of vLLM's cache.
         clock: seconds.
+
+    Attributes:
+        totals: counts since the start.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class SchedulerSide:
         self._members: dict[str, Member] = {}  # by request
         self._orders = Orders()
         self._stats = RoundStats()
+        self.totals = RoundStats()
 
     def meet(self, handshakes: Sequence[Handshake]) -> None:
         """What the workers' devices are like: the same for all, or the first one's is wrong."""
@@ -331,7 +335,7 @@ class SchedulerSide:
         self._forget_empty_rounds()
 
     def _leave_alone(self, requests: Sequence[str], reason: str) -> None:
-        self._stats.add(alone=len(requests))
+        self._count(alone=len(requests))
         _log.warning("tokendance: left to vLLM alone: %s (%s)", ", ".join(requests), reason)
 
     def _tell(self, round_: Round, now: float) -> None:
@@ -341,7 +345,7 @@ class SchedulerSide:
         rows, computed = (new - old for new, old in zip(round_.counted, told, strict=True))
         members, began = len(round_.untold), min(member.since for member in round_.untold)
         round_.untold = []
-        self._stats.add(rounds=not told[0], members=members, rows=rows, rows_computed=computed)
+        self._count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
         _log.info(
             "tokendance: round %s: %d agents, %d rows, %d computed, %d reused, after %.2f s",
             round_.name or "-",
@@ -351,6 +355,10 @@ class SchedulerSide:
             rows - computed,
             now - began,
         )
+
+    def _count(self, **counts: int) -> None:
+        self._stats.add(**counts)
+        self.totals.add(**counts)
 
     def take_stats(self) -> RoundStats | None:
         """Counts since the last call, or None if there are none."""
