@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,10 @@ class SchedulerSide:
         self.totals = RoundStats()
 
     def meet(self, handshakes: Sequence[Handshake]) -> None:
-        """What the workers' devices are like: the same for all, or the first one's is wrong."""
-        first = handshakes[0]
-        if any(one != first for one in handshakes):
-            raise ValueError(f"workers: expected the same pools on all, got {handshakes}")
-        self._host = Scheduler(first.profile, windows=first.windows)
+        """What the workers' devices are like. A page has one number on all of them."""
+        first, pages = handshakes[0], min(one.profile.num_pages for one in handshakes)
+        profile = replace(first.profile, num_pages=pages)
+        self._host = Scheduler(profile, windows=first.windows)
 
     @property
     def host(self) -> Scheduler:
