@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from tokendance.integrations.vllm.options import Options, refusals
 from tokendance.integrations.vllm.orders import Handshake, Orders
 from tokendance.integrations.vllm.scheduler_side import SchedulerSide
-from tokendance.integrations.vllm.stats import RoundStats
+from tokendance.integrations.vllm.stats import RoundMetrics, RoundStats
 
 
 class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -117,3 +117,13 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RoundStats:
         return RoundStats() if data is None else RoundStats(data=data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> RoundMetrics:
+        return RoundMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+COUNTED = {
+    "rounds": "Rounds that were started.",
+    "members": "Requests that were computed in a round.",
+    "rows": "Prompt rows of these requests.",
+    "rows_computed": "Prompt rows of them that were computed; the others were reused.",
+    "alone": "Requests that wanted to join a round and were left to vLLM.",
+}
 
 
 @dataclass
 class RoundStats(KVConnectorStats):  # type: ignore[misc]
-    """Counts since they were taken last: ``rounds``, ``members``, prompt ``rows``, those of them
-    that were ``rows_computed``, and requests that were left to vLLM ``alone``."""
+    """How often each of `COUNTED` came since they were taken last."""
 
     def add(self, **counts: int) -> None:
         for name, count in counts.items():
@@ -28,3 +40,20 @@ class RoundStats(KVConnectorStats):  # type: ignore[misc]
 
     def is_empty(self) -> bool:
         return not self.data
+
+
+class RoundMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """The same as Prometheus counters, ``vllm:tokendance_rounds`` and so on."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._counters = {}
+        for name, what in COUNTED.items():
+            counter = self._counter_cls(
+                name=f"vllm:tokendance_{name}", documentation=what, labelnames=self._labelnames
+            )
+            self._counters[name] = create_metric_per_engine(counter, self.per_engine_labelvalues)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, count in transfer_stats_data.items():
+            self._counters[name][engine_idx].inc(count)
