@@ -120,7 +120,9 @@ class Serving:
 
 
 @contextmanager
-def serving(connector: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Serving]:
+def serving(
+    connector: Mapping[str, Any] | None = None, kv_role: str = "kv_both", **options: Any
+) -> Iterator[Serving]:
     """An engine with the connector's options, or plain."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
@@ -130,7 +132,7 @@ def serving(connector: Mapping[str, Any] | None = None, **options: Any) -> Itera
     if connector is not None:
         more["kv_transfer_config"] = KVTransferConfig(
             kv_connector="TokenDanceConnector",
-            kv_role="kv_both",
+            kv_role=kv_role,
             kv_connector_extra_config=dict(connector),
         )
     settings: dict[str, Any] = {
@@ -143,11 +145,13 @@ def serving(connector: Mapping[str, Any] | None = None, **options: Any) -> Itera
         "gpu_memory_utilization": 0.1,  # on a CPU, of its memory; the cache has a variable
     }
     settings = {"model": str(smollm2_path()), **settings, **more, **options}
-    llm = LLM(**settings)
+    llm = None
     try:
+        llm = LLM(**settings)
         yield Serving(llm)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

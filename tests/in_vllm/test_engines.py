@@ -99,3 +99,16 @@ def test_spans_are_those_of_the_shared_segments() -> None:
         [1, 3],
         [3, 4],
     ]
+
+
+def test_what_cannot_be_done_is_refused_at_the_start(tiny: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"TokenDanceConnector: kv_role: expected kv_both"),
+        serving(EXACT, model=str(tiny), kv_role="kv_consumer"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"expected options among .* got \['pages'\]"),
+        serving({"pages": 3}, model=str(tiny)),
+    ):
+        pass
