@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export TOKENDANCE_WERROR ?= 1
 
 .PHONY: build test test-gpu test-vllm demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
-  coverage-python coverage-cpp mutate coverage-ptx sass clean
+  coverage-python coverage-cpp environments mutate coverage-ptx sass clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,25 +24,16 @@ build: $(VENV)/ready
 test: build
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# The operators on the GPU of this machine, then a few of their cases under compute-sanitizer.
-test-gpu: build
-	$(BIN)/python -m pytest -q --backend cuda $(PYTEST_ARGS)
-	$(MAKE) sanitize-gpu
+# What needs a GPU, then a few cases under compute-sanitizer, without which this fails: GPU_ARGS=--without-sanitizer
+# goes without. Nothing is installed: where there is no .venv, PYTHON has what is needed, torch and pytest.
+HERE := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu:
+	$(HERE) setup.py --quiet build_ext --inplace
+	$(HERE) -m tools.gpu_tests $(GPU_ARGS)
 
-# Every access in bounds (memory is not pooled, so that bounds are those of tensors), no races in
-# shared memory, all threads at every barrier.
-SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1 \
-  --kernel-name kernel_substring=tokendance
-SANITIZED := $(BIN)/python -m pytest -q --backend cuda tests/test_gpu.py -k compact_cases
-sanitize-gpu: build
-	@if ! command -v compute-sanitizer > /dev/null; then \
-	  echo "Not sanitized: compute-sanitizer is not on PATH; it comes with the CUDA toolkit."; \
-	else \
-	  set -ex; export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
-	  $(SANITIZER) --tool memcheck --report-api-errors no $(SANITIZED); \
-	  $(SANITIZER) --tool racecheck $(SANITIZED); \
-	  $(SANITIZER) --tool synccheck $(SANITIZED); \
-	fi
+sanitize-gpu:
+	$(HERE) setup.py --quiet build_ext --inplace
+	$(HERE) -m tools.gpu_tests sanitize $(GPU_ARGS)
 
 # tokendance inside vLLM, in an environment of its own (3.4 GB). VLLM_ARGS: see tools/test_vllm.py.
 test-vllm: build
@@ -72,6 +63,11 @@ coverage-python: build
 
 coverage-cpp: $(VENV)/ready
 	$(BIN)/python tests/cpp/coverage.py
+
+# This build beside older torches and in other Pythons, in environments that are kept (4 to 5 GB each for
+# PyPI's torches). ENVIRONMENTS="3.11:2.12.0 ...": others than those of tools/environments.py.
+environments: build
+	$(BIN)/python -m tools.environments $(ENVIRONMENTS)
 
 # What the CUDA kernels' tests notice, what they do not reach, and what the assembler makes of the
 # kernels: needs nvcc, no GPU. MUTATE_ARGS: see tools/mutate.py.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ DECODE = [
     ((8, 8, 128), 8, 1024, 1024),
     ((3, 3, 64), 64, 1024, 64),
 ]
+UNEVEN = 8  # pages of segments that may differ in length
 LONGER = 3  # private tokens that the agent which made the Masters had more than these
 
 
@@ -65,18 +67,23 @@ class BenchRound:
         first = int(use.master.pages[0]) * self.block_size
         return slice(first, first + use.length)
 
-    def attention(self) -> Callable[[], None]:
-        """`collective_attention` of the agents' last rows, into memory of its own."""
+    def attention_arguments(self) -> list[Any]:
+        """Of `collective_attention_out` of the agents' last rows, into memory of its own."""
         rows, heads, head_dim = self.q.shape
         floats = self.round.extents.partials * heads * (head_dim + 1)
         out = torch.empty_like(self.q)
         lse, workspace = (
             torch.empty(*shape, device=self.q.device) for shape in ((rows, heads), (floats,))
         )
-        return lambda: ops.collective_attention_out(
+        return [
             *(self.q, self.k_pools[0], self.v_pools[0], *self.tables, self.round),
             *(head_dim**-0.5, 0, 0.0, None, 1.0, workspace, out, lse),
-        )
+        ]
+
+    def attention(self) -> Callable[[], None]:
+        """`collective_attention` of the agents' last rows, into memory of its own."""
+        arguments = self.attention_arguments()
+        return lambda: ops.collective_attention_out(*arguments)
 
 
 def make_round(
@@ -96,6 +103,7 @@ def make_round(
     dense: bool = False,
     resident_pages: int = 0,
     pool_dtype: torch.dtype | None = None,
+    shuffled: bool = False,
     device: torch.device | str = "cpu",
 ) -> BenchRound:
     """A round of ``agents`` prompts: ``private`` own rows, then ``shared`` rows in ``segments``.
@@ -110,11 +118,23 @@ def make_round(
         resident_pages: Masters consist of so many pages, over and over, and Mirrors of as many
             others, so that none comes from memory; 0 = each has pages of its own.
         pool_dtype: of keys and values where they are quantized; their scales are 1.
+        shuffled: every agent has the segments in an order of its own, and they differ in length
+            where they have pages enough: then shifts differ from use to use.
     """
     geometry = td.KVGeometry(num_layers, group * num_kv_heads, num_kv_heads, head_dim, dtype)
-    length = shared // segments
+    lengths = [shared // segments] * segments
+    orders = [np.roll(np.arange(segments), -agent) for agent in range(agents)]
+    if shuffled:
+        rng = np.random.default_rng(0)
+        orders = [rng.permutation(segments) for _ in range(agents)]
+        if (pages := lengths[0] // block_size) >= UNEVEN:
+            more = block_size * rng.integers(-pages // 2, pages // 2, segments // 2)
+            evened = np.concatenate([more, np.zeros(segments % 2, more.dtype), -more])
+            lengths = [lengths[0] + int(rows) for rows in evened]
+    begins = private + LONGER + np.cumsum([0, *lengths[:-1]])
     masters = [
-        Master(b"", length, private + LONGER + s * length, b"", True) for s in range(segments)
+        Master(b"", length, int(begin), b"", True)
+        for length, begin in zip(lengths, begins, strict=True)
     ]
     taken = 0
 
@@ -125,13 +145,14 @@ def make_round(
 
     mirrors = []
     for master in masters if not dense else []:
-        master.pages = take(pages_for(length, block_size))
+        master.pages = take(pages_for(master.length, block_size))
     for agent in range(agents):
         own = [np.arange(private)]
         uses = []
-        for i in range(segments):
-            master = masters[(agent + i) % segments]
-            delta = private + i * length
+        end = private
+        for s in orders[agent]:
+            master, length = masters[s], lengths[s]
+            delta, end = end, end + length
             if dense:
                 own.append(np.arange(delta, delta + length))
                 continue
@@ -142,14 +163,14 @@ def make_round(
         position = np.concatenate(own).astype(np.int32)
         pages = take(pages_for(len(position), block_size))
         kept = Uses.of(uses, block_size)
-        mirrors.append(Mirror((), private + segments * length, kept, pages, position, 0))
+        mirrors.append(Mirror((), end, kept, pages, position, 0))
     shape = (max(taken, 1), block_size, num_kv_heads, head_dim)
     pools = [
         torch.empty(shape, dtype=dtype, device=device).normal_().to(pool_dtype or dtype)
         for _ in range(2 * num_layers)
     ]
     row_agent = np.repeat(np.arange(agents, dtype=np.int32), rows)
-    total = private + segments * length
+    total = private + sum(lengths)
     row_position = np.tile(np.arange(total - rows, total, dtype=np.int32), agents)
     arrays, extents = round_arrays(mirrors, block_size)
     if resident_pages:

@@ -224,7 +224,7 @@ def tokenize_round(
         Agent name to its segments, in the round's order. Blocks without tokens are left out.
 
     Raises:
-        WorkloadError: a prompt is longer than ``max_tokens``.
+        WorkloadError: a prompt has no tokens, or more than ``max_tokens``.
     """
     made: dict[tuple[bool, str], Segment] = {}
 
@@ -239,6 +239,10 @@ def tokenize_round(
     for agent in recorded.agents:
         prompt = [one for one in map(segment, agent.blocks) if one.length]
         tokens = sum(one.length for one in prompt)
+        if tokens == 0:
+            raise WorkloadError(
+                f"{recorded.source}: agent {agent.name!r}: expected at least one token, got none"
+            )
         if max_tokens is not None and tokens > max_tokens:
             raise WorkloadError(
                 f"{recorded.source}: agent {agent.name!r}: expected a prompt of at most "
@@ -270,6 +274,9 @@ class _Object:
         value = self.fields.get(name)
         if not isinstance(value, str):
             raise self.fail(name, "a string", value)
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            # JSON has escapes for halves of a pair; no text holds one, and no tokenizer takes it.
+            raise self.fail(name, "text without lone surrogates", ascii(value))
         return value
 
     def optional_text(self, name: str) -> str | None:

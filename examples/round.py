@@ -25,7 +25,7 @@ sampling = {"temperature": 0.7, "top_p": 0.9, "generator": torch.Generator().man
 
 
 def ids(text: str) -> list[int]:
-    return tokenizer(text).input_ids
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 said: dict[str, td.Segment] = {}

@@ -171,7 +171,7 @@ def lacking_round(**options):
             ):
                 continue
             rows = arrays["work_rows"][item[0] : item[1]]
-            uses = arrays["agent_use"][arrays["row_agent"][rows], master]
+            uses = case.use_table[arrays["row_agent"][rows], master]
             held = uses >= 0
             reach = arrays["row_position"][rows] - arrays["use_delta"][uses]
             if (~held).any() and (held & (reach >= size)).any():
@@ -346,7 +346,7 @@ def one_of_four_round(**options):
     first of the first four, the second of the next four, and so on."""
 
     def chosen(case):
-        has_it = case.arrays["agent_use"][case.arrays["row_agent"], 1] >= 0
+        has_it = case.use_table[case.arrays["row_agent"], 1] >= 0
         rows = []
         for row, has in enumerate(has_it):
             if len(rows) < 16 and has == (len(rows) % 5 == 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import backends
@@ -18,6 +19,15 @@ def pytest_addoption(parser):
         choices=backends.NAMES,
         help="run operator tests on this backend only; may be given several times",
     )
+    parser.addoption("--part", type=part, help="I/N: of all tests the I-th (from 0) of every N")
+
+
+def part(text):
+    """Two numbers, of which the first counts up to the second."""
+    this, slash, parts = text.partition("/")
+    if not (slash and this.isdecimal() and parts.isdecimal() and int(this) < int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I < N, got {text!r}")
+    return int(this), int(parts)
 
 
 def pytest_configure(config):
@@ -48,12 +58,20 @@ def pytest_generate_tests(metafunc):
             and backends.missing(name) is None
             and backends.has_operator(name, metafunc.module.OPERATOR)
         ]
-        metafunc.parametrize(fixture, chosen, indirect=True, scope="session")
+        marked = [
+            pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in chosen
+        ]
+        metafunc.parametrize(fixture, marked, indirect=True, scope="session")
 
 
+@pytest.hookimpl(trylast=True)  # so that parts are those of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
     """Tests that no chosen backend runs are left out, not skipped, and dtypes that it lacks."""
     without = {item for item in items if getattr(item, "callspec", None) and _lacks_backend(item)}
+    if config.getoption("--part"):
+        this, parts = config.getoption("--part")
+        left = [item for item in items if item not in without]
+        without |= set(left) - set(left[this::parts])
     if without:
         config.hook.pytest_deselected(items=list(without))
         items[:] = [item for item in items if item not in without]
@@ -67,6 +85,11 @@ def _lacks_backend(item):
     if not all(isinstance(name, str) for name in chosen):  # a placeholder for an empty list
         return True
     return not all(backends.takes(name, params) for name in chosen)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and (reason := backends.missing("cuda")):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ def tokens(seed: int, count: int) -> np.ndarray:
 
 def project(token_ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     """q ``[R, 2, 64]``, k and v ``[R, 1, 64]``, before RoPE."""
-    table = torch.randn(1000, 4 * 64, generator=torch.Generator().manual_seed(layer))
+    generator = torch.Generator().manual_seed(layer)
+    table = torch.randn(1000, 256, generator=generator, dtype=torch.float32, device="cpu")
     q, k, v = table[token_ids % 1000].split([128, 64, 64], dim=1)
     return q.reshape(-1, 2, 64), k.reshape(-1, 1, 64), v.reshape(-1, 1, 64)
 
@@ -79,11 +80,11 @@ def run_round(
 def restored(store: td.DiffStore, agent: str) -> list[tuple[Tensor, Tensor]]:
     """Dense keys and values ``[length, 1, 64]`` of every layer."""
     length = store.length(agent)
-    slots = torch.arange(length)
+    slots = torch.arange(length, device="cpu")
     result = []
     for layer in range(GEOMETRY.num_layers):
-        k = torch.full((length, 1, 64), torch.nan)
-        v = torch.full((length, 1, 64), torch.nan)
+        k = torch.full((length, 1, 64), torch.nan, dtype=torch.float32, device="cpu")
+        v = k.clone()
         store.restore(agent, layer, k, v, slots)
         result.append((k, v))
     return result

@@ -329,6 +329,9 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     )  # fmt: skip
     dense = dense_cache(one, 1, layout=out_layout)
     yield checked(module, "one agent", one, dense)
+    lacking = _lacks_the_last_master(masters=(9, 12), block_size=8, **sizes)
+    dense = dense_cache(lacking, 1, layout=out_layout)
+    yield checked(module, "an agent without the last Master", lacking, dense)
     alone = testing.random_round(6, agents=2, masters=0, slack=False, **sizes)
     alone = test_cuda_launches.with_capacity(alone, master_pages=2)
     yield checked(module, "no Masters", alone, dense_cache(alone, 1, layout=out_layout))
@@ -354,6 +357,12 @@ def restorations(variant: Variant, out_dtype: torch.dtype) -> Iterator[Case]:
     yield checked(module, "no rotation", unmoved, dense_cache(unmoved, 1))
     beyond = module.own_rows_beyond_the_last(out_dtype, **sizes)
     yield checked(module, "own rows beyond the last", *beyond)
+
+
+def _lacks_the_last_master(**options: Any) -> testing.RandomRound:
+    """A round, one of whose agents has the first Master and not the last."""
+    rounds = (testing.random_round(seed, agents=2, **options) for seed in itertools.count())
+    return next(c for c in rounds if ((c.use_table[:, 0] >= 0) & (c.use_table[:, -1] < 0)).any())
 
 
 def _restored(name: str, variant: Variant, out_dtype: torch.dtype, **options: Any) -> Case:

@@ -11,11 +11,11 @@ import tokendance.device.operators  # noqa: F401  (loads the library)
 from tokendance import testing
 
 
-def case_and_dense(dtype):
+def case_and_dense(dtype, size=1):
     case = testing.random_round(
         1,
-        agents=2,
-        masters=(20, 9),
+        agents=1 + size,
+        masters=(20, 9) + (12,) * (size - 1),
         whole_uses=True,
         slack=False,
         room_for_all=True,
@@ -32,37 +32,41 @@ def case_and_dense(dtype):
     return case, dense
 
 
-def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16, size: int = 1) -> list[Any]:
     """Arguments of an operator, in order; fresh and the same for each call.
 
-    With a quantized ``dtype`` those of the operators that take it, scales included.
+    With a quantized ``dtype`` those of the operators that take it, scales included. All numbers of
+    rows, and most extents of the round, grow with ``size``.
     """
-    case, dense = case_and_dense(dtype)
+    case, dense = case_and_dense(dtype, size)
     scales: list[Any] = []
     if testing.is_quantized(dtype):
         scales = [case.k_scale, case.v_scale]
     tables = [case.cos, case.sin, case.interleaved]
-    rows = torch.arange(6)
-    source, target = torch.arange(6).int(), torch.arange(6).int() * 2 % 5
-    keys, other = dense.k[0][:1].flatten(0, 1), dense.k[0][1:2].flatten(0, 1)
+    rows = torch.arange(6 * size)
+    source, target = rows.int(), rows.int() * 2 % 5
+    keys, other = dense.k[0][:size].flatten(0, 1), dense.k[0][size : 2 * size].flatten(0, 1)
     round = [case.round.buffer, case.extents]
     attention = [case.q, case.k_pool[0], case.v_pool[0], *tables, *round, case.scale]
     generator = torch.Generator().manual_seed(2)
-    partials = (torch.randn(shape, generator=generator) for shape in [(3, 4, 2, 64), (3, 4, 2)])
+    partials = (
+        torch.randn(shape, generator=generator)
+        for shape in [(3, 4 * size, 2, 64), (3, 4 * size, 2)]
+    )
     partials = tuple(partials)
     num_rows, heads, head_dim = case.q.shape
     return {
         "rope_rotate": [keys, rows, source, target, *tables],
         "rope_rotate_out": [
             *(keys, rows, rows.flip(0), source, target, *tables, 1.5),
-            torch.zeros(6, *keys.shape[1:], dtype=torch.bfloat16),
+            torch.zeros(6 * size, *keys.shape[1:], dtype=torch.bfloat16),
             *[scale[0] for scale in scales[:1]],
         ],
         "rope_rotate_": [keys, rows, source, target, *tables],
         "key_deviation": [keys, rows[None], source[None], other, rows, target, *tables],
         "key_deviation_out": [
             *(keys, rows[None], source[None], other, rows, target, *tables, 1.0),
-            torch.zeros(6),
+            torch.zeros(6 * size),
         ],
         "diff_encode": [
             *(dense.k, dense.v, dense.slot_mapping, case.length, case.k_pool, case.v_pool),
@@ -78,13 +82,18 @@ def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
         ],
         "collective_attention_out": [
             *(*attention, 30, 2.0, torch.zeros(heads), 1.0),
-            torch.zeros(case.round.extents.partials * heads * (head_dim + 1)),
+            torch.zeros(case.round.extents.partials * heads * (head_dim + 1) + 8),
             torch.zeros(num_rows, heads, head_dim, dtype=case.q.dtype),
             torch.zeros(num_rows, heads),
             *[scale[0] for scale in scales],
         ],
         "merge_states": [*partials, torch.zeros(2)],
-        "merge_states_out": [*partials, None, torch.zeros(4, 2, 64), torch.zeros(4, 2)],
+        "merge_states_out": [
+            *partials,
+            None,
+            torch.zeros(4 * size, 2, 64),
+            torch.zeros(4 * size, 2),
+        ],
     }[name]
 
 

@@ -261,11 +261,13 @@ def test_audits_and_scales_take_arrays():
 # CuPy --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @with_cupy
 def test_a_store_over_cupy_arrays():
     put_and_restore(CUPY, "cuda")
 
 
+@pytest.mark.gpu
 @with_cupy
 def test_cupy_arrays_go_in_and_out_without_a_copy():
     array = CUPY.arange(12, dtype=CUPY.float32).reshape(3, 4)
@@ -274,6 +276,7 @@ def test_cupy_arrays_go_in_and_out_without_a_copy():
     assert CUPY.from_dlpack(tensor).data.ptr == array.data.ptr
 
 
+@pytest.mark.gpu
 @with_cupy
 def test_an_array_still_being_computed_is_waited_for():
     """Its stream is not torch's: without the wait the copy would see zeros."""
@@ -289,6 +292,7 @@ def test_an_array_still_being_computed_is_waited_for():
     assert bool((out == 1).all())
 
 
+@pytest.mark.gpu
 @with_cupy
 def test_a_step_takes_cupy_arrays():
     for found, expected in zip(

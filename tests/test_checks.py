@@ -113,7 +113,7 @@ def test_rope_rotate_names_what_is_wrong(changes, text):
     assert torch.equal(arguments["out"], before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.gpu
 def test_tensors_of_two_devices_are_refused():
     with raises("cos: expected device cuda:0, got device cpu"):
         ops.rope_rotate_out(
@@ -346,13 +346,30 @@ def test_a_damaged_round_is_named_by_field(case, operator, field, index, value, 
         testing.assert_same_bits(pool, was)
 
 
-def test_agent_use_must_name_every_use_and_nothing_else(case):
-    table = case.round.agent_use
-    agent, master = (table >= 0).nonzero()[0].tolist()
-    entry = agent * table.shape[1] + master
-    was = int(table[agent, master])
-    table[agent, master] = -1
-    with raises(f"round.agent_use[{entry}]: expected {was}, got -1"):
+@pytest.mark.parametrize(
+    ("entry", "value", "text"),
+    [
+        ((0, 0), -1, "round.agent_use[0]: expected 0 to 1, got -1"),
+        ((1, 0), 0, "round.agent_use[2]: expected 1 to 1, got 0"),
+        ((1, 0), 2, "round.agent_use[2]: expected 1 to 1, got 2"),
+        ((1, 1), -1, "round.agent_use[3]: expected 0 to 1, got -1"),
+        ((1, 1), 2, "round.agent_use[3]: expected 0 to 1, got 2"),
+        ((2, 1), 1, "round.agent_use[5]: expected 2 to 3, got 1"),
+    ],
+)
+@pytest.mark.parametrize("operator", [restore, encode])
+def test_agent_use_must_name_every_use_once(case, operator, entry, value, text):
+    """Two agents with two uses each: the entries of the second begin at 2."""
+    assert case.round.agent_use_indptr.tolist()[:3] == [0, 2, 4]
+    case.round.agent_use[entry] = value
+    with raises(text):
+        operator(case)
+
+
+def test_agent_use_must_name_the_use_of_its_master(case):
+    uses = case.round.agent_use[:2, 1].tolist()
+    case.round.agent_use[:2, 1] = torch.tensor(uses[::-1], dtype=torch.int32)
+    with raises(f"round.agent_use[1]: expected a use of Master 0, got {uses[1]}"):
         restore(case)
 
 

@@ -178,7 +178,7 @@ def test_the_master_agent_has_no_override(backend):
     case = testing.random_round(
         5, agents=2, masters=(33,), whole_uses=True, masks="none", room_for_all=True, slack=False
     )
-    use = int(case.round.agent_use[0, 0])
+    use = int(case.use_table[0, 0])
     moved = case.round.use_delta - case.round.use_delta[use]
     case.round.use_shift.copy_(moved)
     got = check(backend, forget_mirrors(case), restored(case))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PTXRUN = ROOT / "tools" / "ptxrun" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+_TOKENISE = re.compile(r"\btokenizer(?:\.encode|\.__call__)?\(.*")
 LANGUAGES = {"python", "sh", ""}  # what is run, commands, and drawings
 
 
@@ -89,5 +90,15 @@ def test_hooks_before_a_commit_are_checks_of_ci():
     """And the other way round, as far as they take seconds."""
     hooks = re.findall(r"entry: make (\w+)", (ROOT / ".pre-commit-config.yaml").read_text())
     ci = re.findall(r"^make (.+)", (ROOT / ".ci" / "run").read_text(), re.M)
-    checks = {target for line in ci for target in line.split()} - {"build", "sanitize", "test"}
+    slow = {"build", "sanitize", "test", "environments"}
+    checks = {target for line in ci for target in line.split()} - slow
     assert set(hooks) == checks
+
+
+def test_segments_are_tokenised_without_special_tokens():
+    """A BOS belongs in front of a prompt, not of each of its segments."""
+    texts = {name(page): "\n".join(text for _, text in blocks(page, "python")) for page in PAGES}
+    texts |= {str(path): path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    calls = [(where, call) for where, text in texts.items() for call in _TOKENISE.findall(text)]
+    assert calls
+    assert [one for one in calls if "add_special_tokens=False" not in one[1]] == []

@@ -26,15 +26,13 @@ from tokendance.host.round import RoundExtents
 from tokendance.testing import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WITHOUT_GPU = backends.missing("cuda")
-needs_gpu = pytest.mark.skipif(WITHOUT_GPU is not None, reason=WITHOUT_GPU or "")
 E4M3 = torch.float8_e4m3fn
 NUM_GPUS = torch.cuda.device_count()
 for_pools = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, E4M3], ids=str)
 SLEEP = 20_000_000  # cycles of a GPU: far longer than the host takes to enqueue two calls
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return torch.device(request.param)
 
@@ -330,8 +328,12 @@ def recorded(call, device):
     if device.type == "cpu":
         return call
     with stream_of_its_own(device):
-        call()  # kernels are loaded by their first launch, which a capture would not allow
+        call()
     torch.cuda.synchronize(device)
+    return captured(call)
+
+
+def captured(call):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
@@ -387,12 +389,12 @@ def test_two_streams(device, operator, dtype):
 # Kernels on devices ------------------------------------------------------------------------------
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_every_operator_has_kernels():
     assert set(backends.METHODS) <= set(ops.registered("CUDA"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("operator", backends.OPERATORS)
 def test_compact_cases(operator):
     """The cases that reach every instruction, of kernels that stand for all."""
@@ -400,6 +402,7 @@ def test_compact_cases(operator):
         case.run(backends.backend("cuda"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two CUDA devices, torch finds {NUM_GPUS}")
 @pytest.mark.parametrize("operator", backends.OPERATORS)
 def test_a_device_that_is_not_the_current_one(operator):

@@ -221,3 +221,31 @@ def test_a_step_that_fails_to_open_leaves_the_plan_as_it_was(
         assert (plan.output("a"), plan.output("b")) == ([1], [])
     run_step(collector.step({"a": list(range(20)), "b": [4]}, prefill=()))
     assert plan.output("b") == [4]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("at", ["prefill", "decode"])
+def test_a_resumed_agent_has_the_rows_that_it_had(at: str, selection: Selection) -> None:
+    results = []
+    for suspends in (False, True):
+        store = make_store()
+        collector = td.KVCollector(store, selection=selection)
+        plan = collector.plan(siblings())
+        if suspends and at == "prefill":
+            plan.suspend(["b", "c"])
+            plan.resume(["b", "c"])
+        run_prefill(collector, plan)
+        run_step(collector.step({"b": [7, 8, 9], "c": [5]}))
+        if suspends and at == "decode":
+            plan.suspend(["b", "c"])
+            plan.resume(["b", "c"])
+            assert plan.output("b") == [7, 8, 9]
+            run_prefill(collector, plan)
+        run_step(collector.step({"b": [10], "c": [11] * 9}))
+        spans = {agent: plan.spans(agent) for agent in "bc"}
+        plan.commit()
+        results.append(([restored(store, agent) for agent in "bc"], spans, store.stats()))
+    (rows, spans, stats), (rows_again, spans_again, stats_again) = results
+    torch.testing.assert_close(rows_again, rows, rtol=1e-5, atol=1e-6)
+    assert stats_again == stats
+    assert spans_again == spans

@@ -12,7 +12,16 @@ import torch
 
 from tokendance import testing
 from tokendance.device.rounds import RoundTensors
-from tokendance.host.round import FIELD_ALIGNMENT, RoundExtents, pack
+from tokendance.host.round import (
+    AGENT_USE_FIELDS,
+    CHUNK_FIELDS,
+    FIELD_ALIGNMENT,
+    ROUND_VERSION,
+    WORK_FIELDS,
+    RoundExtents,
+    agent_use,
+    pack,
+)
 
 FILLED = RoundExtents(
     rows=3,
@@ -49,6 +58,13 @@ def test_fields_are_those_of_the_header_in_its_order():
     struct = text[text.index("struct RoundExtents") : text.index("constexpr int kNumExtents")]
     assert [field.name for field in fields(RoundExtents)] == re.findall(r"int64_t (\w+);", struct)
     assert f"kFieldAlignment = {FIELD_ALIGNMENT};" in text
+    assert f"kRoundVersion = {ROUND_VERSION};" in text
+    for constant, value in (
+        ("AgentUse", AGENT_USE_FIELDS),
+        ("Work", WORK_FIELDS),
+        ("Chunk", CHUNK_FIELDS),
+    ):
+        assert f"k{constant}Fields = {value};" in text
 
 
 @pytest.mark.parametrize("capacity", [None, FILLED, LARGER], ids=["default", "same", "larger"])
@@ -71,7 +87,6 @@ def test_padding():
     assert round.own_length[2:].tolist() == [0]
     assert (round.work[2:] == 0).all()
     assert (round.agent_use[2:] == -1).all()
-    assert (round.agent_use[:, 2:] == -1).all()
     for name in ("use_page_indptr", "agent_use_indptr", "master_page_indptr", "own_page_indptr"):
         field = getattr(round, name)
         filled = FILLED.shapes()[name][0]
@@ -86,6 +101,40 @@ def test_fields_are_aligned_and_do_not_overlap():
         assert end <= offset < end + FIELD_ALIGNMENT
         end = offset + length
     assert end <= total < end + FIELD_ALIGNMENT
+
+
+def test_a_round_of_many_agents_and_masters_grows_with_its_uses_alone():
+    """4,000 agents that use 6 of 1,000 Masters each: a table of agents by Masters had 16 MB."""
+    agents, masters, each = 4000, 1000, 6
+    use_agent = np.repeat(np.arange(agents, dtype=np.int32), each)
+    use_master = np.arange(agents * each, dtype=np.int32) % masters
+    filled = RoundExtents(
+        rows=agents,
+        uses=agents * each,
+        use_pages=agents * each,
+        agents=agents,
+        masters=masters,
+        master_pages=masters,
+        own_pages=agents,
+        work=agents,
+        work_rows=agents,
+        work_chunks=agents,
+        partials=2 * agents,
+    )
+    fields = {"use_agent": use_agent, "use_master": use_master}
+    buffer = pack({**fields, "agent_use": agent_use(use_agent, use_master)}, filled)
+    assert buffer.nbytes < 2 * 2**20
+    assert buffer.size == replace(filled, masters=0, master_pages=0).offsets()[1] + 2 * masters
+
+
+def test_agent_use_is_sorted_by_agent_and_master():
+    use_agent = np.array([0, 1, 1, 1, 3], dtype=np.int32)
+    use_master = np.array([4, 7, 0, 5, 2], dtype=np.int32)
+    got = agent_use(use_agent, use_master)
+    assert got.dtype == np.int32
+    assert got.tolist() == [[4, 0], [0, 2], [5, 3], [7, 1], [2, 4]]
+    none = np.empty(0, dtype=np.int32)
+    assert agent_use(none, none).shape == (0, 2)
 
 
 def test_fields_are_views():
@@ -108,7 +157,7 @@ def test_fields_left_out_are_empty():
 def test_an_empty_round():
     extents = RoundExtents(block_size=32)
     round = RoundTensors.from_arrays({}, extents)
-    assert round.agent_use.shape == (0, 0)
+    assert round.agent_use.shape == (0, 2)
     assert round.own_page_indptr.tolist() == [0]
 
 

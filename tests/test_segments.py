@@ -190,3 +190,17 @@ def test_empty_segments_are_allowed():
     assert empty.length == 0
     assert empty.token_ids.dtype == np.int32
     assert empty.digest == empty.stem == shared(torch.empty(0, dtype=torch.int64)).digest
+
+
+def test_the_number_of_separators_can_be_insisted_on():
+    """A tokenizer that merged the separator leaves one segment, silently."""
+    ids, separator = [4, 9, 9, 5, 9, 9, 6], [9, 9]
+    assert [len(part) for part in split_round(ids, separator, separators=2)] == [3, 3, 1]
+    merged = [4, 99, 5, 9, 9, 6]
+    assert [len(part) for part in split_round(merged, separator)] == [5, 1]
+    expected = r"separators: expected 2 times \[9, 9\] in token_ids, got 1; a tokenizer that merges"
+    with pytest.raises(ValueError, match=expected):
+        split_round(merged, separator, separators=2)
+    assert split_round([], separator, separators=0) == []
+    with pytest.raises(ValueError, match=r"separators: expected 0 times .* got 2"):
+        split_round(ids, separator, separators=0)

@@ -320,7 +320,7 @@ def test_prompts_that_may_outgrow_the_model_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"new_tokens": 0}, "new_tokens: expected at least 1, got 0"),
-        ({"temperature": -1.0}, r"temperature: expected at least 0, got -1\.0"),
+        ({"temperature": -1.0}, r"temperature: expected 0, or a number in .* got -1\.0"),
         ({"top_p": 0.0}, r"top_p: expected 0 < top_p <= 1, got 0\.0"),
         ({"audited_rows": 2.0}, r"audited_rows: expected 0 < audited_rows <= 1, got 2\.0"),
     ],
@@ -517,6 +517,6 @@ def test_bad_arguments_are_named(
 ) -> None:
     assert main(["simulate", "--model", str(tiny), *arguments]) == 2
     printed = capsys.readouterr()
-    assert re.search(f"^tokendance simulate: {message}", printed.err)
+    assert re.search(f"^evals simulate: {message}", printed.err)
     assert printed.err.count("\n") == 1
     assert "round 1" not in printed.out

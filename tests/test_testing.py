@@ -42,11 +42,18 @@ def test_rounds_keep_the_contract(kind, seed):
             assert agent < int(round.use_agent[second])
     for use in uses:
         agent, master = int(round.use_agent[use]), int(round.use_master[use])
-        assert int(round.agent_use[agent, master]) == use
+        assert case.use_table[agent, master] == use
         assert abs(int(round.use_shift[use])) < max_position
         pages = int(round.master_page_indptr[master + 1] - round.master_page_indptr[master])
         assert int(round.use_length[use]) <= pages * size
-    assert (round.agent_use >= 0).sum() == case.filled.uses
+    assert (case.use_table >= 0).sum() == case.filled.uses
+    for agent in range(case.filled.agents):
+        begin, end = round.agent_use_indptr[agent : agent + 2].tolist()
+        entries = round.agent_use[begin:end]
+        assert sorted(entries[:, 1].tolist()) == list(range(begin, end))
+        assert entries[:, 0].tolist() == sorted(set(entries[:, 0].tolist()))
+        assert torch.equal(round.use_master[entries[:, 1]], entries[:, 0])
+    assert (round.agent_use[case.filled.uses :] == -1).all()
     for agent in range(case.filled.agents):
         position = mirror_rows(round, agent).position
         assert position.unique().numel() == position.numel()

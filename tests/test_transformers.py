@@ -286,9 +286,8 @@ def test_what_does_not_fit_is_refused() -> None:
             TransformersEngine(model, td.KVCollector(other))
     shorter = td.DiffStore(geometry_of(model), rope_of(model, 100), "4MiB", block_size=8)
     TransformersEngine(model, td.KVCollector(shorter))
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="model: expected one of the architectures"):
-        TransformersEngine(model, td.KVCollector(store))
+    longer = td.Rope.default(head_dim=64, theta=10000.0, max_position=9000)
+    TransformersEngine(model, td.KVCollector(td.DiffStore(geometry_of(model), longer, "4MiB")))
 
 
 def test_decode_takes_iterators_and_nothing() -> None:

@@ -78,7 +78,7 @@ def test_a_master_that_one_prompt_uses_twice_is_listed_twice() -> None:
     assert extents.masters == 3
     assert arrays["use_master"].tolist() == [0, 1, 2, 1]
     assert arrays["use_agent"].tolist() == [0, 1, 1, 2]
-    assert arrays["agent_use"].tolist() == [[0, -1, -1], [-1, 1, 2], [-1, 3, -1]]
+    assert arrays["agent_use"].tolist() == [[0, 0], [1, 1], [2, 2], [1, 3]]
     assert arrays["use_shift"].tolist() == [3, 3, 20, 3]
     assert arrays["master_page_indptr"].tolist() == [0, 2, 4, 6]
 

@@ -144,7 +144,9 @@ def test_each_block_is_tokenised_alone_and_once(write):
     assert prompts["y"][5] is prompts["x"][6]  # z's message, in two prompts
     assert len(prompts["y"]) == 8
     assert len(calls[:-2]) == len(set(calls))
-    assert tokenize_round(second, lambda text: [])["x"] == []
+    expected = r"tiny.jsonl:2: agent 'x': expected at least one token, got none"
+    with pytest.raises(WorkloadError, match=expected):
+        tokenize_round(second, lambda text: [])
 
 
 def test_prompts_beyond_the_models_positions_name_the_line(write):

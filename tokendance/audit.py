@@ -26,11 +26,12 @@ from tokendance.host.plan import LivePlan, Plan, Policy
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, private
 from tokendance.host.selection import Everything
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
-class Audit:
+class Audit(Uncopied, instead="make another by KVCollector.audit; its report can be copied"):
     """Recompute of some agents of a plan, or of some of their rows; made by `KVCollector.audit`.
 
     Run `steps`, hand every step's logits to `add`, then ask for the `report`. Agents are recomputed
@@ -71,8 +72,8 @@ class Audit:
             max_rows: rows of a step at most.
 
         Raises:
-            ValueError: ``max_rows < 1``, an audit that has been run, an agent in prefill or ended,
-                a step left unfinished or without its logits.
+            ValueError: ``max_rows < 1``, an audit that has been run, an agent in prefill, suspended
+                or ended, a step left unfinished or without its logits.
             OutOfPagesError: a prompt does not fit beside the round; the store is as it was, but for
                 evictions.
         """
@@ -86,8 +87,10 @@ class Audit:
     def _steps(self, max_rows: int) -> Iterator[Step]:
         for agent in self.agents:
             state = self._plan.state(agent)
-            if state.phase is Phase.PREFILL:
-                raise ValueError(f"audit: expected a finished prefill, got {agent!r} in prefill")
+            if state.phase is not Phase.DECODE:
+                raise ValueError(
+                    f"audit: expected a finished prefill, got {agent!r} in {state.phase.value}"
+                )
             if not state.layout.length:
                 self._found[agent] = (0, ())
                 continue

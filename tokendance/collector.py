@@ -28,11 +28,14 @@ from tokendance.host.selection import (
     Nothing,
     Selection,
 )
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
 
-class KVCollector:
+class KVCollector(
+    Uncopied, instead="make another KVCollector over a store that DiffStore.load has read"
+):
     """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
     Args:
@@ -161,6 +164,7 @@ class KVCollector:
         max_rows: int,
         max_pages: int,
         max_masters: int | None = None,
+        max_uses: int | None = None,
         windows: Sequence[int] = (0,),
     ) -> Decoder:
         """Buffers of fixed size at fixed addresses for decode steps: a whole step can be captured.
@@ -170,12 +174,13 @@ class KVCollector:
             max_pages: pages of all Masters in a step, outputs among them; as many of own rows.
             max_masters: Masters in a step, each agent's output among them; default 64 besides the
                 outputs.
+            max_uses: uses of Masters in a step, of all agents together; default 32 of each agent.
             windows: sliding windows of the model's layers, 0 for none.
 
         Raises:
             ValueError: a number that is not positive.
         """
-        return Decoder(self.store, max_agents, max_rows, max_pages, max_masters, windows)
+        return Decoder(self.store, max_agents, max_rows, max_pages, max_masters, max_uses, windows)
 
     # The gate ------------------------------------------------------------------------------------
 

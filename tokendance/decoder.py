@@ -13,11 +13,12 @@ from tokendance.device.fixed_run import FixedRun
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import step_capacity
 from tokendance.host.segments import TokenIds
+from tokendance.host.uncopied import Uncopied
 from tokendance.step import cancel_dropped
 from tokendance.store import DiffStore
 
 
-class Decoder:
+class Decoder(Uncopied, instead="ask the collector for another"):
     """Decode steps of up to ``max_rows`` rows, all in the same tensors; see `KVCollector.decoder`.
 
     `prepare` plans a step and fills the buffers. `attend` is what is captured, with the model's
@@ -35,14 +36,17 @@ class Decoder:
         max_rows: int,
         max_pages: int,
         max_masters: int | None = None,
+        max_uses: int | None = None,
         windows: Sequence[int] = (0,),
     ) -> None:
         masters = max_agents + 64 if max_masters is None else max_masters
+        uses = max_agents * min(masters, 32) if max_uses is None else max_uses
         sizes = {
             "max_agents": max_agents,
             "max_rows": max_rows,
             "max_pages": max_pages,
             "max_masters": masters,
+            "max_uses": uses,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -54,7 +58,7 @@ class Decoder:
             rows=max_rows,
             pages=max_pages,
             masters=masters,
-            uses=max_agents * masters,
+            uses=uses,
             masks=max_agents * max_pages,
             profile=self._scheduler.profile,
         )
@@ -114,7 +118,7 @@ class Decoder:
         )
 
 
-class DecodeStep:
+class DecodeStep(Uncopied, instead="ask the decoder for another"):
     """A prepared step: run the model, or replay its graph, inside ``with``.
 
     Leaving it by an exception aborts the plans that have rows in it.

@@ -12,9 +12,10 @@ from tokendance.device.arrays import Array
 from tokendance.device.executor import Executor, Reduce, Run
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import StepRecord
+from tokendance.host.uncopied import Uncopied
 
 
-class Step:
+class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the rounds' KV; see `KVCollector.step`.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
@@ -99,7 +100,7 @@ class Step:
         self._finalizer.detach()
 
     def _check_plans(self) -> None:
-        if any(plan.is_aborted for plan in self._planned.plans):
+        if self._planned.is_void:
             raise ValueError("step: expected plans that go on, got one that was aborted")
 
     @property
@@ -184,4 +185,4 @@ def cancel_dropped(planned: PlannedStep) -> None:
             ResourceWarning,
             stacklevel=2,
         )
-        planned.cancel()
+        planned.abandon()

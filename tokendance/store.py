@@ -24,6 +24,7 @@ from tokendance.host.plan import LivePlan, Plan
 from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
+from tokendance.host.uncopied import Uncopied
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -77,7 +78,10 @@ class StoreStats:
         return self.dense_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
 
-class DiffStore:
+class DiffStore(
+    Uncopied,
+    instead="write it with store.save(path) and read it with DiffStore.load(path, rope, capacity)",
+):
     """Keeps the KV of many agents as Masters and Mirrors.
 
     Args:

@@ -40,6 +40,18 @@ OTHER_THAN_0 = (
 ONE_WRITES = r"if \((lane|vector|dim) == 0[ )]|&& thread == 0\)|if \(lane % 4 == 0\) "
 
 EQUIVALENT = (
+    # Lookups
+    Equivalent(
+        "an entry of the Master that is looked for has been returned before",
+        change=r"setp\.lt\.s32 .* -> setp\.le\.s32",
+        source=r"if \(entry\.x < master\)",
+    ),
+    Equivalent(
+        "no agent has an entry of Master -1, so that the search finds none, either",
+        kernel="diff_restore",
+        change=r"setp\.lt\.s32 \S+ \S+, 0 -> setp\.lt\.s32 \S+ \S+, -1$",
+        source=r"source\.master < 0",
+    ),
     # Loops and bounds
     Equivalent(
         "the loop runs once at least: with nothing to do plans launch nothing, and blocks leave",
@@ -285,7 +297,7 @@ EQUIVALENT = (
         "every lane has the mask of the page, and any other than the first may write it",
         kernel="diff_encode_compare",
         change=OTHER_THAN_0,
-        source=r"return round\.agent_use\[",  # what is loaded after lane == 0 is asked
+        source=r"const int32_t use = uses\[agent\]",  # what is loaded after lane == 0 is asked
         operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(

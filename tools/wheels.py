@@ -57,13 +57,8 @@ def built_wheel(tag: str) -> Path:
     return wheels[-1]
 
 
-def compile_planner(interpreter: str, folder: Path) -> Path:
-    """The planner for an interpreter, which has loaded it."""
-    home = folder / "environment"
-    # Its own `venv` makes it, by the path that it was called by.
-    run([interpreter, "-m", "venv", home])
-    python = home / "bin" / "python"
-    run([python, "-m", "pip", "install", "--quiet", "pybind11", "numpy"])
+def compile_planner(python: str | Path, folder: Path) -> Path:
+    """The planner for an interpreter that has pybind11 and NumPy, which has loaded it."""
     module = folder / f"_planner{tag_of(python)[1]}"
     includes = run([python, "-m", "pybind11", "--includes"]).split()
     sources = sorted((ROOT / "csrc" / "planner").glob("*.cpp"))
@@ -75,6 +70,16 @@ def compile_planner(interpreter: str, folder: Path) -> Path:
     return module
 
 
+def planner_environment(interpreter: str, folder: Path) -> Path:
+    """The interpreter of a new environment that can compile the planner."""
+    home = folder / "environment"
+    # Its own `venv` makes it, by the path that it was called by.
+    run([interpreter, "-m", "venv", home])
+    python = home / "bin" / "python"
+    run([python, "-m", "pip", "install", "--quiet", "pybind11", "numpy"])
+    return python
+
+
 def wheel_for(interpreter: str, wheel: Path, folder: Path) -> Path:
     """A wheel for another interpreter, with the kernels of ``wheel``."""
     mine, theirs = tag_of(sys.executable)[0], tag_of(interpreter)[0]
@@ -82,7 +87,7 @@ def wheel_for(interpreter: str, wheel: Path, folder: Path) -> Path:
     (contents,) = (folder / "contents").iterdir()
     for module in (contents / "tokendance").glob("_planner*.so"):
         module.unlink()
-    module = compile_planner(interpreter, folder)
+    module = compile_planner(planner_environment(interpreter, folder), folder)
     module.rename(contents / "tokendance" / module.name)
     (facts,) = contents.glob("*.dist-info/WHEEL")
     facts.write_text(re.sub(f"Tag: {mine}-{mine}-", f"Tag: {theirs}-{theirs}-", facts.read_text()))

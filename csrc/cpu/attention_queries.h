@@ -8,6 +8,7 @@
 #include "cpu/attention_scratch.h"
 #include "cpu/dtypes.h"
 #include "cpu/lanes.h"
+#include "cpu/round_pages.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 
@@ -40,7 +41,7 @@ inline void find_active_rows(const CollectiveAttentionParams& params, const Atte
     ActiveRow active{slot, 0, 0, position, 0, nullptr};
     int64_t low = begin, high = end - 1;
     if (source >= 0) {
-      const int32_t use = round.agent_use[agent * round.extents.masters + source];
+      const int64_t use = use_of_master(round, agent, source);
       if (use < 0) continue;
       const int64_t reach = int64_t{position} - round.use_delta[use];
       high = std::min({high, reach, int64_t{round.use_length[use]} - 1});

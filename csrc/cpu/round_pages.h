@@ -3,6 +3,10 @@
 // Include only from csrc/cpu/kernels: everything stands in the namespace TOKENDANCE_ISA.
 #pragma once
 
+#include <numeric>
+#include <span>
+#include <vector>
+
 #include "cpu/simd.h"
 #include "tokendance/round.h"
 
@@ -22,6 +26,47 @@ inline int64_t list_of(const int32_t* indptr, int64_t lists, int64_t at) {
   return low;
 }
 
+// The agent's use of a Master, or -1.
+template <typename Round>
+inline int64_t use_of_master(const Round& round, int64_t agent, int64_t master) {
+  int64_t low = round.agent_use_indptr[agent], high = round.agent_use_indptr[agent + 1];
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const int32_t* entry = round.agent_use + middle * kAgentUseFields;
+    if (entry[0] == master) return entry[1];
+    if (entry[0] < master) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return -1;
+}
+
+// The uses of each Master, ascending by agent: whoever walks through Masters meets only the agents
+// that use them.
+class MasterUses {
+ public:
+  template <typename Round>
+  explicit MasterUses(const Round& round) : end_(round.extents.masters) {
+    uses_.resize(round.agent_use_indptr[round.extents.agents]);
+    for (size_t use = 0; use < uses_.size(); ++use) ++end_[round.use_master[use]];
+    std::exclusive_scan(end_.begin(), end_.end(), end_.begin(), 0);
+    for (size_t use = 0; use < uses_.size(); ++use) {
+      uses_[end_[round.use_master[use]]++] = static_cast<int32_t>(use);
+    }
+  }
+
+  std::span<const int32_t> of(int64_t master) const {
+    const int32_t begin = master > 0 ? end_[master - 1] : 0;
+    return std::span(uses_).subspan(begin, end_[master] - begin);
+  }
+
+ private:
+  std::vector<int32_t> end_;  // of the range in uses_ of each Master
+  std::vector<int32_t> uses_;
+};
+
 // The part of a use that lies in one page of its Master.
 struct UsePage {
   int64_t agent;
@@ -31,27 +76,15 @@ struct UsePage {
   int32_t rows;        // rows of the page that the use spans, from its first
 };
 
-// The part of use `use` (-1: none) of an agent in page `page` of its Master; no rows if it has
-// none.
+// The part of a use in page `page` of its Master; no rows if it has none.
 template <typename Round>
-TOKENDANCE_INLINE UsePage use_page(const Round& round, int64_t agent, int64_t use, int64_t page) {
+TOKENDANCE_INLINE UsePage use_page(const Round& round, int64_t use, int64_t page) {
   const int64_t block_size = round.extents.block_size;
-  const int64_t left = use < 0 ? 0 : round.use_length[use] - page * block_size;
-  if (left <= 0) return {agent, 0, 0, 0, 0};
-  return {agent, round.use_shift[use], round.use_delta[use] + page * block_size,
+  const int64_t left = round.use_length[use] - page * block_size;
+  if (left <= 0) return {round.use_agent[use], 0, 0, 0, 0};
+  return {round.use_agent[use], round.use_shift[use], round.use_delta[use] + page * block_size,
           round.use_page_indptr[use] + page,
           static_cast<int32_t>(left < block_size ? left : block_size)};
-}
-
-// Calls visit(UsePage) for each agent that uses page `page` of Master `master`, in order.
-template <typename Round, typename Visit>
-inline void for_each_use_of_page(const Round& round, int64_t master, int64_t page,
-                                 const Visit& visit) {
-  for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
-    const int64_t use = round.agent_use[agent * round.extents.masters + master];
-    const UsePage part = use_page(round, agent, use, page);
-    if (part.rows > 0) visit(part);
-  }
 }
 
 // Bits [begin, end) of a page's rows.

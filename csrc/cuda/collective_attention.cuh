@@ -48,6 +48,7 @@
 #include "cuda/attention_products.cuh"
 #include "cuda/collective_attention_plan.h"
 #include "cuda/ptx.cuh"
+#include "cuda/round_lookup.cuh"
 #include "cuda/vector_io.cuh"
 #include "tokendance/params.h"
 #include "tokendance/rope.h"
@@ -208,7 +209,7 @@ class AttentionTile {
     int64_t low = int64_t{chunk.y} << block_shift;
     int64_t high = (int64_t{chunk.z} << block_shift) - 1;
     if (chunk.x >= 0) {
-      const int32_t use = __ldg(round.agent_use + query.agent * round.extents.masters + chunk.x);
+      const int32_t use = use_of_master(round, query.agent, chunk.x);
       if (use < 0) return sight;
       const int64_t reach = int64_t{query.position} - __ldg(round.use_delta + use);
       high = min(min(high, reach), int64_t{__ldg(round.use_length + use)} - 1);

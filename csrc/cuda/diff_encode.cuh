@@ -14,12 +14,11 @@
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
 // multiprocessors: then a Master page is read again out of L2. With 16 the Master's rows are a
-// seventeenth of what is read. Registers of the comparison: 109 at
-// most on sm_80 and 116 on sm_90, no spills: two blocks of 256 threads, 16 of 64 warps, each with 2
-// KB of an agent's K and V under way, 32 KB in all. With a latency of 700 ns (assumed) H100's share
-// of 25 bytes/ns needs 18 KB. Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8
-// KB. The compaction: 56 registers, 8 KB: four blocks, with up to four accesses of 16 bytes under
-// way per thread.
+// seventeenth of what is read. Registers of the comparison: 106 at most on sm_80 and 110 on sm_90,
+// no spills: two blocks of 256 threads, 16 of 64 warps, each with 2 KB of an agent's K and V under
+// way, 32 KB in all. With a latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
+// Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8 KB. The compaction: 56
+// registers, 8 KB: four blocks, with up to four accesses of 16 bytes under way per thread.
 //
 // e4m3 rows are compared 8 bytes at a time and copied 16: a thread has as many elements as of
 // 16-bit types, and so as many registers or fewer.
@@ -89,7 +88,8 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   const int32_t angle_stride = shared_angles_size(p.rope.rotary_dim);
   float* const angles = reinterpret_cast<float*>(v_in + tile.agents * block_size);
   int32_t* const shifts = reinterpret_cast<int32_t*>(angles + tile.agents * angle_stride);
-  uint32_t* const compared = reinterpret_cast<uint32_t*>(shifts + tile.agents);  // per row, agents
+  int32_t* const uses = shifts + tile.agents;
+  uint32_t* const compared = reinterpret_cast<uint32_t*>(uses + tile.agents);  // per row, agents
   uint32_t* const different = compared + block_size;
 
   const int32_t all_agents = static_cast<int32_t>(round.extents.agents);
@@ -102,13 +102,11 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   const int32_t first_row = page_of_master * block_size;
   const int32_t first_agent = static_cast<int32_t>(blockIdx.x) % agent_tiles * tile.agents;
   const int32_t num_agents = min(tile.agents, all_agents - first_agent);
-  auto use_of = [&](int32_t agent) {
-    return round.agent_use[(first_agent + agent) * round.extents.masters + master];
-  };
 
   if (thread < block_size) compared[thread] = different[thread] = 0;
   if (thread < num_agents) {
-    const int32_t use = use_of(thread);
+    const int32_t use = use_of_master(round, first_agent + thread, master);
+    uses[thread] = use;
     const int32_t shift = use < 0 ? 0 : round.use_shift[use];
     shifts[thread] = in_tables(p.rope, shift) ? shift : 0;  // without angles nothing is compared
   }
@@ -116,7 +114,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
 #pragma unroll 1
   for (int32_t i = thread; i < num_agents * block_size; i += kEncodeThreads) {
     const int32_t agent = i / block_size, row = i % block_size;
-    const int64_t source = encode_source(p, first_agent + agent, use_of(agent), first_row + row);
+    const int64_t source = encode_source(p, first_agent + agent, uses[agent], first_row + row);
     if (source == kDiffers) atomicOr(different + row, 1u << agent);
     if (source < 0) continue;
     atomicOr(compared + row, 1u << agent);
@@ -214,7 +212,7 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
        agent += kEncodeThreads / kWarpSize) {
     const bool hidden = lane < block_size && (different[lane] >> agent & 1);
     const uint32_t mask = __ballot_sync(0xffffffffu, hidden);
-    const int32_t use = use_of(agent);
+    const int32_t use = uses[agent];
     if (lane == 0 && use >= 0 && first_row < round.use_length[use]) {
       round.use_masks[round.use_page_indptr[use] + page_of_master] = static_cast<int32_t>(mask);
     }

@@ -56,7 +56,7 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
     tile.agents = static_cast<int32_t>(ceil_div(e.agents, agent_tiles));
     agent_tiles = ceil_div(e.agents, tile.agents);
     const int64_t shared =
-        tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + int64_t{sizeof(int32_t)} +
+        tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + 2 * int64_t{sizeof(int32_t)} +
                        shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)}) +
         2 * e.block_size * int64_t{sizeof(uint32_t)};
     const int kernel = moving_kernel(p.dtype, p.dtype, p.rope.interleaved, wide);

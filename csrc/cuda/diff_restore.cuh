@@ -86,11 +86,11 @@ __device__ __forceinline__ RestoreSource restore_source(const DiffRestoreParams&
   return source;
 }
 
-// Where row `row` of the page goes for an agent: a row of the output, or -1. `shift` becomes the
-// shift by which its key is to be moved.
+// Where row `row` of the page goes for an agent and its use of the Master, if it is one's: a row of
+// the output, or -1. `shift` becomes the shift by which its key is to be moved.
 __device__ __forceinline__ int64_t restore_target(const DiffRestoreParams& p,
                                                   const RestoreSource& source, int32_t agent,
-                                                  int32_t row, int32_t* shift) {
+                                                  int32_t use, int32_t row, int32_t* shift) {
   const RoundView& round = p.round;
   const int32_t index = source.first_row + row;
   int32_t position;
@@ -100,7 +100,6 @@ __device__ __forceinline__ int64_t restore_target(const DiffRestoreParams& p,
     const int64_t first = int64_t{__ldg(round.own_page_indptr + agent)} * round.extents.block_size;
     position = __ldg(round.own_position + first + index);
   } else {
-    const int32_t use = __ldg(round.agent_use + agent * round.extents.masters + source.master);
     if (use < 0 || index >= __ldg(round.use_length + use)) return -1;
     const int32_t page_of_use = source.first_row / static_cast<int32_t>(round.extents.block_size);
     const int32_t mask = __ldg(round.use_masks + __ldg(round.use_page_indptr + use) + page_of_use);
@@ -146,7 +145,8 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
   const int32_t angle_stride = shared_angles_size(p.rope.rotary_dim);
   float* const angles = reinterpret_cast<float*>(v_target + tile.agents * block_size);
   int32_t* const shifts = reinterpret_cast<int32_t*>(angles + tile.agents * angle_stride);
-  uint32_t* const rows = reinterpret_cast<uint32_t*>(shifts + tile.agents);
+  int32_t* const uses = shifts + tile.agents;
+  uint32_t* const rows = reinterpret_cast<uint32_t*>(uses + tile.agents);
 
   // Look up, once for all layers: which rows of the page go where, for each agent.
   const RestoreSource source = restore_source(p, tile);
@@ -155,13 +155,18 @@ __device__ __forceinline__ void diff_restore(const DiffRestoreParams& p, const T
       end_of_page > p.pool_v_layout.num_rows) {
     return;
   }
-  if (thread < source.num_agents) rows[thread] = 0;  // a tile has fewer agents than a warp lanes
+  if (thread < source.num_agents) {  // a tile has fewer agents than a warp lanes
+    rows[thread] = 0;
+    uses[thread] =
+        source.master < 0 ? -1 : use_of_master(p.round, source.first_agent + thread, source.master);
+  }
   __syncthreads();
 #pragma unroll 1
   for (int32_t i = thread; i < source.num_agents * block_size; i += threads) {
     const int32_t agent = i / block_size, row = i % block_size;
     int32_t shift;
-    const int64_t target = restore_target(p, source, source.first_agent + agent, row, &shift);
+    const int64_t target =
+        restore_target(p, source, source.first_agent + agent, uses[agent], row, &shift);
     if (target < 0) continue;
     k_target[i] = row_offset(p.out_k_layout, target);
     v_target[i] = row_offset(p.out_v_layout, target);

@@ -76,7 +76,7 @@ inline LaunchPlan plan_diff_restore(const DiffRestoreParams& p) {
 
   const int64_t shared =
       kRestoreStages * shape.stage_bytes(vector_bytes) +
-      agents * (2 * block_size * int64_t{sizeof(int64_t)} + 2 * int64_t{sizeof(int32_t)} +
+      agents * (2 * block_size * int64_t{sizeof(int64_t)} + 3 * int64_t{sizeof(int32_t)} +
                 shared_angles_size(p.rope.rotary_dim) * int64_t{sizeof(float)});
   const int kernel = moving_kernel(p.dtype, p.out_dtype, p.rope.interleaved, wide);
   Tile tile = {};

@@ -57,9 +57,21 @@ void check_use(const RoundView& round, int64_t u, int64_t agent, const RopeTable
   }
   const int64_t end = static_cast<int64_t>(round.use_delta[u]) + round.use_length[u];
   if (end > INT32_MAX) fail_field("use_delta", u, "an end below 2^31", round.use_delta[u]);
-  if (e.agents > 0 && round.agent_use[agent * e.masters + master] != u) {
-    fail_field("agent_use", agent * e.masters + master, std::to_string(u),
-               round.agent_use[agent * e.masters + master]);
+}
+
+// As many different Masters as uses, each of a use of its own: every use has its entry, then.
+void check_agent_use(const RoundView& round, int64_t agent) {
+  const int64_t begin = round.agent_use_indptr[agent], end = round.agent_use_indptr[agent + 1];
+  int64_t previous = -1;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t at = i * kAgentUseFields;
+    const int32_t master = round.agent_use[at], use = round.agent_use[at + 1];
+    expect_range("agent_use", at, master, previous + 1, round.extents.masters - 1);
+    expect_range("agent_use", at + 1, use, begin, end - 1);
+    if (round.use_master[use] != master) {
+      fail_field("agent_use", at + 1, "a use of Master " + std::to_string(master), use);
+    }
+    previous = master;
   }
 }
 
@@ -78,16 +90,11 @@ void check_uses(const RoundView& round, const RopeTables& rope) {
       }
       previous_end = static_cast<int64_t>(round.use_delta[u]) + round.use_length[u];
     }
+    check_agent_use(round, agent);
   }
   const int64_t filled = round.agent_use_indptr[e.agents];
   for (int64_t u = filled; u < e.uses; ++u) {
     if (round.use_agent[u] != -1) fail_field("use_agent", u, "-1", round.use_agent[u]);
-  }
-  // Every use was found in agent_use, so that as many entries as uses leave no other one.
-  int64_t entries = 0;
-  for (int64_t i = 0; i < e.agents * e.masters; ++i) entries += round.agent_use[i] != -1;
-  if (entries != filled) {
-    fail("round.agent_use: expected ", filled, " entries that are not -1, got ", entries);
   }
 }
 

@@ -3,7 +3,7 @@
 // Fake implementations stand in tokendance/device/operators.py, since the stable ABI has none.
 #include <torch/csrc/stable/library.h>
 
-// The fields of `Tensor round` and `int[] extents` are those of tokendance/round.h.
+// The fields of `Tensor round` and `SymInt[] extents` are those of tokendance/round.h.
 STABLE_TORCH_LIBRARY(tokendance, m) {
   m.def(
       "rope_rotate(Tensor x, Tensor? row_in, Tensor? position_from, Tensor? position_to, "
@@ -26,20 +26,21 @@ STABLE_TORCH_LIBRARY(tokendance, m) {
   m.def(
       "diff_encode(Tensor[] k_in, Tensor[] v_in, Tensor slot_mapping, Tensor length, "
       "Tensor(a!)[] k_pool, Tensor(b!)[] v_pool, Tensor cos, Tensor sin, bool interleaved, "
-      "Tensor(c!) round, int[] extents, float atol=0.0, float rtol=0.0, Tensor? k_scale=None, "
+      "Tensor(c!) round, SymInt[] extents, float atol=0.0, float rtol=0.0, Tensor? k_scale=None, "
       "Tensor? v_scale=None) -> ()");
   m.def(
       "diff_restore(Tensor[] k_pool, Tensor[] v_pool, Tensor cos, Tensor sin, bool interleaved, "
-      "Tensor round, int[] extents, Tensor slot_mapping, Tensor(a!)[] k_out, Tensor(b!)[] v_out, "
+      "Tensor round, SymInt[] extents, Tensor slot_mapping, Tensor(a!)[] k_out, Tensor(b!)[] "
+      "v_out, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(
       "collective_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor cos, Tensor sin, "
-      "bool interleaved, Tensor round, int[] extents, float scale, int window=0, "
+      "bool interleaved, Tensor round, SymInt[] extents, float scale, int window=0, "
       "float soft_cap=0.0, Tensor? sinks=None, float rotary_scale=1.0, Tensor? k_scale=None, "
       "Tensor? v_scale=None) -> (Tensor, Tensor)");
   m.def(
       "collective_attention_out(Tensor q, Tensor k_pool, Tensor v_pool, Tensor cos, Tensor sin, "
-      "bool interleaved, Tensor round, int[] extents, float scale, int window, float soft_cap, "
+      "bool interleaved, Tensor round, SymInt[] extents, float scale, int window, float soft_cap, "
       "Tensor? sinks, float rotary_scale, Tensor(a!) workspace, Tensor(b!) out, Tensor(c!) lse, "
       "Tensor? k_scale=None, Tensor? v_scale=None) -> ()");
   m.def(

@@ -101,7 +101,7 @@ class PerRequestBlend(DenseSystem):
         chunks = [model.chunks(own) for own in positions]
         hidden = model.embed(np.concatenate([one.token_ids for one in missing.values()]))
         shape = (model.num_layers, model.num_kv_heads, len(hidden), model.head_dim)
-        keys = torch.empty(shape)
+        keys = torch.empty(shape, dtype=torch.float32, device="cpu")
         values = torch.empty_like(keys)
         for layer in range(model.num_layers):
             normed = model.normed(layer, hidden)

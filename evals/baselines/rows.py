@@ -29,6 +29,7 @@ _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _CHUNK = 64
 # Rows that a fresh cache has left for decoding.
 _SPARE_ROWS = 64
+_NO_ROWS = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(slots=True)
@@ -132,7 +133,7 @@ class RowModel:
     def new_cache(self, rows: int) -> DenseCache:
         """An empty cache with room for ``rows`` rows and some decoded ones."""
         shape = (self.num_layers, self.num_kv_heads, rows + _SPARE_ROWS, self.head_dim)
-        keys = torch.empty(shape)
+        keys = torch.empty(shape, dtype=torch.float32, device="cpu")
         return DenseCache(keys, torch.empty_like(keys))
 
     def embed(self, token_ids: npt.NDArray[np.int32]) -> torch.Tensor:
@@ -143,7 +144,7 @@ class RowModel:
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's own cosines and sines for fresh rows, each ``[rows, 1, head_dim / 2]``."""
-        cos, sin = self.model.model.rotary_emb(torch.empty(0), positions[None])
+        cos, sin = self.model.model.rotary_emb(_NO_ROWS, positions[None])
         half = self.head_dim // 2
         return cos[0, :, None, :half], sin[0, :, None, :half]
 
@@ -194,7 +195,8 @@ class RowModel:
             mask = None
             if len(own) > 1:
                 hidden = torch.from_numpy(np.arange(seen)[None, :] > own[:, None])
-                mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+                mask = torch.zeros(hidden.shape, dtype=torch.float32, device="cpu")
+                mask.masked_fill_(hidden, float("-inf"))
             chunks.append(AttentionChunk(start, start + len(own), seen, mask))
         return chunks
 

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         longest = model.config.max_position_embeddings - arguments.new_tokens
         prompts = [tokenize_round(one, encode, max_tokens=longest) for one in recorded]
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"tokendance replay: {error}", file=sys.stderr)
+        print(f"evals replay: {error}", file=sys.stderr)
         return 2
     results: list[RoundResult] = []
     session = None
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             "rounds": [asdict(result) for result in results],
             "summary": summary,
         }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         society = _make_society(arguments)
         _simulate(society, arguments)
     except (ValueError, OSError, RuntimeError, ImportError, OutOfPagesError) as error:
-        print(f"tokendance simulate: {error}", file=sys.stderr)
+        print(f"evals simulate: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -75,6 +75,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and (value < 1 or (most is not None and value > most)):
             wanted = f"1..{most}" if most else "at least 1"
             raise ValueError(f"--{name}: expected {wanted}, got {value}")
+    if any("\ud800" <= character <= "\udfff" for character in arguments.topic):
+        raise ValueError(f"--topic: expected text, got bytes that are none, {arguments.topic!a}")
     for name in ("html", "json", "record"):
         path = getattr(arguments, name)
         if path is not None and not path.absolute().parent.is_dir():

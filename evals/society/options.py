@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tokendance.host.gate import Gate
 from tokendance.host.selection import DEFAULT, Selection
+from tokendance.integrations.transformers import check_sampling
 
 __all__ = ["Options"]
 
@@ -16,8 +17,7 @@ class Options:
 
     Attributes:
         new_tokens: sampled per person and round, at most.
-        temperature: 0 takes the likeliest token.
-        top_p: see `sample_token`.
+        temperature, top_p: see `sample_token`.
         seed: of the sampling.
         source, selection, gate: see `KVCollector`. With a gate every round is audited before it is
             committed, by the keys and values of a sample of all prompts' rows.
@@ -39,10 +39,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise ValueError(f"new_tokens: expected at least 1, got {self.new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        check_sampling(self.temperature, self.top_p)
         if not 0 < self.audited_rows <= 1:
             raise ValueError(
                 f"audited_rows: expected 0 < audited_rows <= 1, got {self.audited_rows}"

@@ -113,7 +113,6 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
     page += pages_of(master_rows[m]);
     view.master_page_indptr[m + 1] = page;
   }
-  std::fill_n(view.agent_use, kAgents * 3, -1);
   view.use_agent[uses.size()] = -1;
   for (size_t u = 0; u < uses.size(); ++u) {
     view.use_agent[u] = uses[u].agent;
@@ -122,7 +121,8 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
     view.use_shift[u] = uses[u].delta - origins[uses[u].master];
     view.use_length[u] = uses[u].length;
     view.use_page_indptr[u + 1] = view.use_page_indptr[u] + pages_of(uses[u].length);
-    view.agent_use[uses[u].agent * 3 + uses[u].master] = u;
+    view.agent_use[kAgentUseFields * u] = uses[u].master;
+    view.agent_use[kAgentUseFields * u + 1] = u;
     for (int a = uses[u].agent; a < kAgents; ++a) view.agent_use_indptr[a + 1] = u + 1;
   }
   view.use_page_indptr[uses.size() + 1] = view.use_page_indptr[uses.size()];

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def main(
         program: what is typed to run it.
         package: whose modules are the commands.
     """
+    _print_what_a_terminal_cannot()
     arguments = list(sys.argv[1:] if argv is None else argv)
     found = importlib.import_module(package).__path__
     commands = sorted(module.name for module in pkgutil.iter_modules(found))
@@ -38,3 +40,10 @@ def main(
     command.add_arguments(command_parser)
     status: int = command.run(command_parser.parse_args(arguments[1:]))
     return status
+
+
+def _print_what_a_terminal_cannot() -> None:
+    """What an encoding lacks is printed as an escape: no command ends because of a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -32,6 +32,7 @@ from tokendance.host.record import (
     WorkShape,
 )
 from tokendance.host.round import IntArray
+from tokendance.host.uncopied import Uncopied
 
 # Query heads x rows that a work item may have: the height of the kernels' tiles.
 _TILE_HEIGHT = 64
@@ -50,7 +51,7 @@ Choose: TypeAlias = Callable[[list[IntArray]], StepRecord]
 """Takes the rows that were chosen of each Master, and returns the record that goes on."""
 
 
-class Executor:
+class Executor(Uncopied, instead="make another over a pool of its own"):
     """The device half of the library: pools, tables and operators; it runs `StepRecord`s.
 
     It knows no agents' names, no segments and no counts of users. Records are run in the order of

@@ -35,7 +35,7 @@ def layer_ropes(
     for one in ropes:
         if id(one) not in made:
             if one is None:
-                empty = torch.empty(max_position, 0, device=device)
+                empty = torch.empty(max_position, 0, dtype=torch.float32, device=device)
                 made[id(one)] = LayerRope(empty, empty, False, 1.0)
             else:
                 if one.rotary_dim > geometry.head_dim:

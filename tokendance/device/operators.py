@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.tokendance.*``: typed wrappers, and fakes for ``torch.compile``.
+"""The operators ``torch.ops.tokendance.*``: typed wrappers, and what torch asks of operators.
 
 A wrapper takes the operator's arguments in the operator's order, with a
 :class:`~tokendance.device.rounds.RoundTensors` for its ``round`` and ``extents``; it adds nothing
@@ -24,12 +24,18 @@ Every tensor may as well be an array of another library that exports itself by D
 Errors: ``RuntimeError`` before anything is launched, naming the argument, what was expected and
 what came. On the CPU that includes every index, position and page id. A look at them on CUDA would
 have to wait for the device: there, kernels skip rows that are out of range, and all else in a round
-(offsets, counts, the page ids of :func:`collective_attention`) is taken as it is. Nothing is
-differentiable.
+(offsets, counts, the page ids of :func:`collective_attention`) is taken as it is.
+
+Nothing is differentiable. What an operator writes counts up its version, as with torch's own
+in-place operators, and is refused if it requires grad while grad mode is on.
+
+``torch.compile(dynamic=True)`` and ``torch.export`` compile an operator once for all numbers of
+rows and all extents, but for torch's own distinction of one row from many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
@@ -39,6 +45,7 @@ from torch import Tensor
 
 from tokendance.device.arrays import Array, as_output, as_tensor, is_array
 from tokendance.device.rounds import RoundTensors
+from tokendance.source_tree import missing
 
 __all__ = [
     "LIBRARY",
@@ -60,10 +67,7 @@ __all__ = [
 LIBRARY = Path(__file__).parent.with_name("_C.so")
 
 if not LIBRARY.exists():
-    raise ImportError(
-        f"{LIBRARY.name}: expected in {LIBRARY.parent}, got nothing; "
-        "build it with `pip install .` or `python setup.py build_ext --inplace`"
-    )
+    raise missing(LIBRARY)
 torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
 
 _ops = torch.ops.tokendance
@@ -551,7 +555,8 @@ def _fake_rope_rotate(
     interleaved: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    rows = x.shape[:-2].numel() if row_in is None else row_in.shape[0]
+    # numel() of a part of a shape is an int: all rows of a compiled graph would be as many.
+    rows = math.prod(x.shape[:-2]) if row_in is None else row_in.shape[0]
     return x.new_empty((rows, x.shape[-2], x.shape[-1]))
 
 
@@ -610,3 +615,49 @@ _FAKES: dict[str, Callable[..., object]] = {
 }
 for _name in OPERATORS:
     torch.library.register_fake(f"tokendance::{_name}", _FAKES.get(_name, _fake_mutation))
+
+
+# Mutation ---------------------------------------------------------------------------------------
+# Autograd finds what was overwritten by its version. The stable ABI can neither count it up nor ask
+# for `requires_grad`, so that a kernel in front of the others does.
+
+_library = torch.library.Library("tokendance", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def _register_mutation(name: str) -> None:
+    operator = getattr(_ops, name).default
+    written = [
+        (index, argument.name)
+        for index, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if not written:
+        return
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def mutate(keyset: torch._C.DispatchKeySet, *arguments: object, **options: object) -> object:
+        for index, argument in written:
+            value = cast(Tensor | list[Tensor], arguments[index])
+            if torch.is_grad_enabled():
+                _refuse_grad(argument, value)
+            torch.autograd.graph.increment_version(value)
+        return operator.redispatch(keyset & below, *arguments, **options)
+
+    _library.impl(  # type: ignore[no-untyped-call]
+        name, mutate, "ADInplaceOrView", with_keyset=True
+    )
+
+
+def _refuse_grad(name: str, value: Tensor | list[Tensor]) -> None:
+    if isinstance(value, list):
+        for layer, tensor in enumerate(value):
+            _refuse_grad(f"{name}[{layer}]", tensor)
+    elif value.requires_grad:
+        raise RuntimeError(
+            f"{name}: expected a tensor that does not require grad, since it is overwritten, "
+            "got one that does"
+        )
+
+
+for _name in OPERATORS:
+    _register_mutation(_name)

@@ -11,9 +11,10 @@ from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_output
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.quantization import LARGEST, Quantization
+from tokendance.host.uncopied import Uncopied
 
 
-class PagePool:
+class PagePool(Uncopied, instead="make another PagePool over tensors of its own"):
     """Pages of keys and values, one strided tensor of each per layer, the same page ids in all.
 
     The pool may be the engine's own KV cache: pass its tensors or other arrays (views of any
@@ -74,7 +75,8 @@ class PagePool:
                         f"got {pool.stride()}"
                     )
         self._check_memory()
-        self._unrotated = torch.empty(1, 0, device=first.device)  # tables of no dims
+        # Tables of no dims.
+        self._unrotated = torch.empty(1, 0, dtype=torch.float32, device=first.device)
         self.quantization = self._checked(quantization)
         self.allocate = allocate
         self.free = free
@@ -101,7 +103,7 @@ class PagePool:
         if quantization is None:
             if dtype not in LARGEST:
                 return None
-            ones = torch.ones(shape)
+            ones = torch.ones(shape, dtype=torch.float32, device="cpu")
             quantization = Quantization(dtype, ones, ones.clone())
         if quantization.dtype != dtype or list(quantization.k_scale.shape) != shape:
             raise ValueError(

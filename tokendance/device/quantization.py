@@ -60,7 +60,8 @@ class Quantization:
     @classmethod
     def unit(cls, geometry: KVGeometry, dtype: torch.dtype = torch.float8_e4m3fn) -> Quantization:
         """Scales of 1: enough for e4m3 where no key or value exceeds 448."""
-        ones = torch.ones(geometry.num_layers, geometry.num_kv_heads)
+        shape = (geometry.num_layers, geometry.num_kv_heads)
+        ones = torch.ones(shape, dtype=torch.float32, device="cpu")
         return cls(dtype, ones, ones.clone())
 
     @classmethod

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +88,11 @@ class Rope:
             raise ValueError(
                 f"attention_factor: expected a finite value > 0, got {attention_factor}"
             )
-        cos = torch.empty(max_position, frequencies.numel(), dtype=torch.float32)
+        cos = torch.empty(max_position, frequencies.numel(), dtype=torch.float32, device="cpu")
         sin = torch.empty_like(cos)
         for start in range(0, max_position, _TABLE_CHUNK):
             stop = min(start + _TABLE_CHUNK, max_position)
-            positions = torch.arange(start, stop, dtype=torch.float64)
+            positions = torch.arange(start, stop, dtype=torch.float64, device="cpu")
             angle = positions[:, None] * frequencies[None, :]
             cos[start:stop] = angle.cos()
             sin[start:stop] = angle.sin()
@@ -148,15 +150,59 @@ class Rope:
         return cls(_default_frequencies(float(theta), rotary_dim), max_position, interleaved)
 
     @classmethod
+    def from_model(cls, model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
+        """The embedding of a transformers model itself: its frequencies, bit for bit.
+
+        Takes the ``inv_freq`` and ``attention_scaling`` of the model's rotary module, for each
+        layer type where it has several, and tries which dimensions the model's own rotation pairs.
+
+        Args:
+            model: a transformers causal language model, or its body without the head.
+            max_position: rows of the tables; ``max_position_embeddings`` of the config by default.
+                Where frequencies change with the length of the prompt (dynamic, longrope), at most
+                as many as they are the same for.
+
+        Returns:
+            One `Rope`; or one per layer where the layers differ, None for a layer without
+            positions.
+
+        Raises:
+            ValueError: rotary modules that are not understood, or weights that are not loaded.
+        """
+        body = getattr(model, "base_model", model)
+        config = model.config
+        if max_position is None:
+            max_position = int(_required(config, "max_position_embeddings"))
+        rotary = _rotary_module(body)
+        types = list(getattr(config, "layer_types", None) or [])
+        names = [name for name in dict.fromkeys(types) if hasattr(rotary, f"{name}_inv_freq")]
+        count = int(_required(config, "num_hidden_layers"))
+        made: dict[str | None, Rope] = {}
+        for name in names or [None]:
+            rope = _rope_of_module(cls, body, rotary, name, max_position)
+            same = [one for one in made.values() if one.fingerprint == rope.fingerprint]
+            made[name] = same[0] if same else rope
+        # A layer type without frequencies of its own, beside others that have some, has no RoPE.
+        layers = [made.get(name) for name in types[:count]] if names else [made[None]] * count
+        if len(layers) != count:
+            raise ValueError(f"layer_types: expected {count} entries, got {len(types)}")
+        layers = [
+            None if _has_no_rope(config, layer) else rope
+            for layer, rope in zip(_layers_of(body, count), layers, strict=True)
+        ]
+        return _one_or_per_layer(layers)
+
+    @classmethod
     def from_config(
         cls, hf_config: Any, max_position: int | None = None
     ) -> Rope | list[Rope | None]:
         """The embedding that a transformers model uses, frequencies bit for bit.
 
-        Reads ``rope_parameters`` (transformers >= 5) or ``rope_theta`` and ``rope_scaling``
-        (before), with the scalings default, linear, llama3 and yarn and with partial rotary
-        dimensions, for the model types whose rotation has been compared with transformers' own (see
-        ``tests``).
+        For whom there is no model at hand: `from_model` takes the model's own. Reads
+        ``rope_parameters`` (transformers >= 5) or ``rope_theta`` and ``rope_scaling`` (before; of
+        Gemma 3 ``rope_local_base_freq`` too), with the scalings default, linear, llama3 and yarn
+        and with partial rotary dimensions, for the model types whose rotation has been compared
+        with transformers' own (see ``tests``).
 
         Args:
             hf_config: a transformers text-model config.
@@ -167,21 +213,24 @@ class Rope:
             positions.
 
         Raises:
-            ValueError: a model type, scaling or parameter that is not supported, by name.
+            ValueError: a model type, scaling or parameter that is not supported, by name; or
+                another field of the config that looks as if it changed angles.
         """
         model_type = _required(hf_config, "model_type")
         style = _STYLES.get(model_type)
         if style is None:
             raise ValueError(
                 f"model_type: expected one of {', '.join(sorted(_STYLES))}, got {model_type!r}; "
-                "for another model give its frequencies to Rope(inv_freq, max_position)"
+                "take the model's own (Rope.from_model), or give its frequencies to "
+                "Rope(inv_freq, max_position)"
             )
+        _check_fields(hf_config, style)
         if max_position is None:
             max_position = int(_required(hf_config, "max_position_embeddings"))
         parameters = _rope_parameters(hf_config)
-        layer_types = list(getattr(hf_config, "layer_types", None) or [])
+        layer_types = _layer_types(hf_config)
         per_type = {key: parameters[key] for key in dict.fromkeys(layer_types) if key in parameters}
-        uses_rope = getattr(hf_config, "no_rope_layers", None)
+        uses_rope = _uses_rope(hf_config, style)
         if per_type:
             missing = [key for key in dict.fromkeys(layer_types) if key not in per_type]
             if missing:
@@ -207,10 +256,7 @@ class Rope:
                 )
             # The field's name says the opposite of what it holds: 1 stands for a layer with RoPE.
             layers = [rope if use else None for rope, use in zip(layers, uses_rope, strict=True)]
-        first = layers[0] if layers else None
-        if first is not None and all(layer is first for layer in layers):
-            return first
-        return layers
+        return _one_or_per_layer(layers)
 
     @property
     def device(self) -> torch.device:
@@ -236,28 +282,33 @@ class Rope:
 
 @dataclass(frozen=True)
 class _Style:
-    """How a model type applies its rotation: the pairing, and whether it may rotate only a part."""
+    """How a model type applies its rotation: the pairing, and whether it may rotate only a part.
+
+    ``fields`` are further ones of its config that the parser reads.
+    """
 
     interleaved: bool = False
     partial: bool = False
+    fields: tuple[str, ...] = ()
 
 
 _HALF_SPLIT = _Style()
 _HALF_SPLIT_PARTIAL = _Style(partial=True)
 _INTERLEAVED = _Style(interleaved=True)
 _INTERLEAVED_PARTIAL = _Style(interleaved=True, partial=True)
+_GPTJ = _Style(interleaved=True, partial=True, fields=("rotary_dim",))
 
 _STYLES: dict[str, _Style] = {
-    "codegen": _INTERLEAVED_PARTIAL,
+    "codegen": _GPTJ,
     "cohere": _INTERLEAVED,
     "ernie4_5": _INTERLEAVED,
     "gemma": _HALF_SPLIT,
     "gemma2": _HALF_SPLIT,
-    "gemma3_text": _HALF_SPLIT,
+    "gemma3_text": _Style(fields=("rope_local_base_freq",)),
     "glm": _INTERLEAVED_PARTIAL,
     "glm4": _INTERLEAVED_PARTIAL,
     "gpt_neox": _HALF_SPLIT_PARTIAL,
-    "gptj": _INTERLEAVED_PARTIAL,
+    "gptj": _GPTJ,
     "granite": _HALF_SPLIT,
     "helium": _INTERLEAVED,
     "llama": _HALF_SPLIT,
@@ -272,7 +323,7 @@ _STYLES: dict[str, _Style] = {
     "qwen2_moe": _HALF_SPLIT,
     "qwen3": _HALF_SPLIT,
     "qwen3_moe": _HALF_SPLIT,
-    "smollm3": _HALF_SPLIT,
+    "smollm3": _Style(fields=("no_rope_layers", "no_rope_layer_interval")),
     "stablelm": _HALF_SPLIT_PARTIAL,
     "starcoder2": _HALF_SPLIT,
 }
@@ -325,8 +376,13 @@ def _default_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
         raise ValueError(f"rotary_dim: expected an even number >= 2, got {rotary_dim}")
     if not (math.isfinite(theta) and theta > 0):
         raise ValueError(f"rope_theta: expected a finite value > 0, got {theta}")
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-    return torch.as_tensor(1.0 / (theta**exponent))
+    exponent = _even(rotary_dim) / rotary_dim
+    frequencies: torch.Tensor = 1.0 / (theta**exponent)
+    return frequencies
+
+
+def _even(rotary_dim: int) -> torch.Tensor:
+    return torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu")
 
 
 def _required(config: Any, field: str) -> Any:
@@ -336,18 +392,193 @@ def _required(config: Any, field: str) -> Any:
     return value
 
 
+def _one_or_per_layer(layers: list[Rope | None]) -> Rope | list[Rope | None]:
+    first = layers[0] if layers else None
+    if first is not None and all(layer is first for layer in layers):
+        return first
+    return layers
+
+
+def _rotary_module(body: Any) -> Any:
+    """The one module of a transformers body that holds rotary frequencies."""
+    found = {
+        name: module
+        for name, module in body.named_modules()
+        if any(key == "inv_freq" or key.endswith("_inv_freq") for key in module._buffers)
+    }
+    if len(found) != 1:
+        raise ValueError(
+            "model: expected one rotary module (a buffer inv_freq, or one per layer type), "
+            f"got {list(found) or 'none'} in {type(body).__name__}; give its frequencies to "
+            "Rope(inv_freq, max_position)"
+        )
+    return next(iter(found.values()))
+
+
+def _layers_of(body: Any, count: int) -> list[Any]:
+    layers = getattr(body, "layers", None)
+    if layers is None or len(layers) != count:
+        got = "none" if layers is None else len(layers)
+        raise ValueError(f"model: expected {count} decoder layers in its body, got {got}")
+    return list(layers)
+
+
+def _has_no_rope(config: Any, layer: Any) -> bool:
+    """Whether a layer leaves queries and keys as they are (NoPE)."""
+    attention = getattr(layer, "self_attn", layer)
+    if not getattr(attention, "use_rope", True):  # SmolLM3, Llama 4
+        return True
+    if config.model_type in ("cohere2", "cohere2_moe"):
+        return getattr(attention, "sliding_window", None) is None
+    if config.model_type.startswith("exaone"):
+        window = getattr(attention, "sliding_window", None)
+        return window is not None and not getattr(attention, "is_sliding", True)
+    return False
+
+
+def _rope_of_module(
+    cls: type[Rope], body: Any, rotary: Any, layer_type: str | None, max_position: int
+) -> Rope:
+    """The embedding of a rotary module, or of one layer type in it."""
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    kinds = getattr(rotary, "rope_type", "default")
+    kind = kinds.get(layer_type, "default") if isinstance(kinds, Mapping) else kinds
+    inv_freq = getattr(rotary, f"{prefix}inv_freq")
+    if inv_freq.is_meta:
+        raise ValueError("model: expected loaded weights, got frequencies on the meta device")
+    if kind in ("dynamic", "longrope"):
+        limit = _positions_of_one_kind(rotary, layer_type, kind)
+        if max_position > limit:
+            raise ValueError(
+                f"max_position: expected at most {limit}, since the model's frequencies "
+                f"({kind}) are others in longer prompts, got {max_position}"
+            )
+        inv_freq = getattr(rotary, f"{prefix}original_inv_freq")
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    pairing = _is_interleaved(body, rotary, inv_freq, scaling, layer_type)
+    return cls(inv_freq.double(), max_position, pairing, scaling)
+
+
+def _positions_of_one_kind(rotary: Any, layer_type: str | None, kind: str) -> int:
+    """Longest prompt whose angles are of ``original_inv_freq``."""
+    if kind == "dynamic":
+        return int(rotary.original_max_seq_len)
+    parameters = rotary.config.rope_parameters
+    parameters = parameters if layer_type is None else parameters[layer_type]
+    return int(parameters["original_max_position_embeddings"])
+
+
+def _is_interleaved(
+    body: Any, rotary: Any, inv_freq: torch.Tensor, scaling: float, layer_type: str | None
+) -> bool:
+    """Tries which dimensions the model's own function turns together."""
+    rotate = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        rotate = getattr(sys.modules[type(body).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise ValueError(
+            f"model: expected a function apply_rotary_pos_emb beside {type(rotary).__name__}, "
+            "got none; give the frequencies to Rope(inv_freq, max_position, interleaved)"
+        )
+    count, device = inv_freq.numel(), inv_freq.device
+    x = torch.linspace(1, 2, 2 * count, dtype=torch.float32, device=device)[None, None, None]
+    one = torch.ones(1, 1, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        cos, sin = rotary(x, one) if layer_type is None else rotary(x, one, layer_type)
+        turned = rotate(x, x, cos, sin)[0].flatten().cpu()
+    angle, x = inv_freq.detach().float().cpu(), x.flatten().cpu()
+    cos, sin = angle.cos() * scaling, angle.sin() * scaling
+    for interleaved, a, b in ((False, x[:count], x[count:]), (True, x[0::2], x[1::2])):
+        parts = (a * cos - b * sin, a * sin + b * cos)
+        own = torch.stack(parts, dim=-1).flatten() if interleaved else torch.cat(parts)
+        if turned.shape == own.shape and bool(((turned - own).abs() < 1e-3).all()):
+            return interleaved
+    raise ValueError(
+        f"model: expected a rotation of halves or of neighbouring dimensions, got another "
+        f"({rotate.__module__}.{rotate.__name__})"
+    )
+
+
+# Fields with which configs change angles: what matches, and is not read, is refused.
+_ANGLE_FIELDS = re.compile(
+    "rope|rotary|alibi|theta|position_embedding_type|position_scal|llama_4_scaling|long_factor|"
+    "short_factor|attn_temperature"
+)
+_COMMON_FIELDS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "ignore_keys_at_rope_validation",  # says which keys transformers is not to check
+)
+
+
+def _check_fields(config: Any, style: _Style) -> None:
+    """Refuses fields that may change angles and that nothing here reads."""
+    known = {*_COMMON_FIELDS, *style.fields, *(("partial_rotary_factor",) if style.partial else ())}
+    for name, value in vars(config).items():
+        if name in known or value is None or value is False or not _ANGLE_FIELDS.search(name):
+            continue
+        if name == "partial_rotary_factor" and value == 1.0:
+            continue
+        raise ValueError(
+            f"{name}: expected none in the config of model_type {config.model_type!r}, since it "
+            f"may change angles in a way that is not known here, got {value!r}; take the model's "
+            "own (Rope.from_model)"
+        )
+
+
+def _layer_types(config: Any) -> list[str]:
+    """The kind of every layer; Gemma 3's older configs give a period instead."""
+    types = list(getattr(config, "layer_types", None) or [])
+    if not types and getattr(config, "rope_local_base_freq", None) is not None:
+        period = int(_required(config, "sliding_window_pattern"))
+        types = [
+            "full_attention" if layer % period == 0 else "sliding_attention"
+            for layer in range(1, int(_required(config, "num_hidden_layers")) + 1)
+        ]
+    return types
+
+
+def _uses_rope(config: Any, style: _Style) -> Sequence[int] | None:
+    """Per layer whether it has RoPE (1 or 0); None: all of them."""
+    layers: Sequence[int] | None = getattr(config, "no_rope_layers", None)
+    if layers is None and "no_rope_layers" in style.fields:
+        interval = int(_required(config, "no_rope_layer_interval"))
+        count = int(_required(config, "num_hidden_layers"))
+        return [int(layer % interval != 0) for layer in range(1, count + 1)]
+    return layers
+
+
 def _rope_parameters(config: Any) -> dict[str, Any]:
     """The config's parameters in the naming of transformers 5, flat or one dict per layer type."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
-    parameters = parameters or dict(getattr(config, "rope_scaling", None) or {})
-    if not any(isinstance(value, Mapping) for value in parameters.values()):
-        theta = getattr(config, "rope_theta", None)
-        if theta is None and getattr(config, "rotary_dim", None) is not None:
-            theta = 10000.0  # GPT-J and CodeGen have no such field: their code holds the constant.
-        parameters.setdefault("rope_theta", theta)
-        parameters.setdefault(
-            "partial_rotary_factor", getattr(config, "partial_rotary_factor", None)
+    scaling = dict(getattr(config, "rope_scaling", None) or {})
+    if parameters and scaling and parameters != scaling:
+        raise ValueError(
+            f"rope_scaling: expected none beside rope_parameters {parameters}, got {scaling}"
         )
+    parameters = parameters or scaling
+    theta = getattr(config, "rope_theta", None)
+    local = getattr(config, "rope_local_base_freq", None)
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        for name, value in (("rope_theta", theta), ("rope_local_base_freq", local)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected none beside rope_parameters per layer type, got {value}"
+                )
+        return parameters
+    if theta is None and getattr(config, "rotary_dim", None) is not None:
+        theta = 10000.0  # GPT-J and CodeGen have no such field: their code holds the constant.
+    parameters.setdefault("rope_theta", theta)
+    parameters.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if config.model_type == "gemma3_text":
+        # Before transformers 5: scaled and of the longer period on full layers alone.
+        if local is None:
+            raise ValueError("rope_local_base_freq: expected a number beside rope_theta, got none")
+        return {
+            "full_attention": parameters,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
     return parameters
 
 
@@ -488,8 +719,8 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = torch.clamp((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / width, 0, 1)
-    frequency = theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    ramp = torch.clamp((_even(rotary_dim) / 2 - low) / width, 0, 1)
+    frequency = theta ** (_even(rotary_dim) / rotary_dim)
     kept = 1 - ramp
     inv_freq = 1.0 / (factor * frequency) * (1 - kept) + 1.0 / frequency * kept
     return inv_freq, float(attention_factor)

@@ -44,6 +44,7 @@ class AgentState(Mirror):
         layout: what was decided for the agent.
         serial: a number that grows with every state: rows never see rows of a later one.
         pending: int32, positions that are still to be computed, ascending.
+        made: uses of Masters that this state computes or has computed.
         candidates: uses whose rows `KeyDeviation` has not chosen yet.
         awaited: uses of Masters that another state is still computing.
         output: the Master that holds the decoded rows, or None before the first.
@@ -72,6 +73,7 @@ class AgentState(Mirror):
         self.layout = layout
         self.serial = next(serials)
         self.pending: IntArray = layout.own
+        self.made = list(layout.made)
         if layout.made:
             computed = np.zeros(layout.length, dtype=bool)
             computed[layout.own] = True
@@ -90,6 +92,7 @@ class AgentState(Mirror):
         self.busy = False
         self.ended = False
         self.host_pages: Pages | None = None
+        self._own_pages_left = 0
         self._block_size = block_size
 
     @property
@@ -111,7 +114,7 @@ class AgentState(Mirror):
             own = self.own_position[index] == positions
             slots[own] = slots_at(self.own_pages, index[own], self._block_size)
         prompt = positions < self.layout.length
-        written = list(self.layout.made) if prompt.any() else []
+        written = list(self.made) if prompt.any() else []
         if self.output is not None and not prompt.all():
             written.append(self.uses[-1])
         for use in written:
@@ -148,6 +151,8 @@ class AgentState(Mirror):
             self.own_position = np.union1d(self.own_position, positions).astype(np.int32)
             self.pending = np.union1d(self.pending, positions).astype(np.int32)
         self.candidates = [use for use in self.candidates if use.master.serial not in chosen]
+        if self.output is not None:
+            self._set_output_length()  # the masks that have changed are the prompt's
 
     def first_unseeable(self, available: Mapping[int, int]) -> int:
         """The first position that sees a Master's row that nobody has computed yet.
@@ -174,17 +179,21 @@ class AgentState(Mirror):
         by it."""
         self.pending = self.pending[self.pending > last]
         finished: list[Master] = []
-        for use in self.layout.made:
+        for use in self.made:
             if not use.master.is_computed:
                 use.master.computed = self.computed_of(use, self.pending)
                 if use.master.is_computed:
                     finished.append(use.master)
         return finished
 
-    def give_up_from(self, end: int) -> None:
-        """Nothing from position ``end`` on is computed any more."""
+    def give_up_from(self, end: int) -> list[Master]:
+        """Nothing from position ``end`` on is computed any more; returns the Masters that will
+        never be."""
         self.pending = self.pending[self.pending < end]
         self.candidates = [use for use in self.candidates if use.delta < end]
+        lost = [one for one in self.made if one.delta >= end and not one.master.is_computed]
+        self.made = [one for one in self.made if one.delta < end or one.master.is_computed]
+        return [use.master for use in lost]
 
     # Output ---------------------------------------------------------------------------------------
 
@@ -192,6 +201,12 @@ class AgentState(Mirror):
         """Pages that so many more decoded rows need."""
         pages = len(self.output.pages) if self.output else 0
         return pages_for(len(self.output_ids) + tokens, self._block_size) - pages
+
+    @property
+    def pages_to_go_on(self) -> int:
+        """Pages that one more decoded row needs, of an agent in host memory too."""
+        rows = len(self.output_ids)
+        return pages_for(rows + 1, self._block_size) - pages_for(rows, self._block_size)
 
     def extend(self, token_ids: Sequence[int], pages: Pages) -> Master | None:
         """Appends decoded tokens, whose rows go to the last pages and ``pages``.
@@ -252,12 +267,20 @@ class AgentState(Mirror):
         """Pages that hold what only this agent has: own rows and the output's."""
         return np.concatenate([self.own_pages, self.output.pages if self.output else no_pages()])
 
-    def move_to(self, pages: Pages) -> None:
-        """The private pages are these from now on."""
-        own = len(self.own_pages)
-        self.own_pages = pages[:own]
+    def leave(self, host_pages: Pages) -> None:
+        """What the private pages hold is in these pages of host memory from now on."""
+        self.host_pages = host_pages
+        self._own_pages_left = len(self.own_pages)
+        self.own_pages = no_pages()
         if self.output is not None:
-            self.output.pages = pages[own:]
+            self.output.pages = no_pages()
+
+    def come_back(self, pages: Pages) -> None:
+        """The private pages are these from now on."""
+        self.host_pages = None
+        self.own_pages = pages[: self._own_pages_left]
+        if self.output is not None:
+            self.output.pages = pages[self._own_pages_left :]
 
     def mirror(self, segments: tuple[object, ...]) -> Mirror:
         """What stays of the agent when it is committed."""

@@ -32,6 +32,9 @@ class PageAllocator:
         num_pages: of the pool.
         allocate, free: the engine's; None for a list of its own.
         num_free: how many pages ``allocate`` could give now; None if the engine does not say.
+
+    Attributes:
+        failure: what the engine's ``allocate`` raised when it was called last, if it did.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class PageAllocator:
         self._allocate = allocate
         self._free = free
         self._num_free = num_free
+        self.failure: Exception | None = None
 
     @property
     def num_free(self) -> int | None:
@@ -61,13 +65,15 @@ class PageAllocator:
             ValueError: the engine gave something else than ``count`` different page ids of the
                 pool; it has got them back.
         """
+        self.failure = None
         if count == 0:
             return no_pages()
         if count > self.num_pages:
             return None
         try:
             given = self._allocate(count)
-        except Exception:  # whatever an engine's allocator raises when it is full
+        except Exception as error:  # whatever an engine's allocator raises when it is full
+            self.failure = error.with_traceback(None)  # which would keep the callers' objects
             return None
         if given is None:
             return None
@@ -152,6 +158,15 @@ class Books:
         free = self._allocator.num_free
         return self.num_pages - self._used if free is None else free
 
+    def state(self) -> tuple[int, ...] | None:
+        """What is equal while nothing has changed that decides whether prompts fit; None where an
+        engine's allocator does not say what it has."""
+        free = self._allocator.num_free
+        if free is None:
+            return None
+        found = len(self.masters), len(self.making), len(self.mirrors)
+        return free, self._idle_pages, self._clock, self.evictions, *found
+
     def take_pages(self, count: int) -> Pages:
         """Takes pages, evicting Masters that nobody uses, the longest idle first.
 
@@ -172,7 +187,7 @@ class Books:
                 f"capacity: expected {count} free pages, got {self.free_pages} and "
                 f"{self._idle_pages} of idle Masters, of {self.num_pages}; release or suspend "
                 "agents, or enlarge the store"
-            )
+            ) from self._allocator.failure
         used = self._page_users[pages] > 0
         if used.any():
             self._allocator.free(pages[~used])
@@ -247,8 +262,7 @@ class Books:
                 self._idle_pages += len(master.pages)
                 self._touch(master)
             else:
-                if self.making.get(master.digest) is master:
-                    del self.making[master.digest]
+                self.withdraw(master)
                 self._give_back(master)
 
     def idle_pages_of(self, masters: Sequence[Master]) -> int:
@@ -273,13 +287,17 @@ class Books:
         if master.digest not in self.masters:
             self.making.setdefault(master.digest, master)
 
+    def withdraw(self, master: Master) -> None:
+        """Ends an `announce`: nobody computes the Master any more."""
+        if self.making.get(master.digest) is master:
+            del self.making[master.digest]
+
     def publish(self, master: Master) -> None:
         """Lets later rounds find a finished Master by its digest; the first one of a digest stays.
 
         The Master is held by whoever computed it.
         """
-        if self.making.get(master.digest) is master:
-            del self.making[master.digest]
+        self.withdraw(master)
         if not master.stored and master.digest not in self.masters:
             self.masters[master.digest] = master
             master.stored = True

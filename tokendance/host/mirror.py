@@ -11,7 +11,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendance.host.round import IntArray, RoundExtents
+from tokendance.host.round import IntArray, RoundExtents, agent_use
 from tokendance.host.segments import Segment
 
 Masks = NDArray[np.uint32]
@@ -242,8 +242,6 @@ def round_arrays(
     use_delta = np.concatenate([none, *[mirror.uses.delta for mirror in mirrors]])
     use_length = np.concatenate([none, *[mirror.uses.length for mirror in mirrors]])
     masks = np.concatenate([none, *[mirror.uses.masks.view(ints) for mirror in mirrors]])
-    agent_use = np.full((len(mirrors), len(masters)), -1, dtype=ints)
-    agent_use[use_agent, use_master] = np.arange(len(use_agent), dtype=ints)
     own_pages = [len(mirror.own_pages) for mirror in mirrors]
     own_position = np.zeros(sum(own_pages) * block_size, dtype=ints)
     at = 0
@@ -260,7 +258,7 @@ def round_arrays(
         "use_page_indptr": _indptr(-(-use_length // block_size)),
         "use_masks": masks,
         "agent_use_indptr": _indptr(counts),
-        "agent_use": agent_use,
+        "agent_use": agent_use(use_agent, use_master),
         "master_page_indptr": _indptr([len(master.pages) for master in masters]),
         "master_pages": np.concatenate([none, *[master.pages for master in masters]]),
         "own_length": np.array([len(mirror.own_position) for mirror in mirrors], dtype=ints),

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from typing_extensions import Self
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.decide import AgentLayout, OptedOut, Source, Sources, Span
@@ -18,6 +17,7 @@ from tokendance.host.record import AppendRecord, RestoreRecord
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, TokenIds
 from tokendance.host.selection import DEFAULT, Selection
+from tokendance.host.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from tokendance.host.scheduler import Scheduler, SlotMapping
@@ -65,7 +65,7 @@ class LivePlan:
     Attributes:
         policy: of its agents.
         is_probe: it changes nothing that others see: no Master of it is ever found.
-        agents: all names, in the order in which they were given.
+        agents: all names, in the order in which they were given, as a dict's keys.
         layouts: by name, what was decided.
         states: what is or was computed, in the order of computing.
         by_name: the states of agents that have not ended.
@@ -73,12 +73,11 @@ class LivePlan:
         suspended: agents whose rows were given back.
         chosen: rows that `KeyDeviation` chose, by serial of the Master.
         row_layers, pair_layers: computed prompt rows, and (row, visible key) pairs, times layers.
-        is_aborted: by an exception in a step.
     """
 
     policy: Policy
     is_probe: bool = False
-    agents: list[str] = field(default_factory=list)
+    agents: dict[str, None] = field(default_factory=dict)
     layouts: dict[str, AgentLayout] = field(default_factory=dict)
     states: list[AgentState] = field(default_factory=list)
     by_name: dict[str, AgentState] = field(default_factory=dict)
@@ -87,12 +86,11 @@ class LivePlan:
     chosen: dict[int, IntArray] = field(default_factory=dict)
     row_layers: int = 0
     pair_layers: int = 0
-    is_aborted: bool = False
 
     def phase(self, agent: str) -> Phase:
         """Raises ``KeyError`` for an unknown agent."""
         if agent not in self.agents:
-            raise KeyError(f"agent: expected one of {self.agents}, got {agent!r}")
+            raise KeyError(f"agent: expected one of {list(self.agents)}, got {agent!r}")
         if agent in self.by_name:
             return self.by_name[agent].phase
         if agent in self.suspended:
@@ -117,7 +115,7 @@ class LivePlan:
         return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
 
 
-class Plan:
+class Plan(Uncopied, instead="make another by KVCollector.plan, with the same prompts"):
     """A round of requests: made by `KVCollector.plan`, ended agent by agent.
 
     It holds the Masters that it uses and leases the pages that it fills. A Master serves others
@@ -133,7 +131,7 @@ class Plan:
         self._finalizer = weakref.finalize(self, _abandon, scheduler, live)
         self._finalizer.atexit = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Plan:
         return self
 
     def __exit__(
@@ -151,15 +149,6 @@ class Plan:
             f"Plan({len(phases)} agents: {', '.join(counts) or 'none'}; "
             f"{self.rows_computed:g} of {self.rows} prompt rows computed)"
         )
-
-    def __copy__(self) -> Self:
-        raise TypeError("plan: a plan cannot be copied; it leases pages")
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self.__copy__()
-
-    def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("plan: a plan cannot be pickled; send the records of its steps")
 
     # Agents ---------------------------------------------------------------------------------------
 
@@ -195,12 +184,14 @@ class Plan:
 
     def length(self, agent: str) -> int:
         """Rows of the agent's prompt and output so far."""
+        self._scheduler.collect()
         if agent in self._live.suspended:
             return self._live.suspended[agent].length
         return self._live.state(agent).length
 
     def output(self, agent: str) -> list[int]:
         """The agent's decoded tokens that were fed."""
+        self._scheduler.collect()
         if agent in self._live.suspended:
             return list(self._live.suspended[agent].output_ids)
         return list(self._live.state(agent).output_ids)
@@ -275,7 +266,8 @@ class Plan:
         """Takes pages for suspended agents again.
 
         Rows that were given up are computed again by the next steps; the last of them has its
-        logits again.
+        logits again. There must be room for one more decoded row, too: an agent that had none
+        would be suspended again, and get nowhere.
 
         Raises:
             KeyError: an unknown agent.
@@ -328,10 +320,13 @@ class Plan:
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: an agent that waits for pages.
+            ValueError: an agent that waits for pages, or ended without ever having them.
         """
-        if self._live.phase(agent) is Phase.WAITING:
-            raise ValueError(f"agent: expected one that has pages, got {agent!r} (waiting)")
+        phase = self._live.phase(agent)
+        if agent not in self._live.layouts:
+            raise ValueError(
+                f"agent: expected one that has had pages, got {agent!r} ({phase.value})"
+            )
         return list(self._live.layouts[agent].spans)
 
     @property
@@ -354,7 +349,10 @@ class Plan:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the pages that hold the KV of the agents that have not ended."""
+        """Bytes of the pages that hold the KV of the agents that have not ended.
+
+        What lies in host memory does not count.
+        """
         parts = [no_pages()]
         for state in self._live.states:
             if not state.ended:
@@ -365,7 +363,8 @@ class Plan:
     def rows_overridden(self) -> int:
         """Rows of Masters that agents' own rows replace."""
         block = self._scheduler.profile.block_size
-        return sum(len(use.overridden(block)) for state in self._live.states for use in state.uses)
+        states = [state for state in self._live.states if state.agent is not None]
+        return sum(len(use.overridden(block)) for state in states for use in state.uses)
 
     @property
     def master_agents(self) -> list[str]:

@@ -44,6 +44,8 @@ class PlannedStep:
 
     Attributes:
         record: for the device half.
+        number: of the record.
+        is_open: whether it has not ended.
         agents: name of every row's agent; None for what is computed for no agent.
         logit_agents: the agents of ``record.logit_rows``.
     """
@@ -57,7 +59,7 @@ class PlannedStep:
     ) -> None:
         self._scheduler = scheduler
         self._parts = parts
-        self._number = number
+        self.number = number
         self._capacity = capacity
         self._before: list[tuple[int, int]] | None = None  # rows and pairs before a choice
         self.is_open = True
@@ -78,6 +80,11 @@ class PlannedStep:
         """The plans whose agents have rows in the step."""
         return list({id(part.plan): part.plan for part in self._parts}.values())
 
+    @property
+    def is_void(self) -> bool:
+        """Whether rows of the step have lost their pages: their plan was aborted meanwhile."""
+        return any(part.state.ended for part in self._parts)
+
     def _make_record(self) -> StepRecord:
         block = self._scheduler.profile.block_size
         states = [part.state for part in self._parts]
@@ -91,7 +98,7 @@ class PlannedStep:
         logit_rows = np.flatnonzero(positions >= first[row_agent]).astype(np.int64)
         choices = _choices(self._parts, block)
         record = StepRecord(
-            number=self._number,
+            number=self.number,
             token_ids=np.concatenate(tokens),
             positions=positions,
             slots=np.concatenate(slots),
@@ -176,17 +183,31 @@ class PlannedStep:
         self._scheduler.end_unneeded()
 
     def cancel(self) -> None:
-        """The step is not run: everything is as before it was planned."""
+        """The step is not run: everything is as before it was planned.
+
+        Its copies are made by the next record: no later one may have been run.
+        """
         self._end()
-        self._scheduler.order_again(self.record.copies)
         for part in self._parts:
             part.state.busy = False
-            if part.is_decode:
+            if part.is_decode and not part.state.ended:
                 self._scheduler.shorten(part.state, part.begin)
+        self._scheduler.take_back(self)
+        self._scheduler.end_unneeded()
+
+    def abandon(self) -> None:
+        """Has the step cancelled by the scheduler's next call; garbage may be collected in the
+        middle of one."""
+        self._scheduler.dropped.append(self)
 
     def fail(self) -> None:
-        """Aborts the plans that have rows in the step: what they wrote is not to be trusted."""
+        """Aborts the plans that have rows in the step: what they wrote is not to be trusted.
+
+        The record's copies count as made.
+        """
         self._end()
+        for part in self._parts:
+            part.state.busy = False
         for plan in self.plans:
             self._scheduler.abort_open(plan)
 
@@ -194,6 +215,7 @@ class PlannedStep:
         if not self.is_open:
             raise ValueError("step: expected one that is open, got one that has ended")
         self.is_open = False
+        self._scheduler.end_step(self)
 
 
 def _counted(positions: IntArray) -> tuple[int, int]:

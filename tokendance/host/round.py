@@ -11,6 +11,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+ROUND_VERSION = 1
+"""Of the fields and extents; a change of either counts it up."""
+
+AGENT_USE_FIELDS = 2
 WORK_FIELDS = 8
 CHUNK_FIELDS = 4
 FIELD_ALIGNMENT = 4
@@ -20,7 +24,7 @@ IntArray = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class RoundExtents:
-    """Capacities of the fields, in the order in which operators take them (``int[] extents``)."""
+    """Capacities of the fields, in the order in which operators take them (``extents``)."""
 
     rows: int = 0
     uses: int = 0
@@ -57,7 +61,7 @@ class RoundExtents:
             "use_page_indptr": (self.uses + 1,),
             "use_masks": (self.use_pages,),
             "agent_use_indptr": (self.agents + 1,),
-            "agent_use": (self.agents, self.masters),
+            "agent_use": (self.uses, AGENT_USE_FIELDS),
             "master_page_indptr": (self.masters + 1,),
             "master_pages": (self.master_pages,),
             "own_length": (self.agents,),
@@ -83,6 +87,12 @@ class RoundExtents:
 
 
 _NO_AGENT = ("row_agent", "use_agent", "agent_use")
+
+
+def agent_use(use_agent: IntArray, use_master: IntArray) -> IntArray:
+    """The field ``agent_use``: {Master, use} of each agent, ascending by Master."""
+    order = np.lexsort((use_master, use_agent))
+    return np.stack((use_master[order], order), axis=1).astype(np.int32)
 
 
 def pack(

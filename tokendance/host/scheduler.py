@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, count, pairwise
 from typing import TypeAlias
 
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
-from tokendance.host.decide import AgentLayout, Source, lay_out, source_of
-from tokendance.host.mirror import Master, Mirror, no_pages, pages_for, slots_of
+from tokendance.host.decide import AgentLayout, Find, Source, lay_out, source_of
+from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
 from tokendance.host.record import (
@@ -26,12 +27,13 @@ from tokendance.host.record import (
 from tokendance.host.round import IntArray, RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
 from tokendance.host.selection import KeyDeviation
+from tokendance.host.uncopied import Uncopied
 
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
 """Rows of a cache, by agent and position."""
 
 
-class Scheduler:
+class Scheduler(Uncopied, instead="make another with the same profile"):
     """Plans rounds and their steps, and keeps the books of one pool of pages.
 
     The host half of the library: it knows prompts, names and pages, and no device. What is to be
@@ -64,12 +66,15 @@ class Scheduler:
         self.windows = list(windows)
         self._copies: list[Copies] = []  # that the next record has to make, in order
         self._copy = copy
-        self.dropped: deque[LivePlan] = deque()
+        self.dropped: deque[LivePlan | PlannedStep] = deque()
         self._agents: dict[str, LivePlan] = {}  # of all plans, those that have not ended
         self._states: dict[int, AgentState] = {}  # by serial, those that have not ended
         self._plans: dict[int, LivePlan] = {}  # of each state, by serial
+        self._orphans: dict[int, AgentState] = {}  # of them, what is computed for no agent
         self._makers: dict[int, AgentState] = {}  # of Masters that are not computed, by serial
+        self._open: dict[int, PlannedStep] = {}  # steps that have not ended, by number
         self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
+        self._did_not_fit: tuple[int, ...] | None = None  # books in which their first did not
         self._serials = count()
         self._numbers = count()
 
@@ -103,7 +108,7 @@ class Scheduler:
 
     def probe(self, layouts: Sequence[AgentLayout], agents: Sequence[str], policy: Policy) -> Plan:
         """A plan of given layouts that changes nothing that others see."""
-        live = LivePlan(policy, is_probe=True, agents=list(agents))
+        live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
         self._lease(live, layouts)
         return Plan(self, live)
 
@@ -131,21 +136,32 @@ class Scheduler:
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._lease(live, self._decide(prompts, live.policy))
+        self._lease_prompts(live, prompts)
         for agent in prompts:
-            if agent not in live.agents:
-                live.agents.append(agent)
+            live.agents[agent] = None
             self._agents[agent] = live
 
     def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
         live.waiting.append(prompts)
-        live.agents += prompts
         for agent in prompts:
+            live.agents[agent] = None
             self._agents[agent] = live
         self._waiting.append((live, prompts))
 
     def _check_possible(self, policy: Policy, prompts: Prompts) -> None:
-        needed = self._pages_of(self._decide(prompts, policy), policy)
+        """Raises ``OutOfPagesError`` for prompts that would not fit into a pool without anything
+        else in it, neither beside what they reuse now nor with nothing to reuse."""
+        layouts = self._decide(prompts, policy)
+        block = self.profile.block_size
+        reused = [master.pages for layout in layouts for master in layout.uses.masters]
+        for layout in layouts:
+            if layout.earlier is not None:
+                reused.append(layout.earlier.own_pages[: len(_carried(layout)) // block])
+        beside = len(np.unique(np.concatenate([no_pages(), *reused])))
+        needed = self._pages_of(layouts, policy) + beside
+        if needed > self.books.num_pages:
+            alone = self._decide(prompts, policy, lambda _: None, {})
+            needed = min(needed, self._pages_of(alone, policy))
         if needed > self.books.num_pages:
             raise OutOfPagesError(
                 f"prompts: expected at most {self.books.num_pages} pages, got {needed}; they would "
@@ -156,25 +172,41 @@ class Scheduler:
         """Leases pages for prompts that wait, as far as they are there, in order."""
         while self._waiting:
             live, prompts = self._waiting[0]
+            seen = self.books.state()
+            if prompts and seen is not None and seen == self._did_not_fit:
+                return
             try:
                 if prompts:
                     self._admit(live, prompts)
             except OutOfPagesError:
+                self._did_not_fit = self.books.state()
                 return
+            self._did_not_fit = None
             self._waiting.popleft()
             live.waiting.remove(prompts)
 
-    def _decide(self, prompts: Prompts, policy: Policy) -> list[AgentLayout]:
+    def _decide(
+        self,
+        prompts: Prompts,
+        policy: Policy,
+        find: Find | None = None,
+        mirrors: Mapping[str, Mirror] | None = None,
+    ) -> list[AgentLayout]:
         return lay_out(
             prompts,
-            self.find,
-            self.books.mirrors,
+            find or self.find,
+            self.books.mirrors if mirrors is None else mirrors,
             policy.selection,
             policy.source,
             self.profile.block_size,
             self.profile.max_position,
             policy.opted_out,
         )
+
+    def _find_held(self, segment: Segment) -> tuple[Master, int] | None:
+        """As `find`, without Masters that nobody holds."""
+        found = self.find(segment)
+        return None if found is None or found[0].holders == 0 else found
 
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
@@ -199,16 +231,38 @@ class Scheduler:
 
         Planning takes fresh pages, and holds idle Masters that could have been evicted otherwise;
         both count. It succeeds exactly if the sum is at most ``books.free_pages +
-        books.evictable_pages``.
+        books.evictable_pages``. Prompts that do not fit beside the idle Masters that they would
+        reuse, whose repaired rows take pages too, are planned without them, if that fits.
 
         Raises:
             TypeError, ValueError: as `plan`.
         """
         self.collect()
-        policy = policy or Policy()
-        layouts = self._decide(_checked_prompts(prompts), policy)
+        return self._pages_to_lease(_checked_prompts(prompts), policy or Policy())
+
+    def _pages_to_lease(self, prompts: Prompts, policy: Policy, more: int = 0) -> int:
+        """What `_lease_prompts` needs, with so many more pages."""
+        layouts = self._decide(prompts, policy)
         held = [master for layout in layouts for master in layout.uses.masters]
-        return self._pages_of(layouts, policy) + self.books.idle_pages_of(held)
+        idle = self.books.idle_pages_of(held)
+        needed = self._pages_of(layouts, policy) + idle + more
+        if idle and needed > self.books.free_pages + self.books.evictable_pages:
+            without = self._decide(prompts, policy, self._find_held)
+            needed = min(needed, self._pages_of(without, policy) + more)
+        return needed
+
+    def _lease_prompts(
+        self, live: LivePlan, prompts: Prompts, more: int = 0
+    ) -> tuple[list[AgentState], Pages]:
+        """Decides and leases, with so many more pages; see `pages_needed`."""
+        layouts = self._decide(prompts, live.policy)
+        try:
+            return self._lease(live, layouts, more)
+        except OutOfPagesError:
+            held = [master for layout in layouts for master in layout.uses.masters]
+            if not self.books.idle_pages_of(held):
+                raise
+        return self._lease(live, self._decide(prompts, live.policy, self._find_held), more)
 
     def _pages_of(self, layouts: Sequence[AgentLayout], policy: Policy) -> int:
         """Fresh pages of layouts."""
@@ -226,17 +280,20 @@ class Scheduler:
             needs.append(pages_for(mine + len(layout.own) + more, block) - mine // block)
         return needs
 
-    def _lease(self, live: LivePlan, layouts: Sequence[AgentLayout]) -> list[AgentState]:
-        """Takes all pages of prompts at once, or none, and makes the agents' states."""
+    def _lease(
+        self, live: LivePlan, layouts: Sequence[AgentLayout], more: int = 0
+    ) -> tuple[list[AgentState], Pages]:
+        """Takes all pages of prompts, and so many more, or none; makes the agents' states."""
         block = self.profile.block_size
         held = [master for layout in layouts for master in layout.uses.masters]
         self.books.hold(held)
         needs = self._needs(layouts, live.policy)
         try:
-            pages = self.books.take_pages(sum(needs))
+            pages = self.books.take_pages(sum(needs) + more)
         except BaseException:
             self.books.let_go(held)
             raise
+        pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         parts = [pages[begin:end].copy() for begin, end in pairwise(accumulate(needs, initial=0))]
         made = [use.master for layout in layouts for use in layout.made]
         for master, mine in zip(made, parts, strict=False):
@@ -255,11 +312,12 @@ class Scheduler:
         except BaseException:
             for state in states:
                 self.books.drop_pages(state.own_pages)
+            self.books.drop_pages(rest)
             self.books.let_go(held)
             raise
         for state in states:
             self._register(live, state)
-        return states
+        return states, rest
 
     def _register(self, live: LivePlan, state: AgentState) -> None:
         live.states.append(state)
@@ -267,11 +325,13 @@ class Scheduler:
         if state.agent is not None:
             live.by_name[state.agent] = state
             live.layouts[state.agent] = state.layout
-        for use in state.layout.made:
+        for use in state.made:
             self._makers[use.master.serial] = state
         if not live.is_probe:
             self._states[state.serial] = state
-            for use in state.layout.made:
+            if state.agent is None:
+                self._orphans[state.serial] = state
+            for use in state.made:
                 self.books.announce(use.master)
 
     def _copy_carried_rows(
@@ -290,10 +350,6 @@ class Scheduler:
             moves.append(np.stack([sources, targets], axis=1))
         if moves:
             self._order([Copies(rows=np.concatenate(moves))])
-
-    def order_again(self, copies: list[Copies]) -> None:
-        """Copies of a record that is not run are the next record's."""
-        self._copies = [*copies, *self._copies]
 
     def _order(self, copies: list[Copies]) -> None:
         """Has copies made before anything else is computed."""
@@ -338,12 +394,23 @@ class Scheduler:
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
         names = None if prefill is None else self._named(prefill)
         fed = self._fed(decode or {})
-        self._admit_waiting()
-        parts = self._extend(fed)
-        room = max_rows - sum(len(part.positions) for part in parts)
-        wanted = None if names is None else self._wanted(names)
-        parts += self._prefill_parts(self._states.values(), room, wanted)
-        return self._planned(parts)
+        decoded = self._extend(fed)  # before others are admitted, who would take their pages
+        with self._undone_by_errors(decoded):
+            self._admit_waiting()
+            room = max_rows - sum(len(part.positions) for part in decoded)
+            wanted = None if names is None else self._wanted(names)
+            prefilled = self._prefill_parts(self._states.values(), room, wanted)
+            return self._planned([*decoded, *prefilled])
+
+    @contextmanager
+    def _undone_by_errors(self, decoded: Sequence[StepPart]) -> Iterator[None]:
+        """Gives decoded rows' pages back if their step cannot be planned."""
+        try:
+            yield
+        except BaseException:
+            for part in decoded:
+                self.shorten(part.state, part.begin)
+            raise
 
     def step_of(self, plan: Plan, max_rows: int) -> PlannedStep | None:
         """The next step of one plan's prompts alone."""
@@ -363,7 +430,9 @@ class Scheduler:
         for name, needed in self.exceeded(decode, capacity).items():
             given = getattr(capacity, name)
             raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
-        return self._planned(self._extend(self._fed(decode)), capacity)
+        decoded = self._extend(self._fed(decode))
+        with self._undone_by_errors(decoded):
+            return self._planned(decoded, capacity)
 
     def exceeded(
         self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
@@ -399,13 +468,8 @@ class Scheduler:
     ) -> PlannedStep | None:
         if not parts:
             return None
-        try:
-            step = PlannedStep(self, parts, next(self._numbers), capacity)
-        except BaseException:
-            for part in parts:
-                if part.is_decode:
-                    self.shorten(part.state, part.begin)
-            raise
+        step = PlannedStep(self, parts, next(self._numbers), capacity)
+        self._open[step.number] = step
         step.record.copies, self._copies = self._copies, []
         for part in parts:
             part.state.busy = True
@@ -502,7 +566,7 @@ class Scheduler:
             if not len(positions):
                 continue
             left = state.pending[state.pending > positions[-1]]
-            for use in state.layout.made:
+            for use in state.made:
                 if not use.master.is_computed:
                     available[use.master.serial] = state.computed_of(use, left)
             parts.append(StepPart(plan, state, positions, -1))
@@ -574,6 +638,7 @@ class Scheduler:
     # Ends -----------------------------------------------------------------------------------------
 
     def truncate(self, live: LivePlan, agent: str, length: int) -> None:
+        self.collect()
         state = self._idle(live, agent)
         if not state.layout.length <= length <= state.length:
             raise ValueError(
@@ -596,6 +661,7 @@ class Scheduler:
         agents: str | Iterable[str] | None,
         namespace: bytes | str = b"",
     ) -> None:
+        self.collect()
         states = [(name, self._idle(live, name)) for name in live.names(agents)]
         for name, state in states:
             if state.phase is not Phase.DECODE:
@@ -620,6 +686,7 @@ class Scheduler:
         self.end_unneeded()
 
     def abort(self, live: LivePlan, agents: str | Iterable[str] | None) -> None:
+        self.collect()
         names = live.names(agents)
         for name in names:
             if name in live.by_name:
@@ -630,31 +697,31 @@ class Scheduler:
 
     def abort_open(self, live: LivePlan) -> None:
         """Aborts all agents that have not ended, those in open steps too."""
-        for state in live.states:
-            state.busy = False
-        self._abort(live, live.names(None))
-        live.is_aborted = True
+        self._abort(live, live.names(None), in_steps=True)
 
-    def _abort(self, live: LivePlan, names: Iterable[str]) -> None:
+    def _abort(self, live: LivePlan, names: Iterable[str], in_steps: bool = False) -> None:
         for name in names:
             if name in live.by_name:
                 self._give_up(live, live.by_name[name])
             live.suspended.pop(name, None)
             self._stop_waiting(live, name)
-            self._agents.pop(name, None) if not live.is_probe else None
-        self.end_unneeded()
+            if not live.is_probe:
+                self._agents.pop(name, None)
+        self.end_unneeded(live if in_steps else None)
 
     def _stop_waiting(self, live: LivePlan, agent: str) -> None:
         for prompts in live.waiting:
-            prompts.pop(agent, None)
+            if prompts.pop(agent, None) is not None:
+                self._did_not_fit = None
 
     def _give_up(self, live: LivePlan, state: AgentState) -> None:
         """Ends an agent; the Masters that it was making are computed for no agent from now on."""
-        unfinished = any(not use.master.is_computed for use in state.layout.made)
+        unfinished = any(not use.master.is_computed for use in state.made)
         if state.phase is Phase.PREFILL and unfinished and not live.is_probe:
             assert state.agent is not None
             del live.by_name[state.agent]
             state.agent = None
+            self._orphans[state.serial] = state
         else:
             self._give_back(live, state)
 
@@ -667,51 +734,74 @@ class Scheduler:
         if state.host_pages is not None:
             self.host_pages.free(state.host_pages)
             state.host_pages = None
-            state.move_to(no_pages())
 
     def _let_go(self, live: LivePlan, state: AgentState) -> None:
         state.ended = True
         state.pending = state.pending[:0]
-        for use in state.layout.made:
+        for use in state.made:
             self._makers.pop(use.master.serial, None)
         self.books.let_go(state.uses.masters)
         del self._plans[state.serial]
         self._states.pop(state.serial, None)
-        if state.agent is not None:
+        self._orphans.pop(state.serial, None)
+        if state.agent is None:
+            live.states.remove(state)
+        else:
             del live.by_name[state.agent]
             if not live.is_probe:
                 self._agents.pop(state.agent, None)
 
-    def end_unneeded(self) -> None:
-        """Ends what is computed for no agent where no agent waits for it."""
-        for serial in sorted(
-            (s for s, one in self._states.items() if one.agent is None), reverse=True
-        ):
-            state = self._states[serial]
-            if state.busy:
+    def end_unneeded(self, aborted: LivePlan | None = None) -> None:
+        """Ends what is computed for no agent where no agent waits for it.
+
+        What is in an open step ends with the step, but for that of an ``aborted`` plan.
+        """
+        for serial in sorted(self._orphans, reverse=True):
+            state = self._orphans[serial]
+            if state.busy and self._plans[serial] is not aborted:
                 continue
             mine = [master.serial for master in state.uses.masters]
             ends = [
                 use.delta + use.length
-                for use in state.layout.made
+                for use in state.made
                 if use.master.holders > mine.count(use.master.serial) and not use.master.is_computed
             ]
-            state.give_up_from(max(ends, default=0))
+            for master in state.give_up_from(max(ends, default=0)):
+                self.books.withdraw(master)
+                del self._makers[master.serial]
             if not len(state.pending):
                 self._give_back(self._plans[state.serial], state)
 
+    def end_step(self, step: PlannedStep) -> None:
+        del self._open[step.number]
+
+    def take_back(self, step: PlannedStep) -> None:
+        """Has the copies of a step that is not run made by the next one."""
+        copies, step.record.copies = step.record.copies, []
+        later = min((number for number in self._open if number > step.number), default=None)
+        if later is None:
+            self._copies = copies + self._copies
+        else:
+            record = self._open[later].record
+            record.copies = copies + record.copies
+
     def collect(self) -> None:
-        """Aborts plans that were dropped."""
+        """Aborts plans, and cancels steps, that were dropped."""
         while self.dropped:
-            self.abort_open(self.dropped.popleft())
+            one = self.dropped.popleft()
+            if isinstance(one, LivePlan):
+                self.abort_open(one)
+            elif one.is_open:
+                one.cancel()
 
     def clear(self) -> None:
         """Forgets all Mirrors and Masters; see `DiffStore.clear`."""
         self.collect()
-        if self._agents:
+        if self._agents or self._plans:
+            computed = {state.agent for live in self._plans.values() for state in live.states}
             raise ValueError(
                 "store: expected no agents of plans that have not ended, got "
-                f"{sorted(self._agents)}"
+                f"{sorted(one for one in {*self._agents, *computed} if one is not None)}"
             )
         for agent in list(self.books.mirrors):
             self.books.drop(agent)
@@ -722,6 +812,7 @@ class Scheduler:
     def suspend(self, live: LivePlan, agents: str | Iterable[str], to: str) -> None:
         if to not in ("nowhere", "host"):
             raise ValueError(f"to: expected 'nowhere' or 'host', got {to!r}")
+        self.collect()
         states = []
         for name in live.names(agents):
             state = self._idle(live, name, on_host=True)
@@ -741,6 +832,8 @@ class Scheduler:
             if state.output is not None:
                 self.shorten(state, state.layout.length)
             self._give_up(live, state)
+            if state.ended:
+                live.states.remove(state)
             self._agents[name] = live
         self.end_unneeded()
 
@@ -760,7 +853,7 @@ class Scheduler:
             self.host_pages.free(given)
             raise
         for state, mine, (begin, end) in zip(states, private, pairwise(ends), strict=True):
-            state.host_pages = given[begin:end]
+            state.leave(given[begin:end])
             self.books.drop_pages(mine)
 
     def resume(self, live: LivePlan, agents: str | Iterable[str]) -> None:
@@ -786,28 +879,31 @@ class Scheduler:
     def _plan_again(self, live: LivePlan, agent: str) -> None:
         """Decides and leases as `plan` does, and makes room for the output's rows."""
         given = live.suspended[agent]
-        layouts = self._decide({agent: given.segments}, live.policy)
-        states = self._lease(live, layouts)
+        more = self._pages_of_output(given)
+        _, pages = self._lease_prompts(live, {agent: given.segments}, more)
         state = live.by_name[agent]
         if given.output_ids:
-            try:
-                pages = self.books.take_pages(state.pages_to_extend(len(given.output_ids)))
-            except BaseException:
-                for one in reversed(states):
-                    self._give_back(live, one)
-                self._agents[agent] = live
-                raise
-            made = state.extend(given.output_ids, pages)
+            needed = state.pages_to_extend(len(given.output_ids))
+            made = state.extend(given.output_ids, pages[:needed])
+            pages = pages[needed:]
             assert made is not None
             self.books.hold([made])
             state.recompute_output()
+        self.books.drop_pages(pages)  # that of the next row: it was enough to know that it is there
         del live.suspended[agent]
+
+    def _pages_of_output(self, suspended: Suspended) -> int:
+        """Pages of the decoded rows and of one more, without which an agent is suspended again."""
+        return pages_for(len(suspended.output_ids) + 1, self.profile.block_size)
 
     def _move_to_device(self, states: Sequence[AgentState]) -> None:
         held = [state.host_pages for state in states if state.host_pages is not None]
         if not held:
             return
-        pages = self.books.take_pages(sum(map(len, held)))
+        more = sum(state.pages_to_go_on for state in states)
+        pages = self.books.take_pages(sum(map(len, held)) + more)
+        pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
+        self.books.drop_pages(rest)
         try:
             self._order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
         except BaseException:
@@ -815,8 +911,7 @@ class Scheduler:
             raise
         at = 0
         for state, host_pages in zip(states, held, strict=True):
-            state.host_pages = None
-            state.move_to(pages[at : at + len(host_pages)])
+            state.come_back(pages[at : at + len(host_pages)])
             at += len(host_pages)
             self.host_pages.free(host_pages)
 
@@ -827,10 +922,12 @@ class Scheduler:
                 f"agent: expected a suspended agent, got {agent!r} ({live.phase(agent).value})"
             )
         if agent in live.by_name:
-            return len(live.by_name[agent].private_pages)
+            state = live.by_name[agent]
+            assert state.host_pages is not None
+            return len(state.host_pages) + state.pages_to_go_on
         given = live.suspended[agent]
-        needed = self.pages_needed({agent: given.segments}, live.policy)
-        return needed + pages_for(len(given.output_ids), self.profile.block_size)
+        more = self._pages_of_output(given)
+        return self._pages_to_lease({agent: given.segments}, live.policy, more)
 
 
 def _carried(layout: AgentLayout) -> IntArray:

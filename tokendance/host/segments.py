@@ -56,6 +56,16 @@ class Segment:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def __copy__(self) -> Segment:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Segment:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.token_ids, self.is_shared, self.digest, self.stem, self.space)
+        return _unpickled, fields
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
@@ -122,6 +132,7 @@ def split_round(
     *,
     namespace: bytes | str = b"",
     kind: Literal["shared", "private"] = "shared",
+    separators: int | None = None,
 ) -> list[Segment]:
     """Cuts a prompt after every separator (TokenDance's ``<TTSEP>``).
 
@@ -134,13 +145,15 @@ def split_round(
             the leftmost wins.
         namespace: as for `private`.
         kind: of all segments.
+        separators: how many the prompt was made with. A tokenizer may have merged one with the text
+            beside it; then there is no cut, unless the number is given and is an error.
 
     Returns:
         The segments in order, none of them empty.
 
     Raises:
         TypeError, ValueError: as `private`; ``separator_ids`` is empty; ``kind`` is neither of the
-            two.
+            two; another number of separators than ``separators``.
     """
     if kind not in ("shared", "private"):
         raise ValueError(f"kind: expected 'shared' or 'private', got {kind!r}")
@@ -153,6 +166,12 @@ def split_round(
     for end in _ends_of(tokens, separator):
         if end - len(separator) >= cuts[-1]:
             cuts.append(end)
+    if separators is not None and len(cuts) - 1 != separators:
+        raise ValueError(
+            f"separators: expected {separators} times {separator.tolist()} in token_ids, got "
+            f"{len(cuts) - 1}; a tokenizer that merges a separator with the text beside it needs "
+            "it as a special token, or the parts tokenised one by one"
+        )
     if cuts[-1] != len(tokens):
         cuts.append(len(tokens))
     return [
@@ -182,6 +201,11 @@ def _segment(token_ids: npt.NDArray[np.int32], is_shared: bool, key: bytes) -> S
     state.update(data[max(len(data) - 4, 0) :])
     space = hashlib.blake2b(key, digest_size=_DIGEST_SIZE, person=b"tokendance-spot").digest()
     return Segment(token_ids, is_shared, state.digest(), stem, space)
+
+
+def _unpickled(token_ids: npt.NDArray[np.int32], *fields: Any) -> Segment:
+    """A segment whose token ids are a copy: buffers that pickle hands over may be written."""
+    return Segment(_frozen(token_ids.copy()), *fields)
 
 
 def _key(namespace: bytes | str) -> bytes:

@@ -1,20 +1,18 @@
-"""Rounds on unmodified transformers models (Llama, Mistral, Qwen2 and Qwen3 architectures).
+"""Rounds on unmodified transformers models (Llama, Qwen, Gemma, gpt-oss and others).
 
-The model's own layers run on the rows of a step. They are given rotary embeddings of cos = 1 and
-sin = 0, so that their attention hands un-rotated queries and keys to the attention function that
-this module registers under the name "tokendance"; everything else is the library's public API.
+The model's own forward runs on the rows of a step (see `model_forward`); everything else is the
+library's public API.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import PreTrainedModel
 
 from tokendance.collector import KVCollector
 from tokendance.device.arrays import Array
@@ -24,15 +22,31 @@ from tokendance.device.quantization import Quantization
 from tokendance.device.rope import Rope
 from tokendance.host.gate import AuditReport
 from tokendance.host.plan import Plan
+from tokendance.integrations.model_forward import logits_of
+from tokendance.integrations.model_trial import try_model
 from tokendance.step import Step
 from tokendance.store import DiffStore
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ATTENTION = "tokendance"
+MODEL_TYPES = (
+    "cohere2",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""Model types that are compared with transformers' own forward by the tests."""
 _SAMPLED_WEIGHTS = 256
-_COMPARED_POSITIONS = 1024
-# Frequencies that were rounded to fp32, or not, turn the last of these positions by up to 6e-5 rad.
-_ROPE_TOLERANCE = 1e-3
+_TEMPERATURES = (1e-5, 1e5)
 
 
 def geometry_of(model: Any) -> KVGeometry:
@@ -42,30 +56,71 @@ def geometry_of(model: Any) -> KVGeometry:
     return KVGeometry(
         num_layers=config.num_hidden_layers,
         num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=head_dim or config.hidden_size // config.num_attention_heads,
         dtype=model.dtype,
     )
 
 
 def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | None]:
-    """The rotation tables of a transformers model; see `Rope.from_config`."""
-    return Rope.from_config(model.config, max_position)
+    """The rotation tables of a transformers model; see `Rope.from_model`."""
+    return Rope.from_model(model, max_position)
 
 
 def fingerprint_of(model: Any) -> str:
     """What tells a model's weights from others', for `DiffStore`: 32 hexadecimal digits.
 
-    Of the name, shape, dtype and up to 256 elements of every parameter: another model, a fine-tuned
-    one or one cast to another dtype has another fingerprint, and large models are not read through.
+    Of the name, shape, dtype and up to 256 elements of every parameter and buffer: another model, a
+    fine-tuned one, one cast to another dtype or quantized (GPTQ, AWQ) has another fingerprint, and
+    large models are not read through. Of PEFT's adapters it knows those in use, merged or not, and
+    how they are scaled; adapters that are loaded and not in use change nothing.
+
+    Args:
+        model: of transformers, wrapped by PEFT or not.
+
+    Raises:
+        ValueError: weights that are not loaded.
     """
     hasher = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        weights = parameter.detach().flatten()
+    idle: set[str] = set()
+    for name, module in model.named_modules():
+        for line in _adapters_in_use(name, module, idle):
+            hasher.update(line.encode())
+    for name, weights in (*model.named_parameters(), *model.named_buffers()):
+        parts = name.split(".")
+        # Rotary frequencies have a fingerprint of their own, and some change with the prompt.
+        if name.endswith("inv_freq") or any(
+            ".".join(parts[:n]) in idle for n in range(1, len(parts) + 1)
+        ):
+            continue
+        if weights.is_meta:
+            raise ValueError(f"model: expected loaded weights, got {name} on the meta device")
+        hasher.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
+        weights = weights.detach().flatten()
         some = weights[:: max(1, weights.numel() // _SAMPLED_WEIGHTS)][:_SAMPLED_WEIGHTS]
-        hasher.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
         hasher.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
+
+
+def _adapters_in_use(name: str, module: Any, idle: set[str]) -> Iterator[str]:
+    """Which adapters a layer of PEFT applies, and with which numbers; the others' weights are idle.
+
+    Args:
+        idle: gets the names of the modules that hold adapters that are not in use.
+    """
+    kinds = getattr(module, "adapter_layer_names", None)
+    if not isinstance(kinds, tuple):
+        return
+    used = set(module.merged_adapters)
+    if not used and not module.disable_adapters:
+        used = set(module.active_adapters)
+    yield f"{name} uses {sorted(used)}, merged {list(module.merged_adapters)}"
+    for kind in (*kinds, *getattr(module, "other_param_names", ())):
+        held = getattr(module, kind, None)
+        if isinstance(held, torch.nn.ModuleDict | torch.nn.ParameterDict):
+            idle.update(f"{name}.{kind}.{adapter}" for adapter in held if adapter not in used)
+        elif isinstance(held, Mapping):
+            yield f"{kind} {[(key, held[key]) for key in sorted(used & set(held))]}"
 
 
 def quantization_of(
@@ -101,16 +156,50 @@ def sample_token(
     """Draws a token.
 
     Args:
-        logits: ``[vocabulary]``.
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens of this total probability.
+        logits: ``[vocabulary]``, of which one at least is finite and the others may be -inf.
+        temperature: 0 takes the likeliest token; otherwise in 1e-5 .. 1e5.
+        top_p: draw among the likeliest tokens of this total probability; above 0, at most 1.
         generator: on the CPU.
+
+    Raises:
+        ValueError: an argument that is out of range, NaN, or of another shape.
     """
-    if temperature <= 0:
+    check_sampling(temperature, top_p)
+    return _sample("logits", logits, temperature, top_p, generator)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ``ValueError`` for numbers that `sample_token` does not take."""
+    least, most = _TEMPERATURES
+    if temperature != 0 and not least <= temperature <= most:
+        raise ValueError(
+            f"temperature: expected 0, or a number in {least:g} .. {most:g}, got {temperature}"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+
+
+def _sample(
+    name: str,
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> int:
+    if logits.dim() != 1 or not logits.numel():
+        raise ValueError(f"{name}: expected [vocabulary], got {list(logits.shape)}")
+    largest = float(logits.max())  # NaN if any is
+    # A quotient that leaves the range of fp32 makes NaN of all of them.
+    if not abs(largest) <= torch.finfo(torch.float32).max * min(temperature or 1.0, 1.0):
+        raise ValueError(
+            f"{name}: expected numbers or -inf, and one number at least, got a largest of {largest}"
+        )
+    if temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
     outside = ordered.cumsum(0) - ordered >= top_p
+    outside[0] = False  # where top_p is 0 in fp32
     ordered = ordered.masked_fill(outside, 0)
     choice = torch.multinomial(ordered / ordered.sum(), 1, generator=generator)
     return int(ids[choice])
@@ -124,20 +213,17 @@ class TransformersEngine:
     them back to the system after each operator, and every page of the next is a page fault.
 
     Args:
-        model: an ``AutoModelForCausalLM`` of one of ``MODEL_TYPES``, in eval mode.
+        model: an ``AutoModelForCausalLM``, not wrapped, in eval mode. A model of a type that is not
+            in ``MODEL_TYPES`` is tried, here and now: a short forward is compared with its own.
         collector: over a store of the model's geometry, rotation tables and device; its pool may
             be quantized (`quantization_of`).
 
     Raises:
-        ValueError: another architecture, or a store that does not fit the model.
+        ValueError: a model that does not fit, with the reason, or a store that does not fit it.
     """
 
     def __init__(self, model: Any, collector: KVCollector) -> None:
-        if model.config.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model: expected one of the architectures {MODEL_TYPES}, "
-                f"got {model.config.model_type!r}"
-            )
+        _check_model(model)
         if geometry_of(model) != collector.store.geometry:
             raise ValueError(
                 f"collector: expected a store of {geometry_of(model)}, "
@@ -148,6 +234,8 @@ class TransformersEngine:
                 f"collector: expected a store on {model.device}, got {collector.store.device}"
             )
         _check_rope(model, collector.store)
+        if model.config.model_type not in MODEL_TYPES:
+            try_model(model, collector.store.geometry, collector.store.max_position)
         self.model = model
         self.collector = collector
 
@@ -213,18 +301,22 @@ class TransformersEngine:
             logits: of the agents' last rows, as `prefill` returns them.
             max_new_tokens: per agent.
             stop: token ids that end an agent; they are returned, not fed.
-            temperature: 0 takes the likeliest token, otherwise tokens are sampled.
-            top_p: sample among the likeliest tokens of this total probability.
+            temperature, top_p: see `sample_token`.
             generator: of the sampling, on the CPU.
+
+        Raises:
+            ValueError: as `sample_token`; of what was given, before anything is fed.
 
         Returns:
             Per agent its tokens. The last one has not been fed, so it has no row.
         """
+        check_sampling(temperature, top_p)
         output: dict[str, list[int]] = {agent: [] for agent in logits}
         rows = dict(logits) if max_new_tokens > 0 else {}
         while rows:
             for agent, row in rows.items():
-                output[agent].append(sample_token(row, temperature, top_p, generator))
+                token = _sample(f"logits[{agent!r}]", row, temperature, top_p, generator)
+                output[agent].append(token)
             fed = {
                 agent: output[agent][-1:]
                 for agent in rows
@@ -268,93 +360,55 @@ class TransformersEngine:
     @torch.inference_mode()
     def _forward(self, step: Step) -> Tensor:
         """Logits ``[len(step.logit_rows), vocabulary]`` of one step."""
-        body = self.model.model
-        hidden = body.embed_tokens(step.token_ids)[None]
-        ones = hidden.new_ones(1, 1, self.collector.store.geometry.head_dim)
-        with _attention_of(self.model.config):
-            for layer in body.layers:
-                hidden = layer(
-                    hidden,
-                    attention_mask=None,
-                    position_embeddings=(ones, torch.zeros_like(ones)),
-                    tokendance_step=step,
-                )
-                (rows,) = step.keep(hidden[0])
-                hidden = rows[None]
-        wanted = hidden[0][step.logit_rows]
-        logits: Tensor = self.model.lm_head(body.norm(wanted))
-        return logits
+        return logits_of(self.model, step)
+
+
+def _check_model(model: Any) -> None:
+    """Refuses what is no causal language model of transformers as such."""
+    wanted = "a transformers model with a language-model head (AutoModelForCausalLM)"
+    got = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        inner = {"get_base_model": "get_base_model()", "_orig_mod": "_orig_mod", "module": "module"}
+        ways = [f"; give it model.{way}" for name, way in inner.items() if hasattr(model, name)]
+        raise ValueError(f"model: expected {wanted}, got {got}{ways[0] if ways else ''}")
+    config = model.config
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ValueError(f"model: expected {wanted} for text alone, got {got}")
+    head: Any = model.get_output_embeddings
+    if head() is None:
+        raise ValueError(f"model: expected {wanted}, got {got}, which has no such head")
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"model: expected keys and values per head, got {got}'s latent ones (MLA)")
+    if model.training:
+        raise ValueError("model: expected eval mode (model.eval()), got one in training mode")
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or len(layers) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"model: expected {model.config.num_hidden_layers} layers in {got}.base_model.layers, "
+            f"got {'none' if layers is None else len(layers)}"
+        )
+    for name, module in model.base_model.named_modules():
+        if getattr(module, "is_causal", True) is False:
+            raise ValueError(f"model: expected causal attention, got another in {name}")
 
 
 def _check_rope(model: Any, store: DiffStore) -> None:
-    """Compares a store's rotation tables with the model's, if its kind of rotation is known."""
-    try:
-        rope = rope_of(model, min(store.max_position, _COMPARED_POSITIONS))
-    except ValueError:
-        return
-    expected, rows = layer_ropes(store.geometry, rope, store.device)
+    """Compares a store's rotation tables with the model's, bit for bit."""
+    found = store.executor.ropes
+    rows = store.max_position if any(one.cos.shape[1] for one in found) else 1
+    expected, _ = layer_ropes(store.geometry, rope_of(model, rows), store.device)
     same: set[tuple[int, int]] = set()
-    for layer, one in enumerate(expected):
-        other = store.executor.ropes[layer]
+    for layer, (one, other) in enumerate(zip(expected, found, strict=True)):
         if (id(one), id(other)) in same:
             continue
         if (
-            one.cos.shape[1] != other.cos.shape[1]
-            or (one.cos.shape[1] and one.interleaved != other.interleaved)
-            or abs(one.attention_factor - other.attention_factor) > _ROPE_TOLERANCE
-            or not _close(one.cos[:rows], other.cos[:rows])
-            or not _close(one.sin[:rows], other.sin[:rows])
+            (one.cos.shape[1] and one.interleaved != other.interleaved)
+            or one.attention_factor != other.attention_factor
+            or not torch.equal(one.cos, other.cos[: len(one.cos)])
+            or not torch.equal(one.sin, other.sin[: len(one.sin)])
         ):
             raise ValueError(
                 f"collector: expected a store of the model's rotation tables (rope_of(model)), "
                 f"got others in layer {layer}"
             )
         same.add((id(one), id(other)))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    b = b[: len(a)]
-    return a.shape == b.shape and bool(((a - b).abs() <= _ROPE_TOLERANCE).all())
-
-
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    tokendance_step: Step | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers: ``[1, heads, rows, head_dim]`` in, rows first out."""
-    if tokendance_step is None:
-        raise ValueError("attention: expected a step; run the model through TransformersEngine")
-    rows = query.shape[2]
-    out = tokendance_step.attend(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=scaling,
-        window=sliding_window or 0,
-    )
-    if tokendance_step.kept is not None:
-        # The layer adds the attention to all rows; the dropped ones leave after it.
-        out = out.new_zeros(rows, *out.shape[1:]).index_copy(0, tokendance_step.kept, out)
-    return out[None], None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-@contextmanager
-def _attention_of(config: Any) -> Iterator[None]:
-    """Lets the model's layers call `_attend`, and only inside."""
-    before = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

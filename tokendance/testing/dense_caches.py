@@ -66,7 +66,7 @@ def dense_cache(
         v.append(v_rows if page_size else v_rows[:, 0])
     slots = torch.from_numpy(rng.permutation(num_pages * rows_per_page)[:total])
     slot_mapping = torch.full(
-        (len(length), max([0, *length]) + spare_columns), beyond, dtype=torch.int64
+        (len(length), max([0, *length]) + spare_columns), beyond, dtype=torch.int64, device="cpu"
     )
     begin = 0
     for agent, count in enumerate(length):

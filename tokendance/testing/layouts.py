@@ -45,7 +45,7 @@ def pools(
     """
 
     def allocate(*shape: int) -> Tensor:
-        return torch.full(shape, poison(dtype), dtype=dtype)
+        return torch.full(shape, poison(dtype), dtype=dtype, device="cpu")
 
     def padded(gap: int = 16) -> Tensor:
         pages = allocate(num_pages, block_size + 1, heads + 1, head_dim + gap)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokendance.device.rope import Rope
 from tokendance.device.rounds import RoundTensors
-from tokendance.host.round import IntArray, RoundExtents
+from tokendance.host.round import IntArray, RoundExtents, agent_use
 from tokendance.testing.layouts import ABSURD, Layout, StorageCopies, is_quantized, pools
 from tokendance.testing.reference import quantize_rows
 from tokendance.testing.work_lists import index_pointers, int32_array, planned_work, random_work
@@ -57,6 +57,14 @@ class RandomRound:
     def extents(self) -> list[int]:
         """Capacities, as operators take them."""
         return self.round.extents.as_list()
+
+    @property
+    def use_table(self) -> IntArray:
+        """The agent's use of each Master, ``[agents, masters]``: -1 where it has none."""
+        table: IntArray = np.full((self.filled.agents, self.filled.masters), -1, dtype=np.int32)
+        uses = np.arange(self.filled.uses, dtype=np.int32)
+        table[self.arrays["use_agent"], self.arrays["use_master"]] = uses
+        return table
 
     @property
     def real_rows(self) -> Tensor:
@@ -244,7 +252,7 @@ def random_round(
     _spoil_unfilled(round, filled)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=torch_rng)
+        return torch.randn(shape, generator=torch_rng, dtype=torch.float32, device="cpu")
 
     def stored(rows: int, scales: Tensor | None, layer: int) -> Tensor:
         x = normal(rows, num_kv_heads, head_dim)
@@ -254,7 +262,9 @@ def random_round(
     if is_quantized(dtype):
         # The largest element stands for 2 to 6: some of what is normally distributed is limited.
         largest = 448.0 if dtype.is_floating_point else 127.0
-        scales = torch.rand(2, num_layers, num_kv_heads, generator=torch_rng)
+        scales = torch.rand(
+            (2, num_layers, num_kv_heads), generator=torch_rng, dtype=torch.float32, device="cpu"
+        )
         k_scale, v_scale = ((2 + 4 * scales) / largest).unbind()
     k_pool, v_pool = [], []
     used = _rows_in_use(lengths, prompts)
@@ -275,14 +285,17 @@ def random_round(
     if query_dtype is None:
         query_dtype = torch.float32 if is_quantized(dtype) else dtype
     projection = torch.full(
-        (capacity.rows, num_q_heads + 2 * num_kv_heads, head_dim), torch.nan, dtype=query_dtype
+        (capacity.rows, num_q_heads + 2 * num_kv_heads, head_dim),
+        torch.nan,
+        dtype=query_dtype,
+        device="cpu",
     )
     q = projection[:, :num_q_heads]
     q[: filled.rows] = normal(filled.rows, num_q_heads, head_dim)
 
     cos, sin = _tables(head_dim if rotary_dim is None else rotary_dim, max_position, interleaved)
-    length = torch.zeros(capacity.agents, dtype=torch.int32)
-    length[:agents] = torch.tensor([prompt.length for prompt in prompts], dtype=torch.int32)
+    length = torch.zeros(capacity.agents, dtype=torch.int32, device="cpu")
+    length[:agents] = torch.from_numpy(int32_array([prompt.length for prompt in prompts]))
     return RandomRound(
         round=round,
         arrays=arrays,
@@ -302,7 +315,8 @@ def random_round(
 
 def _tables(rotary_dim: int, max_position: int, interleaved: bool) -> tuple[Tensor, Tensor]:
     if rotary_dim == 0:
-        return torch.empty(max_position, 0), torch.empty(max_position, 0)
+        empty = torch.empty(max_position, 0, dtype=torch.float32, device="cpu")
+        return empty, empty.clone()
     rope = Rope.default(rotary_dim, 10000.0, max_position, interleaved=interleaved)
     return rope.cos, rope.sin
 
@@ -423,9 +437,7 @@ def _round_arrays(
     """The fields of a round but for its work list."""
     uses = [(agent, use) for agent, prompt in enumerate(prompts) for use in prompt.uses]
     words: list[int] = []
-    agent_use = np.full((len(prompts), len(master_pages)), -1, dtype=np.int32)
-    for index, (agent, use) in enumerate(uses):
-        agent_use[agent, use.master] = index
+    for _, use in uses:
         for page in range(-(-use.length // block_size)):
             bits = np.flatnonzero(use.hidden[page * block_size : (page + 1) * block_size])
             words.append(sum(1 << bit for bit in bits.tolist()))
@@ -442,11 +454,13 @@ def _round_arrays(
         for agent in rng.permutation(len(prompts)).tolist()
         for position in prompts[agent].rows
     ]
+    use_agent = int32_array([agent for agent, _ in uses])
+    use_master = int32_array([use.master for _, use in uses])
     arrays = {
         "row_agent": int32_array([agent for agent, _ in with_rows]),
         "row_position": int32_array([position for _, position in with_rows]),
-        "use_agent": int32_array([agent for agent, _ in uses]),
-        "use_master": int32_array([use.master for _, use in uses]),
+        "use_agent": use_agent,
+        "use_master": use_master,
         "use_delta": int32_array([use.delta for _, use in uses]),
         "use_shift": int32_array(
             [use.delta - origins[use.master % len(origins)] for _, use in uses]
@@ -455,7 +469,7 @@ def _round_arrays(
         "use_page_indptr": index_pointers([-(-use.length // block_size) for _, use in uses]),
         "use_masks": int32_array(words),
         "agent_use_indptr": index_pointers([len(prompt.uses) for prompt in prompts]),
-        "agent_use": agent_use,
+        "agent_use": agent_use(use_agent, use_master),
         "master_page_indptr": index_pointers([len(pages) for pages in master_pages]),
         "master_pages": int32_array([page for pages in master_pages for page in pages]),
         "own_length": int32_array([len(prompt.own) for prompt in prompts]),

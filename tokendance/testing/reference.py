@@ -73,7 +73,8 @@ def quantize_rows(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
     if dtype == torch.int8:
         return y.round().to(torch.int8)
     bits = y.to(dtype).view(torch.uint8)
-    return torch.where(missing, torch.tensor(_E4M3_NAN, dtype=torch.uint8), bits).view(dtype)
+    nan = torch.tensor(_E4M3_NAN, dtype=torch.uint8, device=x.device)
+    return torch.where(missing, nan, bits).view(dtype)
 
 
 def dequantize_rows(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -493,7 +494,7 @@ def _same_rows(
         bits = _BITS[dense.element_size()]
         same = dense.contiguous().view(bits) == moved.contiguous().view(bits)
     else:
-        absolute = torch.tensor(atol, dtype=torch.float32)
+        absolute = torch.tensor(atol, dtype=torch.float32, device=dense.device)
         if scale is not None:
             absolute = (absolute / scale)[:, None]
         same = (dense.float() - moved.float()).abs() <= absolute + rtol * moved.float().abs()

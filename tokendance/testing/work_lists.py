@@ -162,6 +162,7 @@ def assert_work_covers(round: RoundTensors, max_rows: int, window: int = 0) -> N
     """
     size = round.extents.block_size
     row_agent, row_position = round.row_agent.tolist(), round.row_position.tolist()
+    uses_of = set(zip(round.use_agent.tolist(), round.use_master.tolist(), strict=True))
     met: list[list[tuple[int, int]]] = [[] for _ in row_agent]
     items: list[int] = [0] * len(row_agent)
     partials: list[list[int]] = [[] for _ in row_agent]
@@ -197,7 +198,7 @@ def assert_work_covers(round: RoundTensors, max_rows: int, window: int = 0) -> N
         uses = [
             (source, page)
             for source, page in met[row]
-            if source >= 0 and int(round.agent_use[agent, source]) >= 0
+            if source >= 0 and (agent, source) in uses_of
         ]
         assert len(set(own + uses)) == len(own + uses), f"row {row} meets a page twice"
         needed = _pages_seen(round, agent, row_position[row], size, window)

@@ -150,21 +150,22 @@ TOKENDANCE_INLINE void add_differing(const DiffEncodeParams& params, const UsePa
 
 // The masks of pages `begin` .. `end` of a Master.
 template <bool kInterleaved, bool kExact, typename T>
-void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin, int64_t end,
-                  int64_t rows_ahead, LineAngles<T, kInterleaved>& angles) {
+void encode_pages(const DiffEncodeParams& params, const MasterUses& all_uses, int64_t master,
+                  int64_t begin, int64_t end, int64_t rows_ahead,
+                  LineAngles<T, kInterleaved>& angles) {
   const MutableRoundView& round = params.round;
   const int32_t* pages = round.master_pages + round.master_page_indptr[master];
   const RowComparison<kInterleaved, kExact, T> comparison(params, angles);
-  const auto for_each_page = [&](int64_t agent, const auto& visit) {
-    const int64_t use = round.agent_use[agent * round.extents.masters + master];
+  const std::span<const int32_t> uses = all_uses.of(master);
+  const auto for_each_page = [&](int64_t use, const auto& visit) {
     for (int64_t page = begin; page < end; ++page) {
-      const UsePage part = use_page(round, agent, use, page);
+      const UsePage part = use_page(round, use, page);
       if (part.rows == 0) break;
       visit(part, int64_t{pages[page]});
     }
   };
-  for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
-    for_each_page(agent, [&](const UsePage& use, int64_t) { round.use_masks[use.mask_index] = 0; });
+  for (const int32_t use : uses) {
+    for_each_page(use, [&](const UsePage& part, int64_t) { round.use_masks[part.mask_index] = 0; });
   }
   for (int32_t layer = 0; layer < params.num_layers; ++layer) {
     const T* k_in = static_cast<const T*>(params.in.k[layer]);
@@ -174,20 +175,20 @@ void encode_pages(const DiffEncodeParams& params, int64_t master, int64_t begin,
     const int64_t first_head = int64_t{layer} * params.num_heads;
     const float* k_scale = params.k_scale ? params.k_scale + first_head : nullptr;
     const float* v_scale = params.v_scale ? params.v_scale + first_head : nullptr;
-    for (int64_t agent = 0; agent < round.extents.agents; ++agent) {
-      for_each_page(agent, [&](const UsePage& use, int64_t page) {
+    for (const int32_t use : uses) {
+      for_each_page(use, [&](const UsePage& part, int64_t page) {
         const T* held = k_pool + page * params.pool_k_layout.page_stride;
-        add_differing(params, use, k_in, params.in_k_layout, rows_ahead,
+        add_differing(params, part, k_in, params.in_k_layout, rows_ahead,
                       [&](int row, int64_t slot) {
                         return comparison.same_key(k_in + row_offset(params.in_k_layout, slot),
                                                    held + row * params.pool_k_layout.row_stride,
-                                                   use.shift, k_scale);
+                                                   part.shift, k_scale);
                       });
       });
-      for_each_page(agent, [&](const UsePage& use, int64_t page) {
+      for_each_page(use, [&](const UsePage& part, int64_t page) {
         const T* held = v_pool + page * params.pool_v_layout.page_stride;
         add_differing(
-            params, use, v_in, params.in_v_layout, rows_ahead, [&](int row, int64_t slot) {
+            params, part, v_in, params.in_v_layout, rows_ahead, [&](int row, int64_t slot) {
               return comparison.same_value(v_in + row_offset(params.in_v_layout, slot),
                                            held + row * params.pool_v_layout.row_stride, v_scale);
             });
@@ -255,6 +256,7 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
   const RoundExtents& extents = params.round.extents;
   const int64_t master_pages = params.round.master_page_indptr[extents.masters];
   const int64_t own_pages = params.round.own_page_indptr[extents.agents];
+  const MasterUses uses(params.round);
   const bool exact = params.atol == 0.0f && params.rtol == 0.0f;
   with_stored_types(params.dtype, params.rope.interleaved, [&](auto element, auto interleaved) {
     using T = decltype(element);
@@ -278,10 +280,10 @@ void diff_encode(const DiffEncodeParams& params, ParallelFor parallel_for) {
           const int64_t first = params.round.master_page_indptr[master];
           const int64_t last = std::min<int64_t>(end, params.round.master_page_indptr[master + 1]);
           if (exact) {
-            encode_pages<kInterleaved, true, T>(params, master, begin - first, last - first,
+            encode_pages<kInterleaved, true, T>(params, uses, master, begin - first, last - first,
                                                 rows_ahead, angles);
           } else {
-            encode_pages<kInterleaved, false, T>(params, master, begin - first, last - first,
+            encode_pages<kInterleaved, false, T>(params, uses, master, begin - first, last - first,
                                                  rows_ahead, angles);
           }
           begin = last;

@@ -18,6 +18,7 @@ namespace {
 
 struct Restore {
   const DiffRestoreParams& params;
+  MasterUses uses;
   MoveContext keys;
   RowShape values;
   Writing writing;
@@ -49,13 +50,15 @@ void restore_master_page(const Restore& restore, int64_t index, const Write& wri
   const RoundView& round = params.round;
   const int64_t master = list_of(round.master_page_indptr, round.extents.masters, index);
   const int64_t page = index - round.master_page_indptr[master];
-  for_each_use_of_page(round, master, page, [&](const UsePage& use) {
+  for (const int32_t index_of_use : restore.uses.of(master)) {
+    const UsePage use = use_page(round, index_of_use, page);
+    if (use.rows == 0) continue;
     const int64_t inside = std::min<int64_t>(use.rows, params.max_length - use.position);
     const uint32_t wanted = row_bits(use.position < 0 ? -use.position : 0, inside) &
                             ~static_cast<uint32_t>(round.use_masks[use.mask_index]);
     for_each_slot(params, use.agent, use.position, wanted,
                   [&](int row, int64_t slot) { write(row, slot, use.shift); });
-  });
+  }
 }
 
 template <typename Write>
@@ -164,6 +167,7 @@ void diff_restore(const DiffRestoreParams& params, ParallelFor parallel_for) {
   const RoundExtents& extents = params.round.extents;
   const int64_t master_pages = params.round.master_page_indptr[extents.masters];
   Restore restore{.params = params,
+                  .uses = MasterUses(params.round),
                   .keys = {params.rope,
                            {params.num_heads, params.head_dim, params.pool_k_layout.head_stride,
                             params.out_k_layout.head_stride},

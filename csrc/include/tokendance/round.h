@@ -12,7 +12,7 @@
 
 namespace tokendance {
 
-// Capacities of the packed fields, in the order in which operators take them as `int[] extents`.
+// Capacities of the packed fields, in the order in which operators take them as `SymInt[] extents`.
 struct RoundExtents {
   int64_t rows;          // R: query rows of the step
   int64_t uses;          // U: uses
@@ -29,8 +29,12 @@ struct RoundExtents {
 };
 constexpr int kNumExtents = 12;
 
-constexpr int kWorkFields = 8;   // ints per work item, see BasicRoundView::work
-constexpr int kChunkFields = 4;  // ints per chunk, see BasicRoundView::work_chunks
+// Of the fields and extents below; a change of either counts it up (CHANGELOG.md).
+constexpr int kRoundVersion = 1;
+
+constexpr int kAgentUseFields = 2;  // ints per entry, see BasicRoundView::agent_use
+constexpr int kWorkFields = 8;      // ints per work item, see BasicRoundView::work
+constexpr int kChunkFields = 4;     // ints per chunk, see BasicRoundView::work_chunks
 
 // Pointers into the packed buffer. The order of the members is the order of the fields; each field
 // starts at a multiple of kFieldAlignment ints, so that vector loads are aligned. An empty slot
@@ -54,8 +58,9 @@ struct BasicRoundView {
   Int* use_masks;        // [UP] override masks: bit i set = row i of that page is hidden and an own
                          // row stands at its position; bits beyond use_length are 0
 
-  Int* agent_use_indptr;  // [N+1] range of the agent's uses
-  Int* agent_use;         // [N, M] the agent's use of Master m, -1 = none
+  Int* agent_use_indptr;  // [N+1] range of the agent's uses, and of their entries in agent_use
+  Int* agent_use;         // [U, kAgentUseFields] {Master, the agent's use of it}, ascending by
+                          // Master within an agent; -1 = padding
 
   Int* master_page_indptr;  // [M+1]
   Int* master_pages;        // [MP] page ids; row j of a Master is row j % block_size of its page
@@ -109,7 +114,7 @@ inline int64_t make_round_view(Int* base, const RoundExtents& e, BasicRoundView<
   view->use_page_indptr = take(e.uses + 1);
   view->use_masks = take(e.use_pages);
   view->agent_use_indptr = take(e.agents + 1);
-  view->agent_use = take(e.agents * e.masters);
+  view->agent_use = take(e.uses * kAgentUseFields);
   view->master_page_indptr = take(e.masters + 1);
   view->master_pages = take(e.master_pages);
   view->own_length = take(e.agents);

@@ -1,0 +1,332 @@
+"""Memory that runs out: exact needs, waiting, preemption, eviction, an engine that lives on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from driving import (
+    tokens,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from symbolic_device import SymbolicDevice, check_books, profile
+
+import tokendance as td
+from tokendance import Phase
+from tokendance.host.books import OutOfPagesError
+from tokendance.host.decide import Source
+from tokendance.host.plan import Plan, Policy
+from tokendance.host.scheduler import Scheduler
+
+BLOCK = 8
+SELECTIONS = [td.LeadingTokens(4, unseen=96), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
+
+
+# Exact needs ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Prompts drawn from a few shared segments and private ones."""
+
+    shared: tuple[int, ...]
+    private: int
+
+
+prompts_of = st.lists(
+    st.one_of(
+        st.tuples(st.just("shared"), st.integers(0, 5)),
+        st.tuples(st.just("private"), st.integers(1, 40)),
+    ),
+    min_size=0,
+    max_size=5,
+)
+SHARED = [td.shared(tokens(100 + i, n)) for i, n in enumerate((3, 9, 16, 21, 40, 64))]
+
+
+def segments_of(agent: int, drawn: list[tuple[str, int]]) -> list[td.Segment]:
+    return [
+        SHARED[number] if kind == "shared" else td.private(tokens(1000 * agent + i, number))
+        for i, (kind, number) in enumerate(drawn)
+    ]
+
+
+policies = st.builds(
+    Policy,
+    st.sampled_from(SELECTIONS),
+    st.sampled_from(list(Source)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_plan_fits_exactly_if_as_many_pages_as_needed_are_free_or_evictable(
+    data: st.DataObject,
+) -> None:
+    device = SymbolicDevice(profile(data.draw(st.integers(4, 60))))
+    scheduler, books = device.scheduler, device.scheduler.books
+    live: list[Plan] = []
+    for number in range(data.draw(st.integers(1, 8))):
+        names = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
+        taken = [name for plan in live for name in plan.agents if plan.is_active(name)]
+        prompts = {
+            f"agent {name}": segments_of(name, data.draw(prompts_of))
+            for name in names
+            if f"agent {name}" not in taken
+        }
+        policy = data.draw(policies)
+        needed = scheduler.pages_needed(prompts, policy)
+        there = books.free_pages + books.evictable_pages
+        check_books(scheduler, device.free)
+        try:
+            plan = scheduler.plan(prompts, policy)
+        except OutOfPagesError:
+            assert needed > there, number
+        else:
+            assert needed <= there, number
+            live.append(plan)
+        check_books(scheduler, device.free)
+        act = data.draw(st.sampled_from(["run", "chunk", "commit", "abort", "release"]))
+        if act == "run":
+            run_all(device)
+        elif act == "chunk" and (step := scheduler.step(max_rows=13)):
+            device.run(step)
+        elif act == "commit":
+            run_all(device)
+            for plan in live:
+                plan.commit()
+        elif act == "abort" and live:
+            live[data.draw(st.integers(0, len(live) - 1))].abort()
+        elif act == "release" and books.mirrors:
+            books.drop(data.draw(st.sampled_from(sorted(books.mirrors))))
+        check_books(scheduler, device.free)
+    for plan in live:
+        plan.abort()
+    check_books(scheduler, device.free)
+
+
+def run_all(device: SymbolicDevice, max_rows: int = 2048) -> int:
+    steps = 0
+    while step := device.scheduler.step(max_rows=max_rows):
+        device.run(step)
+        steps += 1
+    return steps
+
+
+# An engine that lives on it -------------------------------------------------------------------
+
+
+@dataclass
+class Request:
+    """One agent's prompt in one round: when it comes, how many tokens it decodes, how it ends."""
+
+    agent: str
+    segments: list[td.Segment]
+    arrival: int
+    tokens: int
+    end: str  # "commit", "abort", or "cancel" (aborted after half of its tokens)
+    plan: Plan | None = None
+    fed: int = 0
+
+    @property
+    def wanted(self) -> int:
+        return self.tokens // 2 if self.end == "cancel" else self.tokens
+
+    def phase(self) -> Phase:
+        assert self.plan is not None
+        return self.plan.phase(self.agent)
+
+
+@dataclass
+class Engine:
+    """Admits by `pages_needed`, preempts the youngest, resumes the oldest first.
+
+    Attributes:
+        waits: leaves admission to the scheduler (``wait=True``).
+        to: where preempted agents' rows go.
+        one_plan: all requests are added to one plan while it lives.
+    """
+
+    device: SymbolicDevice
+    requests: list[Request]
+    policy: Policy
+    max_rows: int
+    to: str
+    waits: bool = False
+    one_plan: bool = False
+    time: int = 0
+    alive: list[Request] = field(default_factory=list)
+    suspensions: int = 0
+    plan: Plan | None = None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.device.scheduler
+
+    @property
+    def there(self) -> int:
+        return self.scheduler.books.free_pages + self.scheduler.books.evictable_pages
+
+    def check(self) -> None:
+        check_books(self.scheduler, self.device.free)
+
+    def run(self) -> None:
+        queue = sorted(self.requests, key=lambda one: one.arrival)
+        patience = 100 + 20 * sum(10 + one.tokens + len(one.segments) for one in queue)
+        while queue or self.alive:
+            self.time += 1
+            assert self.time < patience, "the engine gets nowhere"
+            self.resume()
+            self.admit(queue)
+            step = self.step()
+            if step is None:
+                if not self.end_finished():
+                    self.make_room(queue)
+                continue
+            self.device.run(step)
+            self.check()
+            self.end_finished()
+
+    def suspended(self) -> list[Request]:
+        return [one for one in self.alive if one.phase() is Phase.SUSPENDED]
+
+    def resume(self) -> None:
+        for one in self.suspended():
+            assert one.plan is not None
+            needed = one.plan.pages_to_resume(one.agent)
+            if needed > self.there:
+                with pytest.raises(OutOfPagesError):
+                    one.plan.resume(one.agent)
+                self.check()
+                assert one.phase() is Phase.SUSPENDED
+                return
+            one.plan.resume(one.agent)
+            self.check()
+
+    def admit(self, queue: list[Request]) -> None:
+        while queue and queue[0].arrival <= self.time:
+            one = queue[0]
+            if any(other.agent == one.agent for other in self.alive):
+                return
+            prompts = {one.agent: one.segments}
+            if not self.waits and (
+                self.suspended() or self.scheduler.pages_needed(prompts, self.policy) > self.there
+            ):
+                return
+            if self.one_plan and self.plan is not None and one.agent not in self.plan.agents:
+                self.plan.add(prompts, wait=self.waits)
+            else:
+                self.plan = self.scheduler.plan(prompts, self.policy, wait=self.waits)
+            one.plan = self.plan
+            self.alive.append(queue.pop(0))
+            self.check()
+
+    def step(self) -> Any:
+        while True:
+            decode = {
+                one.agent: [one.fed]
+                for one in self.alive
+                if one.phase() is Phase.DECODE and one.fed < one.wanted
+            }
+            try:
+                step = self.scheduler.step(decode, max_rows=self.max_rows)
+            except OutOfPagesError:
+                self.check()
+                self.preempt()
+                continue
+            self.check()
+            if step is not None:
+                for one in self.alive:
+                    one.fed += one.agent in decode
+            return step
+
+    def preempt(self) -> None:
+        """Suspends the youngest agent that has pages."""
+        one = [r for r in self.alive if r.phase() in (Phase.DECODE, Phase.PREFILL)][-1]
+        self.suspensions += 1
+        assert one.plan is not None
+        if self.to == "host" and one.phase() is Phase.DECODE:
+            try:
+                one.plan.suspend(one.agent, to="host")
+                self.check()
+                return
+            except OutOfPagesError:
+                self.check()
+        one.plan.suspend(one.agent)
+        self.check()
+
+    def make_room(self, queue: list[Request]) -> None:
+        """Nothing runs, and the next does not fit: what others hold has to go."""
+        for one in reversed(self.suspended()):
+            assert one.plan is not None
+            if one.agent in one.plan._live.by_name:  # in host memory; its Masters are held
+                one.plan.suspend(one.agent)
+                self.check()
+                return
+        mirrors = self.scheduler.books.mirrors
+        if mirrors:
+            self.scheduler.books.drop(next(iter(mirrors)))
+            self.check()
+            return
+        assert not self.alive, "it does not fit into an empty pool"
+        assert queue[0].arrival > self.time
+
+    def end_finished(self) -> bool:
+        ended = [one for one in self.alive if one.phase() is Phase.DECODE and one.fed == one.wanted]
+        for one in ended:
+            assert one.plan is not None
+            assert one.plan.output(one.agent) == list(range(one.fed))
+            one.plan.commit(one.agent) if one.end == "commit" else one.plan.abort(one.agent)
+            self.alive.remove(one)
+            self.check()
+        return bool(ended)
+
+
+def pages_alone(one: Request, policy: Policy) -> int:
+    """Pages of a request that finds nothing stored."""
+    needed = Scheduler(profile(4096)).pages_needed({one.agent: one.segments}, policy)
+    return needed + -(-one.tokens // BLOCK)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_an_engine_that_preempts_the_youngest_finishes_whatever_fits_alone(
+    data: st.DataObject,
+) -> None:
+    policy = data.draw(policies)
+    requests = [
+        Request(
+            f"agent {data.draw(st.integers(0, 9))}",
+            segments_of(number, data.draw(prompts_of)),
+            data.draw(st.integers(0, 30)),
+            data.draw(st.integers(0, 30)),
+            data.draw(st.sampled_from(["commit", "commit", "abort", "cancel"])),
+        )
+        for number in range(data.draw(st.integers(1, 8)))
+    ]
+    least = max(pages_alone(one, policy) for one in requests)
+    pages = max(1, least + data.draw(st.integers(0, 20)))
+    to = data.draw(st.sampled_from(["nowhere", "host"]))
+    device = SymbolicDevice(
+        profile(pages, host_pages=data.draw(st.sampled_from([0, 5, 200]))),
+        copies_at_once=data.draw(st.booleans()),
+    )
+    engine = Engine(
+        device,
+        requests,
+        policy,
+        data.draw(st.sampled_from([5, 33, 2048])),
+        to,
+        data.draw(st.booleans()),
+        data.draw(st.booleans()),
+    )
+    engine.run()
+    books = device.scheduler.books
+    for agent in list(books.mirrors):
+        books.drop(agent)
+    books.evict(books.num_pages)
+    assert books.used_pages == 0
+    assert len(device.free) == pages
+    assert not device.scheduler._states
