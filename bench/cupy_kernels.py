@@ -188,7 +188,7 @@ def collective_attention(xp: Any) -> Call:
         num_kv_heads=HEADS,
         head_dim=HEAD_DIM,
         scale=HEAD_DIM**-0.5,
-        rotary_scale=1.0,
+        attention_factor=1.0,
         rope=tables(cos, sin),
         dtype=1,
         pool_dtype=1,

@@ -501,7 +501,7 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         )  # fmt: skip
     yield attention(
         "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
-        check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "rotary_scale": 1.2},
+        check={"window": 70, "soft_cap": 20.0, "sinks": sinks, "attention_factor": 1.2},
     )  # fmt: skip
     yield attention(
         "the other style", 2, masters=(40,), rows=2, rotary_dim=34,

@@ -317,7 +317,7 @@ class PtxBackend:
         cos: Tensor,
         sin: Tensor,
         interleaved: bool,
-        scale: float,
+        attention_factor: float,
         out: Tensor,
         x_scale: Tensor | None = None,
         out_scale: Tensor | None = None,
@@ -340,7 +340,7 @@ class PtxBackend:
                 destinations=1 if row_out is None or row_out.dim() == 1 else row_out.shape[1],
                 num_heads=x.shape[-2],
                 head_dim=x.shape[-1],
-                scale=scale,
+                attention_factor=attention_factor,
                 rope=_tables(address, cos, sin, interleaved),
                 x_scale=address(x_scale, "scales"),
                 out_scale=address(out_scale, "scales"),
@@ -358,10 +358,10 @@ class PtxBackend:
         cos: Tensor,
         sin: Tensor,
         interleaved: bool = False,
-        scale: float = 1.0,
+        attention_factor: float = 1.0,
     ) -> None:
         self.rope_rotate_out(
-            x, rows, rows, position_from, position_to, cos, sin, interleaved, scale, x
+            x, rows, rows, position_from, position_to, cos, sin, interleaved, attention_factor, x
         )
 
     # key_deviation ------------------------------------------------------------
@@ -377,7 +377,7 @@ class PtxBackend:
         cos: Tensor,
         sin: Tensor,
         interleaved: bool,
-        scale: float,
+        attention_factor: float,
         out: Tensor,
     ) -> None:
         address = self._buffers("key_deviation")
@@ -397,7 +397,7 @@ class PtxBackend:
                 num_agents=fresh_row.shape[0],
                 num_heads=fresh.shape[-2],
                 head_dim=fresh.shape[-1],
-                scale=scale,
+                attention_factor=attention_factor,
                 rope=_tables(address, cos, sin, interleaved),
                 dtype=DTYPES[fresh.dtype],
             ),
@@ -500,11 +500,11 @@ class PtxBackend:
         interleaved: bool,
         round: Tensor,
         extents: Sequence[int],
-        scale: float,
+        softmax_scale: float,
         window: int,
         soft_cap: float,
         sinks: Tensor | None,
-        rotary_scale: float,
+        attention_factor: float,
         workspace: Tensor,
         out: Tensor,
         lse: Tensor,
@@ -533,9 +533,9 @@ class PtxBackend:
                 num_kv_heads=k_pool.shape[-2],
                 head_dim=q.shape[-1],
                 window=window,
-                scale=scale,
+                softmax_scale=softmax_scale,
                 soft_cap=soft_cap,
-                rotary_scale=rotary_scale,
+                attention_factor=attention_factor,
                 rope=_tables(address, cos, sin, interleaved),
                 k_scale=address(k_scale, "scales"),
                 v_scale=address(v_scale, "scales"),

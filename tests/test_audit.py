@@ -385,8 +385,7 @@ def test_a_segment_falls_back_in_every_prompt_and_no_other_does() -> None:
     plan = collector.plan(prompts())
     prefill(collector, plan)
     origins = {
-        agent: {(span.begin, span.origin.value) for span in plan.spans(agent)}
-        for agent in prompts()
+        agent: {(span.begin, span.kind.value) for span in plan.spans(agent)} for agent in prompts()
     }
     assert (59, "own") in origins["second"]  # A
     assert {(29, "repaired"), (33, "reused")} <= origins["second"]  # B
@@ -468,7 +467,7 @@ def test_whoever_has_opted_out_has_full_recomputes_rows_bit_for_bit(
     plan = collector.plan(prompts())
     for step in prefill_steps(collector, plan):
         run_step(step)
-    assert {span.origin.value for span in plan.spans("second")} <= {"own", "master"}
+    assert {span.kind.value for span in plan.spans("second")} <= {"own", "master"}
     assert all(one.shift == 0 for one in plan._live.state("second").uses)
     plan.commit()
     alone = collector_of(selection=td.Everything())

@@ -39,11 +39,11 @@ HEAD_DIMS = [64, 80, 96, 128, 256]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def expectation(case, *, window=0, soft_cap=0.0, sinks=None, rotary_scale=1.0, scale=None):
+def expectation(case, *, window=0, soft_cap=0.0, sinks=None, attention_factor=1.0, scale=None):
     """What the reference makes of a case, (out, lse)."""
     scale = case.scale if scale is None else scale
     tables = (case.cos, case.sin, case.interleaved)
-    options = (scale, window, soft_cap, sinks, rotary_scale, *scales_of(case))
+    options = (scale, window, soft_cap, sinks, attention_factor, *scales_of(case))
     return reference.collective_attention(
         case.q, case.k_pool[0], case.v_pool[0], *tables, case.round, *options
     )
@@ -61,7 +61,7 @@ def check(
     window=0,
     soft_cap=0.0,
     sinks=None,
-    rotary_scale=1.0,
+    attention_factor=1.0,
     scale=None,
     wide=False,
     lse_tolerance=None,
@@ -77,7 +77,7 @@ def check(
     assert empty or len(case.real_rows) > 0, "the round has no query rows"
     dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
     options = {"window": window, "soft_cap": soft_cap, "sinks": sinks}
-    options |= {"rotary_scale": rotary_scale, "scale": scale}
+    options |= {"attention_factor": attention_factor, "scale": scale}
     expected, expected_lse = expected or expectation(case, **options)
     scale = case.scale if scale is None else scale
     given = case.copy()
@@ -96,7 +96,7 @@ def check(
         *(mine.cos, mine.sin, mine.interleaved),
         mine.round.buffer,
         mine.extents,
-        *(scale, window, soft_cap, None if sinks is None else to(sinks), rotary_scale),
+        *(scale, window, soft_cap, None if sinks is None else to(sinks), attention_factor),
         workspace,
         out[:, :num_q_heads, :head_dim],
         lse,
@@ -150,7 +150,7 @@ def test_quantized_pools_with_every_option(backend, dtype, query_dtype):
     sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
     check(backend, case, soft_cap=2.0)
     check(backend, case, sinks=sinks)
-    check(backend, case, soft_cap=4.0, sinks=sinks, rotary_scale=0.9, scale=0.1, window=90)
+    check(backend, case, soft_cap=4.0, sinks=sinks, attention_factor=0.9, scale=0.1, window=90)
     check(backend, replace(case, k_scale=None), scale=0.001)
     check(backend, replace(case, v_scale=None))
     for layout in testing.LAYOUTS:
@@ -201,9 +201,9 @@ def test_soft_cap_sinks_and_scales(backend, dtype):
     sinks = torch.tensor([0.5, -3.0, 8.0, -torch.inf])
     check(backend, case, soft_cap=2.0)
     check(backend, case, sinks=sinks)
-    check(backend, case, rotary_scale=1.2)
+    check(backend, case, attention_factor=1.2)
     check(backend, case, scale=0.25)
-    check(backend, case, soft_cap=4.0, sinks=sinks, rotary_scale=0.9, scale=0.1, window=90)
+    check(backend, case, soft_cap=4.0, sinks=sinks, attention_factor=0.9, scale=0.1, window=90)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])

@@ -534,7 +534,7 @@ def test_steps_refuse_what_does_not_fit() -> None:
         ({"window": 4.0}, r"window: expected an int in 0 \.\. 2147483647, got 4.0"),
         ({"soft_cap": -1.0}, "soft_cap: expected a finite number of at least 0, got -1.0"),
         ({"soft_cap": float("inf")}, "soft_cap: expected a finite number of at least 0, got inf"),
-        ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+        ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number, got nan"),
         ({"sinks": torch.zeros(3)}, r"sinks: expected \[2\], got \[3\]"),
         ({"sinks": torch.zeros(2).half()}, "sinks: expected torch.float32 on cpu, got torch.float"),
     ],

@@ -121,7 +121,7 @@ def test_appended_rows_are_those_of_a_decode_step(rotated: bool) -> None:
     again = {"c": [td.private(MINE), td.shared(SAID), td.private(YOURS)]}
     plans = [one.plan(again) for one in (given, decoded)]
     assert plans[0].spans("c") == plans[1].spans("c")
-    assert any(span.origin.value == "reused" for span in plans[0].spans("c"))
+    assert any(span.kind.value == "reused" for span in plans[0].spans("c"))
     for one in plans:
         one.abort()
 

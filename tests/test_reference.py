@@ -229,7 +229,7 @@ def test_soft_cap_sinks_and_rotary_scale():
     scaled_q = case.q.clone()
     scaled_q[..., :32] *= 2
     by_hand, _ = reference.collective_attention(scaled_q, *arguments)
-    scaled, _ = reference.collective_attention(case.q, *arguments, rotary_scale=2.0)
+    scaled, _ = reference.collective_attention(case.q, *arguments, attention_factor=2.0)
     torch.testing.assert_close(scaled, by_hand)
 
 

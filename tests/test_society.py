@@ -34,7 +34,7 @@ from evals.society.page import page
 from evals.society.speech import clean_message, is_over
 from evals.society.svg import nice_ticks
 from evals.workloads import WorkloadError, read_rounds, tokenize_round
-from tokendance.host.decide import Origin
+from tokendance.host.decide import RowKind
 
 PEOPLE = (
     Persona("Ann", "a smith", "You are Ann & you mend <things>."),
@@ -43,7 +43,7 @@ PEOPLE = (
 )
 TOPIC = "Who feeds the cat?"
 pytestmark = pytest.mark.usefixtures("one_thread")
-COMPUTED = (Origin.OWN, Origin.MASTER, Origin.REPAIRED)
+COMPUTED = (RowKind.OWN, RowKind.MASTER, RowKind.REPAIRED)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_maps_tile_the_prompts_and_count_what_was_computed(
                     prompt.length,
                 ]
             computed += prompt.rows_of(*COMPUTED)
-            repaired += prompt.rows_of(Origin.REPAIRED)
+            repaired += prompt.rows_of(RowKind.REPAIRED)
         assert computed == report.rows
         assert repaired == report.rows_overridden
         assert sum(prompt.length for prompt in report.prompts) == report.prompt_tokens
@@ -241,7 +241,7 @@ def test_rows_that_are_chosen_while_the_round_runs_are_on_the_map(
     model_and_tokenizer: tuple[Any, Any],
 ) -> None:
     _, reports, _ = hold(model_and_tokenizer, 2, selection=td.KeyDeviation(0.2))
-    repaired = sum(prompt.rows_of(Origin.REPAIRED) for prompt in reports[1].prompts)
+    repaired = sum(prompt.rows_of(RowKind.REPAIRED) for prompt in reports[1].prompts)
     assert repaired == reports[1].rows_overridden > 0
     assert [0, *[s.end for s in reports[1].prompts[0].spans]][:-1] == [
         s.begin for s in reports[1].prompts[0].spans
@@ -286,7 +286,7 @@ def test_what_was_said_is_not_computed_again_by_whoever_said_it(
         span
         for prompt in reports[1].prompts
         for span in prompt.spans
-        if span.origin is Origin.MASTER
+        if span.kind is RowKind.MASTER
     ]
     kept = 0
     for prompt in reports[1].prompts:
@@ -412,15 +412,15 @@ def test_the_page_shows_every_span_and_needs_nothing_else(
     elements = Elements(made)
     assert elements.open == []
     rects = [attrs.get("class") for tag, attrs in elements.found if tag == "rect"]
-    for origin in Origin:
+    for kind in RowKind:
         spans = [
             span
             for report in reports
             for prompt in report.prompts
             for span in prompt.spans
-            if span.origin is origin
+            if span.kind is kind
         ]
-        assert rects.count(f"o-{origin.value}") == len(spans)
+        assert rects.count(f"o-{kind.value}") == len(spans)
     assert not re.search(r"https?://|url\(|@import|src=|<script|<link", made)
     pictures = re.findall(r"<svg.*?</svg>", made, re.DOTALL)
     assert len(pictures) == 6

@@ -16,7 +16,7 @@ MINE, YOURS = tokens(10, 13), tokens(11, 29)
 Dense = dict[str, tuple[list[Tensor], list[Tensor]]]
 
 
-def layout() -> dict[str, list[td.Segment]]:
+def segments_of_all() -> dict[str, list[td.Segment]]:
     return {
         "a": [td.private(MINE), td.shared(A), td.shared(B), td.private(C)],
         "b": [td.private(YOURS), td.shared(B), td.shared(A), td.shared(B)],
@@ -63,8 +63,8 @@ def same(a: tuple[list[Tensor], list[Tensor]], b: tuple[list[Tensor], list[Tenso
 def test_restore_is_bit_for_bit_what_was_put(dtype: torch.dtype, block_size: int) -> None:
     geometry = td.KVGeometry(2, 2, 2, 64, dtype)
     store = td.DiffStore(geometry, ROPE, "64MiB", block_size=block_size)
-    dense = random_dense(layout(), geometry)
-    store.put_round(dense, layout())
+    dense = random_dense(segments_of_all(), geometry)
+    store.put_round(dense, segments_of_all())
     for agent, cache in dense.items():
         assert same(dense_of(store, agent), cache)
     master = next(agent for agent in ("a", "b") if store.mirror(agent).uses[0].shift == 0)
@@ -140,16 +140,16 @@ def test_rows_that_a_tolerance_may_have_replaced_are_not_exact() -> None:
 def test_put_round_with_one_table_per_layer() -> None:
     ropes = [td.Rope.default(64, 1e6, 4096, interleaved=True), None]
     store = td.DiffStore(GEOMETRY, ropes, "64MiB", block_size=8)
-    dense = random_dense(layout(), GEOMETRY)
-    store.put_round(dense, layout())
+    dense = random_dense(segments_of_all(), GEOMETRY)
+    store.put_round(dense, segments_of_all())
     for agent, cache in dense.items():
         assert same(dense_of(store, agent), cache)
 
 
 def test_restore_of_many_agents_through_pages_and_skips() -> None:
     store = make_store()
-    dense = random_dense(layout(), GEOMETRY)
-    store.put_round(dense, layout())
+    dense = random_dense(segments_of_all(), GEOMETRY)
+    store.put_round(dense, segments_of_all())
     pages = torch.full((64, 4, 1, 64), torch.nan)
     v_pages = torch.full((64, 4, 1, 64), torch.nan)
     lengths = [store.length(agent) for agent in ("a", "c")]
@@ -166,8 +166,8 @@ def test_restore_of_many_agents_through_pages_and_skips() -> None:
 
 def test_restore_of_a_numpy_layer_and_into_one_tensor() -> None:
     store = make_store()
-    dense = random_dense(layout(), GEOMETRY)
-    store.put_round(dense, layout())
+    dense = random_dense(segments_of_all(), GEOMETRY)
+    store.put_round(dense, segments_of_all())
     out = torch.empty(2, store.length("a"), 1, 64)
     store.restore("a", np.int64(1), out[0], out[1], torch.arange(out.shape[1]))  # type: ignore[arg-type]
     assert torch.equal(out[1], dense["a"][1][1])
@@ -177,13 +177,13 @@ def test_restore_of_a_numpy_layer_and_into_one_tensor() -> None:
 
 def test_put_again_replaces_and_release_gives_back() -> None:
     store = make_store()
-    dense = random_dense(layout(), GEOMETRY)
-    store.put_round(dense, layout())
-    again = random_dense(layout(), GEOMETRY, seed=1)
-    store.put_round(again, layout())
+    dense = random_dense(segments_of_all(), GEOMETRY)
+    store.put_round(dense, segments_of_all())
+    again = random_dense(segments_of_all(), GEOMETRY, seed=1)
+    store.put_round(again, segments_of_all())
     for agent, cache in again.items():
         assert same(dense_of(store, agent), cache)
-    for agent in layout():
+    for agent in segments_of_all():
         store.release(agent)
     with pytest.raises(KeyError, match="agent: expected one of"):
         store.release("a")
@@ -195,7 +195,7 @@ def test_put_again_replaces_and_release_gives_back() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda d, p: d.pop("b"), r"layout: expected agents \['a', 'c'\], got \['a', 'b', 'c'\]"),
+        (lambda d, p: d.pop("b"), r"prompts: expected agents \['a', 'c'\], got \['a', 'b', 'c'\]"),
         (lambda d, p: d["a"][0].pop(), r"dense\['a'\] keys: expected 2 layers, got 1"),
         (
             lambda d, p: d["a"][1].__setitem__(1, d["a"][1][1][1:]),
@@ -209,9 +209,9 @@ def test_put_again_replaces_and_release_gives_back() -> None:
 )
 def test_bad_dense_caches_change_nothing(change: object, text: str) -> None:
     store = make_store()
-    store.put_round(random_dense(layout(), GEOMETRY), layout())
+    store.put_round(random_dense(segments_of_all(), GEOMETRY), segments_of_all())
     before = store.stats(), restored(store, "b")
-    dense, prompts = random_dense(layout(), GEOMETRY, seed=1), layout()
+    dense, prompts = random_dense(segments_of_all(), GEOMETRY, seed=1), segments_of_all()
     change(dense, prompts)  # type: ignore[operator]
     with pytest.raises(ValueError, match=text):
         store.put_round(dense, prompts)
@@ -223,13 +223,15 @@ def test_bad_dense_caches_change_nothing(change: object, text: str) -> None:
 
 def test_put_round_reads_segments_once() -> None:
     store = make_store()
-    dense = random_dense(layout(), GEOMETRY)
-    store.put_round(dense, {agent: iter(mine) for agent, mine in layout().items()})  # type: ignore[misc]
+    dense = random_dense(segments_of_all(), GEOMETRY)
+    store.put_round(dense, {agent: iter(mine) for agent, mine in segments_of_all().items()})  # type: ignore[misc]
     for agent, cache in dense.items():
         assert store.length(agent) == len(cache[0][0])
         assert same(dense_of(store, agent), cache)
-    with pytest.raises(TypeError, match=r"layout\['c'\]: expected segments \(private.*\), got int"):
-        store.put_round(dense, {**layout(), "c": [1, 2]})  # type: ignore[dict-item]
+    with pytest.raises(
+        TypeError, match=r"prompts\['c'\]: expected segments \(private.*\), got int"
+    ):
+        store.put_round(dense, {**segments_of_all(), "c": [1, 2]})  # type: ignore[dict-item]
 
 
 def test_put_round_without_room_changes_nothing() -> None:
@@ -238,7 +240,7 @@ def test_put_round_without_room_changes_nothing() -> None:
     store.put_round(random_dense(small, GEOMETRY), small)
     before = store.stats()
     with pytest.raises(td.OutOfPagesError, match="capacity"):
-        store.put_round(random_dense(layout(), GEOMETRY), layout())
+        store.put_round(random_dense(segments_of_all(), GEOMETRY), segments_of_all())
     assert store.stats() == before
 
 
@@ -376,8 +378,8 @@ def test_parse_bytes() -> None:
 
 def test_position_of_own_rows_stays_within_the_prompt() -> None:
     store = make_store()
-    store.put_round(random_dense(layout(), GEOMETRY), layout())
-    for agent in layout():
+    store.put_round(random_dense(segments_of_all(), GEOMETRY), segments_of_all())
+    for agent in segments_of_all():
         own = store.mirror(agent).own_position
         assert (np.diff(own) > 0).all()
         assert own.size == 0 or 0 <= own[0] <= own[-1] < store.length(agent)

@@ -44,8 +44,8 @@ def test_bytes_are_at_most_8_percent_above_the_rows(
             plan.commit()
             stats = store.stats()
             spans = [span for agent in prompts for span in plan.spans(agent)]
-            own = sum(s.end - s.begin for s in spans if s.origin.value in ("own", "repaired"))
-            made = sum(s.end - s.begin for s in spans if s.origin.value == "master")
+            own = sum(s.end - s.begin for s in spans if s.kind.value in ("own", "repaired"))
+            made = sum(s.end - s.begin for s in spans if s.kind.value == "master")
             assert (stats.own_rows, stats.master_rows) == (own, made)
             assert plan.rows_computed == own + made
             stored += stats.stored_bytes

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokendance as td
-from tokendance._planner import RoundLayout
-from tokendance.host.decide import Origin
+from tokendance._planner import RoundDecision
+from tokendance.host.decide import RowKind
 from tokendance.host.mirror import Master, Mirror, Use, Uses, round_arrays
 
 BLOCK = 8
@@ -109,7 +109,7 @@ def test_every_row_is_computed_or_stands_in_a_master_of_its_tokens(
     texts = {one.digest: one.token_ids for segments in prompts.values() for one in segments}
     made: set[int] = set()
     for state in plan._live.states:
-        layout = state.layout
+        layout = state.decision
         ids = np.concatenate([np.empty(0, np.int32), *[one.token_ids for one in layout.segments]])
         computed = np.zeros(layout.length, dtype=bool)
         computed[layout.own] = True
@@ -126,10 +126,10 @@ def test_every_row_is_computed_or_stands_in_a_master_of_its_tokens(
             made.add(use.master.serial)
         assert (reused + computed == 1).all()
         origins = np.concatenate(
-            [np.empty(0, object), *[np.full(s.end - s.begin, s.origin) for s in layout.spans]]
+            [np.empty(0, object), *[np.full(s.end - s.begin, s.kind) for s in layout.spans]]
         )
-        assert ((origins == Origin.OWN) | (origins == Origin.REPAIRED) == computed).all()
-        inexact = np.flatnonzero(origins == Origin.REUSED)
+        assert ((origins == RowKind.OWN) | (origins == RowKind.REPAIRED) == computed).all()
+        inexact = np.flatnonzero(origins == RowKind.REUSED)
         if len(inexact):
             assert layout.exact_length <= inexact[0]
         if isinstance(selection, td.Everything):
@@ -154,13 +154,13 @@ def test_wrong_numbers_are_named() -> None:
         "prefix": ints(0),
     }
     with pytest.raises(ValueError, match=r"segment: expected 0 to 0, got 1 at 0"):
-        RoundLayout(**{**places, "segment": ints(1)})
+        RoundDecision(**{**places, "segment": ints(1)})
     with pytest.raises(ValueError, match=r"prefix: expected \[1\], got \[2\]"):
-        RoundLayout(**{**places, "prefix": ints(0, 0)})
+        RoundDecision(**{**places, "prefix": ints(0, 0)})
     with pytest.raises(ValueError, match=r"is_shared: expected 1 flags, got 0"):
-        RoundLayout(**{**places, "is_shared": flags()})
+        RoundDecision(**{**places, "is_shared": flags()})
     with pytest.raises(ValueError, match=r"place_indptr: expected ascending values"):
-        RoundLayout(**{**places, "place_indptr": ints(1, 0)})
+        RoundDecision(**{**places, "place_indptr": ints(1, 0)})
     found: dict[str, Any] = {
         "exact_prefix": ints(0),
         "earlier_context": ints(-1),
@@ -177,7 +177,7 @@ def test_wrong_numbers_are_named() -> None:
         "lone": False,
         "chain": lambda context, segment: 1,
     }
-    layout = RoundLayout(**places)
+    layout = RoundDecision(**places)
     with pytest.raises(ValueError, match=r"stored: expected less than 0, got 0"):
         layout.match(**{**found, "stored": ints(0)})
     with pytest.raises(ValueError, match=r"agent_computes: expected 1 flags, got 2"):

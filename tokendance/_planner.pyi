@@ -1,4 +1,4 @@
-"""Planner of layouts and work lists: csrc/planner, C++ through pybind11, numpy in and out."""
+"""Planner of decisions and work lists: csrc/planner, C++ through pybind11, numpy in and out."""
 
 from collections.abc import Callable
 from typing import TypedDict
@@ -14,19 +14,19 @@ class Tiling(TypedDict):
 
     span_indptr: _Ints  # [N + 1]
     span_end: _Ints
-    span_origin: _Flags  # index in tokendance.host.decide.ORIGINS
+    span_kind: _Flags  # index in tokendance.host.decide.ROW_KINDS
     use_indptr: _Ints  # [N + 1]
     use_master: _Ints
     use_delta: _Ints
     use_length: _Ints
-    use_origin: _Flags
+    use_kind: _Flags
     mask_indptr: _Ints  # [N + 1]
     masks: NDArray[np.uint32]
     own_indptr: _Ints  # [N + 1]
     own: _Ints  # positions that the agents compute and keep
 
-class RoundLayout:
-    """What a round reuses and computes, in numbers; csrc/planner/layout.h says what they mean.
+class RoundDecision:
+    """What a round reuses and computes, in numbers; csrc/planner/decide.h says what they mean.
 
     Args:
         place_indptr: ``[N + 1]`` places of each prompt.

@@ -19,7 +19,7 @@ from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_tensor
 from tokendance.device.rounds import RoundTensors
 from tokendance.host.agent import AgentState, Phase
-from tokendance.host.decide import ORIGINS, AgentLayout, Origin, Source, foreign_uses, lay_out
+from tokendance.host.decide import ROW_KINDS, AgentDecision, RowKind, Source, decide, foreign_uses
 from tokendance.host.gate import AgentAudit, AuditReport, ReuseWarning, SegmentAudit
 from tokendance.host.mirror import Mirror, round_arrays, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy
@@ -91,7 +91,7 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
                 raise ValueError(
                     f"audit: expected a finished prefill, got {agent!r} in {state.phase.value}"
                 )
-            if not state.layout.length:
+            if not state.decision.length:
                 self._found[agent] = (0, ())
                 continue
             reference = self._reference(agent, state)
@@ -125,7 +125,7 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
             drawn[length - 1 - len(decoded) :] = True
             return _probe(store, agent, segments, state, np.flatnonzero(drawn), 1 + len(decoded))
         block = store.block_size
-        layouts = lay_out(
+        decisions = decide(
             {agent: segments},
             _nothing,
             {},
@@ -134,8 +134,8 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
             block,
             store.max_position,
         )
-        layouts[0].logit_rows = 1 + len(decoded)
-        return store.scheduler.probe(layouts, [agent], Policy(Everything()))
+        decisions[0].logit_rows = 1 + len(decoded)
+        return store.scheduler.probe(decisions, [agent], Policy(Everything()))
 
     def add(self, logits: Array) -> None:
         """Takes the logits of the step that was run last.
@@ -235,7 +235,7 @@ def _probe(
         use.override(inside - use.delta, block)
     kept = state.own_position[: np.searchsorted(state.own_position, length)]
     own = np.union1d(kept, computed).astype(np.int32)
-    layout = AgentLayout(
+    decision = AgentDecision(
         agent,
         segments,
         length,
@@ -246,11 +246,11 @@ def _probe(
         candidates=[],
         own=own,
         ends=np.array([length], dtype=np.int32),
-        origins=np.array([ORIGINS.index(Origin.OWN)], dtype=np.uint8),
+        kinds=np.array([ROW_KINDS.index(RowKind.OWN)], dtype=np.uint8),
         exact_length=0,
         logit_rows=logit_rows,
     )
-    plan = store.scheduler.probe([layout], [agent], Policy(Everything()))
+    plan = store.scheduler.probe([decision], [agent], Policy(Everything()))
     try:
         probe = store.live(plan).state(agent)
         probe.pending = computed

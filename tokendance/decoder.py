@@ -107,14 +107,21 @@ class Decoder(Uncopied, instead="ask the collector for another"):
         k: Array,
         v: Array,
         *,
-        scale: float | None = None,
+        softmax_scale: float | None = None,
         window: int = 0,
         soft_cap: float = 0.0,
         sinks: Array | None = None,
     ) -> Tensor:
         """Attention of one layer over the buffers; see `tokendance.device.FixedRun.attend`."""
         return self._run.attend(
-            layer, q, k, v, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+            layer,
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokendance.device import operators as ops
 from tokendance.device.layer_ropes import same_rope
 from tokendance.device.rounds import RoundTensors
-from tokendance.host.decide import AgentLayout, Source, lay_out
+from tokendance.host.decide import AgentDecision, Source, decide
 from tokendance.host.mirror import (
     Master,
     Mirror,
@@ -37,17 +37,17 @@ Dense = Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]]
 def encode_round(
     store: DiffStore,
     dense: Dense,
-    layout: Mapping[str, Sequence[Segment]],
+    prompts: Mapping[str, Sequence[Segment]],
     atol: float,
     rtol: float,
 ) -> None:
     """Checks ``dense``, and stores Masters that are missing and a Mirror of every agent; if that
     fails, the store is as it was, but for evictions."""
-    layout = {agent: _segments(agent, segments) for agent, segments in layout.items()}
-    _check_dense(store, dense, layout)
+    prompts = {agent: _segments(agent, segments) for agent, segments in prompts.items()}
+    _check_dense(store, dense, prompts)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
-    layouts = lay_out(
-        layout,
+    decisions = decide(
+        prompts,
         store.scheduler.find,
         {},
         Nothing(),
@@ -58,7 +58,7 @@ def encode_round(
     held: list[Master] = []
     taken: list[Pages] = []
     try:
-        _encode(store, layouts, dense, atol, rtol, held, taken)
+        _encode(store, decisions, dense, atol, rtol, held, taken)
     except BaseException:
         for pages in taken:
             store.books.drop_pages(pages)
@@ -69,37 +69,37 @@ def encode_round(
 
 def _encode(
     store: DiffStore,
-    layouts: list[AgentLayout],
+    decisions: list[AgentDecision],
     dense: Dense,
     atol: float,
     rtol: float,
     held: list[Master],
     taken: list[Pages],
 ) -> None:
-    for layout in layouts:
-        store.books.hold(layout.uses.masters)
-        held += layout.uses.masters
-    for layout in layouts:  # no Master of the round is evicted for the pages of another
-        for use in layout.made:
+    for decision in decisions:
+        store.books.hold(decision.uses.masters)
+        held += decision.uses.masters
+    for decision in decisions:  # no Master of the round is evicted for the pages of another
+        for use in decision.made:
             use.master.pages = store.books.take_pages(pages_for(use.length, store.block_size))
             use.master.computed = use.length
-            _copy_rows(store, layout, use, dense)
+            _copy_rows(store, decision, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
-    for layout in layouts:
-        assert layout.agent is not None
-        mirror = _encode_agent(store, layout, dense[layout.agent], atol, rtol)
+    for decision in decisions:
+        assert decision.agent is not None
+        mirror = _encode_agent(store, decision, dense[decision.agent], atol, rtol)
         mirror.own_pages = store.books.take_pages(
             pages_for(len(mirror.own_position), store.block_size)
         )
         taken.append(mirror.own_pages)
         rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(store.device)
         slots = _slots(store, mirror.own_pages, len(rows))
-        keys, values = dense[layout.agent]
+        keys, values = dense[decision.agent]
         for layer in range(store.geometry.num_layers):
             store.pool.write_rows(layer, keys[layer], values[layer], slots, rows)
-        mirrors.append((layout.agent, mirror))
-    for layout in layouts:
-        for use in layout.made:
+        mirrors.append((decision.agent, mirror))
+    for decision in decisions:
+        for use in decision.made:
             store.books.publish(use.master)
     for agent, mirror in mirrors:
         store.books.put(agent, mirror)
@@ -108,7 +108,7 @@ def _encode(
 
 def _encode_agent(
     store: DiffStore,
-    layout: AgentLayout,
+    decision: AgentDecision,
     dense: tuple[Sequence[Tensor], Sequence[Tensor]],
     atol: float,
     rtol: float,
@@ -119,9 +119,11 @@ def _encode_agent(
     launches of their own; so only the masks are taken from them, and own rows are copied once
     all are known.
     """
-    layout.uses.masks[:] = 0
-    exact = layout.length if atol == 0 and rtol == 0 else _approximate_from(layout)
-    mirror = Mirror(layout.segments, layout.length, layout.uses, no_pages(), no_positions(), exact)
+    decision.uses.masks[:] = 0
+    exact = decision.length if atol == 0 and rtol == 0 else _approximate_from(decision)
+    mirror = Mirror(
+        decision.segments, decision.length, decision.uses, no_pages(), no_positions(), exact
+    )
     arrays, extents = round_arrays([mirror], store.block_size)
     slots = torch.arange(mirror.length, dtype=torch.int64, device=store.device)[None]
     length = torch.tensor([mirror.length], dtype=torch.int32, device=store.device)
@@ -158,12 +160,12 @@ def _encode_agent(
 
 def _copy_rows(
     store: DiffStore,
-    layout: AgentLayout,
+    decision: AgentDecision,
     use: Use,
     dense: Dense,
 ) -> None:
-    assert layout.agent is not None
-    keys, values = dense[layout.agent]
+    assert decision.agent is not None
+    keys, values = dense[decision.agent]
     begin, end = use.delta, use.delta + use.length
     slots = _slots(store, use.master.pages, use.length)
     for layer in range(store.geometry.num_layers):
@@ -200,7 +202,7 @@ def _segments(agent: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
     odd = [type(one).__name__ for one in segments if not isinstance(one, Segment)]
     if odd:
         raise TypeError(
-            f"layout[{agent!r}]: expected segments (private(ids), shared(ids)), got {odd[0]}"
+            f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), got {odd[0]}"
         )
     return segments
 
@@ -208,16 +210,16 @@ def _segments(agent: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
 def _check_dense(
     store: DiffStore,
     dense: Dense,
-    layout: Mapping[str, Sequence[Segment]],
+    prompts: Mapping[str, Sequence[Segment]],
 ) -> None:
-    if set(dense) != set(layout):
-        raise ValueError(f"layout: expected agents {sorted(dense)}, got {sorted(layout)}")
+    if set(dense) != set(prompts):
+        raise ValueError(f"prompts: expected agents {sorted(dense)}, got {sorted(prompts)}")
     heads = [store.geometry.num_kv_heads, store.geometry.head_dim]
     for agent, (keys, values) in dense.items():
-        length = sum(segment.length for segment in layout[agent])
+        length = sum(segment.length for segment in prompts[agent])
         if length > store.max_position:
             raise ValueError(
-                f"layout[{agent!r}]: expected at most {store.max_position} tokens, got {length}"
+                f"prompts[{agent!r}]: expected at most {store.max_position} tokens, got {length}"
             )
         for name, tensors in (("keys", keys), ("values", values)):
             if len(tensors) != store.geometry.num_layers:
@@ -239,8 +241,10 @@ def _check_dense(
                     )
 
 
-def _approximate_from(layout: AgentLayout) -> int:
+def _approximate_from(decision: AgentDecision) -> int:
     """First row that a tolerance may have changed: those of a Master that was copied from this
     agent, where it was copied, are as they were put."""
-    copied = {use.delta for use in layout.made}
-    return min((use.delta for use in layout.uses if use.delta not in copied), default=layout.length)
+    copied = {use.delta for use in decision.made}
+    return min(
+        (use.delta for use in decision.uses if use.delta not in copied), default=decision.length
+    )

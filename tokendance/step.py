@@ -147,7 +147,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         k: Array,
         v: Array,
         *,
-        scale: float | None = None,
+        softmax_scale: float | None = None,
         window: int = 0,
         soft_cap: float = 0.0,
         sinks: Array | None = None,
@@ -162,7 +162,16 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         run = self._open
         self._check_plans()
         choosing = bool(self.record.choices)
-        out = run.attend(layer, q, k, v, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+        out = run.attend(
+            layer,
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
         if choosing and not self.record.choices:
             self.agents = self._planned.agents
             self.logit_agents = self._planned.logit_agents

@@ -293,7 +293,7 @@ class DiffStore(
     def put_round(
         self,
         dense: Mapping[str, tuple[Sequence[Array], Sequence[Array]]],
-        layout: Mapping[str, Sequence[Segment]],
+        prompts: Mapping[str, Sequence[Segment]],
         atol: float = 0.0,
         rtol: float = 0.0,
     ) -> None:
@@ -305,7 +305,7 @@ class DiffStore(
         Args:
             dense: per agent its keys and values, an array ``[tokens, Hk, D]`` per layer, keys
                 rotated at the agent's own positions 0, 1, ...
-            layout: per agent the segments of its prompt.
+            prompts: per agent the segments of its prompt.
             atol, rtol: a row is not stored again if its Master row, moved to its position, is
                 within ``atol + rtol * |moved|`` of it in every dim of K and V of every layer. At 0
                 and 0 it must have the same bits, so that `restore` gives back what was put, bit for
@@ -320,7 +320,7 @@ class DiffStore(
             OutOfPagesError: the store is as it was, but for evictions.
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
-        encode_round(self, tensors, layout, atol, rtol)
+        encode_round(self, tensors, prompts, atol, rtol)
 
     # Persistence ----------------------------------------------------------------------------------
 

@@ -104,13 +104,13 @@ void rotate_query(const CollectiveAttentionParams& params, const Q* q, float que
                   const MoveAngles& angles, float* out) {
   const int rotary_dim = params.rope.rotary_dim;
   const F32 factor = broadcast(query_factor);
-  const F32 rotary_scale = broadcast(params.rotary_scale);
+  const F32 attention_factor = broadcast(params.attention_factor);
   const auto emit = [&](int dim, F32 value, int n) {
     const Packed<float> packed = narrow<float>(mul(value, factor));
     n == kLanes ? store(out + dim, packed) : store(out + dim, packed, n);
   };
   const auto emit_rotated = [&](int dim, F32 value, int n) {
-    emit(dim, mul(value, rotary_scale), n);
+    emit(dim, mul(value, attention_factor), n);
   };
   if (rotary_dim > 0 && params.rope.interleaved) {
     rotate_head<true>(q, angles, rotary_dim, emit_rotated);

@@ -414,8 +414,8 @@ class AttentionTile {
             rotate_pair(
                 counter_rotation(angle[i], angle_of_shift(back[i].cos, back[i].sin, shift[i])),
                 x[0], y[0], &x[0], &y[0]);
-            x[0] = rounded_product(x[0], p.rotary_scale);
-            y[0] = rounded_product(y[0], p.rotary_scale);
+            x[0] = rounded_product(x[0], p.attention_factor);
+            y[0] = rounded_product(y[0], p.attention_factor);
           }
           Vector<Query, 1> rounded;
           pack(x, &rounded);
@@ -508,9 +508,9 @@ class AttentionTile {
   // Of products of queries with keys as they were multiplied.
   __device__ __forceinline__ float score_scale() const {
     if constexpr (kIsQuantized<Pool>) {
-      return p.scale * scale_of_head(p.k_scale);
+      return p.softmax_scale * scale_of_head(p.k_scale);
     } else {
-      return p.scale;
+      return p.softmax_scale;
     }
   }
   // Of e4m3 elements as they are widened.

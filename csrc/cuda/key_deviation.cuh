@@ -81,7 +81,8 @@ __device__ __forceinline__ void key_deviation(const KeyDeviationParams& p) {
         if (task.rotates && shift[i] != 0) {
           task.rotate(task.load_angles(p.rope, llabs(shift[i]), shift[i] < 0), fresh_x, fresh_y);
         }
-        if (task.rotates && p.scale != 1.0f) task.multiply(p.scale, fresh_x, fresh_y);
+        if (task.rotates && p.attention_factor != 1.0f)
+          task.multiply(p.attention_factor, fresh_x, fresh_y);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const float x_difference = fresh_x[j] - cached_x[j];

@@ -72,7 +72,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
     const int64_t shift = p.position_to ? __ldg(p.position_to + destination) - from : 0;
     if (row_out < 0 || row_out >= p.out_layout.num_rows || !has_angles(p.rope, shift)) continue;
     const bool turns = task.rotates && shift != 0;
-    const bool multiplies = task.rotates && p.position_to && p.scale != 1.0f;
+    const bool multiplies = task.rotates && p.position_to && p.attention_factor != 1.0f;
     Vector<Out, V> x, y;
     bool changes = true;  // what does not keeps its bits
     if constexpr (std::is_same_v<In, Out>) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void rope_rotate(const RopeRotateParams& p, const Til
         const int64_t table_row = shift < 0 ? -shift : shift;
         task.rotate(task.load_angles(p.rope, table_row, shift < 0), x_values, y_values);
       }
-      if (multiplies) task.multiply(p.scale, x_values, y_values);
+      if (multiplies) task.multiply(p.attention_factor, x_values, y_values);
       if constexpr (kIsQuantized<Out>) task.multiply(out_factor, x_values, y_values);
       pack(x_values, &x);
       pack(y_values, &y);

@@ -22,8 +22,8 @@ struct Call {
 
 Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& cos,
                const Tensor& sin, bool interleaved, const Tensor& round,
-               const std::vector<int64_t>& extents, double scale, int64_t window, double soft_cap,
-               const std::optional<Tensor>& sinks, double rotary_scale,
+               const std::vector<int64_t>& extents, double softmax_scale, int64_t window,
+               double soft_cap, const std::optional<Tensor>& sinks, double attention_factor,
                const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   Call call{};
   CollectiveAttentionParams& params = call.params;
@@ -69,9 +69,9 @@ Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, cons
   params.v_pool = v_pool.const_data_ptr();
   params.sinks = data_or_null<float>(sinks);
   params.window = static_cast<int32_t>(window);
-  params.scale = static_cast<float>(scale);
+  params.softmax_scale = static_cast<float>(softmax_scale);
   params.soft_cap = static_cast<float>(soft_cap);
-  params.rotary_scale = static_cast<float>(rotary_scale);
+  params.attention_factor = static_cast<float>(attention_factor);
   return call;
 }
 
@@ -96,11 +96,11 @@ void run(Call& call, const Tensor& workspace, const Tensor& out, const Tensor& l
 std::tuple<Tensor, Tensor> collective_attention(
     const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& cos,
     const Tensor& sin, bool interleaved, const Tensor& round, std::vector<int64_t> extents,
-    double scale, int64_t window, double soft_cap, const std::optional<Tensor>& sinks,
-    double rotary_scale, const std::optional<Tensor>& k_scale,
+    double softmax_scale, int64_t window, double soft_cap, const std::optional<Tensor>& sinks,
+    double attention_factor, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale) {
-  Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, scale, window,
-                        soft_cap, sinks, rotary_scale, k_scale, v_scale);
+  Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, softmax_scale,
+                        window, soft_cap, sinks, attention_factor, k_scale, v_scale);
   const int64_t rows = call.params.round.extents.rows;
   Tensor out = torch::stable::new_empty(q, {rows, call.params.num_q_heads, call.params.head_dim});
   Tensor lse = torch::stable::new_empty(q, {rows, call.params.num_q_heads}, ScalarType::Float);
@@ -111,13 +111,14 @@ std::tuple<Tensor, Tensor> collective_attention(
 
 void collective_attention_out(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool,
                               const Tensor& cos, const Tensor& sin, bool interleaved,
-                              const Tensor& round, std::vector<int64_t> extents, double scale,
-                              int64_t window, double soft_cap, const std::optional<Tensor>& sinks,
-                              double rotary_scale, const Tensor& workspace, const Tensor& out,
-                              const Tensor& lse, const std::optional<Tensor>& k_scale,
+                              const Tensor& round, std::vector<int64_t> extents,
+                              double softmax_scale, int64_t window, double soft_cap,
+                              const std::optional<Tensor>& sinks, double attention_factor,
+                              const Tensor& workspace, const Tensor& out, const Tensor& lse,
+                              const std::optional<Tensor>& k_scale,
                               const std::optional<Tensor>& v_scale) {
-  Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, scale, window,
-                        soft_cap, sinks, rotary_scale, k_scale, v_scale);
+  Call call = make_call(q, k_pool, v_pool, cos, sin, interleaved, round, extents, softmax_scale,
+                        window, soft_cap, sinks, attention_factor, k_scale, v_scale);
   const CollectiveAttentionParams& params = call.params;
   const int64_t rows = params.round.extents.rows;
   Dimensions dims;

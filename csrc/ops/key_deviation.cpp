@@ -35,7 +35,7 @@ KeyDeviationParams make_params(const Tensor& fresh, const Tensor& fresh_row,
                                const std::optional<Tensor>& fresh_position, const Tensor& cached,
                                const Tensor& cached_row, const Tensor& cached_position,
                                const Tensor& cos, const Tensor& sin, bool interleaved,
-                               double scale) {
+                               double attention_factor) {
   Dimensions dims;
   KeyDeviationParams params{};
   params.dtype = plain_dtype("fresh", fresh);
@@ -45,7 +45,7 @@ KeyDeviationParams make_params(const Tensor& fresh, const Tensor& fresh_row,
   params.cached_layout =
       Argument("cached", cached).like(fresh).rows(dims, "heads", params.head_dim);
   params.rope = rope_tables(cos, sin, interleaved, fresh, params.head_dim);
-  params.scale = static_cast<float>(scale);
+  params.attention_factor = static_cast<float>(attention_factor);
   Argument("fresh_row", fresh_row)
       .device_of(fresh)
       .dtype(ScalarType::Long)
@@ -93,9 +93,9 @@ void run(const KeyDeviationParams& params, const Tensor& fresh) {
 Tensor key_deviation(const Tensor& fresh, const Tensor& fresh_row,
                      const std::optional<Tensor>& fresh_position, const Tensor& cached,
                      const Tensor& cached_row, const Tensor& cached_position, const Tensor& cos,
-                     const Tensor& sin, bool interleaved, double scale) {
+                     const Tensor& sin, bool interleaved, double attention_factor) {
   KeyDeviationParams params = make_params(fresh, fresh_row, fresh_position, cached, cached_row,
-                                          cached_position, cos, sin, interleaved, scale);
+                                          cached_position, cos, sin, interleaved, attention_factor);
   Tensor out = torch::stable::new_empty(fresh, {params.num_tokens}, ScalarType::Float);
   params.deviation = static_cast<float*>(out.mutable_data_ptr());
   run(params, fresh);
@@ -105,9 +105,10 @@ Tensor key_deviation(const Tensor& fresh, const Tensor& fresh_row,
 void key_deviation_out(const Tensor& fresh, const Tensor& fresh_row,
                        const std::optional<Tensor>& fresh_position, const Tensor& cached,
                        const Tensor& cached_row, const Tensor& cached_position, const Tensor& cos,
-                       const Tensor& sin, bool interleaved, double scale, const Tensor& out) {
+                       const Tensor& sin, bool interleaved, double attention_factor,
+                       const Tensor& out) {
   KeyDeviationParams params = make_params(fresh, fresh_row, fresh_position, cached, cached_row,
-                                          cached_position, cos, sin, interleaved, scale);
+                                          cached_position, cos, sin, interleaved, attention_factor);
   Dimensions dims;
   Argument("out", out)
       .device_of(fresh)

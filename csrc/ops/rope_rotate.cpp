@@ -69,7 +69,7 @@ RopeRotateParams common_params(const Tensor& x, const char* rows_name,
                                const std::optional<Tensor>& row_in,
                                const std::optional<Tensor>& position_from,
                                const std::optional<Tensor>& position_to, const Tensor& cos,
-                               const Tensor& sin, bool interleaved, double scale,
+                               const Tensor& sin, bool interleaved, double attention_factor,
                                Dimensions& dims) {
   RopeRotateParams params{};
   params.dtype = params.out_dtype = storage_dtype("x", x);
@@ -77,7 +77,7 @@ RopeRotateParams common_params(const Tensor& x, const char* rows_name,
   params.num_heads = static_cast<int32_t>(dims["heads"]);
   params.head_dim = checked_head_dim("x", dims["head_dim"]);
   params.rope = rope_tables(cos, sin, interleaved, x, params.head_dim);
-  params.scale = static_cast<float>(scale);
+  params.attention_factor = static_cast<float>(attention_factor);
   params.x = x.const_data_ptr();
   params.row_in = checked_rows(rows_name, row_in, dims, {"n"}, x);
   if (!row_in) dims.bind("n", params.x_layout.num_rows);
@@ -93,10 +93,10 @@ RopeRotateParams common_params(const Tensor& x, const char* rows_name,
 Tensor rope_rotate(const Tensor& x, const std::optional<Tensor>& row_in,
                    const std::optional<Tensor>& position_from,
                    const std::optional<Tensor>& position_to, const Tensor& cos, const Tensor& sin,
-                   bool interleaved, double scale) {
+                   bool interleaved, double attention_factor) {
   Dimensions dims;
   RopeRotateParams params = common_params(x, "row_in", row_in, position_from, position_to, cos, sin,
-                                          interleaved, scale, dims);
+                                          interleaved, attention_factor, dims);
   params.position_to = checked_positions("position_to", position_to, dims, {"n"}, x);
   const int64_t heads = params.num_heads, head_dim = params.head_dim;
   Tensor out = torch::stable::new_empty(x, {params.num_rows, heads, head_dim});
@@ -110,11 +110,11 @@ void rope_rotate_out(const Tensor& x, const std::optional<Tensor>& row_in,
                      const std::optional<Tensor>& row_out,
                      const std::optional<Tensor>& position_from,
                      const std::optional<Tensor>& position_to, const Tensor& cos, const Tensor& sin,
-                     bool interleaved, double scale, const Tensor& out,
+                     bool interleaved, double attention_factor, const Tensor& out,
                      const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale) {
   Dimensions dims;
   RopeRotateParams params = common_params(x, "row_in", row_in, position_from, position_to, cos, sin,
-                                          interleaved, scale, dims);
+                                          interleaved, attention_factor, dims);
   params.out_dtype = paired_dtype("out", out, x, Quantized::kEither);
   params.out_layout = Argument("out", out).not_expanded().rows(dims, "heads", params.head_dim);
   params.out = out.mutable_data_ptr();
@@ -145,10 +145,10 @@ void rope_rotate_out(const Tensor& x, const std::optional<Tensor>& row_in,
 void rope_rotate_(const Tensor& x, const std::optional<Tensor>& rows,
                   const std::optional<Tensor>& position_from,
                   const std::optional<Tensor>& position_to, const Tensor& cos, const Tensor& sin,
-                  bool interleaved, double scale) {
+                  bool interleaved, double attention_factor) {
   Dimensions dims;
   RopeRotateParams params = common_params(x, "rows", rows, position_from, position_to, cos, sin,
-                                          interleaved, scale, dims);
+                                          interleaved, attention_factor, dims);
   Argument("x", x).not_expanded();
   params.position_to = checked_positions("position_to", position_to, dims, {"n"}, x);
   params.out = x.mutable_data_ptr();

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "planner/layout.h"
+#include "planner/decide.h"
 #include "planner/work_list.h"
 #include "tokendance/round.h"
 
@@ -68,7 +68,7 @@ py::array_t<T> take(std::vector<T>&& values) {
   const py::ssize_t size = static_cast<py::ssize_t>(values.size());
   return take(std::move(values), {size});
 }
-py::array_t<uint8_t> take(const std::vector<Origin>& origins) {
+py::array_t<uint8_t> take(const std::vector<RowKind>& origins) {
   return py::array_t<uint8_t>(static_cast<py::ssize_t>(origins.size()),
                               reinterpret_cast<const uint8_t*>(origins.data()));
 }
@@ -150,11 +150,11 @@ const uint8_t* flag_data(const char* name, const Flags& flags, int64_t size) {
   return flags.data();
 }
 
-// A round's prompts, and what was found of them: kept between the two passes of its layout.
-class RoundLayout {
+// A round's prompts, and what was found of them: kept between the two passes of its decision.
+class RoundDecision {
  public:
-  RoundLayout(Array place_indptr, Array segment, Flags is_shared, Array segment_length,
-              Array prefix)
+  RoundDecision(Array place_indptr, Array segment, Flags is_shared, Array segment_length,
+                Array prefix)
       : arrays_{std::move(place_indptr), std::move(segment), std::move(segment_length),
                 std::move(prefix)},
         is_shared_(std::move(is_shared)) {
@@ -232,12 +232,12 @@ class RoundLayout {
     py::dict arrays;
     arrays["span_indptr"] = take(std::move(tiling.span_indptr));
     arrays["span_end"] = take(std::move(tiling.span_end));
-    arrays["span_origin"] = take(tiling.span_origin);
+    arrays["span_kind"] = take(tiling.span_kind);
     arrays["use_indptr"] = take(std::move(tiling.use_indptr));
     arrays["use_master"] = take(std::move(tiling.use_master));
     arrays["use_delta"] = take(std::move(tiling.use_delta));
     arrays["use_length"] = take(std::move(tiling.use_length));
-    arrays["use_origin"] = take(tiling.use_origin);
+    arrays["use_kind"] = take(tiling.use_kind);
     arrays["mask_indptr"] = take(std::move(tiling.mask_indptr));
     arrays["masks"] = take(std::move(tiling.masks));
     arrays["own_indptr"] = take(std::move(tiling.own_indptr));
@@ -259,20 +259,20 @@ class RoundLayout {
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
-  m.doc() = "Planner of layouts and work lists (csrc/planner).";
-  py::class_<RoundLayout>(m, "RoundLayout")
+  m.doc() = "Planner of decisions and work lists (csrc/planner).";
+  py::class_<RoundDecision>(m, "RoundDecision")
       .def(py::init<Array, Array, Flags, Array, Array>(), py::arg("place_indptr"),
            py::arg("segment"), py::arg("is_shared"), py::arg("segment_length"), py::arg("prefix"))
-      .def("match", &RoundLayout::match, py::kw_only(), py::arg("exact_prefix"),
+      .def("match", &RoundDecision::match, py::kw_only(), py::arg("exact_prefix"),
            py::arg("earlier_context"), py::arg("agent_computes"), py::arg("segment_computes"),
            py::arg("stored"), py::arg("stored_rows"), py::arg("master_context"),
            py::arg("master_is_exact"), py::arg("master_has_seen"), py::arg("shortest"),
            py::arg("alone"), py::arg("informed"), py::arg("lone"), py::arg("chain"))
-      .def_property_readonly("order", &RoundLayout::order)
-      .def_property_readonly("made", &RoundLayout::made)
-      .def_property_readonly("unseen", &RoundLayout::unseen)
-      .def_property_readonly("exact_length", &RoundLayout::exact_length)
-      .def("tile", &RoundLayout::tile, py::arg("repaired"), py::arg("block_size"));
+      .def_property_readonly("order", &RoundDecision::order)
+      .def_property_readonly("made", &RoundDecision::made)
+      .def_property_readonly("unseen", &RoundDecision::unseen)
+      .def_property_readonly("exact_length", &RoundDecision::exact_length)
+      .def("tile", &RoundDecision::tile, py::arg("repaired"), py::arg("block_size"));
   m.def("plan_work", &plan_work_arrays, py::arg("row_agent"), py::arg("row_position"),
         py::arg("use_agent"), py::arg("use_master"), py::arg("use_delta"), py::arg("use_length"),
         py::arg("master_page_indptr"), py::arg("own_length"), py::arg("own_page_indptr"),

@@ -21,7 +21,7 @@ from evals.fidelity.front import siblings_kl
 from evals.fidelity.replays import Prompts, Round, measure, read_workload, recompute
 from tokendance.device import operators as ops
 from tokendance.device.executor import Executor
-from tokendance.host.decide import Origin, Source, lay_out
+from tokendance.host.decide import RowKind, Source, decide
 from tokendance.host.mirror import slots_of
 from tokendance.host.planned_step import StepPart
 from tokendance.host.selection import DEFAULT
@@ -76,17 +76,17 @@ def shared_repairs(rounds: Iterable[Round]) -> dict[str, float]:
     """
     repaired = unseen_alike = context_alike = 0
     for one in rounds:
-        layouts = lay_out(one.prompts, lambda _: None, {}, DEFAULT, Source.MASTER, 8)
+        decisions = decide(one.prompts, lambda _: None, {}, DEFAULT, Source.MASTER, 8)
         known: dict[object, int] = {}
-        for layout in layouts:
-            starts = {span.begin: span for span in layout.spans if span.origin is Origin.REPAIRED}
-            for use in layout.uses:
+        for decision in decisions:
+            starts = {span.begin: span for span in decision.spans if span.kind is RowKind.REPAIRED}
+            for use in decision.uses:
                 if use.delta not in starts:
                     continue
                 rows = starts[use.delta].end - use.delta
                 repaired += rows
                 left, position = [], 0
-                for segment in layout.segments:
+                for segment in decision.segments:
                     if position < use.delta and segment.is_shared:
                         left.append(segment.digest)
                     position += segment.length
@@ -132,7 +132,7 @@ def repaired_only_in(layers: Iterable[int]) -> Iterator[None]:
 def _put_back(executor: Executor, part: StepPart, layer: int) -> None:
     block, rope, pool = executor.pool.block_size, executor.ropes[layer], executor.pool
     tables = (rope.cos, rope.sin, rope.interleaved)
-    last = part.state.layout.length - 1  # whose logits the prompt is for; it is no repair
+    last = part.state.decision.length - 1  # whose logits the prompt is for; it is no repair
     for use in part.state.uses:
         over = use.overridden(block)
         over = over[np.isin(use.delta + over, part.positions[part.positions < last])]

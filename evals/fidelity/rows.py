@@ -1,4 +1,4 @@
-"""Rows that selections would compute of a whole recorded round, by its layout: no model runs."""
+"""Rows that selections would compute of a whole recorded round, by its decision: no model runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from evals.workloads import find_workload, read_rounds, tokenize_round
-from tokendance.host.decide import Origin, Source, lay_out
+from tokendance.host.decide import RowKind, Source, decide
 from tokendance.host.selection import parse_selection
 
 SELECTIONS = ("nothing", "leading:1", "leading:4", "leading:4:96:24", "leading:8", "leading:16")
 _BLOCK_SIZE = 8
-_COMPUTED = (Origin.OWN, Origin.MASTER, Origin.REPAIRED)
+_COMPUTED = (RowKind.OWN, RowKind.MASTER, RowKind.REPAIRED)
 
 
 def run(
@@ -28,14 +28,14 @@ def run(
     prompts = tokenize_round(one, partial(tokenizer.encode, add_special_tokens=False))
     result = {}
     for name in selections:
-        layouts = lay_out(
+        decisions = decide(
             prompts, lambda _: None, {}, parse_selection(name), Source.MASTER, _BLOCK_SIZE
         )
-        spans = [span for layout in layouts for span in layout.spans]
+        spans = [span for decision in decisions for span in decision.spans]
         result[name] = {
-            "prompt_rows": sum(layout.length for layout in layouts),
-            "computed": sum(s.end - s.begin for s in spans if s.origin in _COMPUTED),
-            "repaired": sum(s.end - s.begin for s in spans if s.origin is Origin.REPAIRED),
+            "prompt_rows": sum(decision.length for decision in decisions),
+            "computed": sum(s.end - s.begin for s in spans if s.kind in _COMPUTED),
+            "repaired": sum(s.end - s.begin for s in spans if s.kind is RowKind.REPAIRED),
         }
     return result
 

@@ -10,7 +10,7 @@ from evals.society.report import RoundReport
 __all__ = ["Figures", "figures_of", "table", "total"]
 
 Figures: TypeAlias = dict[str, float | None]
-"""Numbers by name: those of `RoundReport` and `AuditResult`; ``full_prefill_s`` is the audit's."""
+"""Numbers by name: those of `RoundReport` and `Comparison`; ``full_prefill_s`` is the audit's."""
 
 
 def figures_of(report: RoundReport) -> Figures:

@@ -8,7 +8,7 @@ from html import escape
 from evals.society import charts
 from evals.society.figures import Figures, figures_of, table, total
 from evals.society.meeting import Meeting
-from evals.society.prompt_map import ORIGINS, origins_of, prompt_map
+from evals.society.prompt_map import ROW_KINDS, kinds_of, prompt_map
 from evals.society.report import RoundReport
 from evals.society.style import STYLE
 
@@ -105,7 +105,7 @@ def _maps(reports: Sequence[RoundReport]) -> str:
         "<p>One bar is one agent's prompt, from its first row to its last. Warm colours were "
         "computed in that round, cold ones were not. A band joins the same message in "
         "neighbouring bars. Hover over a row for what stands there.</p>",
-        _legend([(f"o-{origin.value}", ORIGINS[origin]) for origin in origins_of(reports)]),
+        _legend([(f"o-{kind.value}", ROW_KINDS[kind]) for kind in kinds_of(reports)]),
     ]
     for report in reports:
         share = 100 * report.rows / report.prompt_tokens

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 from evals.society.report import Block, PromptMap, RoundReport
 from evals.society.svg import element, nice_ticks, picture, text
-from tokendance.host.decide import Origin, Span
+from tokendance.host.decide import RowKind, Span
 
-__all__ = ["ORIGINS", "prompt_map"]
+__all__ = ["ROW_KINDS", "prompt_map"]
 
-ORIGINS = {
-    Origin.OWN: "computed: the agent's own rows",
-    Origin.MASTER: "computed once, kept as a Master for everybody",
-    Origin.REPAIRED: "reused block, but these rows computed again",
-    Origin.REUSED: "reused from a Master, moved to its place here",
-    Origin.EXACT: "reused from a Master of the very same context",
-    Origin.EARLIER: "the agent's own rows of an earlier round",
+ROW_KINDS = {
+    RowKind.OWN: "computed: the agent's own rows",
+    RowKind.MASTER: "computed once, kept as a Master for everybody",
+    RowKind.REPAIRED: "reused block, but these rows computed again",
+    RowKind.REUSED: "reused from a Master, moved to its place here",
+    RowKind.EXACT: "reused from a Master of the very same context",
+    RowKind.EARLIER: "the agent's own rows of an earlier round",
 }
-"""What each origin means, computed ones first."""
+"""What each kind means, computed ones first."""
 
 WIDTH = 960.0
 _LEFT, _RIGHT, _TOP = 64.0, 16.0, 22.0
@@ -72,7 +72,7 @@ def _bar(bar: PromptMap, top: float, scale: float, is_master: bool) -> list[str]
                 y=top,
                 width=(span.end - span.begin) * scale,
                 height=_BAR,
-                class_=f"o-{span.origin.value}",
+                class_=f"o-{span.kind.value}",
                 title=_describe(bar, span),
             )
         )
@@ -130,7 +130,7 @@ def _describe(bar: PromptMap, span: Span) -> str:
     inside = [one for one in bar.blocks if one.begin < span.end and span.begin < one.end]
     lines = [
         f"{bar.agent}, rows {span.begin} to {span.end - 1} ({span.end - span.begin}): "
-        f"{ORIGINS[span.origin]}"
+        f"{ROW_KINDS[span.kind]}"
     ]
     lines += [_line(block, span) for block in inside[:6]]
     return "\n".join(lines)
@@ -138,7 +138,7 @@ def _describe(bar: PromptMap, span: Span) -> str:
 
 def _line(block: Block, span: Span) -> str:
     moved = ""
-    if block.shift and span.origin in (Origin.REUSED, Origin.REPAIRED):
+    if block.shift and span.kind in (RowKind.REUSED, RowKind.REPAIRED):
         moved = f" (Master moved by {block.shift:+d})"
     return f"{block.block_id or block.kind}{moved}: {_shortened(block.text)}"
 
@@ -148,7 +148,7 @@ def _shortened(content: str, length: int = 90) -> str:
     return flat if len(flat) <= length else flat[: length - 1] + "…"
 
 
-def origins_of(reports: Sequence[RoundReport]) -> list[Origin]:
-    """The origins that occur, in the order of `ORIGINS`."""
-    found = {span.origin for report in reports for bar in report.prompts for span in bar.spans}
-    return [origin for origin in ORIGINS if origin in found]
+def kinds_of(reports: Sequence[RoundReport]) -> list[RowKind]:
+    """The kinds that occur, in the order of `ROW_KINDS`."""
+    found = {span.kind for report in reports for bar in report.prompts for span in bar.spans}
+    return [kind for kind in ROW_KINDS if kind in found]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evals.society.audit import AuditResult
+from evals.society.recompute import Comparison
 from evals.workloads import RecordedAgent
-from tokendance.host.decide import Origin, Span
+from tokendance.host.decide import RowKind, Span
 from tokendance.host.gate import AuditReport
 from tokendance.host.plan import Plan
 
@@ -43,9 +43,9 @@ class PromptMap:
     spans: list[Span]
     blocks: list[Block]
 
-    def rows_of(self, *origins: Origin) -> int:
-        """Rows of these origins."""
-        return sum(span.end - span.begin for span in self.spans if span.origin in origins)
+    def rows_of(self, *kinds: RowKind) -> int:
+        """Rows of these kinds."""
+        return sum(span.end - span.begin for span in self.spans if span.kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RoundReport:
     messages: dict[str, str]
     prompts: list[PromptMap]
     master_agents: list[str]
-    audit: AuditResult | None
+    audit: Comparison | None
     gate: AuditReport | None = None
 
     @property
@@ -108,7 +108,7 @@ def map_prompt(
         encode: as it was given to `tokenize_round`.
         block_size: of the plan's store.
     """
-    uses = plan._live.state(recorded.name).layout.uses
+    uses = plan._live.state(recorded.name).decision.uses
     shifts = {use.delta: use.shift for use in uses}
     blocks, begin = [], 0
     for block in recorded.blocks:
@@ -124,13 +124,13 @@ def map_prompt(
 
 def _split(span: Span, overridden: set[int]) -> list[Span]:
     """A span with the rows taken out that were chosen to be recomputed while the round ran."""
-    if span.origin is not Origin.REUSED:
+    if span.kind is not RowKind.REUSED:
         return [span]
     parts: list[Span] = []
     for row in range(span.begin, span.end):
-        origin = Origin.REPAIRED if row in overridden else Origin.REUSED
-        if parts and parts[-1].origin is origin:
-            parts[-1] = Span(parts[-1].begin, row + 1, origin)
+        kind = RowKind.REPAIRED if row in overridden else RowKind.REUSED
+        if parts and parts[-1].kind is kind:
+            parts[-1] = Span(parts[-1].begin, row + 1, kind)
         else:
-            parts.append(Span(row, row + 1, origin))
+            parts.append(Span(row, row + 1, kind))
     return parts

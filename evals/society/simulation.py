@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from evals.society.audit import Audit
 from evals.society.meeting import REQUESTS, Meeting
 from evals.society.options import Options
+from evals.society.recompute import Recompute
 from evals.society.report import RoundReport, map_prompt
 from evals.society.speech import Speech
 from evals.workloads import tokenize_round
 from tokendance.collector import KVCollector
-from tokendance.host.decide import Origin
+from tokendance.host.decide import RowKind
 from tokendance.host.plan import Plan
 from tokendance.host.segments import Segment
 from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of
@@ -59,7 +59,7 @@ class Society:
         self._engine = TransformersEngine(
             model, self._collector(self._empty_store(self.options.capacity))
         )
-        self._audit = Audit(model) if audit else None
+        self._audit = Recompute(model) if audit else None
         self._last_prompts: dict[str, list[Segment]] = {}
         self._check_positions()
 
@@ -117,7 +117,7 @@ class Society:
             prompt_tokens=plan.rows,
             distinct_tokens=sum(distinct.values()),
             rows=plan.rows_computed,
-            rows_overridden=sum(prompt.rows_of(Origin.REPAIRED) for prompt in maps),
+            rows_overridden=sum(prompt.rows_of(RowKind.REPAIRED) for prompt in maps),
             plan_s=planned - began,
             prefill_s=prefilled - planned,
             decode_s=decoded - prefilled,

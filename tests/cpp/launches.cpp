@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "planner/layout.h"
+#include "planner/decide.h"
 #include "planner/work_list.h"
 #include "tokendance/launch.h"
 
@@ -270,9 +270,9 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   attention.num_kv_heads = kHeads;
   attention.head_dim = head_dim;
   attention.window = window;
-  attention.scale = 0.1f;
+  attention.softmax_scale = 0.1f;
   attention.soft_cap = 20.f;
-  attention.rotary_scale = 1.f;
+  attention.attention_factor = 1.f;
   attention.rope = rope;
   attention.dtype = plain;
   attention.pool_dtype = dtype;
@@ -311,7 +311,7 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   rotate.destinations = 2;
   rotate.num_heads = kHeads;
   rotate.head_dim = head_dim;
-  rotate.scale = 1.f;
+  rotate.attention_factor = 1.f;
   rotate.rope = rope;
   rotate.dtype = rotate.out_dtype = dtype;
   cpu_rope_rotate(rotate, threaded);
@@ -372,7 +372,7 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   key_deviation.num_agents = 2;
   key_deviation.num_heads = kHeads;
   key_deviation.head_dim = head_dim;
-  key_deviation.scale = 1.f;
+  key_deviation.attention_factor = 1.f;
   key_deviation.rope = rope;
   key_deviation.dtype = dtype;
   cpu_key_deviation(key_deviation, threaded);

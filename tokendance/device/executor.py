@@ -331,7 +331,7 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             rope.sin,
             rope.interleaved,
             round_,
-            scores.scale,
+            scores.softmax_scale,
             scores.window,
             scores.soft_cap,
             scores.sinks,
@@ -364,17 +364,17 @@ class Scores:
     def __init__(
         self,
         executor: Executor,
-        scale: float | None,
+        softmax_scale: float | None,
         window: int,
         soft_cap: float,
         sinks: Array | None,
     ) -> None:
         geometry, device = executor.geometry, executor.device
-        self.scale = geometry.head_dim**-0.5 if scale is None else scale
+        self.softmax_scale = geometry.head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.window = window
         self.soft_cap = soft_cap
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {scale}")
+        if not math.isfinite(self.softmax_scale):
+            raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
         if not isinstance(window, int | np.integer) or not 0 <= window <= _MAX_WINDOW:
             raise ValueError(f"window: expected an int in 0 .. {_MAX_WINDOW}, got {window}")
         if not (math.isfinite(soft_cap) and soft_cap >= 0):
@@ -484,7 +484,7 @@ class Run:
         k: Array,
         v: Array,
         *,
-        scale: float | None = None,
+        softmax_scale: float | None = None,
         window: int = 0,
         soft_cap: float = 0.0,
         sinks: Array | None = None,
@@ -495,7 +495,7 @@ class Run:
             layer: 0, 1, ... in order.
             q: ``[R, Hq, D]`` (or ``[R, Hq * D]``) queries before RoPE.
             k, v: ``[R, Hk, D]`` (or ``[R, Hk * D]``) keys before RoPE, and values.
-            scale: of the scores; default ``D ** -0.5``.
+            softmax_scale: of the scores; default ``D ** -0.5``.
             window: a row sees keys fewer than this many positions back; 0 = all.
             soft_cap: scores become ``cap * tanh(score / cap)``; 0 = none.
             sinks: fp32 ``[Hq]`` sink logits.
@@ -517,7 +517,7 @@ class Run:
         queries = executor.checked("q", q, self.num_rows, geometry.num_q_heads)
         keys = executor.checked("k", k, self.num_rows, geometry.num_kv_heads)
         values = executor.checked("v", v, self.num_rows, geometry.num_kv_heads)
-        scores = Scores(executor, scale, window, soft_cap, sinks)
+        scores = Scores(executor, softmax_scale, window, soft_cap, sinks)
         round_ = self._round(window)
         if self._record.choices:
             queries, keys, values = self._drop(layer, queries, keys, values)

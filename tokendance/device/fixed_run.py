@@ -118,7 +118,7 @@ class FixedRun:
         k: Array,
         v: Array,
         *,
-        scale: float | None = None,
+        softmax_scale: float | None = None,
         window: int = 0,
         soft_cap: float = 0.0,
         sinks: Array | None = None,
@@ -140,7 +140,7 @@ class FixedRun:
         queries = executor.checked("q", q, rows, geometry.num_q_heads)
         keys = executor.checked("k", k, rows, geometry.num_kv_heads)
         values = executor.checked("v", v, rows, geometry.num_kv_heads)
-        scores = Scores(executor, scale, window, soft_cap, sinks)
+        scores = Scores(executor, softmax_scale, window, soft_cap, sinks)
         if window not in self._rounds:
             raise ValueError(f"window: expected one of {sorted(self._rounds)}, got {window}")
         executor.write(layer, keys, values, self._slots, self.positions)

@@ -122,7 +122,7 @@ def rope_rotate(
     cos: Array,
     sin: Array,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Moves row ``row_in[i]`` of ``x`` from ``position_from[i]`` to ``position_to[i]``.
 
@@ -134,7 +134,7 @@ def rope_rotate(
         row_in: int64 ``[n]``; None for all rows in order.
         position_from: int32 ``[n]``; None for 0, that is a fresh key, not rotated yet.
         position_to: int32 ``[n]``, less than ``max_position`` away; None copies the rows.
-        scale: multiplies the rotary dims after the rotation (YaRN's attention factor).
+        attention_factor: multiplies the rotary dims after the rotation (YaRN's attention factor).
 
     Returns:
         ``[n, heads, D]``, contiguous, of the dtype of ``x``.
@@ -142,7 +142,15 @@ def rope_rotate(
     return cast(
         Tensor,
         _call(
-            _ops.rope_rotate, x, row_in, position_from, position_to, cos, sin, interleaved, scale
+            _ops.rope_rotate,
+            x,
+            row_in,
+            position_from,
+            position_to,
+            cos,
+            sin,
+            interleaved,
+            attention_factor,
         ),
     )
 
@@ -156,7 +164,7 @@ def rope_rotate_out(
     cos: Array,
     sin: Array,
     interleaved: bool,
-    scale: float,
+    attention_factor: float,
     out: Array,
     x_scale: Array | None = None,
     out_scale: Array | None = None,
@@ -164,7 +172,7 @@ def rope_rotate_out(
     """:func:`rope_rotate` into the rows ``row_out`` of ``out``, one or several per row of ``x``.
 
     With a quantized ``out`` it quantizes fresh rows, with a quantized ``x`` it reads rows out:
-    ``x`` times ``x_scale`` is rotated, times ``scale``, over ``out_scale``, and rounded once.
+    ``x`` times ``x_scale`` is rotated, times ``attention_factor``, over ``out_scale``, and rounded once.
 
     Args:
         row_out: int64 ``[n]`` or ``[n, destinations]``, distinct, -1 to skip; None for
@@ -185,7 +193,7 @@ def rope_rotate_out(
         cos,
         sin,
         interleaved,
-        scale,
+        attention_factor,
         as_output(out),
         x_scale,
         out_scale,
@@ -200,7 +208,7 @@ def rope_rotate_(
     cos: Array,
     sin: Array,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> None:
     """:func:`rope_rotate` in place.
 
@@ -217,7 +225,7 @@ def rope_rotate_(
         cos,
         sin,
         interleaved,
-        scale,
+        attention_factor,
     )
 
 
@@ -231,7 +239,7 @@ def key_deviation(
     cos: Array,
     sin: Array,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Squared distance between the fresh and the cached key of each token (CacheBlend, 2405.16444).
 
@@ -246,7 +254,7 @@ def key_deviation(
         cached: row tensor of cached keys, rotated.
         cached_row: int64 ``[tokens]``.
         cached_position: int32 ``[tokens]``.
-        scale: multiplies the rotary dims of the moved fresh keys (YaRN's attention factor).
+        attention_factor: multiplies the rotary dims of the moved fresh keys (YaRN's attention factor).
 
     Returns:
         fp32 ``[tokens]``, summed over agents, heads and dims.
@@ -264,7 +272,7 @@ def key_deviation(
             cos,
             sin,
             interleaved,
-            scale,
+            attention_factor,
         ),
     )
 
@@ -279,7 +287,7 @@ def key_deviation_out(
     cos: Array,
     sin: Array,
     interleaved: bool,
-    scale: float,
+    attention_factor: float,
     out: Array,
 ) -> None:
     """:func:`key_deviation` into ``out``: fp32 contiguous ``[tokens]``, mutated."""
@@ -294,7 +302,7 @@ def key_deviation_out(
         cos,
         sin,
         interleaved,
-        scale,
+        attention_factor,
         as_output(out),
     )
 
@@ -415,11 +423,11 @@ def collective_attention(
     sin: Array,
     interleaved: bool,
     round: RoundTensors,
-    scale: float,
+    softmax_scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: Array | None = None,
-    rotary_scale: float = 1.0,
+    attention_factor: float = 1.0,
     k_scale: Array | None = None,
     v_scale: Array | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -433,11 +441,11 @@ def collective_attention(
         k_pool, v_pool: ``[num_pages, block_size, Hk, D]``, ``Hq`` a multiple of ``Hk``; they may be
             quantized.
         round: query rows, uses, Masters, own rows and the work list.
-        scale: of the scores.
+        softmax_scale: of the scores.
         window: a row sees keys fewer than ``window`` positions back; 0 for all.
         soft_cap: ``soft_cap * tanh(score / soft_cap)`` after scaling; 0 for none.
         sinks: fp32 ``[Hq]`` logits that enter the denominator of the output and not ``lse``.
-        rotary_scale: multiplies the rotary dims of the queries (YaRN's attention factor).
+        attention_factor: multiplies the rotary dims of the queries (YaRN's attention factor).
         k_scale, v_scale: fp32 ``[Hk]`` of quantized pools. Elements are widened exactly; scores and
             outputs are multiplied.
 
@@ -457,11 +465,11 @@ def collective_attention(
             interleaved,
             round.buffer,
             round.extents.as_list(),
-            scale,
+            softmax_scale,
             window,
             soft_cap,
             sinks,
-            rotary_scale,
+            attention_factor,
             k_scale,
             v_scale,
         ),
@@ -476,11 +484,11 @@ def collective_attention_out(
     sin: Array,
     interleaved: bool,
     round: RoundTensors,
-    scale: float,
+    softmax_scale: float,
     window: int,
     soft_cap: float,
     sinks: Array | None,
-    rotary_scale: float,
+    attention_factor: float,
     workspace: Array,
     out: Array,
     lse: Array,
@@ -504,11 +512,11 @@ def collective_attention_out(
         interleaved,
         round.buffer,
         round.extents.as_list(),
-        scale,
+        softmax_scale,
         window,
         soft_cap,
         sinks,
-        rotary_scale,
+        attention_factor,
         as_output(workspace),
         as_output(out),
         as_output(lse),
@@ -553,7 +561,7 @@ def _fake_rope_rotate(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     # numel() of a part of a shape is an int: all rows of a compiled graph would be as many.
     rows = math.prod(x.shape[:-2]) if row_in is None else row_in.shape[0]
@@ -570,7 +578,7 @@ def _fake_key_deviation(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     return fresh.new_empty((cached_row.shape[0],), dtype=torch.float32)
 
@@ -584,11 +592,11 @@ def _fake_collective_attention(
     interleaved: bool,
     round: Tensor,
     extents: Sequence[int],
-    scale: float,
+    softmax_scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
-    rotary_scale: float = 1.0,
+    attention_factor: float = 1.0,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendance.host.decide import AgentLayout
+from tokendance.host.decide import AgentDecision
 from tokendance.host.mirror import (
     Master,
     Mirror,
@@ -41,7 +41,7 @@ class AgentState(Mirror):
     Attributes:
         agent: its name; None for what is computed for no agent: a segment without context, or the
             Masters of an agent that was aborted.
-        layout: what was decided for the agent.
+        decision: what was decided for the agent.
         serial: a number that grows with every state: rows never see rows of a later one.
         pending: int32, positions that are still to be computed, ascending.
         made: uses of Masters that this state computes or has computed.
@@ -55,38 +55,38 @@ class AgentState(Mirror):
 
     def __init__(
         self,
-        layout: AgentLayout,
+        decision: AgentDecision,
         own_pages: Pages,
         carried: IntArray,
         block_size: int,
         serials: count[int],
     ) -> None:
         super().__init__(
-            layout.segments,
-            layout.length,
-            layout.uses,
+            decision.segments,
+            decision.length,
+            decision.uses,
             own_pages,
-            np.concatenate([carried, layout.own]),
-            layout.exact_length,
+            np.concatenate([carried, decision.own]),
+            decision.exact_length,
         )
-        self.agent = layout.agent
-        self.layout = layout
+        self.agent = decision.agent
+        self.decision = decision
         self.serial = next(serials)
-        self.pending: IntArray = layout.own
-        self.made = list(layout.made)
-        if layout.made:
-            computed = np.zeros(layout.length, dtype=bool)
-            computed[layout.own] = True
-            for use in layout.made:
+        self.pending: IntArray = decision.own
+        self.made = list(decision.made)
+        if decision.made:
+            computed = np.zeros(decision.length, dtype=bool)
+            computed[decision.own] = True
+            for use in decision.made:
                 computed[use.delta : use.delta + use.length] = True
             self.pending = np.flatnonzero(computed).astype(np.int32)
-        made = {use.master.serial for use in layout.made}
+        made = {use.master.serial for use in decision.made}
         self.awaited = [
-            layout.uses[i]
-            for i, master in enumerate(layout.uses.masters)
+            decision.uses[i]
+            for i, master in enumerate(decision.uses.masters)
             if not master.is_computed and master.serial not in made
         ]
-        self.candidates = list(layout.candidates)
+        self.candidates = list(decision.candidates)
         self.output: Master | None = None
         self.output_ids: list[int] = []
         self.busy = False
@@ -113,7 +113,7 @@ class AgentState(Mirror):
             index = np.minimum(index, len(self.own_position) - 1)
             own = self.own_position[index] == positions
             slots[own] = slots_at(self.own_pages, index[own], self._block_size)
-        prompt = positions < self.layout.length
+        prompt = positions < self.decision.length
         written = list(self.made) if prompt.any() else []
         if self.output is not None and not prompt.all():
             written.append(self.uses[-1])
@@ -218,7 +218,7 @@ class AgentState(Mirror):
         if self.output is None:
             exact = self.exact_length == self.length
             seen = frozenset(one.digest for one in self.segments if one.is_shared)
-            origin, context = self.length, self.layout.context
+            origin, context = self.length, self.decision.context
             made = self.output = Master(b"", 0, origin, context, exact, seen)
         self.output.pages = np.concatenate([self.output.pages, pages])
         self.output_ids += token_ids
@@ -233,7 +233,7 @@ class AgentState(Mirror):
         """
         if self.output is None:
             return no_pages(), None
-        kept = length - self.layout.length
+        kept = length - self.decision.length
         needed = pages_for(kept, self._block_size)
         pages = self.output.pages[needed:]
         self.output.pages = self.output.pages[:needed]
@@ -241,7 +241,7 @@ class AgentState(Mirror):
         self._set_output_length()
         if kept:
             return pages, None
-        self.uses = self.layout.uses
+        self.uses = self.decision.uses
         gone, self.output = self.output, None
         return pages, gone
 
@@ -249,15 +249,15 @@ class AgentState(Mirror):
         assert self.output is not None
         length = len(self.output_ids)
         self.output.length = self.output.computed = length
-        self.length = self.layout.length + length
-        use = Use(self.output, self.layout.length, length, empty_masks(length, self._block_size))
-        self.uses = self.layout.uses.followed_by(Uses.of([use], self._block_size))
+        self.length = self.decision.length + length
+        use = Use(self.output, self.decision.length, length, empty_masks(length, self._block_size))
+        self.uses = self.decision.uses.followed_by(Uses.of([use], self._block_size))
         if self.output.exact:
             self.exact_length = self.length
 
     def recompute_output(self) -> None:
         """The output's rows are computed again, behind the prompt's."""
-        rows = np.arange(self.layout.length, self.length, dtype=np.int32)
+        rows = np.arange(self.decision.length, self.length, dtype=np.int32)
         self.pending = np.union1d(self.pending, rows).astype(np.int32)
 
     # Pages ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The result for each agent is a list of spans that tile its prompt. Nothing here touches a device or
 changes a store; `KVCollector.plan` leases pages for what this decides. The loops over places and
-rows are C++ (csrc/planner/layout.cpp): here prompts become numbers, and numbers layouts.
+rows are C++ (csrc/planner/decide.cpp): here prompts become numbers, and numbers decisions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def source_of(source: Sources, segment: Segment) -> Source:
         raise ValueError(f"source: expected one of {known}, got {name!r} of {segment}") from None
 
 
-class Origin(Enum):
+class RowKind(Enum):
     """Where rows of a prompt come from."""
 
     EARLIER = "earlier"  # the agent's own KV of an earlier round, at the same positions
@@ -83,7 +83,7 @@ class OptedOut:
 
 _MAX_LENGTH = np.iinfo(np.int32).max  # positions are int32
 
-ORIGINS = tuple(Origin)
+ROW_KINDS = tuple(RowKind)
 """By the numbers that the planner has for them."""
 
 
@@ -92,11 +92,11 @@ class Span(NamedTuple):
 
     begin: int
     end: int
-    origin: Origin
+    kind: RowKind
 
 
 @dataclass(eq=False)
-class AgentLayout:
+class AgentDecision:
     """What one agent reuses and computes.
 
     Attributes:
@@ -108,8 +108,8 @@ class AgentLayout:
         made: uses among ``uses`` whose Master this agent computes.
         candidates: uses whose rows `KeyDeviation` chooses while the round runs.
         own: int32, positions that the agent computes and keeps, ascending.
-        ends, origins: of the spans that tile the prompt: where each ends, int32, and the number in
-            `ORIGINS` of where its rows come from, uint8.
+        ends, kinds: of the spans that tile the prompt: where each ends, int32, and the number in
+            `ROW_KINDS` of where its rows come from, uint8.
         exact_length: rows before the first inexact one.
         logit_rows: how many of the last rows the engine wants logits of.
     """
@@ -124,15 +124,15 @@ class AgentLayout:
     candidates: list[Use]
     own: IntArray
     ends: IntArray
-    origins: NDArray[np.uint8]
+    kinds: NDArray[np.uint8]
     exact_length: int
     logit_rows: int = 1
 
     @property
     def spans(self) -> list[Span]:
         ends = self.ends.tolist()
-        origins = [ORIGINS[number] for number in self.origins]
-        return [Span(*span) for span in zip([0, *ends], ends, origins, strict=False)]
+        kinds = [ROW_KINDS[number] for number in self.kinds]
+        return [Span(*span) for span in zip([0, *ends], ends, kinds, strict=False)]
 
     @cached_property
     def context(self) -> bytes:
@@ -143,7 +143,7 @@ class AgentLayout:
         return context
 
 
-def lay_out(
+def decide(
     prompts: Mapping[str, Sequence[Segment]],
     find: Find,
     mirrors: Mapping[str, Mirror],
@@ -152,8 +152,8 @@ def lay_out(
     block_size: int,
     max_length: int = _MAX_LENGTH,
     opted_out: OptedOut = OptedOut(),
-) -> list[AgentLayout]:
-    """Decides a round. The layouts come in the order in which they must be computed.
+) -> list[AgentDecision]:
+    """Decides a round. The decisions come in the order in which they must be computed.
 
     Args:
         prompts: the segments of every agent's prompt. Empty segments do not count.
@@ -183,7 +183,7 @@ def lay_out(
         for a, agent in enumerate(prompts)
     ]
     prefix = np.array([rows for _, rows in earlier], dtype=np.int32)
-    round_ = _planner.RoundLayout(
+    round_ = _planner.RoundDecision(
         numbers.indptr, numbers.segment, numbers.is_shared, numbers.length, prefix
     )
     masters = _match(round_, numbers, find, earlier, selection, source, block_size, opted_out)
@@ -193,7 +193,7 @@ def lay_out(
         starts = np.flatnonzero(unseen >= 0)
         prompt = np.repeat(numbers.lengths, np.diff(numbers.indptr))
         repaired[starts] = selection.rows_of(unseen[starts], prompt[starts])
-    return _layouts(numbers, masters, earlier, round_, repaired, selection, block_size)
+    return _decisions(numbers, masters, earlier, round_, repaired, selection, block_size)
 
 
 _Earlier = tuple[Mirror | None, int]
@@ -201,7 +201,7 @@ _Earlier = tuple[Mirror | None, int]
 
 
 def _match(
-    round_: _planner.RoundLayout,
+    round_: _planner.RoundDecision,
     numbers: _Numbers,
     find: Find,
     earlier: Sequence[_Earlier],
@@ -253,19 +253,19 @@ def _match(
     return masters
 
 
-def _layouts(
+def _decisions(
     numbers: _Numbers,
     masters: Sequence[Master],
     earlier: Sequence[_Earlier],
-    round_: _planner.RoundLayout,
+    round_: _planner.RoundDecision,
     repaired: IntArray,
     selection: Selection,
     block_size: int,
-) -> list[AgentLayout]:
-    """The layouts in the order in which they must be computed."""
+) -> list[AgentDecision]:
+    """The decisions in the order in which they must be computed."""
     made = round_.made
-    layouts = [
-        _layout_alone(master, numbers.segments[segment], block_size)
+    decisions = [
+        _decided_alone(master, numbers.segments[segment], block_size)
         for master, (agent, segment, *_) in zip(
             masters[len(masters) - len(made) :], made, strict=True
         )
@@ -296,13 +296,13 @@ def _layouts(
         made_uses: list[Use] = []
         candidates: list[Use] = []
         if a in makers or chooses:
-            for i, number in enumerate(tiles["use_origin"][use].tolist(), carried):
-                if ORIGINS[number] is Origin.MASTER:
+            for i, number in enumerate(tiles["use_kind"][use].tolist(), carried):
+                if ROW_KINDS[number] is RowKind.MASTER:
                     made_uses.append(uses[i])
-                elif ORIGINS[number] is Origin.REUSED and chooses:
+                elif ROW_KINDS[number] is RowKind.REUSED and chooses:
                     candidates.append(uses[i])
-        layouts.append(
-            AgentLayout(
+        decisions.append(
+            AgentDecision(
                 numbers.agents[a],
                 numbers.prompts[a],
                 int(numbers.lengths[a]),
@@ -313,23 +313,23 @@ def _layouts(
                 candidates,
                 tiles["own"][own].copy(),
                 tiles["span_end"][span].copy(),
-                tiles["span_origin"][span].copy(),
+                tiles["span_kind"][span].copy(),
                 exact_length[a],
             )
         )
-    return layouts
+    return decisions
 
 
 def _of(indptr: IntArray, index: int) -> slice:
     return slice(int(indptr[index]), int(indptr[index + 1]))
 
 
-def _layout_alone(master: Master, segment: Segment, block_size: int) -> AgentLayout:
+def _decided_alone(master: Master, segment: Segment, block_size: int) -> AgentDecision:
     """Of a segment that is computed without a context, for no agent."""
     length = master.length
     masks = np.zeros(pages_for(length, block_size), dtype=np.uint32)
     uses = Uses.of([Use(master, 0, length, masks)], block_size)
-    return AgentLayout(
+    return AgentDecision(
         None,
         (segment,),
         length,
@@ -340,7 +340,7 @@ def _layout_alone(master: Master, segment: Segment, block_size: int) -> AgentLay
         [],
         np.empty(0, dtype=np.int32),
         np.array([length], dtype=np.int32),
-        np.array([ORIGINS.index(Origin.MASTER)], dtype=np.uint8),
+        np.array([ROW_KINDS.index(RowKind.MASTER)], dtype=np.uint8),
         length,
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokendance.host.agent import AgentState, Phase
-from tokendance.host.decide import AgentLayout, OptedOut, Source, Sources, Span
+from tokendance.host.decide import AgentDecision, OptedOut, Source, Sources, Span
 from tokendance.host.mirror import no_pages
 from tokendance.host.record import AppendRecord, RestoreRecord
 from tokendance.host.round import IntArray
@@ -66,7 +66,7 @@ class LivePlan:
         policy: of its agents.
         is_probe: it changes nothing that others see: no Master of it is ever found.
         agents: all names, in the order in which they were given, as a dict's keys.
-        layouts: by name, what was decided.
+        decisions: by name, what was decided.
         states: what is or was computed, in the order of computing.
         by_name: the states of agents that have not ended.
         waiting: prompts that have no pages yet, in the order in which they came.
@@ -78,7 +78,7 @@ class LivePlan:
     policy: Policy
     is_probe: bool = False
     agents: dict[str, None] = field(default_factory=dict)
-    layouts: dict[str, AgentLayout] = field(default_factory=dict)
+    decisions: dict[str, AgentDecision] = field(default_factory=dict)
     states: list[AgentState] = field(default_factory=list)
     by_name: dict[str, AgentState] = field(default_factory=dict)
     waiting: list[dict[str, tuple[Segment, ...]]] = field(default_factory=list)
@@ -323,16 +323,16 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
             ValueError: an agent that waits for pages, or ended without ever having them.
         """
         phase = self._live.phase(agent)
-        if agent not in self._live.layouts:
+        if agent not in self._live.decisions:
             raise ValueError(
                 f"agent: expected one that has had pages, got {agent!r} ({phase.value})"
             )
-        return list(self._live.layouts[agent].spans)
+        return list(self._live.decisions[agent].spans)
 
     @property
     def rows(self) -> int:
         """Rows of all prompts that have been decided."""
-        return sum(layout.length for layout in self._live.layouts.values())
+        return sum(decision.length for decision in self._live.decisions.values())
 
     @property
     def rows_computed(self) -> float:
@@ -369,11 +369,11 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     @property
     def master_agents(self) -> list[str]:
         """Agents that compute a Master which another agent reuses."""
-        layouts: Sequence[AgentLayout] = list(self._live.layouts.values())
-        made = {use.master.serial: one.agent for one in layouts for use in one.made}
+        decisions: Sequence[AgentDecision] = list(self._live.decisions.values())
+        made = {use.master.serial: one.agent for one in decisions for use in one.made}
         reused = {
             made[master.serial]
-            for one in layouts
+            for one in decisions
             for master in one.uses.masters
             if master.serial in made and made[master.serial] != one.agent
         }

@@ -231,7 +231,7 @@ def _first_wanted(part: StepPart) -> int:
         return int(np.iinfo(np.int32).max)
     if part.state.output is not None:  # computed again; only the last row's are of any use
         return part.state.length - 1
-    return part.state.layout.length - part.state.layout.logit_rows
+    return part.state.decision.length - part.state.decision.logit_rows
 
 
 def _choices(parts: Sequence[StepPart], block_size: int) -> list[tuple[LivePlan, int, Choice]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
-from tokendance.host.decide import AgentLayout, Find, Source, lay_out, source_of
+from tokendance.host.decide import AgentDecision, Find, Source, decide, source_of
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
@@ -106,10 +106,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.add(live, prompts, wait)
         return Plan(self, live)
 
-    def probe(self, layouts: Sequence[AgentLayout], agents: Sequence[str], policy: Policy) -> Plan:
-        """A plan of given layouts that changes nothing that others see."""
+    def probe(
+        self, decisions: Sequence[AgentDecision], agents: Sequence[str], policy: Policy
+    ) -> Plan:
+        """A plan of given decisions that changes nothing that others see."""
         live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
-        self._lease(live, layouts)
+        self._lease(live, decisions)
         return Plan(self, live)
 
     def add(
@@ -151,14 +153,14 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     def _check_possible(self, policy: Policy, prompts: Prompts) -> None:
         """Raises ``OutOfPagesError`` for prompts that would not fit into a pool without anything
         else in it, neither beside what they reuse now nor with nothing to reuse."""
-        layouts = self._decide(prompts, policy)
+        decisions = self._decide(prompts, policy)
         block = self.profile.block_size
-        reused = [master.pages for layout in layouts for master in layout.uses.masters]
-        for layout in layouts:
-            if layout.earlier is not None:
-                reused.append(layout.earlier.own_pages[: len(_carried(layout)) // block])
+        reused = [master.pages for decision in decisions for master in decision.uses.masters]
+        for decision in decisions:
+            if decision.earlier is not None:
+                reused.append(decision.earlier.own_pages[: len(_carried(decision)) // block])
         beside = len(np.unique(np.concatenate([no_pages(), *reused])))
-        needed = self._pages_of(layouts, policy) + beside
+        needed = self._pages_of(decisions, policy) + beside
         if needed > self.books.num_pages:
             alone = self._decide(prompts, policy, lambda _: None, {})
             needed = min(needed, self._pages_of(alone, policy))
@@ -191,8 +193,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         policy: Policy,
         find: Find | None = None,
         mirrors: Mapping[str, Mirror] | None = None,
-    ) -> list[AgentLayout]:
-        return lay_out(
+    ) -> list[AgentDecision]:
+        return decide(
             prompts,
             find or self.find,
             self.books.mirrors if mirrors is None else mirrors,
@@ -242,10 +244,10 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def _pages_to_lease(self, prompts: Prompts, policy: Policy, more: int = 0) -> int:
         """What `_lease_prompts` needs, with so many more pages."""
-        layouts = self._decide(prompts, policy)
-        held = [master for layout in layouts for master in layout.uses.masters]
+        decisions = self._decide(prompts, policy)
+        held = [master for decision in decisions for master in decision.uses.masters]
         idle = self.books.idle_pages_of(held)
-        needed = self._pages_of(layouts, policy) + idle + more
+        needed = self._pages_of(decisions, policy) + idle + more
         if idle and needed > self.books.free_pages + self.books.evictable_pages:
             without = self._decide(prompts, policy, self._find_held)
             needed = min(needed, self._pages_of(without, policy) + more)
@@ -255,39 +257,39 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self, live: LivePlan, prompts: Prompts, more: int = 0
     ) -> tuple[list[AgentState], Pages]:
         """Decides and leases, with so many more pages; see `pages_needed`."""
-        layouts = self._decide(prompts, live.policy)
+        decisions = self._decide(prompts, live.policy)
         try:
-            return self._lease(live, layouts, more)
+            return self._lease(live, decisions, more)
         except OutOfPagesError:
-            held = [master for layout in layouts for master in layout.uses.masters]
+            held = [master for decision in decisions for master in decision.uses.masters]
             if not self.books.idle_pages_of(held):
                 raise
         return self._lease(live, self._decide(prompts, live.policy, self._find_held), more)
 
-    def _pages_of(self, layouts: Sequence[AgentLayout], policy: Policy) -> int:
-        """Fresh pages of layouts."""
-        return sum(self._needs(layouts, policy))
+    def _pages_of(self, decisions: Sequence[AgentDecision], policy: Policy) -> int:
+        """Fresh pages of decisions."""
+        return sum(self._needs(decisions, policy))
 
-    def _needs(self, layouts: Sequence[AgentLayout], policy: Policy) -> list[int]:
-        """Fresh pages of each Master that is made, then of each layout's own rows."""
+    def _needs(self, decisions: Sequence[AgentDecision], policy: Policy) -> list[int]:
+        """Fresh pages of each Master that is made, then of each decision's own rows."""
         block = self.profile.block_size
-        needs = [pages_for(use.length, block) for layout in layouts for use in layout.made]
-        for layout in layouts:
-            mine = len(_carried(layout))
+        needs = [pages_for(use.length, block) for decision in decisions for use in decision.made]
+        for decision in decisions:
+            mine = len(_carried(decision))
             more = 0
             if isinstance(policy.selection, KeyDeviation):
-                more = sum(policy.selection.rows_of(use.length) for use in layout.candidates)
-            needs.append(pages_for(mine + len(layout.own) + more, block) - mine // block)
+                more = sum(policy.selection.rows_of(use.length) for use in decision.candidates)
+            needs.append(pages_for(mine + len(decision.own) + more, block) - mine // block)
         return needs
 
     def _lease(
-        self, live: LivePlan, layouts: Sequence[AgentLayout], more: int = 0
+        self, live: LivePlan, decisions: Sequence[AgentDecision], more: int = 0
     ) -> tuple[list[AgentState], Pages]:
         """Takes all pages of prompts, and so many more, or none; makes the agents' states."""
         block = self.profile.block_size
-        held = [master for layout in layouts for master in layout.uses.masters]
+        held = [master for decision in decisions for master in decision.uses.masters]
         self.books.hold(held)
-        needs = self._needs(layouts, live.policy)
+        needs = self._needs(decisions, live.policy)
         try:
             pages = self.books.take_pages(sum(needs) + more)
         except BaseException:
@@ -295,20 +297,20 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             raise
         pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         parts = [pages[begin:end].copy() for begin, end in pairwise(accumulate(needs, initial=0))]
-        made = [use.master for layout in layouts for use in layout.made]
+        made = [use.master for decision in decisions for use in decision.made]
         for master, mine in zip(made, parts, strict=False):
             master.pages = mine
         states = []
-        for layout, fresh in zip(layouts, parts[len(made) :], strict=True):
-            carried = _carried(layout)
+        for decision, fresh in zip(decisions, parts[len(made) :], strict=True):
+            carried = _carried(decision)
             full = len(carried) // block
-            kept = layout.earlier.own_pages[:full] if layout.earlier else no_pages()
+            kept = decision.earlier.own_pages[:full] if decision.earlier else no_pages()
             self.books.share_pages(kept)
             own_pages = np.concatenate([kept, fresh])
-            state = AgentState(layout, own_pages, carried, block, self._serials)
+            state = AgentState(decision, own_pages, carried, block, self._serials)
             states.append(state)
         try:
-            self._copy_carried_rows(layouts, states)
+            self._copy_carried_rows(decisions, states)
         except BaseException:
             for state in states:
                 self.books.drop_pages(state.own_pages)
@@ -324,7 +326,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self._plans[state.serial] = live
         if state.agent is not None:
             live.by_name[state.agent] = state
-            live.layouts[state.agent] = state.layout
+            live.decisions[state.agent] = state.decision
         for use in state.made:
             self._makers[use.master.serial] = state
         if not live.is_probe:
@@ -335,17 +337,17 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 self.books.announce(use.master)
 
     def _copy_carried_rows(
-        self, layouts: Sequence[AgentLayout], states: Sequence[AgentState]
+        self, decisions: Sequence[AgentDecision], states: Sequence[AgentState]
     ) -> None:
         """Own rows of an earlier round that share a page with new ones get a page of their own."""
         block = self.profile.block_size
         moves = []
-        for layout, state in zip(layouts, states, strict=True):
-            rows = len(_carried(layout))
-            if layout.earlier is None or rows % block == 0:
+        for decision, state in zip(decisions, states, strict=True):
+            rows = len(_carried(decision))
+            if decision.earlier is None or rows % block == 0:
                 continue
             begin = rows - rows % block
-            sources = slots_of(layout.earlier.own_pages, rows, block)[begin:]
+            sources = slots_of(decision.earlier.own_pages, rows, block)[begin:]
             targets = slots_of(state.own_pages, rows, block)[begin:]
             moves.append(np.stack([sources, targets], axis=1))
         if moves:
@@ -640,9 +642,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     def truncate(self, live: LivePlan, agent: str, length: int) -> None:
         self.collect()
         state = self._idle(live, agent)
-        if not state.layout.length <= length <= state.length:
+        if not state.decision.length <= length <= state.length:
             raise ValueError(
-                f"length: expected {state.layout.length}..{state.length}, got {length}"
+                f"length: expected {state.decision.length}..{state.length}, got {length}"
             )
         self.shorten(state, length)
         state.pending = state.pending[state.pending < length]
@@ -830,7 +832,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             live.suspended[name] = Suspended(state.segments, list(state.output_ids))
             self._forget_host_pages(state)
             if state.output is not None:
-                self.shorten(state, state.layout.length)
+                self.shorten(state, state.decision.length)
             self._give_up(live, state)
             if state.ended:
                 live.states.remove(state)
@@ -930,12 +932,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         return self._pages_to_lease({agent: given.segments}, live.policy, more)
 
 
-def _carried(layout: AgentLayout) -> IntArray:
+def _carried(decision: AgentDecision) -> IntArray:
     """Positions of the own rows that are taken over from the agent's earlier KV."""
-    if layout.earlier is None:
+    if decision.earlier is None:
         return np.empty(0, dtype=np.int32)
-    position = layout.earlier.own_position
-    return position[: int(np.searchsorted(position, layout.prefix))]
+    position = decision.earlier.own_position
+    return position[: int(np.searchsorted(position, decision.prefix))]
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:

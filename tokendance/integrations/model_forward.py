@@ -96,7 +96,7 @@ def _attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        scale=scaling,
+        softmax_scale=scaling,
         window=sliding_window or 0,
         soft_cap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),

@@ -119,7 +119,12 @@ def _angles(cos: Tensor, sin: Tensor, position: Tensor) -> tuple[Tensor, Tensor]
 
 
 def exact_rotation(
-    x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, scale: float = 1.0
+    x: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Rotates rows by signed positions in fp64, without any rounding to a storage type.
 
@@ -128,7 +133,7 @@ def exact_rotation(
         position: ``[n]`` integers, negative to rotate backwards; their magnitudes index the tables.
         cos, sin: fp32 ``[max_position, rotary_dim / 2]``.
         interleaved: pairs ``(2i, 2i+1)`` instead of ``(i, i + rotary_dim/2)``.
-        scale: multiplies the rotary dims after the rotation.
+        attention_factor: multiplies the rotary dims after the rotation.
 
     Returns:
         fp64 ``[n, heads, D]``.
@@ -136,8 +141,8 @@ def exact_rotation(
     cosine, sine = _angles(cos.double(), sin.double(), position)
     rotated = x.double().clone()
     first, second = _pairs(rotated, 2 * cos.shape[1], interleaved)
-    new_first = (first * cosine - second * sine) * scale
-    new_second = (second * cosine + first * sine) * scale
+    new_first = (first * cosine - second * sine) * attention_factor
+    new_second = (second * cosine + first * sine) * attention_factor
     first.copy_(new_first)
     second.copy_(new_second)
     return rotated
@@ -149,7 +154,7 @@ def move_rows(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
     dtype: torch.dtype | None = None,
     x_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
@@ -157,10 +162,10 @@ def move_rows(
     """Moves rows by signed shifts, bit for bit what every operator does.
 
     One rotation in fp32 in the order of ``rope.h``, then one rounding; a row of shift 0 keeps its
-    bits (but for ``scale``, and where scales or another dtype ask for other ones).
+    bits (but for ``attention_factor``, and where scales or another dtype ask for other ones).
 
     Args:
-        x, shift, cos, sin, interleaved, scale: as for :func:`exact_rotation`.
+        x, shift, cos, sin, interleaved, attention_factor: as for :func:`exact_rotation`.
         dtype: of the result; that of ``x`` by default.
         x_scale, out_scale: fp32 ``[heads]`` of a quantized ``x`` and a quantized result.
 
@@ -178,11 +183,11 @@ def move_rows(
     second.copy_(fused_multiply_add(x_second, cosine, x_first * sine))
     stays = (shift == 0)[:, None, None]
     after = torch.where(stays, before, after)
-    if scale != 1.0:
+    if attention_factor != 1.0:
         for part in _pairs(after, rotary_dim, interleaved):
-            part.mul_(torch.tensor(scale, dtype=torch.float32, device=x.device))
+            part.mul_(torch.tensor(attention_factor, dtype=torch.float32, device=x.device))
     moved = quantize_rows(after, out_scale, dtype) if dtype in _LARGEST else after.to(dtype)
-    if scale != 1.0 or dtype != x.dtype or x_scale is not None:
+    if attention_factor != 1.0 or dtype != x.dtype or x_scale is not None:
         return moved
     return torch.where(stays, x, moved)  # NaN bits, too, stay as they are
 
@@ -214,7 +219,7 @@ def rope_rotate(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Moves row ``row_in[i]`` of ``x`` from ``position_from[i]`` to ``position_to[i]``.
 
@@ -225,7 +230,7 @@ def rope_rotate(
         position_to: int32 ``[n]``; None copies the rows as they are.
         cos, sin: fp32 ``[max_position, rotary_dim / 2]``.
         interleaved: pairs ``(2i, 2i+1)`` instead of ``(i, i + rotary_dim/2)``.
-        scale: multiplies the rotary dims after the rotation (YaRN's attention factor).
+        attention_factor: multiplies the rotary dims after the rotation (YaRN's attention factor).
 
     Returns:
         ``[n, heads, D]`` of the dtype of ``x``.
@@ -236,7 +241,7 @@ def rope_rotate(
     shift = position_to.long()
     if position_from is not None:
         shift = shift - position_from.long()
-    return move_rows(rows, shift, cos, sin, interleaved, scale)
+    return move_rows(rows, shift, cos, sin, interleaved, attention_factor)
 
 
 def rope_rotate_out(
@@ -248,7 +253,7 @@ def rope_rotate_out(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
-    scale: float,
+    attention_factor: float,
     out: Tensor,
     x_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
@@ -262,7 +267,7 @@ def rope_rotate_out(
         x_scale, out_scale: fp32 ``[heads]`` of what is quantized; None for 1.
     """
     if position_to is None:  # a copy
-        scale = 1.0
+        attention_factor = 1.0
     if row_in is None:
         row_in = _all_rows(x)
     if row_out is None:
@@ -275,7 +280,9 @@ def rope_rotate_out(
         shift = torch.zeros_like(row_in[written]) if to is None else to[written, column].long()
         if position_from is not None:
             shift = shift - position_from[written].long()
-        moved = move_rows(rows, shift, cos, sin, interleaved, scale, out.dtype, x_scale, out_scale)
+        moved = move_rows(
+            rows, shift, cos, sin, interleaved, attention_factor, out.dtype, x_scale, out_scale
+        )
         scatter_rows(out, destinations[written, column], moved)
 
 
@@ -287,11 +294,13 @@ def rope_rotate_(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> None:
     """:func:`rope_rotate` in place on the distinct rows ``rows`` of ``x`` (None for all)."""
     rows = _all_rows(x) if rows is None else rows
-    moved = rope_rotate(x, rows, position_from, position_to, cos, sin, interleaved, scale)
+    moved = rope_rotate(
+        x, rows, position_from, position_to, cos, sin, interleaved, attention_factor
+    )
     scatter_rows(x, rows, moved)
 
 
@@ -305,7 +314,7 @@ def key_deviation(
     cos: Tensor,
     sin: Tensor,
     interleaved: bool = False,
-    scale: float = 1.0,
+    attention_factor: float = 1.0,
 ) -> Tensor:
     """Squared distance between the fresh and the cached key of each token (CacheBlend, 2405.16444).
 
@@ -320,7 +329,7 @@ def key_deviation(
         cached_row: int64 ``[tokens]``.
         cached_position: int32 ``[tokens]``.
         cos, sin, interleaved: as for :func:`rope_rotate`.
-        scale: multiplies the rotary dims of the moved fresh keys.
+        attention_factor: multiplies the rotary dims of the moved fresh keys.
 
     Returns:
         fp64 ``[tokens]``, summed over agents, heads and dims.
@@ -333,7 +342,12 @@ def key_deviation(
         if fresh_position is not None:
             shift = shift - fresh_position[agent].long()
         moved = exact_rotation(
-            gather_rows(fresh, fresh_row[agent, has]), shift[has], cos, sin, interleaved, scale
+            gather_rows(fresh, fresh_row[agent, has]),
+            shift[has],
+            cos,
+            sin,
+            interleaved,
+            attention_factor,
         )
         deviation[has] += (moved - held[has]).square().sum(dim=(1, 2))
     return deviation
@@ -563,11 +577,11 @@ def collective_attention(
     sin: Tensor,
     interleaved: bool,
     round: RoundTensors,
-    scale: float,
+    softmax_scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
-    rotary_scale: float = 1.0,
+    attention_factor: float = 1.0,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -581,11 +595,11 @@ def collective_attention(
         k_pool, v_pool: ``[num_pages, block_size, Hk, D]``, ``Hq`` a multiple of ``Hk``.
         cos, sin, interleaved: as for :func:`rope_rotate`.
         round: query rows, uses, Masters and own rows; the work list is not read.
-        scale: of the scores.
+        softmax_scale: of the scores.
         window: a row sees keys fewer than ``window`` positions back; 0 for all.
         soft_cap: ``soft_cap * tanh(score / soft_cap)`` after scaling; 0 for none.
         sinks: fp32 ``[Hq]`` logits that enter the denominator of the output and not ``lse``.
-        rotary_scale: multiplies the rotary dims of the queries.
+        attention_factor: multiplies the rotary dims of the queries.
         k_scale, v_scale: fp32 ``[Hk]`` of quantized pools; None for 1.
 
     Returns:
@@ -601,7 +615,7 @@ def collective_attention(
             continue
         rows = mirror_rows(round, agent)
         position = round.row_position[query].long()
-        queries = exact_rotation(q[query], position, cos, sin, interleaved, rotary_scale)
+        queries = exact_rotation(q[query], position, cos, sin, interleaved, attention_factor)
         keys = exact_rotation(gather_rows(k_pool, rows.pool_row), rows.shift, cos, sin, interleaved)
         values = gather_rows(v_pool, rows.pool_row).double()
         if k_scale is not None:
@@ -611,7 +625,7 @@ def collective_attention(
         keys, values = (
             rows.repeat_interleave(num_q_heads // num_kv_heads, dim=1) for rows in (keys, values)
         )
-        score = torch.einsum("rhd,khd->rhk", queries, keys) * scale
+        score = torch.einsum("rhd,khd->rhk", queries, keys) * softmax_scale
         if soft_cap > 0:
             score = soft_cap * torch.tanh(score / soft_cap)
         distance = position[:, None] - rows.position[None, :]

@@ -74,7 +74,7 @@ class Attention {
         group_(params.num_q_heads / params.num_kv_heads),
         block_size_(static_cast<int>(params.round.extents.block_size)) {
     const bool capped = params.soft_cap > 0.0f;
-    query_factor_ = capped ? params.scale / params.soft_cap : params.scale * kLog2E;
+    query_factor_ = capped ? params.softmax_scale / params.soft_cap : params.softmax_scale * kLog2E;
     cap_ = capped ? params.soft_cap * kLog2E : 0.0f;
   }
 

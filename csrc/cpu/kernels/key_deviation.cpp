@@ -47,7 +47,7 @@ class RowDeviation {
         fresh_(fresh),
         cached_(cached),
         ahead_(ahead),
-        scale_(broadcast(params.scale)) {}
+        scale_(broadcast(params.attention_factor)) {}
 
   // Heads that are not rotated.
   TOKENDANCE_INLINE void add(SquaredDistance<T>& sum) const {
@@ -179,7 +179,7 @@ void key_deviation(const KeyDeviationParams& params, ParallelFor parallel_for) {
       for (int64_t group = begin; group < end; ++group) {
         const int64_t first = group * tokens_of_group;
         const int64_t last = std::min(first + tokens_of_group, params.num_tokens);
-        if (params.scale == 1.0f) {
+        if (params.attention_factor == 1.0f) {
           deviation_of_group<false, kInterleaved, T>(params, first, last, angles);
         } else {
           deviation_of_group<true, kInterleaved, T>(params, first, last, angles);

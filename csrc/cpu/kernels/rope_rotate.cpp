@@ -98,10 +98,10 @@ void rope_rotate(const RopeRotateParams& params, ParallelFor parallel_for) {
   const MoveContext context = {params.rope,
                                {params.num_heads, params.head_dim, params.x_layout.head_stride,
                                 params.out_layout.head_stride},
-                               params.scale};
+                               params.attention_factor};
   if (params.dtype != params.out_dtype || params.x_scale || params.out_scale) {
     const RowConversion conversion(params.dtype, params.out_dtype, params.rope, context.shape,
-                                   params.scale);
+                                   params.attention_factor);
     const int64_t row_bytes = int64_t{params.num_heads} * params.head_dim *
                               (bytes_of(params.dtype) + bytes_of(params.out_dtype));
     return parallel_ranges(

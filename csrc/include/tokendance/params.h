@@ -60,7 +60,8 @@ struct RopeRotateParams {
   int32_t destinations;
   int32_t num_heads;
   int32_t head_dim;
-  float scale;  // multiplies the rotary dims after the rotation (YaRN's attention factor), else 1
+  float attention_factor;  // multiplies the rotary dims after the rotation (YaRN's attention
+                           // factor), else 1
   RopeTables rope;
   const float* x_scale;    // [heads] of a quantized x, null = 1
   const float* out_scale;  // [heads] of a quantized out, null = 1
@@ -84,7 +85,8 @@ struct KeyDeviationParams {
   int32_t num_agents;
   int32_t num_heads;
   int32_t head_dim;
-  float scale;  // multiplies the rotary dims of the fresh key (YaRN's attention factor), else 1
+  float attention_factor;  // multiplies the rotary dims of the fresh key (YaRN's attention factor),
+                           // else 1
   RopeTables rope;
   DType dtype;
 };
@@ -164,10 +166,10 @@ struct CollectiveAttentionParams {
   int32_t num_q_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t window;      // a row sees keys fewer than `window` positions back; 0 = all
-  float scale;         // of the scores
-  float soft_cap;      // cap * tanh(score / cap) after scaling; 0 = none
-  float rotary_scale;  // multiplies the rotary dims of q (YaRN's attention factor), else 1
+  int32_t window;          // a row sees keys fewer than `window` positions back; 0 = all
+  float softmax_scale;     // of the scores
+  float soft_cap;          // cap * tanh(score / cap) after scaling; 0 = none
+  float attention_factor;  // multiplies the rotary dims of q (YaRN's attention factor), else 1
   RopeTables rope;
   const float* k_scale;  // [Hk] of a quantized k_pool, null = 1
   const float* v_scale;

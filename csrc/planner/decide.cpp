@@ -1,4 +1,4 @@
-#include "planner/layout.h"
+#include "planner/decide.h"
 
 #include <algorithm>
 #include <limits>
@@ -228,7 +228,7 @@ class Matcher {
  public:
   explicit Matcher(const MatchInput& input) : in_(input), p_(input.prompts), contexts_(in_.chain) {
     const size_t places = p_.place_indptr[p_.num_agents];
-    out_.origin.assign(places, Origin::kOwn);
+    out_.origin.assign(places, RowKind::kOwn);
     out_.master.assign(places, -1);
     out_.rows.assign(places, 0);
     out_.unseen.assign(places, -1);
@@ -352,7 +352,7 @@ class Matcher {
           uint8_t* const seen =
               made_has_seen_.data() + (master - in_.num_masters) * p_.num_segments;
           for (const int32_t other : left_) seen[other] = 1;
-          take(place, Origin::kMaster, master, length);
+          take(place, RowKind::kMaster, master, length);
           run.restart(context);
         } else {
           exact = reuse(agent, place, exact, left, run) && exact;
@@ -375,7 +375,7 @@ class Matcher {
     const int32_t rows = is_made ? p_.segment_length[segment] : in_.stored_rows[segment];
     const bool same = exact && is_exact(master) && context_of(master) == left.get(contexts_);
     if (!same && (lone_[segment] || computes(agent, segment))) return true;
-    take(place, same ? Origin::kExact : Origin::kReused, master, rows);
+    take(place, same ? RowKind::kExact : RowKind::kReused, master, rows);
     if (!same && context_of(master) != run.get(contexts_)) {
       const uint8_t* const seen = has_seen(master);
       int32_t unseen = 0;
@@ -386,7 +386,7 @@ class Matcher {
     return same;
   }
 
-  void take(int32_t place, Origin origin, int32_t master, int32_t rows) {
+  void take(int32_t place, RowKind origin, int32_t master, int32_t rows) {
     out_.origin[place] = origin;
     out_.master[place] = master;
     out_.rows[place] = rows;
@@ -427,19 +427,19 @@ class Tiler {
   }
 
   // Rows from the last end on; none if there are none left.
-  void span(int32_t end, Origin origin) {
+  void span(int32_t end, RowKind origin) {
     if (end <= end_) return;
-    if (origin == Origin::kOwn || origin == Origin::kRepaired) {
+    if (origin == RowKind::kOwn || origin == RowKind::kRepaired) {
       for (int32_t position = end_; position < end; ++position) out_.own.push_back(position);
     }
     out_.span_end.push_back(end);
-    out_.span_origin.push_back(origin);
+    out_.span_kind.push_back(origin);
     end_ = end;
   }
 
   void tile(int32_t agent) {
     end_ = 0;
-    span(p_.prefix[agent], Origin::kEarlier);
+    span(p_.prefix[agent], RowKind::kEarlier);
     int32_t length = 0;
     for (int32_t place = p_.place_indptr[agent]; place < p_.place_indptr[agent + 1]; ++place) {
       length += p_.segment_length[p_.segment[place]];
@@ -448,32 +448,32 @@ class Tiler {
     for (int32_t place = p_.place_indptr[agent]; place < p_.place_indptr[agent + 1]; ++place) {
       const int32_t end = begin + p_.segment_length[p_.segment[place]];
       if (match_.master[place] >= 0) use(place, begin, end == length);
-      span(end, match_.origin[place] == Origin::kMaster ? Origin::kMaster : Origin::kOwn);
+      span(end, match_.origin[place] == RowKind::kMaster ? RowKind::kMaster : RowKind::kOwn);
       begin = end;
     }
   }
 
   void use(int32_t place, int32_t begin, bool is_last) {
-    const Origin origin = match_.origin[place];
+    const RowKind origin = match_.origin[place];
     const int32_t rows = match_.rows[place];
     out_.use_master.push_back(match_.master[place]);
     out_.use_delta.push_back(begin);
     out_.use_length.push_back(rows);
-    out_.use_origin.push_back(origin);
+    out_.use_kind.push_back(origin);
     const size_t page = out_.masks.size();
     out_.masks.resize(page + (rows + block_size_ - 1) / block_size_, 0);
-    if (origin == Origin::kMaster) return;
+    if (origin == RowKind::kMaster) return;
     const auto replace = [&](int32_t row) {
       out_.masks[page + row / block_size_] |= 1u << row % block_size_;
     };
     const int32_t repaired = std::min(repaired_[place], rows);
     for (int32_t row = 0; row < repaired; ++row) replace(row);
-    span(begin + repaired, Origin::kRepaired);
+    span(begin + repaired, RowKind::kRepaired);
     const bool has_last = is_last && rows == p_.segment_length[p_.segment[place]];
     span(begin + rows - (has_last ? 1 : 0), origin);
     if (has_last) {
       replace(rows - 1);
-      span(begin + rows, Origin::kRepaired);
+      span(begin + rows, RowKind::kRepaired);
     }
   }
 

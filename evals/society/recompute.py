@@ -13,11 +13,11 @@ from evals.baselines import FullPrefill
 from tokendance.audit import divergence_of
 from tokendance.host.segments import Segment
 
-__all__ = ["Audit", "AuditResult"]
+__all__ = ["Comparison", "Recompute"]
 
 
 @dataclass(frozen=True)
-class AuditResult:
+class Comparison:
     """One round against full recompute of the same prompts and tokens.
 
     Attributes:
@@ -33,7 +33,7 @@ class AuditResult:
     top1: float
 
 
-class Audit:
+class Recompute:
     """Recomputes rounds with transformers' own forward.
 
     Args:
@@ -49,7 +49,7 @@ class Audit:
         fed: Mapping[str, Sequence[int]],
         logits: Mapping[str, Tensor],
         master_agents: Sequence[str],
-    ) -> AuditResult:
+    ) -> Comparison:
         """Compares a round.
 
         Args:
@@ -70,7 +70,7 @@ class Audit:
         siblings = [rows for agent, rows in divergence.items() if agent not in master_agents]
         prefill_s = self._full.stats.prefill_seconds
         self._full.reset()
-        return AuditResult(
+        return Comparison(
             prefill_s=prefill_s,
             kl=float(torch.cat(list(divergence.values())).mean()),
             kl_siblings=float(torch.cat(siblings).mean()) if siblings else None,

@@ -1,5 +1,5 @@
-// What a round reuses and what it computes, decided by content: tokendance/host/decide.py says by which
-// rules, and turns what it finds here into layouts.
+// What a round reuses and what it computes, decided by content: tokendance/host/decide.py says by
+// which rules, and turns what it finds here into decisions.
 //
 // A prompt is a list of places; a place holds a segment. Segments, contexts and Masters are numbers
 // here: two segments of one number have one digest, two contexts of one number are one.
@@ -15,8 +15,8 @@
 
 namespace tokendance {
 
-// Where the rows of a place, or of a span, come from; tokendance.host.decide.Origin in this order.
-enum class Origin : uint8_t { kEarlier, kOwn, kMaster, kExact, kReused, kRepaired };
+// Where the rows of a place, or of a span, come from; tokendance.host.decide.RowKind in this order.
+enum class RowKind : uint8_t { kEarlier, kOwn, kMaster, kExact, kReused, kRepaired };
 
 struct Prompts {
   int64_t num_agents;
@@ -64,7 +64,7 @@ struct Match {
   std::vector<MadeMaster> made;
   // By place. kOwn: computed, kMaster: computed as a Master, kExact and kReused: taken over; what
   // of a place is before the agent's prefix is the earlier KV whatever stands here.
-  std::vector<Origin> origin;
+  std::vector<RowKind> origin;
   std::vector<int32_t> master;  // -1: none
   std::vector<int32_t> rows;    // of the Master that are used
   // Shared tokens in front that the Master has not seen, at the start of a run; -1: elsewhere.
@@ -77,10 +77,10 @@ Match match_round(const MatchInput& input);
 // Spans, uses and own rows of each agent, of what match_round found.
 struct Tiling {
   std::vector<int32_t> span_indptr, span_end;
-  std::vector<Origin> span_origin;
+  std::vector<RowKind> span_kind;
   std::vector<int32_t> use_indptr;  // [N+1]
   std::vector<int32_t> use_master, use_delta, use_length;
-  std::vector<Origin> use_origin;
+  std::vector<RowKind> use_kind;
   std::vector<int32_t> mask_indptr;  // [N+1]: pages of the agents' uses
   std::vector<uint32_t> masks;
   std::vector<int32_t> own_indptr, own;  // positions that the agent computes and keeps

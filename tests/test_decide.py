@@ -7,14 +7,14 @@ import pytest
 from driving import make_store, run_prefill, run_round, run_step, tokens
 
 import tokendance as td
-from tokendance.host.decide import Origin
+from tokendance.host.decide import RowKind
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS = tokens(10, 13), tokens(11, 29)
 
 
-def origins(plan: td.Plan, agent: str) -> list[tuple[int, int, Origin]]:
-    return [(span.begin, span.end, span.origin) for span in plan.spans(agent)]
+def kinds(plan: td.Plan, agent: str) -> list[tuple[int, int, RowKind]]:
+    return [(span.begin, span.end, span.kind) for span in plan.spans(agent)]
 
 
 def test_spans_tile_every_prompt() -> None:
@@ -43,18 +43,18 @@ def test_master_agent_is_the_one_that_covers_most_and_siblings_repair_the_start_
         }
     )
     assert plan.master_agents == ["most"]
-    assert origins(plan, "most")[1:3] == [(13, 33, Origin.MASTER), (33, 63, Origin.MASTER)]
+    assert kinds(plan, "most")[1:3] == [(13, 33, RowKind.MASTER), (33, 63, RowKind.MASTER)]
     # One repair for the whole run of A and B, one for each where the run is broken.
-    assert origins(plan, "run")[1:4] == [
-        (29, 33, Origin.REPAIRED),
-        (33, 49, Origin.REUSED),
-        (49, 79, Origin.REUSED),
+    assert kinds(plan, "run")[1:4] == [
+        (29, 33, RowKind.REPAIRED),
+        (33, 49, RowKind.REUSED),
+        (49, 79, RowKind.REUSED),
     ]
-    assert [o for _, _, o in origins(plan, "swapped")[1:5]] == [
-        Origin.REPAIRED,
-        Origin.REUSED,
-        Origin.REPAIRED,
-        Origin.REUSED,
+    assert [o for _, _, o in kinds(plan, "swapped")[1:5]] == [
+        RowKind.REPAIRED,
+        RowKind.REUSED,
+        RowKind.REPAIRED,
+        RowKind.REUSED,
     ]
 
 
@@ -66,13 +66,13 @@ def test_short_segments_do_not_break_a_run() -> None:
             "b": [td.private(YOURS), td.shared(A), newline, td.shared(B), td.private(C)],
         }
     )
-    assert [o for _, _, o in origins(plan, "b")] == [
-        Origin.OWN,
-        Origin.REPAIRED,
-        Origin.REUSED,
-        Origin.OWN,
-        Origin.REUSED,
-        Origin.OWN,
+    assert [o for _, _, o in kinds(plan, "b")] == [
+        RowKind.OWN,
+        RowKind.REPAIRED,
+        RowKind.REUSED,
+        RowKind.OWN,
+        RowKind.REUSED,
+        RowKind.OWN,
     ]
 
 
@@ -85,7 +85,7 @@ def test_a_second_master_agent_covers_what_the_first_lacks() -> None:
         }
     )
     assert plan.master_agents == ["a", "b"]
-    made = [b for b, _, origin in origins(plan, "b") if origin is Origin.MASTER]
+    made = [b for b, _, kind in kinds(plan, "b") if kind is RowKind.MASTER]
     assert made == [29 + 20]
 
 
@@ -97,10 +97,10 @@ def test_common_prefix_is_reused_exactly_under_every_selection() -> None:
                 "b": [td.shared(A), td.shared(B), td.private(YOURS)],
             }
         )
-        assert origins(plan, "b") == [
-            (0, 20, Origin.EXACT),
-            (20, 50, Origin.EXACT),
-            (50, 79, Origin.OWN),
+        assert kinds(plan, "b") == [
+            (0, 20, RowKind.EXACT),
+            (20, 50, RowKind.EXACT),
+            (50, 79, RowKind.OWN),
         ]
 
 
@@ -131,13 +131,13 @@ def test_own_prefix_of_an_earlier_round_is_taken_over_by_token() -> None:
     run_round(collector, {"a": [td.private(MINE), td.shared(A), td.private(C)]})
     changed = np.concatenate([C[:9], C[:9] + 1])
     plan = collector.plan({"a": [td.private(MINE), td.shared(A), td.private(changed)]})
-    assert origins(plan, "a") == [(0, 42, Origin.EARLIER), (42, 51, Origin.OWN)]
+    assert kinds(plan, "a") == [(0, 42, RowKind.EARLIER), (42, 51, RowKind.OWN)]
     other = collector.plan({"b": [td.private(MINE), td.shared(A), td.private(C)]})
     # Private rows never serve another agent, but the shared segment stands in the same context.
-    assert origins(other, "b") == [
-        (0, 13, Origin.OWN),
-        (13, 33, Origin.EXACT),
-        (33, 50, Origin.OWN),
+    assert kinds(other, "b") == [
+        (0, 13, RowKind.OWN),
+        (13, 33, RowKind.EXACT),
+        (33, 50, RowKind.OWN),
     ]
 
 
@@ -157,20 +157,20 @@ def test_own_prefix_is_taken_over_however_it_was_cut() -> None:
         [td.private([*MINE, *A, *C, *said[:3]]), td.private(said[3:]), td.private(tail)],
     ):
         plan = collector.plan({"a": segments})
-        begin, end, origin = origins(plan, "a")[0]
-        assert (begin, end, origin) == (0, end, Origin.EARLIER)
-        taken = [end for _, end, origin in origins(plan, "a") if origin is Origin.EARLIER]
+        begin, end, kind = kinds(plan, "a")[0]
+        assert (begin, end, kind) == (0, end, RowKind.EARLIER)
+        taken = [end for _, end, kind in kinds(plan, "a") if kind is RowKind.EARLIER]
         assert taken[-1] == rows
         run_prefill(collector, plan)
         assert plan.rows_computed == 1 + 5
         plan.abort()
     changed = td.private([*MINE, *A[:7], A[7] + 1, *A[8:]])
     plan = collector.plan({"a": [changed]})
-    assert origins(plan, "a")[0] == (0, 20, Origin.EARLIER)
+    assert kinds(plan, "a")[0] == (0, 20, RowKind.EARLIER)
     plan.abort()
     # A shared segment is taken over as a whole, or not at all.
     plan = collector.plan({"a": [td.private(MINE), td.shared([*A, 3, 4]), td.private(C)]})
-    assert origins(plan, "a")[0] == (0, 13, Origin.EARLIER)
+    assert kinds(plan, "a")[0] == (0, 13, RowKind.EARLIER)
     plan.abort()
 
 
@@ -180,11 +180,11 @@ def test_tenants_never_match() -> None:
     run_round(collector, {"a": [td.private(A, namespace="one"), td.private([1])]})
     plan = collector.plan({"a": [td.private(A, namespace="two"), td.private([1])]})
     # Not an agent's own earlier rows either.
-    assert {origin for _, _, origin in origins(plan, "a")} == {Origin.OWN}
+    assert {kind for _, _, kind in kinds(plan, "a")} == {RowKind.OWN}
     plan.abort()
     run_round(collector, {"a": [td.shared(A, namespace="one")]})
     plan = collector.plan({"b": [td.shared(A, namespace="two")]})
-    assert origins(plan, "b") == [(0, 20, Origin.MASTER)]
+    assert kinds(plan, "b") == [(0, 20, RowKind.MASTER)]
 
 
 def test_alone_computes_segments_without_context() -> None:
@@ -196,11 +196,11 @@ def test_alone_computes_segments_without_context() -> None:
         }
     )
     assert plan.master_agents == []
-    assert [o for _, _, o in origins(plan, "a")][1:5] == [
-        Origin.REPAIRED,
-        Origin.REUSED,
-        Origin.REPAIRED,
-        Origin.REUSED,
+    assert [o for _, _, o in kinds(plan, "a")][1:5] == [
+        RowKind.REPAIRED,
+        RowKind.REUSED,
+        RowKind.REPAIRED,
+        RowKind.REUSED,
     ]
     run_prefill(collector, plan)
     assert plan.rows_computed == 50 + 13 + 29 + 2 * 17 + 4 * 4
@@ -223,10 +223,10 @@ def test_each_segment_may_have_a_source_of_its_own() -> None:
     plan = collector.plan(prompts)
     assert asked == [given, td.shared(B)]  # once each, and nothing private
     assert plan.master_agents == ["a"]
-    repaired_and_reused = [Origin.REPAIRED, Origin.REUSED]
-    own = [Origin.OWN]
-    found = {agent: [o for _, _, o in origins(plan, agent)] for agent in prompts}
-    assert found["a"] == [*own, *repaired_and_reused, Origin.MASTER, *own]
+    repaired_and_reused = [RowKind.REPAIRED, RowKind.REUSED]
+    own = [RowKind.OWN]
+    found = {agent: [o for _, _, o in kinds(plan, agent)] for agent in prompts}
+    assert found["a"] == [*own, *repaired_and_reused, RowKind.MASTER, *own]
     assert found["b"] == [*own, *repaired_and_reused, *repaired_and_reused, *own]
     assert [master.context for master in plan._live.state("b").uses.masters][1] == b""
     run_prefill(collector, plan)
@@ -235,8 +235,8 @@ def test_each_segment_may_have_a_source_of_its_own() -> None:
     # What is there serves whatever the source, and a segment of nobody else's that was computed
     # without a context carries nothing of one.
     plan = collector.plan({"c": [td.private(C), *prompts["a"][1:3]], "d": [given, td.shared(C)]})
-    assert [o for _, _, o in origins(plan, "c")][1:3] == repaired_and_reused
-    assert [o for _, _, o in origins(plan, "d")] == [Origin.EXACT, Origin.MASTER]
+    assert [o for _, _, o in kinds(plan, "c")][1:3] == repaired_and_reused
+    assert [o for _, _, o in kinds(plan, "d")] == [RowKind.EXACT, RowKind.MASTER]
     plan.abort()
 
 
@@ -248,12 +248,12 @@ def test_segments_of_one_agent_are_reused_only_if_computed_without_a_context() -
     both = [td.shared(A), td.shared(B)]
     run_round(collector, {"a": [td.private(MINE), *both], "b": [td.private(YOURS), *both]})
     plan = collector.plan({"b": [td.private(C), *both, td.private(MINE)], "c": [td.private(YOURS)]})
-    assert [o for _, _, o in origins(plan, "b")] == [
-        Origin.OWN,
-        Origin.REPAIRED,
-        Origin.REUSED,
-        Origin.OWN,
-        Origin.OWN,
+    assert [o for _, _, o in kinds(plan, "b")] == [
+        RowKind.OWN,
+        RowKind.REPAIRED,
+        RowKind.REUSED,
+        RowKind.OWN,
+        RowKind.OWN,
     ]
     plan.abort()
 
@@ -270,7 +270,7 @@ def test_alone_for_all_segments_one_by_one_is_alone() -> None:
             collector = td.KVCollector(make_store(), source, selection)
             collector.opt_out("c")
             plan = collector.plan(prompts)
-            found.append([origins(plan, agent) for agent in prompts])
+            found.append([kinds(plan, agent) for agent in prompts])
         assert found[0] == found[1]
 
 
@@ -326,16 +326,16 @@ def test_decoded_output_is_found_by_others_only_when_promoted(source: str) -> No
             "b": [td.private(YOURS), td.shared(said), td.private(C)],
         }
     )
-    assert origins(again, "a")[0] == (0, 13 + 11, Origin.EARLIER)
+    assert kinds(again, "a")[0] == (0, 13 + 11, RowKind.EARLIER)
     if source == "producer":
-        assert origins(again, "b")[1:4] == [
-            (29, 33, Origin.REPAIRED),
-            (33, 40, Origin.REUSED),
-            (40, 41, Origin.OWN),
+        assert kinds(again, "b")[1:4] == [
+            (29, 33, RowKind.REPAIRED),
+            (33, 40, RowKind.REUSED),
+            (40, 41, RowKind.OWN),
         ]
     else:
-        assert origins(again, "b")[1] == (29, 41, Origin.MASTER)
-    assert origins(again, "b")[0] == (0, 29, Origin.EARLIER)
+        assert kinds(again, "b")[1] == (29, 41, RowKind.MASTER)
+    assert kinds(again, "b")[0] == (0, 29, RowKind.EARLIER)
 
 
 def test_what_no_other_agent_has_is_not_reused_from_another_context() -> None:
@@ -345,12 +345,12 @@ def test_what_no_other_agent_has_is_not_reused_from_another_context() -> None:
     run_round(collector, first)
     history = [td.private(C), td.shared(A), td.private(MINE)]
     plan = collector.plan({"b": history, "c": [td.private(YOURS)]})
-    assert origins(plan, "b") == [(0, 17, Origin.OWN), (17, 37, Origin.OWN), (37, 50, Origin.OWN)]
+    assert kinds(plan, "b") == [(0, 17, RowKind.OWN), (17, 37, RowKind.OWN), (37, 50, RowKind.OWN)]
     plan.abort()
     # An agent alone cannot tell, two agents share.
-    assert origins(collector.plan({"b": history}), "b")[1] == (17, 21, Origin.REPAIRED)
+    assert kinds(collector.plan({"b": history}), "b")[1] == (17, 21, RowKind.REPAIRED)
     plan = collector.plan({"b": history, "c": [td.private(YOURS), *history[1:]]})
-    assert origins(plan, "b")[1] == (17, 21, Origin.REPAIRED)
+    assert kinds(plan, "b")[1] == (17, 21, RowKind.REPAIRED)
 
 
 def test_a_better_informed_agent_takes_over_the_first_segments() -> None:
@@ -364,11 +364,11 @@ def test_a_better_informed_agent_takes_over_the_first_segments() -> None:
     }
     plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(prompts)
     assert plan.master_agents == ["first", "second"]
-    assert origins(plan, "first")[1:3] == [(9, 29, Origin.OWN), (29, 59, Origin.MASTER)]
-    assert origins(plan, "second")[-1] == (9 + 47, 9 + 67, Origin.MASTER)
+    assert kinds(plan, "first")[1:3] == [(9, 29, RowKind.OWN), (29, 59, RowKind.MASTER)]
+    assert kinds(plan, "second")[-1] == (9 + 47, 9 + 67, RowKind.MASTER)
     plan.abort()
     # Reused exactly by one of its users, a segment stays with the first agent.
     prompts["fourth"] = list(prompts["first"])
     plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(prompts)
     assert plan.master_agents == ["first"]
-    assert origins(plan, "fourth")[1] == (9, 29, Origin.EXACT)
+    assert kinds(plan, "fourth")[1] == (9, 29, RowKind.EXACT)
