@@ -2,7 +2,8 @@
 
 `baselines` are the systems it is compared with, `replay` runs recorded rounds through all of them,
 `workloads` reads the recordings, `models` the models, `society` is the demo's town of agents,
-`fidelity` makes the tables of docs/fidelity.md, `cli` has the commands of ``python -m evals``.
+`fidelity` makes the tables of docs/fidelity.md, `vllm` serves recorded rounds inside vLLM,
+`cli` has the commands of ``python -m evals``.
 
 May import everything of `tokendance`; nothing of `tokendance` imports it.
 """

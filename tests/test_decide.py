@@ -141,6 +141,39 @@ def test_own_prefix_of_an_earlier_round_is_taken_over_by_token() -> None:
     ]
 
 
+def test_own_prefix_is_taken_over_however_it_was_cut() -> None:
+    store = make_store()
+    collector = td.KVCollector(store, selection=td.Everything())
+    plan = collector.plan({"a": [td.private(MINE), td.shared(A), td.private(C)]})
+    run_prefill(collector, plan)
+    said = [int(token) for token in tokens(20, 12)]
+    run_step(collector.step({"a": said[:-1]}, prefill=()))
+    plan.commit()
+    tail = tokens(21, 5)
+    rows = 13 + 20 + 17 + 11
+    for segments in (
+        [td.private(MINE), td.shared(A), td.private([*C, *said, *tail])],
+        [td.private(MINE), td.shared(A), td.private(C[:5]), td.private([*C[5:], *said, *tail])],
+        [td.private([*MINE, *A, *C, *said[:3]]), td.private(said[3:]), td.private(tail)],
+    ):
+        plan = collector.plan({"a": segments})
+        begin, end, kind = kinds(plan, "a")[0]
+        assert (begin, end, kind) == (0, end, RowKind.EARLIER)
+        taken = [end for _, end, kind in kinds(plan, "a") if kind is RowKind.EARLIER]
+        assert taken[-1] == rows
+        run_prefill(collector, plan)
+        assert plan.rows_computed == 1 + 5
+        plan.abort()
+    changed = td.private([*MINE, *A[:7], A[7] + 1, *A[8:]])
+    plan = collector.plan({"a": [changed]})
+    assert kinds(plan, "a")[0] == (0, 20, RowKind.EARLIER)
+    plan.abort()
+    # A shared segment is taken over as a whole, or not at all.
+    plan = collector.plan({"a": [td.private(MINE), td.shared([*A, 3, 4]), td.private(C)]})
+    assert kinds(plan, "a")[0] == (0, 13, RowKind.EARLIER)
+    plan.abort()
+
+
 def test_tenants_never_match() -> None:
     store = make_store()
     collector = td.KVCollector(store)

@@ -10,25 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_tensor, as_tensors, is_array
 from tokendance.device.executor import Executor
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
-from tokendance.device.layer_ropes import same_rope
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
 from tokendance.device.rope import Rope
-from tokendance.device.rounds import RoundTensors
 from tokendance.encoding import encode_round
 from tokendance.files import one_file
 from tokendance.host.books import Books, PageAllocator
-from tokendance.host.mirror import (
-    Master,
-    Mirror,
-    no_pages,
-    round_arrays,
-)
+from tokendance.host.mirror import Master, Mirror, no_pages
 from tokendance.host.plan import LivePlan, Plan
+from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 from tokendance.host.uncopied import Uncopied
@@ -150,7 +143,7 @@ class DiffStore(
         self.max_position = self.executor.max_position
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
         self.scheduler = Scheduler(self.executor.profile, allocator, copy=self.executor.copy)
-        self._restore_rounds: dict[tuple[int, ...], tuple[list[Mirror], RoundTensors]] = {}
+        self._restore_records: dict[tuple[int, ...], tuple[list[Mirror], RestoreRecord]] = {}
 
     def __repr__(self) -> str:
         books = self.books
@@ -240,7 +233,7 @@ class DiffStore(
             ValueError: a plan has agents that have not ended; nothing is forgotten.
         """
         self.scheduler.clear()
-        self._restore_rounds.clear()
+        self._restore_records.clear()
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -251,6 +244,7 @@ class DiffStore(
         k_cache: Array | Sequence[Array],
         v_cache: Array | Sequence[Array],
         slot_mapping: Array,
+        plan: Plan | None = None,
     ) -> None:
         """Writes agents' KV, keys at the agents' own positions, into an engine's cache.
 
@@ -262,10 +256,13 @@ class DiffStore(
             slot_mapping: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row that position p
                 goes to, page * block + row of the page; -1 = leave out. Positions from T on are
                 left out.
+            plan: the agents' rows in this plan, whose prompts are computed, instead of the stored
+                ones.
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: an unknown layer, or lists of different lengths.
+            ValueError: an unknown layer, lists of different lengths, a plan of another store, or an
+                agent of the plan that has ended, is in an open step or is not computed yet.
             RuntimeError: wrong shapes, dtypes or devices, naming the argument.
 
         Source: the fused restore of TokenDance (arXiv 2604.03143).
@@ -274,46 +271,24 @@ class DiffStore(
         which = [int(layers)] if isinstance(layers, int | np.integer) else list(layers)
         keys = [k_cache] if is_array(k_cache) else list(k_cache)
         values = [v_cache] if is_array(v_cache) else list(v_cache)
-        if len(keys) != len(which) or len(values) != len(which):
-            raise ValueError(
-                f"k_cache: expected {len(which)} tensors of k_cache and v_cache, "
-                f"got {len(keys)} and {len(values)}"
-            )
-        for key, value in zip(as_tensors(keys), as_tensors(values), strict=True):
-            if key.numel() and key.data_ptr() == value.data_ptr():
-                raise ValueError("v_cache: expected memory of its own, got that of k_cache")
-        for layer in which:
-            if not 0 <= layer < self.geometry.num_layers:
-                raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
-        round_ = self._restore_round([self._mirror(name) for name in names])
-        for same in same_rope(which, self.executor.ropes):
-            rope = self.executor.ropes[which[same[0]]]
-            ops.diff_restore(
-                [self.pool.k_pools[which[i]] for i in same],
-                [self.pool.v_pools[which[i]] for i in same],
-                rope.cos,
-                rope.sin,
-                rope.interleaved,
-                round_,
-                slots,
-                [keys[i] for i in same],
-                [values[i] for i in same],
-                *self.pool.scales_of([which[i] for i in same]),
-            )
+        record = self._restore_record(names, plan)
+        self.executor.restore(record, which, keys, values, slots)
 
-    def _restore_round(self, mirrors: list[Mirror]) -> RoundTensors:
+    def _restore_record(self, names: list[str], plan: Plan | None) -> RestoreRecord:
+        none = np.empty((len(names), 0), np.int64)  # slots are on the device
+        if plan is not None:
+            return self.scheduler.restore(names, none, self.live(plan))
+        mirrors = [self._mirror(name) for name in names]
         key = tuple(id(mirror) for mirror in mirrors)
-        if key not in self._restore_rounds:
+        if key not in self._restore_records:
             # An engine restores layer by layer: the last few groups of agents are worth keeping.
             # The Mirrors are kept with them, so that an id stays that of the same Mirror.
-            if len(self._restore_rounds) >= 8:
-                self._restore_rounds.pop(next(iter(self._restore_rounds)))
-            arrays, extents = round_arrays(mirrors, self.block_size)
-            tensors = RoundTensors.from_arrays(arrays, extents, device=self.device)
-            self._restore_rounds[key] = (mirrors, tensors)
-        return self._restore_rounds[key][1]
+            if len(self._restore_records) >= 8:
+                self._restore_records.pop(next(iter(self._restore_records)))
+            self._restore_records[key] = (mirrors, self.scheduler.restore(names, none))
+        return self._restore_records[key][1]
 
     def put_round(
         self,

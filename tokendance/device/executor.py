@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,16 +16,18 @@ from torch import Tensor
 from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_tensor, as_tensors
 from tokendance.device.geometry import KVGeometry
-from tokendance.device.layer_ropes import layer_ropes
+from tokendance.device.layer_ropes import layer_ropes, same_rope
 from tokendance.device.pool import PagePool
 from tokendance.device.rope import Rope
 from tokendance.device.rounds import RoundTensors
 from tokendance.host.record import (
     VERSION,
+    AppendRecord,
     Choice,
     Copies,
     DeviceProfile,
     PackedRound,
+    RestoreRecord,
     StepRecord,
     WorkShape,
 )
@@ -87,6 +90,9 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
         self.geometry = geometry
         self.pool = pool
         self.ropes, self.max_position = layer_ropes(geometry, rope, pool.device)
+        self._uploaded: WeakKeyDictionary[RestoreRecord, tuple[RoundTensors, Tensor]] = (
+            WeakKeyDictionary()
+        )
         self._host_pages = host_pages
         self._host: Tensor | None = None
         if host_pages:
@@ -135,12 +141,111 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
         Raises:
             ValueError: a record of another version, or one with choices and no ``choose``.
         """
-        if record.version != VERSION:
-            raise ValueError(f"record: expected version {VERSION}, got {record.version}")
+        _check_version(record)
         if record.choices and choose is None:
             raise ValueError("choose: expected a function for a record with choices, got None")
         self.copy(record.copies)
         return Run(self, record, choose, reduce, round_of)
+
+    def restore(
+        self,
+        record: RestoreRecord,
+        layers: Sequence[int],
+        k_caches: Sequence[Array],
+        v_caches: Sequence[Array],
+        slots: Array | None = None,
+    ) -> None:
+        """Writes agents' rows, keys at the agents' own positions, into an engine's cache.
+
+        A record may be run for a few layers at a time; it is uploaded once.
+
+        Args:
+            layers: which.
+            k_caches, v_caches: written, an array for each of the layers: ``[rows, Hk, D]`` or
+                ``[num_pages, block, Hk, D]``, of the pool's dtype; of a quantized pool in fp32,
+                fp16 or bf16 what its elements stand for.
+            slots: int64 ``[N, T]`` on the device, instead of the record's.
+
+        Raises:
+            ValueError: a record of another version, an unknown layer, lists of different lengths,
+                or values in the memory of the keys.
+            RuntimeError: wrong shapes, dtypes or devices, naming the argument.
+        """
+        _check_version(record)
+        layers = [int(layer) for layer in layers]
+        keys, values = as_tensors(k_caches), as_tensors(v_caches)
+        self._check_caches(layers, keys, values)
+        if record not in self._uploaded:
+            self.copy(record.copies)
+            there = self.upload({"round": record.packed.buffer, "slots": record.slots})
+            round_ = RoundTensors(there["round"], record.packed.extents)
+            self._uploaded[record] = (round_, there["slots"])
+        round_, given = self._uploaded[record]
+        where = given if slots is None else as_tensor(slots)
+        for same in same_rope(layers, self.ropes):
+            rope, which = self.ropes[layers[same[0]]], [layers[i] for i in same]
+            ops.diff_restore(
+                [self.pool.k_pools[layer] for layer in which],
+                [self.pool.v_pools[layer] for layer in which],
+                rope.cos,
+                rope.sin,
+                rope.interleaved,
+                round_,
+                where,
+                [keys[i] for i in same],
+                [values[i] for i in same],
+                *self.pool.scales_of(which),
+            )
+
+    def _check_caches(
+        self, layers: Sequence[int], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        if len(keys) != len(layers) or len(values) != len(layers):
+            raise ValueError(
+                f"k_cache: expected {len(layers)} tensors of k_cache and v_cache, "
+                f"got {len(keys)} and {len(values)}"
+            )
+        for key, value in zip(keys, values, strict=True):
+            if key.numel() and key.data_ptr() == value.data_ptr():
+                raise ValueError("v_cache: expected memory of its own, got that of k_cache")
+        for layer in layers:
+            if not 0 <= layer < self.geometry.num_layers:
+                raise ValueError(f"layers: expected 0..{self.geometry.num_layers - 1}, got {layer}")
+
+    def append(
+        self,
+        record: AppendRecord,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        *,
+        rotated: bool,
+    ) -> None:
+        """Puts rows that an engine has computed into the pool.
+
+        Args:
+            keys, values: of each layer ``[R, Hk, D]`` (or ``[R, Hk * D]``) of the model's dtype.
+            rotated: whether the keys stand at the rows' positions already, as in engines' caches:
+                they are kept bit for bit then. Otherwise they are as before RoPE.
+
+        Raises:
+            ValueError: a record of another version, another number of layers, or a tensor that does
+                not fit; then nothing has been written.
+        """
+        _check_version(record)
+        layers, heads = self.geometry.num_layers, self.geometry.num_kv_heads
+        if len(keys) != layers or len(values) != layers:
+            raise ValueError(
+                f"keys: expected {layers} tensors of keys and of values, got {len(keys)} and "
+                f"{len(values)}"
+            )
+        rows = record.num_rows
+        fresh = [self.checked(f"keys[{i}]", one, rows, heads) for i, one in enumerate(keys)]
+        others = [self.checked(f"values[{i}]", one, rows, heads) for i, one in enumerate(values)]
+        self.copy(record.copies)
+        there = self.upload({"slots": record.slots, "positions": record.positions})
+        positions = None if rotated else there["positions"]
+        for layer, (k, v) in enumerate(zip(fresh, others, strict=True)):
+            self.write(layer, k, v, there["slots"], positions)
 
     def copy(self, copies: Sequence[Copies]) -> None:
         """Makes copies of pages and rows, in order."""
@@ -189,13 +294,16 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             for name, array in arrays.items()
         }
 
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Rotates keys to their positions and puts both into the pool."""
+    def write(
+        self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor | None
+    ) -> None:
+        """Rotates keys to their positions (None: they are there) and puts both into the pool."""
         rope, pool = self.ropes[layer], self.pool
         tables = (rope.cos, rope.sin, rope.interleaved)
+        factor = 1.0 if positions is None else rope.attention_factor
         k_scale, v_scale = pool.scales(layer)
         ops.rope_rotate_out(
-            *(k, None, slots, None, positions, *tables, rope.attention_factor),
+            *(k, None, slots, None, positions, *tables, factor),
             pool.k_pools[layer],
             out_scale=k_scale,
         )
@@ -503,6 +611,11 @@ class Run:
             x_scale=pool.scales(layer)[0],
         )
         return rows, torch.arange(slots.shape[0], dtype=torch.int64, device=slots.device)
+
+
+def _check_version(record: StepRecord | RestoreRecord | AppendRecord) -> None:
+    if record.version != VERSION:
+        raise ValueError(f"record: expected version {VERSION}, got {record.version}")
 
 
 def work_shape(geometry: KVGeometry, device: torch.device | str) -> WorkShape:

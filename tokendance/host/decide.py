@@ -459,18 +459,7 @@ def _taken_over(
     """
     if mirror is None:
         return None, 0
-    prefix = 0
-    for new, old in zip(segments, mirror.segments, strict=False):
-        if new.digest == old.digest:
-            prefix += new.length
-            continue
-        if new.stem == old.digest:  # a decoded output whose last token was never fed
-            prefix += old.length
-        elif not new.is_shared and new.space == old.space:
-            length = min(new.length, old.length)
-            differs = np.flatnonzero(new.token_ids[:length] != old.token_ids[:length])
-            prefix += int(differs[0]) if len(differs) else length
-        break
+    prefix = _common_rows(segments, mirror.segments)
     if agent in opted_out.agents:
         prefix = min(prefix, mirror.exact_length)
     elif opted_out.segments:
@@ -486,3 +475,38 @@ def _taken_over(
     total = sum(segment.length for segment in segments)
     prefix = min(prefix, max(total - 1, 0))
     return (mirror if prefix else None), prefix
+
+
+def _common_rows(segments: Sequence[Segment], before: Sequence[Segment]) -> int:
+    """Rows that both begin with.
+
+    A private segment is compared by its tokens, however the earlier prompt was cut there: what was
+    decoded is a segment of its own, and part of a longer one in the next prompt.
+    """
+    rows, at, inside = 0, 0, 0  # `inside` tokens of the earlier segment `at` are compared
+    for new in segments:
+        if at == len(before):
+            break
+        old = before[at]
+        if not inside and new.digest == old.digest:
+            rows, at = rows + new.length, at + 1
+            continue
+        if not inside and new.stem == old.digest:  # an output whose last token was never fed
+            return rows + old.length
+        if new.is_shared:
+            break
+        compared = 0
+        while compared < new.length and at < len(before) and before[at].space == new.space:
+            theirs = before[at].token_ids[inside:]
+            mine = new.token_ids[compared : compared + len(theirs)]
+            differs = np.flatnonzero(mine != theirs[: len(mine)])
+            if len(differs):
+                return rows + compared + int(differs[0])
+            compared += len(mine)
+            inside += len(mine)
+            if inside == before[at].length:
+                at, inside = at + 1, 0
+        rows += compared
+        if compared < new.length:
+            break
+    return rows

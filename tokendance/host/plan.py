@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ import numpy as np
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.decide import AgentDecision, OptedOut, Source, Sources, Span
 from tokendance.host.mirror import no_pages
+from tokendance.host.record import AppendRecord, RestoreRecord
 from tokendance.host.round import IntArray
-from tokendance.host.segments import Segment
+from tokendance.host.segments import Segment, TokenIds
 from tokendance.host.selection import DEFAULT, Selection
 from tokendance.host.uncopied import Uncopied
 
 if TYPE_CHECKING:
-    from tokendance.host.scheduler import Scheduler
+    from tokendance.host.scheduler import Scheduler, SlotMapping
 
 Prompts = Mapping[str, tuple[Segment, ...]]
 
@@ -204,6 +205,44 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
                 not between prompt and present length.
         """
         self._scheduler.truncate(self._live, agent, length)
+
+    def restore(self, agents: str | Sequence[str], slots: SlotMapping) -> RestoreRecord:
+        """Agents' rows for an engine that attends over a cache of its own.
+
+        Args:
+            agents: one or several, whose prompts are computed.
+            slots: int64 ``[T]`` for one agent, ``[N, T]`` for N: the row of the cache that position
+                p goes to, -1 = leave out. Positions from T on are left out.
+
+        Returns:
+            The record that `tokendance.device.Executor.restore` runs, before any later one.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent that has ended, is in an open step, is suspended or has rows that
+                are not computed yet; or slots of another shape.
+        """
+        return self._scheduler.restore(agents, slots, self._live)
+
+    def append(self, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
+        """Decoded tokens whose rows an engine has computed with attention of its own.
+
+        They count as fed from now on, as if a step had computed them: `commit` keeps them, and they
+        are exact where all that they saw is.
+
+        Args:
+            rows: per agent the tokens, whose rows follow those that the agent has.
+
+        Returns:
+            The record that `tokendance.device.Executor.append` runs, before any later one, with the
+            rows' keys and values in this order.
+
+        Raises:
+            KeyError, TypeError, OutOfPagesError: as of decoded tokens in `KVCollector.step`;
+                nothing has changed, but for evictions.
+            ValueError: likewise.
+        """
+        return self._scheduler.append(self._live, rows)
 
     def suspend(self, agents: str | Iterable[str], *, to: str = "nowhere") -> None:
         """Gives the pages of agents' own rows back: preemption.

@@ -1,8 +1,9 @@
 """What passes from the host half to the device half.
 
 A `StepRecord` says everything about one forward pass that a device has to know, and nothing else:
-no names, no segments, no counts of users. It is made of numpy arrays and ints, so that it can be
-pickled and sent to any number of workers; the same calls give the same bytes.
+no names, no segments, no counts of users. A `RestoreRecord` and an `AppendRecord` say it of rows
+that pass between the pool and an engine's own cache. They are made of numpy arrays and ints, so
+that they can be pickled and sent to any number of workers; the same calls give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tokendance.host.mirror import Mirror, round_arrays
 from tokendance.host.round import IntArray, RoundExtents, pack
 
 VERSION = 1
-"""Of the fields of `StepRecord`: a device half runs records of its own version only."""
+"""Of the records' fields: a device half runs records of its own version only."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,56 @@ class StepRecord:
             positions=np.pad(self.positions, (0, more)),
             slots=np.pad(self.slots, (0, more), constant_values=-1),
         )
+
+
+@dataclass(eq=False)
+class RestoreRecord:
+    """Rows of agents that are written into an engine's own cache.
+
+    Attributes:
+        number: records of all kinds are run in this order.
+        packed: the agents' KV, without query rows and work.
+        slots: int64 ``[N, T]``: the row of the cache that position p of each agent goes to; -1:
+            none does. Positions from T on are left out.
+        copies: done before anything is read, once.
+        version: `VERSION`.
+    """
+
+    number: int
+    packed: PackedRound
+    slots: NDArray[np.int64]
+    copies: list[Copies] = field(default_factory=list)
+    version: int = VERSION
+
+
+@dataclass(eq=False)
+class AppendRecord:
+    """Rows that an engine computed with attention of its own, and that agents keep.
+
+    Attributes:
+        number: records of all kinds are run in this order.
+        positions: int32 ``[R]``: absolute positions of the rows.
+        slots: int64 ``[R]``: the pool row that keeps each.
+        copies: done before anything is written.
+        version: `VERSION`.
+    """
+
+    number: int
+    positions: IntArray
+    slots: NDArray[np.int64]
+    copies: list[Copies] = field(default_factory=list)
+    version: int = VERSION
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.slots)
+
+
+def pack_mirrors(mirrors: Sequence[Mirror], block_size: int) -> PackedRound:
+    """A round of agents' KV alone, as restore reads it."""
+    arrays, extents = round_arrays(mirrors, block_size)
+    return PackedRound(pack(arrays, extents), extents)
 
 
 def pack_round(

@@ -6,8 +6,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, count, pairwise
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
@@ -15,11 +17,20 @@ from tokendance.host.decide import AgentDecision, Find, Source, decide, source_o
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
-from tokendance.host.record import Copies, DeviceProfile
+from tokendance.host.record import (
+    AppendRecord,
+    Copies,
+    DeviceProfile,
+    RestoreRecord,
+    pack_mirrors,
+)
 from tokendance.host.round import IntArray, RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
 from tokendance.host.selection import KeyDeviation
 from tokendance.host.uncopied import Uncopied
+
+SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
+"""Rows of a cache, by agent and position."""
 
 _EVERYTHING = int(np.iinfo(np.int32).max)  # beyond all positions
 
@@ -476,7 +487,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         return names
 
     def _fed(
-        self, decode: Mapping[str, TokenIds | Iterator[int]]
+        self, decode: Mapping[str, TokenIds | Iterator[int]], argument: str = "decode"
     ) -> list[tuple[LivePlan, AgentState, list[int]]]:
         fed = []
         for agent, ids in decode.items():
@@ -484,18 +495,18 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             live = self._agents[agent]
             state = live.state(agent)
             if state.busy:
-                raise ValueError(f"decode: expected agents in no open step, got {agent!r}")
+                raise ValueError(f"{argument}: expected agents in no open step, got {agent!r}")
             if state.phase is not Phase.DECODE:
                 raise ValueError(
-                    f"decode: expected agents in decode, got {agent!r} ({state.phase.value})"
+                    f"{argument}: expected agents in decode, got {agent!r} ({state.phase.value})"
                 )
             given = list(ids) if isinstance(ids, Iterator) else ids
-            tokens = as_token_ids(given, f"decode[{agent!r}]").tolist()
+            tokens = as_token_ids(given, f"{argument}[{agent!r}]").tolist()
             if not tokens:
-                raise ValueError(f"decode[{agent!r}]: expected at least one token, got none")
+                raise ValueError(f"{argument}[{agent!r}]: expected at least one token, got none")
             if state.length + len(tokens) > self.profile.max_position:
                 raise ValueError(
-                    f"decode[{agent!r}]: expected positions below {self.profile.max_position}, "
+                    f"{argument}[{agent!r}]: expected positions below {self.profile.max_position}, "
                     f"got {state.length + len(tokens) - 1}"
                 )
             fed.append((live, state, tokens))
@@ -575,6 +586,61 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.books.drop_pages(pages)
         if gone is not None:
             self.books.let_go([gone])
+
+    # Rows of an engine's own cache ----------------------------------------------------------------
+
+    def restore(
+        self, agents: str | Sequence[str], slots: SlotMapping, live: LivePlan | None = None
+    ) -> RestoreRecord:
+        """The record that writes agents' rows into an engine's own cache.
+
+        Args:
+            agents: one or several.
+            slots: int64 ``[T]`` for one agent, ``[N, T]`` for several; see `RestoreRecord`.
+            live: the plan in which the agents are; None: their stored rows are meant.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: an agent of the plan that has ended, is in an open step or has rows that are
+                not computed yet; or slots of another shape.
+        """
+        names = [agents] if isinstance(agents, str) else list(agents)
+        mirrors = [self._restorable(name, live) for name in names]
+        rows = np.asarray(slots)
+        if rows.ndim == 1 and len(names) == 1:
+            rows = rows[None]
+        if rows.dtype != np.int64 or rows.ndim != 2 or len(rows) != len(names):
+            raise ValueError(
+                f"slots: expected int64 [{len(names)}, T], got {rows.dtype} {list(rows.shape)}"
+            )
+        packed = pack_mirrors(mirrors, self.profile.block_size)
+        copies, self._copies = self._copies, []
+        return RestoreRecord(next(self._numbers), packed, rows, copies)
+
+    def _restorable(self, agent: str, live: LivePlan | None) -> Mirror:
+        if live is None:
+            if agent not in self.books.mirrors:
+                known = sorted(self.books.mirrors)
+                raise KeyError(f"agent: expected one of {known}, got {agent!r}")
+            return self.books.mirrors[agent]
+        state = self._idle(live, agent)
+        if state.phase is not Phase.DECODE:
+            raise ValueError(
+                f"agents: expected a finished prefill, got {agent!r} in {state.phase.value}"
+            )
+        return state
+
+    def append(self, live: LivePlan, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
+        """Takes tokens for decoded whose rows an engine computed; see `Plan.append`."""
+        self.collect()
+        for agent in rows:
+            live.state(agent)
+        parts = self._extend(self._fed(rows, "rows"))
+        positions = [np.empty(0, np.int32), *[part.positions for part in parts]]
+        slots = [np.empty(0, np.int64), *[part.state.slots(part.positions) for part in parts]]
+        copies, self._copies = self._copies, []
+        number = next(self._numbers)
+        return AppendRecord(number, np.concatenate(positions), np.concatenate(slots), copies)
 
     # Ends -----------------------------------------------------------------------------------------
 

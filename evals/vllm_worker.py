@@ -1,0 +1,95 @@
+"""One engine for `evals.vllm`, in vLLM's own environment: a line of JSON for every round, one back.
+
+The first line says what the engine is. A round is measured by driving the engine step by step, with
+a request of nobody's running beside it, whose longest wait for a token is measured too.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+MARK = "result: "
+_BYSTANDER = "bystander"
+
+
+def made(task: dict[str, Any]) -> Any:
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    ours = {}
+    if task["connector"] is not None:
+        ours["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="TokenDanceConnector",
+            kv_role="kv_both",
+            kv_connector_extra_config=task["connector"],
+        )
+    return LLM(
+        task["model"],
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=task["prefix_caching"],
+        max_model_len=task["max_tokens"],
+        max_num_batched_tokens=task["max_rows"],
+        max_num_seqs=256,
+        gpu_memory_utilization=0.1,  # on a CPU, of its memory; the cache has a variable
+        **ours,
+    )
+
+
+def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) -> dict[str, Any]:
+    """Serves a round. Seconds are of the wall but for those of the processor."""
+    from vllm import SamplingParams
+
+    def sampling(count: int, told: Any = None) -> SamplingParams:
+        extra = None if told is None else {"kv_transfer_params": {"tokendance": told}}
+        return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, extra_args=extra)
+
+    engine.add_request(_BYSTANDER, {"prompt_token_ids": [5] * 16}, sampling(2000))
+    for _ in range(3):
+        engine.step()
+    begin, processor = time.perf_counter(), time.process_time()
+    for agent, (ids, spans) in prompts.items():
+        told = {"round": name, "agent": agent, "agents": len(prompts), "shared": spans}
+        parameters = sampling(new_tokens, told if joins else None)
+        engine.add_request(agent, {"prompt_token_ids": ids}, parameters)
+    first: dict[str, float] = {}
+    output: dict[str, list[int]] = {}
+    longest, at = 0.0, begin
+    while len(output) < len(prompts):
+        for one in engine.step():
+            now = time.perf_counter()
+            if one.request_id == _BYSTANDER:
+                longest, at = max(longest, now - at), now
+                continue
+            first.setdefault(one.request_id, now - begin)
+            if one.finished:
+                output[one.request_id] = list(one.outputs[0].token_ids)
+    last, processor = time.perf_counter() - begin, time.process_time() - processor
+    engine.abort_request([_BYSTANDER], internal=False)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "first": max(first.values()),
+        "last": last,
+        "processor": processor,
+        "longest_step": longest,
+        "tokens": output,
+    }
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.readline())
+    engine = made(task).llm_engine
+    serve(engine, "warm-up", {"nobody": [[7] * 64, []]}, 2, False)
+    print(MARK + "{}", flush=True)
+    for line in sys.stdin:
+        name, prompts = json.loads(line)
+        found = serve(engine, name, prompts, task["new_tokens"], task["connector"] is not None)
+        print(MARK + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Tests of tokendance inside vLLM, which `make test-vllm` builds an environment for.
+
+Without vLLM nothing here is collected.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that is quick."""
+    from tiny_model import write_tiny_model
+
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    return write_tiny_model(directory, num_attention_heads=4, num_key_value_heads=2)

@@ -1,0 +1,129 @@
+"""The class that vLLM makes: in the engine's scheduler one, in each worker one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+)
+
+from tokendance.integrations.vllm.options import Options, refusals
+from tokendance.integrations.vllm.orders import Handshake, Orders
+from tokendance.integrations.vllm.scheduler_side import SchedulerSide
+from tokendance.integrations.vllm.stats import RoundMetrics, RoundStats
+
+
+class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Rounds of agents inside vLLM; see docs/vllm.md.
+
+    Raises:
+        ValueError: an option that is not understood, or something that vLLM is asked to do beside
+            it and that it cannot do.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
+        reasons = refusals(vllm_config)
+        groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
+        if len(groups) > 1:
+            reasons.append(f"model: expected one KV cache group, got {len(groups)}")
+        if reasons:
+            raise ValueError("TokenDanceConnector: " + "; ".join(reasons))
+        self._scheduler: SchedulerSide | None = None
+        self._worker: Any = None
+        if role is KVConnectorRole.SCHEDULER:
+            block = groups[0].kv_cache_spec.block_size
+            self._scheduler = SchedulerSide(vllm_config, options, block)
+        else:
+            # The scheduler's process needs no kernels.
+            from tokendance.integrations.vllm.worker_side import WorkerSide
+
+            self._worker = WorkerSide(vllm_config, options, kv_cache_config)
+
+    # Scheduler ------------------------------------------------------------------------------------
+
+    @property
+    def rounds(self) -> SchedulerSide:
+        """The scheduler's side."""
+        assert self._scheduler is not None
+        return self._scheduler
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, Handshake]) -> None:
+        self.rounds.meet([metadata[rank] for rank in sorted(metadata)])
+
+    def on_new_request(self, request: Any) -> None:
+        self.rounds.arrive(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self.rounds.rows_for(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if num_external_tokens:
+            (block_ids,) = blocks.get_block_ids()
+            self.rounds.load(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Orders:
+        return self.rounds.step(scheduler_output.total_num_scheduled_tokens)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.rounds.end(request, block_ids), None
+
+    def reset_cache(self) -> bool:
+        return self.rounds.reset()
+
+    # Worker ---------------------------------------------------------------------------------------
+
+    @property
+    def worker(self) -> Any:
+        """The worker's side."""
+        assert self._worker is not None
+        return self._worker
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self.worker.register(kv_caches)
+
+    def get_handshake_metadata(self) -> Handshake:
+        return Handshake(self.worker.executor.profile, self.worker.windows)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self.worker.run(self._get_connector_metadata())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self.worker.take_read() or None, None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Rows are there before the forward pass begins."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Rows are read when their request has ended."""
+
+    def wait_for_save(self) -> None:
+        """Nothing is saved during a forward pass."""
+
+    # Both -----------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> RoundStats | None:
+        return None if self._scheduler is None else self._scheduler.take_stats()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> RoundStats:
+        return RoundStats() if data is None else RoundStats(data=data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> RoundMetrics:
+        return RoundMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

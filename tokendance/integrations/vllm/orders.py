@@ -1,0 +1,57 @@
+"""What the scheduler's side sends to the workers', with the metadata of each engine step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+from tokendance.host.record import AppendRecord, DeviceProfile, RestoreRecord, StepRecord
+
+
+@dataclass
+class ReadBack:
+    """Decoded rows that lie in vLLM's cache become the agent's.
+
+    Attributes:
+        record: where they go to.
+        slots: int64 ``[R]``: where they lie, block * block size + row of the block.
+    """
+
+    record: AppendRecord
+    slots: NDArray[np.int64]
+
+
+Order = StepRecord | RestoreRecord | ReadBack
+"""A pass over the model, rows into vLLM's cache, rows out of it."""
+
+
+@dataclass
+class Orders(KVConnectorMetadata):  # type: ignore[misc]
+    """Of one engine step.
+
+    Attributes:
+        orders: run in this order.
+        read: requests whose blocks are not needed any more when the orders have been run.
+    """
+
+    orders: list[Order] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker tells the scheduler's side once its cache is there.
+
+    Attributes:
+        profile: of its device.
+        windows: sliding windows of the model's layers, 0 for none.
+    """
+
+    profile: DeviceProfile
+    windows: list[int]

@@ -1,0 +1,403 @@
+"""Gathers requests to rounds, plans them, and says what the workers compute and move."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokendance.host.agent import Phase
+from tokendance.host.books import OutOfPagesError
+from tokendance.host.plan import Plan
+from tokendance.host.scheduler import Scheduler
+from tokendance.host.segments import Segment
+from tokendance.integrations.vllm.options import PARAMETER, Joining, Options, joining
+from tokendance.integrations.vllm.orders import Handshake, Orders, ReadBack
+from tokendance.integrations.vllm.stats import RoundStats
+
+_log = logging.getLogger("vllm.tokendance")
+# Of max_rows: what a round computes at least in a step that vLLM has filled.
+_LEAST_SHARE = 16
+
+
+@dataclass(eq=False)
+class Member:
+    """A request of a round.
+
+    Attributes:
+        request: vLLM's.
+        agent: its name in the library.
+        segments: of its prompt.
+        namespace: of the segments.
+        round: that it belongs to.
+        keeps: whether the agent's rows are kept for its next prompt.
+        since: when it came.
+        plan: that it is in, once it is planned.
+    """
+
+    request: Any
+    agent: str
+    segments: list[Segment]
+    namespace: str
+    round: Round
+    keeps: bool
+    since: float
+    plan: Plan | None = None
+
+    @property
+    def length(self) -> int:
+        """Rows of the prompt."""
+        return sum(segment.length for segment in self.segments)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all rows of the prompt are computed, or will be when orders so far are run."""
+        return self.plan is not None and self.plan.phase(self.agent) is Phase.DECODE
+
+
+@dataclass(eq=False)
+class Round:
+    """Requests that are computed together.
+
+    Attributes:
+        name: None for requests that gave none.
+        agents: how many it will have, if one of them said so.
+        patience: seconds without another member after which it starts.
+        gathering: members that are not planned yet.
+        plan: that whoever comes is added to, once there is one.
+        last: when the last member came.
+        untold: members that were planned, until the log has told of them.
+        counted: rows of the plan's prompts, and of those computed, that the log has told of.
+    """
+
+    name: str | None
+    patience: float
+    agents: int | None = None
+    gathering: list[Member] = field(default_factory=list)
+    plan: Plan | None = None
+    last: float = 0.0
+    untold: list[Member] = field(default_factory=list)
+    counted: tuple[int, int] = (0, 0)
+
+    def is_due(self, now: float) -> bool:
+        """Whether those that gather are to be planned."""
+        if self.plan is not None or now - self.last >= self.patience:
+            return True
+        return self.agents is not None and len(self.gathering) >= self.agents
+
+
+class SchedulerSide:
+    """The part of the connector that lives in vLLM's scheduler.
+
+    Args:
+        vllm_config: vLLM's.
+        options: the connector's.
+        block_size: rows of a block of vLLM's cache.
+        clock: seconds.
+
+    Attributes:
+        totals: counts since the start.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        options: Options,
+        block_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = vllm_config
+        self._options = options
+        self._block_size = block_size
+        self._clock = clock
+        self._separator = _separator_ids(options.separator, vllm_config.model_config)
+        self._host: Scheduler | None = None
+        self._rounds: list[Round] = []
+        self._members: dict[str, Member] = {}  # by request
+        self._orders = Orders()
+        self._stats = RoundStats()
+        self.totals = RoundStats()
+
+    def meet(self, handshakes: Sequence[Handshake]) -> None:
+        """What the workers' devices are like. A page has one number on all of them."""
+        first, pages = handshakes[0], min(one.profile.num_pages for one in handshakes)
+        profile = replace(first.profile, num_pages=pages)
+        self._host = Scheduler(profile, windows=first.windows)
+
+    @property
+    def host(self) -> Scheduler:
+        """The library's scheduler."""
+        if self._host is None:
+            raise RuntimeError("workers: expected their profiles before the first step, got none")
+        return self._host
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """The requests that belong to rounds, by id; not to be changed."""
+        return self._members
+
+    # Requests -------------------------------------------------------------------------------------
+
+    def arrive(self, request: Any) -> None:
+        """A request has come; it may join a round."""
+        try:
+            wish = self._wish_of(request)
+        except (ValueError, TypeError) as error:
+            self._leave_alone([request.request_id], str(error))
+            return
+        if wish is None:
+            return
+        # Blocks of reused rows must serve nobody else, whatever vLLM's prefix caching holds.
+        request.cache_salt = f"tokendance/{request.request_id}/{request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+        round_ = self._round_of(wish)
+        now = self._clock()
+        name, keeps = wish.agent, True
+        if any(other.agent == name for other in self._members.values()):
+            name, keeps = f"{name}#{request.request_id}", False
+        member = Member(request, name, wish.segments, wish.namespace, round_, keeps, now)
+        round_.gathering.append(member)
+        round_.last = now
+        round_.agents = wish.agents or round_.agents
+        if wish.patience is not None:
+            round_.patience = wish.patience
+        self._members[request.request_id] = member
+
+    def _wish_of(self, request: Any) -> Joining | None:
+        told = (request.kv_transfer_params or {}).get(PARAMETER)
+        if told is None and self._separator is None:
+            return None
+        parameters = request.sampling_params
+        reasons = {
+            "pooling": parameters is None,
+            "prompt_embeds": request.prompt_token_ids is None or request.prompt_embeds is not None,
+            "a LoRA": request.lora_request is not None,
+            "images": request.has_encoder_inputs,
+            "prompt_logprobs": parameters is not None and parameters.prompt_logprobs is not None,
+            "a streamed prompt": request.resumable,
+        }
+        wish = None
+        if not any(reasons.values()):
+            namespace = request.cache_salt or ""
+            ids = request.prompt_token_ids
+            wish = joining(ids, told, self._separator, namespace)
+            reasons["a prompt of one token"] = wish is not None and len(ids) < 2
+        given = [reason for reason, is_so in reasons.items() if is_so]
+        if given and told:
+            raise ValueError(f"request: expected one that a round can take, got {given[0]}")
+        return None if given else wish
+
+    def _round_of(self, wish: Joining) -> Round:
+        for round_ in self._rounds:
+            if round_.name == wish.round and (wish.round is not None or round_.plan is None):
+                return round_
+        self._rounds.append(Round(wish.round, self._options.patience))
+        return self._rounds[-1]
+
+    def rows_for(self, request: Any, computed: int) -> int | None:
+        """Rows behind the first ``computed`` that need not be computed; None: not known yet."""
+        member = self._members.get(request.request_id)
+        if member is None:
+            return 0
+        if not member.is_ready:
+            return None
+        return max(0, member.length - 1 - computed)  # the last row is vLLM's: it has the logits
+
+    def load(self, request: Any, block_ids: Sequence[int], rows: int) -> None:
+        """The request has blocks: the last ``rows`` before the prompt's last go there."""
+        member = self._members[request.request_id]
+        assert member.plan is not None
+        end = member.length - 1
+        slots = np.full(end, -1, dtype=np.int64)
+        slots[end - rows :] = self._slots(block_ids, end - rows, end)
+        self._orders.orders.append(member.plan.restore(member.agent, slots))
+
+    def _slots(self, block_ids: Sequence[int], begin: int, end: int) -> NDArray[np.int64]:
+        at = np.arange(begin, end, dtype=np.int64)
+        blocks = np.asarray(block_ids, dtype=np.int64)[at // self._block_size]
+        return blocks * self._block_size + at % self._block_size
+
+    def end(self, request: Any, block_ids: Sequence[int]) -> bool:
+        """The request has ended, in whatever phase.
+
+        Returns:
+            Whether its blocks are still to be read.
+        """
+        member = self._members.pop(request.request_id, None)
+        if member is None:
+            return False
+        waits = False
+        round_, plan = member.round, member.plan
+        if plan is None:
+            round_.gathering.remove(member)
+            if round_.agents is not None:
+                round_.agents -= 1
+        elif member.is_ready and member.keeps:
+            waits = self._keep_output(member, plan, block_ids)
+            plan.commit(member.agent, namespace=member.namespace)
+        else:
+            plan.abort(member.agent)
+        if member in round_.untold:
+            round_.untold.remove(member)
+        self._forget_empty_rounds()
+        return waits
+
+    def _keep_output(self, member: Member, plan: Plan, block_ids: Sequence[int]) -> bool:
+        request, begin = member.request, member.length
+        # The last token was sampled and not fed; of a step that is still running nothing is kept.
+        end = min(request.num_computed_tokens, request.num_tokens - 1)
+        output = list(request.all_token_ids[begin:end])
+        if not output:
+            return False
+        try:
+            record = plan.append({member.agent: output})
+        except (OutOfPagesError, ValueError):
+            return False  # the prompt is kept without its answer
+        self._orders.orders.append(ReadBack(record, self._slots(block_ids, begin, end)))
+        self._orders.read.append(request.request_id)
+        return True
+
+    # Steps ----------------------------------------------------------------------------------------
+
+    def step(self, scheduled: int) -> Orders:
+        """The orders of an engine step.
+
+        Records are run in the order in which they are made, so what a record computes counts as
+        computed as soon as it is among the orders.
+
+        Args:
+            scheduled: tokens that vLLM computes in this step.
+        """
+        now = self._clock()
+        for round_ in self._rounds:
+            if round_.gathering and round_.is_due(now):
+                self._start(round_)
+        most = self._options.max_rows
+        left = self._config.scheduler_config.max_num_batched_tokens - scheduled
+        room = min(most, max(left, most // _LEAST_SHARE, 1))
+        step = self.host.step(max_rows=room) if self._members else None
+        if step is not None:
+            self._orders.orders.append(step.record)
+            step.finish()
+        for round_ in self._rounds:
+            if round_.untold and all(member.is_ready for member in round_.untold):
+                self._tell(round_, now)
+        taken, self._orders = self._orders, Orders()
+        return taken
+
+    def _start(self, round_: Round) -> None:
+        """Plans those that gather, in the order of their names: the same whoever came first."""
+        gathering = sorted(round_.gathering, key=lambda member: member.agent)
+        prompts = {member.agent: member.segments for member in gathering}
+        if round_.plan is not None and not set(prompts).isdisjoint(round_.plan.agents):
+            round_.plan, round_.counted = None, (0, 0)  # an agent asks a second time
+        while True:
+            try:
+                if round_.plan is None:
+                    round_.plan = self.host.plan(prompts, self._options.policy)
+                else:
+                    round_.plan.add(prompts)
+            except OutOfPagesError as full:
+                if self._release_oldest(prompts):
+                    continue
+                if any(member.plan is not None for member in self._members.values()):
+                    return  # until one of those has ended
+                self._give_up(gathering, f"the store is full: {full}")
+            except ValueError as error:
+                self._give_up(gathering, str(error))
+            else:
+                for member in gathering:
+                    member.plan = round_.plan
+                round_.gathering = []
+                round_.untold += gathering
+            return
+
+    def _release_oldest(self, wanted: dict[str, list[Segment]]) -> bool:
+        """Forgets the agent whose rows were kept the longest, of those that gather last."""
+        kept = list(self.host.books.mirrors)
+        for agent in [*(one for one in kept if one not in wanted), *kept]:
+            self.host.books.drop(agent)
+            return True
+        return False
+
+    def _give_up(self, members: Sequence[Member], reason: str) -> None:
+        for member in members:
+            member.round.gathering.remove(member)
+            del self._members[member.request.request_id]
+        self._leave_alone([member.request.request_id for member in members], reason)
+        self._forget_empty_rounds()
+
+    def _leave_alone(self, requests: Sequence[str], reason: str) -> None:
+        self._count(alone=len(requests))
+        _log.warning("tokendance: left to vLLM alone: %s (%s)", ", ".join(requests), reason)
+
+    def _tell(self, round_: Round, now: float) -> None:
+        assert round_.plan is not None
+        told = round_.counted
+        round_.counted = round_.plan.rows, round(round_.plan.rows_computed)
+        rows, computed = (new - old for new, old in zip(round_.counted, told, strict=True))
+        members, began = len(round_.untold), min(member.since for member in round_.untold)
+        round_.untold = []
+        self._count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
+        _log.info(
+            "tokendance: round %s: %d agents, %d rows, %d computed, %d reused, after %.2f s",
+            round_.name or "-",
+            members,
+            rows,
+            computed,
+            rows - computed,
+            now - began,
+        )
+
+    def _count(self, **counts: int) -> None:
+        self._stats.add(**counts)
+        self.totals.add(**counts)
+
+    def take_stats(self) -> RoundStats | None:
+        """Counts since the last call, or None if there are none."""
+        if self._stats.is_empty():
+            return None
+        taken, self._stats = self._stats, RoundStats()
+        return taken
+
+    def reset(self) -> bool:
+        """Forgets everything that is stored: the weights have changed.
+
+        Requests that vLLM runs go on in its own cache, as its alone; the others are planned again.
+        """
+        from vllm.v1.request import RequestStatus
+
+        for name, member in list(self._members.items()):
+            if member.plan is not None:
+                member.plan.abort(member.agent)
+                member.plan = None
+                if member.request.status == RequestStatus.RUNNING:
+                    del self._members[name]
+                else:
+                    member.round.gathering.append(member)
+        for round_ in self._rounds:
+            round_.plan, round_.untold, round_.counted = None, [], (0, 0)
+        self._forget_empty_rounds()
+        self.host.clear()
+        return True
+
+    def _forget_empty_rounds(self) -> None:
+        alive = {id(member.round) for member in self._members.values()}
+        self._rounds = [one for one in self._rounds if id(one) in alive]
+
+
+def _separator_ids(separator: str | tuple[int, ...] | None, model_config: Any) -> list[int] | None:
+    if separator is None:
+        return None
+    if isinstance(separator, tuple):
+        return list(separator)
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model_config)
+    return list(tokenizer.encode(separator, add_special_tokens=False))

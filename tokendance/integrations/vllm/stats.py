@@ -1,0 +1,59 @@
+"""What vLLM logs and exports of the connector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+COUNTED = {
+    "rounds": "Rounds that were started.",
+    "members": "Requests that were computed in a round.",
+    "rows": "Prompt rows of these requests.",
+    "rows_computed": "Prompt rows of them that were computed; the others were reused.",
+    "alone": "Requests that wanted to join a round and were left to vLLM.",
+}
+
+
+@dataclass
+class RoundStats(KVConnectorStats):  # type: ignore[misc]
+    """How often each of `COUNTED` came since they were taken last."""
+
+    def add(self, **counts: int) -> None:
+        for name, count in counts.items():
+            self.data[name] = self.data.get(name, 0) + count
+
+    def reset(self) -> None:
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> RoundStats:
+        self.add(**other.data)
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return dict(self.data)
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class RoundMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
+    """The same as Prometheus counters, ``vllm:tokendance_rounds`` and so on."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._counters = {}
+        for name, what in COUNTED.items():
+            counter = self._counter_cls(
+                name=f"vllm:tokendance_{name}", documentation=what, labelnames=self._labelnames
+            )
+            self._counters[name] = create_metric_per_engine(counter, self.per_engine_labelvalues)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, count in transfer_stats_data.items():
+            self._counters[name][engine_idx].inc(count)

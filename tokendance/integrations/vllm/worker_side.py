@@ -1,0 +1,197 @@
+"""Runs records over vLLM's model, and moves rows between the store and vLLM's cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+
+from tokendance.device.executor import Executor, Run
+from tokendance.device.geometry import KVGeometry
+from tokendance.device.layer_ropes import layer_ropes
+from tokendance.device.pool import PagePool
+from tokendance.device.rope import Rope
+from tokendance.host.record import RestoreRecord, StepRecord
+from tokendance.integrations.vllm.cache import EngineCache
+from tokendance.integrations.vllm.options import Options
+from tokendance.integrations.vllm.orders import Orders, ReadBack
+from tokendance.integrations.vllm.workers import model_of
+from tokendance.store import parse_bytes
+
+_COMPARED_POSITIONS = 1024
+# vLLM rounds its tables to the model's dtype; what is compared is whether they are the same ones.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class WorkerSide:
+    """The part of the connector that lives in a worker.
+
+    Args:
+        vllm_config: vLLM's.
+        options: the connector's.
+        kv_cache_config: of vLLM's cache.
+
+    Attributes:
+        executor: the library's device half; there once the caches are registered.
+        windows: sliding windows of the layers.
+    """
+
+    executor: Executor
+    windows: list[int]
+
+    def __init__(self, vllm_config: Any, options: Options, kv_cache_config: Any) -> None:
+        self._config = vllm_config
+        self._options = options
+        self._num_blocks = kv_cache_config.num_blocks
+        self._read: set[str] = set()
+
+    def register(self, kv_caches: dict[str, Tensor]) -> None:
+        """The caches are there: makes the pool, and has vLLM's attention ask for records' steps.
+
+        Raises:
+            ValueError: a model or a cache of a kind that is not supported, naming what.
+            RuntimeError: the worker's model cannot be found.
+        """
+        self._model = model_of(self._config)
+        made = self._config.compilation_config.static_forward_context
+        self._names = sorted(kv_caches, key=extract_layer_index)
+        layers = [made[name] for name in self._names]
+        geometry = self._geometry_of(layers)
+        config = self._config.model_config
+        rope = Rope.from_config(config.hf_text_config, config.max_model_len)
+        device = layers[0].kv_cache.device
+        _check_rope(self._model, geometry, rope, device)
+        block = self._options.block_size
+        pages = parse_bytes(self._options.capacity) // (block * geometry.row_bytes)
+        if pages < 1:
+            raise ValueError(
+                f"capacity: expected at least one page of {block * geometry.row_bytes} bytes, got "
+                f"{self._options.capacity}"
+            )
+        self.executor = Executor(geometry, rope, PagePool.own(geometry, pages, block, device))
+        self.windows = list(dict.fromkeys(_window_of(layer) for layer in layers))
+        self._cache = EngineCache(layers, self._num_blocks)
+        for index, layer in enumerate(layers):
+            _divert(layer, index)
+
+    def _geometry_of(self, layers: list[Any]) -> KVGeometry:
+        model = self._config.model_config
+        shapes = {(one.num_heads, one.num_kv_heads, one.head_size) for one in layers}
+        expected = model.get_num_layers(self._config.parallel_config)
+        if len(shapes) != 1 or len(layers) != expected:
+            raise ValueError(
+                f"model: expected {expected} layers of attention of one shape, each with a cache "
+                f"of its own, got {len(layers)} of the shapes {sorted(shapes)}"
+            )
+        for layer in layers:
+            if getattr(layer.impl, "alibi_slopes", None) is not None:
+                raise ValueError("model: expected rotated keys, got ALiBi")
+        ((heads, kv_heads, head_dim),) = shapes
+        return KVGeometry(len(layers), heads, kv_heads, head_dim, model.dtype)
+
+    # A step of the engine -------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, orders: Orders) -> None:
+        """Runs the orders of one engine step."""
+        for order in orders.orders:
+            if isinstance(order, StepRecord):
+                self._compute(order)
+            elif isinstance(order, RestoreRecord):
+                self._cache.write(self.executor, order)
+            else:
+                assert isinstance(order, ReadBack)
+                rows = self._cache.read(order.slots)
+                self.executor.append(order.record, *rows, rotated=True)
+        self._read.update(orders.read)
+
+    def _compute(self, record: StepRecord) -> None:
+        """A pass over vLLM's model. At position 0 its rotation leaves queries and keys as they are,
+        so that its attention layers hand over what `Run.attend` wants."""
+        with self.executor.open(record) as run:
+            metadata = dict.fromkeys(self._names, run)
+            rows = run.num_rows
+            # Without a slot mapping vLLM's own cache update is left out.
+            with set_forward_context(metadata, self._config, num_tokens=rows, slot_mapping={}):
+                self._model(
+                    input_ids=run.token_ids.to(torch.int32),
+                    positions=torch.zeros(rows, dtype=torch.int64, device=run.token_ids.device),
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
+
+    def take_read(self) -> set[str]:
+        """Requests whose blocks have been read since the last call."""
+        taken, self._read = self._read, set()
+        return taken
+
+
+def _divert(layer: Any, index: int) -> None:
+    """Attention of a record's pass is the library's; all other stays what it is."""
+    impl = layer.impl
+    original = impl.forward
+    scale, window = float(impl.scale), _window_of(layer)
+    soft_cap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
+    sinks = getattr(impl, "sinks", None)
+    sinks = None if sinks is None else sinks.float()
+
+    def forward(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        metadata: Any,
+        output: Tensor,
+        *others: Any,
+        **more: Any,
+    ) -> Any:
+        if not isinstance(metadata, Run):
+            return original(module, query, key, value, kv_cache, metadata, output, *others, **more)
+        attended = metadata.attend(
+            index,
+            query,
+            key,
+            value,
+            softmax_scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+        )
+        return output.copy_(attended.view(output.shape))
+
+    impl.forward = forward
+
+
+def _window_of(layer: Any) -> int:
+    return int(layer.sliding_window or 0)
+
+
+def _check_rope(model: Any, geometry: KVGeometry, rope: Any, device: torch.device) -> None:
+    """Compares the model's rotation tables with the library's: position 0 must not turn anything,
+    and the others must turn as the library does."""
+    tables = {id(one): one for one in model.modules() if hasattr(one, "cos_sin_cache")}
+    expected = layer_ropes(geometry, rope, device)[0]
+    if not tables:
+        raise ValueError("model: expected one that rotates queries and keys, got no tables")
+    for one in tables.values():
+        cos, sin = one.cos_sin_cache[:_COMPARED_POSITIONS].float().chunk(2, dim=-1)
+        if not (bool((cos[0] == 1).all()) and bool((sin[0] == 0).all())):
+            raise ValueError(
+                "model: expected a rotation that leaves position 0 as it is, got one that scales "
+                "(YaRN with an attention factor)"
+            )
+        tolerance = _TOLERANCE[geometry.dtype]
+        if not any(_same(cos, sin, other, tolerance) for other in expected):
+            raise ValueError("model: expected the rotation of its config, got other tables")
+
+
+def _same(cos: Tensor, sin: Tensor, other: Any, tolerance: float) -> bool:
+    rows = min(len(cos), len(other.cos))
+    return cos.shape[1] == other.cos.shape[1] and all(
+        bool(((a[:rows].to(b.device) - b[:rows]).abs() <= tolerance).all())
+        for a, b in ((cos, other.cos), (sin, other.sin))
+    )

@@ -1,0 +1,46 @@
+"""How a worker's connector finds the model.
+
+vLLM hands a connector its caches, not its model. Every worker of this process is remembered when it
+is made, so that the connector can ask the one of its own configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+from weakref import WeakSet
+
+_workers: WeakSet[Any] = WeakSet()
+
+
+def watch() -> None:
+    """Remembers the workers that are made from now on."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    made = WorkerBase.__init__
+    if getattr(made, "is_watched", False):
+        return
+
+    @functools.wraps(made)
+    def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        _workers.add(self)
+
+    remember.is_watched = True  # type: ignore[attr-defined]
+    WorkerBase.__init__ = remember
+
+
+def model_of(vllm_config: Any) -> Any:
+    """The model of this process's worker.
+
+    Raises:
+        RuntimeError: the worker was made before this package was registered with vLLM.
+    """
+    for worker in _workers:
+        if worker.vllm_config is vllm_config:
+            return worker.get_model()
+    raise RuntimeError(
+        "vllm.general_plugins: expected the plugin 'tokendance' to be loaded before the worker is "
+        "made, got a worker without it; install tokendance into vLLM's environment, and name the "
+        "plugin in VLLM_PLUGINS if that is set"
+    )
