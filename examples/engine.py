@@ -116,8 +116,8 @@ class Engine:
         prompt = tuple(prompt)
         length, most = sum(map(len, prompt)), self.store.max_position - max_new_tokens + 1
         highest = max((one.token_ids.max(initial=0) for one in prompt), default=0)
-        if agent in self._requests:
-            raise ValueError(f"agent: expected one without a request, got {agent!r}")
+        if agent in self._requests or not self._is_open:
+            raise ValueError(f"agent: expected no request of it and an open engine, got {agent!r}")
         if max_new_tokens < 1 or not 1 <= length <= most or highest >= self.model.vocabulary:
             wanted = f"1..{most} tokens below {self.model.vocabulary}"
             raise ValueError(f"prompt: expected {wanted}, got {length} tokens up to {highest}")
@@ -141,6 +141,7 @@ class Engine:
                 step = self._next_step()
                 await (self._finish(step) if step else self._arrival.wait())
         finally:
+            self._is_open = False
             for request in list(self._requests.values()):
                 self._end(request)
 

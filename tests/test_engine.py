@@ -444,7 +444,7 @@ def test_what_cannot_be_served_ends_with_an_error_and_hurts_nobody(
             good = engine.submit("good", [td.private(tokens(1, 60))], 1, 20)
             too_long = engine.submit("long", [td.private(tokens(2, 8 * 21))], 1)
             grows = engine.submit("grows", [td.private(tokens(3, 8 * 19))], 1, 20)
-            with pytest.raises(ValueError, match="agent: expected one without a request"):
+            with pytest.raises(ValueError, match="agent: expected no request of it"):
                 engine.submit("good", [td.private([1])], 2)
             for prompt, count in (
                 ([], 1),
@@ -516,12 +516,33 @@ def test_cancelled_requests_give_their_pages_back(llama: tuple[Any, Model]) -> N
             assert mine.store.stats().used_pages == 0
             left = engine.submit("left", PROMPTS["a"], 3, 100)
             assert len([token async for token in take(left, 1)]) == 1
+            with pytest.raises(ValueError, match="agent: expected no request of it"):
+                engine.submit("left", PROMPTS["d"], 3)
         await all_of(left)
         assert 1 <= len(left.output) < 100
+        with pytest.raises(ValueError, match="and an open engine, got 'late'"):
+            engine.submit("late", PROMPTS["d"], 3)
         assert mine.store.stats().held_pages == 0
         assert mine.store.agents == []
 
     run(serve())
+
+
+def test_an_engine_that_breaks_leaves_nobody_waiting(
+    llama: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = llama
+
+    async def serve() -> None:
+        async with Engine(model, collector(model)) as engine:
+            request = engine.submit("a", PROMPTS["a"], 1)
+            async for _ in request:
+                monkeypatch.setattr(engine.collector, "step", lambda *_, **__: 1 / 0)
+            with pytest.raises(ValueError, match="and an open engine"):
+                engine.submit("b", PROMPTS["b"], 1)
+
+    with pytest.raises(ZeroDivisionError):
+        run(serve())
 
 
 async def take(request: Request, count: int) -> AsyncIterator[int]:
