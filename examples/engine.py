@@ -235,14 +235,13 @@ async def main(directory: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = Model(directory, device), Tokenizer.from_file(f"{directory}/tokenizer.json")
     store, said = td.DiffStore(model.geometry, model.rope, "256MiB", device), []
-    collector = td.KVCollector(store, source="producer")
+    collector, requests = td.KVCollector(store, source="producer"), {}
     async with Engine(model, collector, decoder=collector.decoder(4, 4, 512)) as engine:
         for number in (1, 2):
-            requests = []
             for name in ("Ada", "Ben", "Cleo"):
                 ids = tokenizer.encode(f"{name}, of the council:", add_special_tokens=False).ids
-                requests.append(engine.submit(name, [td.private(ids), *said], number))
-            for request in requests:
+                requests[name] = engine.submit(name, [td.private(ids), *said], number)
+            for request in requests.values():
                 said.append(td.shared([token async for token in request]))
                 print(number, request.agent, tokenizer.decode(request.output))
 

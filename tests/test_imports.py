@@ -60,7 +60,7 @@ FRONT = frozenset(
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))
-INTEGRATIONS = frozenset({"tokendance.integrations", "transformers"})
+INTEGRATIONS = frozenset({"tokendance.integrations", "transformers", "vllm"})
 SOURCE_TREE = frozenset({"tokendance.source_tree"})  # says why compiled modules are missing
 ARRAYS = frozenset({"numpy", "torch", "typing_extensions"})
 MAY_IMPORT = {

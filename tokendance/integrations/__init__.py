@@ -1,4 +1,4 @@
-"""Engines that call the library: thin examples of its public API.
+"""Engines that call the library: `transformers` runs a model's forward, `vllm` is a KV connector.
 
 May import: the front, `tokendance.host` and `tokendance.device`; nothing of the library imports it.
 """
