@@ -6,7 +6,9 @@ Without vLLM nothing here is collected.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     directory = tmp_path_factory.mktemp("model") / "tiny"
     return write_tiny_model(directory, num_attention_heads=4, num_key_value_heads=2)
+
+
+class Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the connector logs; vLLM's settings keep it from the root logger."""
+    handler, log = Messages(), logging.getLogger("vllm.tokendance")
+    log.addHandler(handler)
+    yield handler.text
+    log.removeHandler(handler)

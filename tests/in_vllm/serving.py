@@ -121,7 +121,10 @@ class Serving:
 
 @contextmanager
 def serving(
-    connector: Mapping[str, Any] | None = None, kv_role: str = "kv_both", **options: Any
+    connector: Mapping[str, Any] | None = None,
+    kv_role: str = "kv_both",
+    kv_load_failure_policy: str = "fail",
+    **options: Any,
 ) -> Iterator[Serving]:
     """An engine with the connector's options, or plain."""
     from vllm import LLM
@@ -133,6 +136,7 @@ def serving(
         more["kv_transfer_config"] = KVTransferConfig(
             kv_connector="TokenDanceConnector",
             kv_role=kv_role,
+            kv_load_failure_policy=kv_load_failure_policy,
             kv_connector_extra_config=dict(connector),
         )
     settings: dict[str, Any] = {

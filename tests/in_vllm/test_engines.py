@@ -31,7 +31,7 @@ def test_fewer_run_slots_than_agents_and_preemption(tiny: Path) -> None:
 
 
 def test_a_full_store_forgets_who_was_kept_longest_and_then_leaves_requests_alone(
-    tiny: Path, caplog: pytest.LogCaptureFixture
+    tiny: Path, messages: list[str]
 ) -> None:
     prompts = a_round(13, agents=3)
     needs = {"selection": "everything", "block_size": 8, "max_rows": 128}
@@ -54,12 +54,12 @@ def test_a_full_store_forgets_who_was_kept_longest_and_then_leaves_requests_alon
         engine.run()
         assert answers(engine, "first", prompts) == expected
         assert answers(engine, "second", more) == alone(engine, "more", more)
-        assert "left to vLLM alone" not in caplog.text
+        assert not [one for one in messages if "left to vLLM alone" in one]
         # One that never fits.
         large = a_round(15, agents=6, size=120)
         assert engine.serve("large", large) == alone(engine, "large", large)
-        assert "left to vLLM alone" in caplog.text
-        assert "the store is full" in caplog.text
+        (left,) = [one for one in messages if "left to vLLM alone" in one]
+        assert "the store is full" in left
         nothing_left(engine, free)
 
 
@@ -112,3 +112,36 @@ def test_what_cannot_be_done_is_refused_at_the_start(tiny: Path) -> None:
         serving({"pages": 3}, model=str(tiny)),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["_compute", "write", "read"])
+def test_a_worker_that_fails_loses_the_store_and_no_request(
+    tiny: Path, kind: str, messages: list[str]
+) -> None:
+    with serving(EXACT, model=str(tiny), kv_load_failure_policy="recompute") as engine:
+        free = engine.free_blocks()
+        rounds = [a_round(seed) for seed in (20, 21, 22)]
+        expected = [alone(engine, f"lost {i}", prompts) for i, prompts in enumerate(rounds)]
+        assert engine.serve("before", rounds[0]) == expected[0]
+        worker = engine.worker
+        owner = worker if kind == "_compute" else worker._cache
+        original = getattr(owner, kind)
+        calls = []
+
+        def fail(*arguments: object) -> object:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise MemoryError("no room for activations")
+            return original(*arguments)
+
+        setattr(owner, kind, fail)
+        found = engine.serve("failing", rounds[1])
+        assert len(calls) >= 2
+        assert found == expected[1]
+        (left,) = [one for one in messages if "left to vLLM alone" in one]
+        assert "a worker failed: MemoryError: no room for activations" in left
+        # What comes next has a store again.
+        engine.counts()
+        assert engine.serve("after", rounds[2]) == expected[2]
+        assert engine.counts()["members"] == len(rounds[2])
+        nothing_left(engine, free)

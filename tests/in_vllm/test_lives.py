@@ -239,13 +239,13 @@ def test_what_is_not_understood_is_left_to_vllm(
     free: int,
     given: Any,
     reason: str,
-    caplog: pytest.LogCaptureFixture,
+    messages: list[str],
 ) -> None:
     (segments,) = a_round(11, agents=1).values()
     engine.add("wrong", token_ids(segments), {"tokendance": given})
     engine.add("right", token_ids(segments), {"tokendance": False})
     engine.run()
     assert engine.done["wrong"] == engine.done["right"]
-    assert caplog.text.count("left to vLLM alone") == 1
-    assert re.search(reason, caplog.text)
+    (left,) = messages
+    assert re.search(rf"left to vLLM alone: wrong.*{reason}", left)
     assert engine.counts()["alone"] == 1

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tokendance.integrations.vllm.options import Options, refusals
-from tokendance.integrations.vllm.orders import Handshake, Orders
+from tokendance.integrations.vllm.orders import Handshake, Lost, Orders
 from tokendance.integrations.vllm.scheduler_side import SchedulerSide
 from tokendance.integrations.vllm.stats import RoundMetrics, RoundStats
 
@@ -75,6 +75,10 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.rounds.end(request, block_ids), None
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        if connector_output.kv_connector_worker_meta is not None:
+            self.rounds.lose(connector_output.kv_connector_worker_meta.reason)
+
     def reset_cache(self) -> bool:
         return self.rounds.reset()
 
@@ -97,6 +101,13 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self.worker.take_read() or None, None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        missing: set[int] = self.worker.take_missing()
+        return missing
+
+    def build_connector_worker_meta(self) -> Lost | None:
+        return None if self._worker is None else self._worker.take_lost()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Rows are there before the forward pass begins."""

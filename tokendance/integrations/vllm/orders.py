@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
 from tokendance.host.record import AppendRecord, DeviceProfile, RestoreRecord, StepRecord
@@ -27,8 +28,27 @@ class ReadBack:
     slots: NDArray[np.int64]
 
 
-Order = StepRecord | RestoreRecord | ReadBack
-"""A pass over the model, rows into vLLM's cache, rows out of it."""
+@dataclass
+class Forget:
+    """The scheduler's side knows what was lost; from here on nothing of it is used."""
+
+
+Order = StepRecord | RestoreRecord | ReadBack | Forget
+"""A pass over the model, rows into vLLM's cache, rows out of it, and a new start."""
+
+
+@dataclass
+class Lost(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What a worker says when an order failed: no row of its store is to be trusted.
+
+    Attributes:
+        reason: the first error.
+    """
+
+    reason: str
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Lost:
+        return self
 
 
 @dataclass

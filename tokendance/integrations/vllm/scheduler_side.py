@@ -17,7 +17,7 @@ from tokendance.host.plan import Plan
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 from tokendance.integrations.vllm.options import PARAMETER, Joining, Options, joining
-from tokendance.integrations.vllm.orders import Handshake, Orders, ReadBack
+from tokendance.integrations.vllm.orders import Forget, Handshake, Orders, ReadBack
 from tokendance.integrations.vllm.stats import RoundStats
 
 _log = logging.getLogger("vllm.tokendance")
@@ -386,6 +386,18 @@ class SchedulerSide:
         self._forget_empty_rounds()
         self.host.clear()
         return True
+
+    def lose(self, reason: str) -> None:
+        """A worker has lost what is stored. All members are vLLM's alone: rows that were to be in
+        its cache were reported to it, and the others are not there yet."""
+        for member in self._members.values():
+            if member.plan is not None:
+                member.plan.abort(member.agent)
+        self._leave_alone(list(self._members), f"a worker failed: {reason}")
+        self._members.clear()
+        self._rounds.clear()
+        self.host.clear()
+        self._orders = Orders([Forget()], self._orders.read)
 
     def _forget_empty_rounds(self) -> None:
         alive = {id(member.round) for member in self._members.values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from tokendance.device.rope import Rope
 from tokendance.host.record import RestoreRecord, StepRecord
 from tokendance.integrations.vllm.cache import EngineCache
 from tokendance.integrations.vllm.options import Options
-from tokendance.integrations.vllm.orders import Orders, ReadBack
+from tokendance.integrations.vllm.orders import Forget, Lost, Order, Orders, ReadBack
 from tokendance.integrations.vllm.workers import model_of
 from tokendance.store import parse_bytes
 
+_log = logging.getLogger("vllm.tokendance")
 _COMPARED_POSITIONS = 1024
 # vLLM rounds its tables to the model's dtype; what is compared is whether they are the same ones.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -47,6 +49,9 @@ class WorkerSide:
         self._options = options
         self._num_blocks = kv_cache_config.num_blocks
         self._read: set[str] = set()
+        self._missing: set[int] = set()
+        self._is_lost = False
+        self._untold: Lost | None = None
 
     def register(self, kv_caches: dict[str, Tensor]) -> None:
         """The caches are there: makes the pool, and has vLLM's attention ask for records' steps.
@@ -96,17 +101,36 @@ class WorkerSide:
 
     @torch.inference_mode()
     def run(self, orders: Orders) -> None:
-        """Runs the orders of one engine step."""
+        """Runs the orders of one engine step.
+
+        An order that fails loses what the store has: the orders behind it are left out until the
+        scheduler's side has begun anew, and rows that were to be in vLLM's cache are reported.
+        """
         for order in orders.orders:
-            if isinstance(order, StepRecord):
-                self._compute(order)
-            elif isinstance(order, RestoreRecord):
-                self._cache.write(self.executor, order)
-            else:
-                assert isinstance(order, ReadBack)
-                rows = self._cache.read(order.slots)
-                self.executor.append(order.record, *rows, rotated=True)
+            if isinstance(order, Forget):
+                self._is_lost = False
+                continue
+            if not self._is_lost:
+                try:
+                    self._run_one(order)
+                    continue
+                except Exception as error:
+                    _log.exception("tokendance: an order failed; what is stored is lost")
+                    self._is_lost, self._untold = True, Lost(f"{type(error).__name__}: {error}")
+            if isinstance(order, RestoreRecord):
+                wanted = order.slots[order.slots >= 0]
+                self._missing.update((wanted // self._cache.block_size).tolist())
         self._read.update(orders.read)
+
+    def _run_one(self, order: Order) -> None:
+        if isinstance(order, StepRecord):
+            self._compute(order)
+        elif isinstance(order, RestoreRecord):
+            self._cache.write(self.executor, order)
+        else:
+            assert isinstance(order, ReadBack)
+            rows = self._cache.read(order.slots)
+            self.executor.append(order.record, *rows, rotated=True)
 
     def _compute(self, record: StepRecord) -> None:
         """A pass over vLLM's model. At position 0 its rotation leaves queries and keys as they are,
@@ -126,6 +150,16 @@ class WorkerSide:
     def take_read(self) -> set[str]:
         """Requests whose blocks have been read since the last call."""
         taken, self._read = self._read, set()
+        return taken
+
+    def take_missing(self) -> set[int]:
+        """Blocks of vLLM's cache that were to be written since the last call, and were not."""
+        taken, self._missing = self._missing, set()
+        return taken
+
+    def take_lost(self) -> Lost | None:
+        """What is to be told of an order that failed."""
+        taken, self._untold = self._untold, None
         return taken
 
 
