@@ -61,6 +61,11 @@ FRONT = frozenset(
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))
 INTEGRATIONS = frozenset({"tokendance.integrations", "transformers", "vllm"})
+# vLLM's scheduler has no device.
+VLLM_SCHEDULER = frozenset(
+    f"tokendance.integrations.vllm.{name}"
+    for name in ("options", "orders", "scheduler_side", "stats")
+)
 SOURCE_TREE = frozenset({"tokendance.source_tree"})  # says why compiled modules are missing
 ARRAYS = frozenset({"numpy", "torch", "typing_extensions"})
 MAY_IMPORT = {
@@ -68,6 +73,7 @@ MAY_IMPORT = {
     "tokendance.device": DEVICE | RECORD | ARRAYS | SOURCE_TREE,
     "tokendance.files": FILES | HOST | DEVICE | ARRAYS,
     **dict.fromkeys(FRONT, FRONT | HOST | DEVICE | FILES | ARRAYS),
+    **dict.fromkeys(VLLM_SCHEDULER, VLLM_SCHEDULER | HOST | {"numpy", "vllm"}),
     "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | INTEGRATIONS,
     "tokendance.testing": HOST | DEVICE | ARRAYS | {"tokendance.testing", "tokendance._planner"},
     "tokendance.cli": frozenset({"tokendance"}) | ARRAYS,
