@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, count, pairwise
+from itertools import count, pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
-from tokendance.host.decide import AgentDecision, Find, Source, decide, source_of
-from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
+from tokendance.host.decide import AgentDecision, Source, source_of
+from tokendance.host.leases import Leases
+from tokendance.host.mirror import Master, Mirror, pages_for
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
 from tokendance.host.record import (
@@ -24,9 +25,8 @@ from tokendance.host.record import (
     RestoreRecord,
     pack_mirrors,
 )
-from tokendance.host.round import IntArray, RoundExtents
+from tokendance.host.round import RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
-from tokendance.host.selection import KeyDeviation
 from tokendance.host.uncopied import Uncopied
 
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
@@ -66,8 +66,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.books = Books(allocator or PageAllocator(profile.num_pages))
         self.host_pages = PageAllocator(profile.host_pages)
         self.windows = list(windows)
-        self._copies: list[Copies] = []  # that the next record has to make, in order
-        self._copy = copy
+        self._leases = Leases(profile, self.books, copy)
         self.dropped: deque[LivePlan | PlannedStep] = deque()
         self._agents: dict[str, LivePlan] = {}  # of all plans, those that have not ended
         self._states: dict[int, AgentState] = {}  # by serial, those that have not ended
@@ -77,7 +76,6 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self._open: dict[int, PlannedStep] = {}  # steps that have not ended, by number
         self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
         self._did_not_fit: tuple[int, ...] | None = None  # books in which their first did not
-        self._serials = count()
         self._numbers = count()
 
     # Plans ----------------------------------------------------------------------------------------
@@ -113,7 +111,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     ) -> Plan:
         """A plan of given decisions that changes nothing that others see."""
         live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
-        self._lease(live, decisions)
+        self._register(live, self._leases.lease(decisions, policy)[0])
         return Plan(self, live)
 
     def add(
@@ -128,7 +126,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                     f"prompts: expected agents of no live plan, got {agent!r} a second time"
                 )
         if wait and self._waiting:
-            self._check_possible(live.policy, checked)
+            self._leases.check_possible(checked, live.policy)
             self._enqueue(live, checked)
             return
         try:
@@ -136,11 +134,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         except OutOfPagesError:
             if not wait:
                 raise
-            self._check_possible(live.policy, checked)
+            self._leases.check_possible(checked, live.policy)
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._lease_prompts(live, prompts)
+        self._register(live, self._leases.lease_prompts(prompts, live.policy)[0])
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
@@ -151,26 +149,6 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             live.agents[agent] = None
             self._agents[agent] = live
         self._waiting.append((live, prompts))
-
-    def _check_possible(self, policy: Policy, prompts: Prompts) -> None:
-        """Raises ``OutOfPagesError`` for prompts that would not fit into a pool without anything
-        else in it, neither beside what they reuse now nor with nothing to reuse."""
-        decisions = self._decide(prompts, policy)
-        block = self.profile.block_size
-        reused = [master.pages for decision in decisions for master in decision.uses.masters]
-        for decision in decisions:
-            if decision.earlier is not None:
-                reused.append(decision.earlier.own_pages[: len(_carried(decision)) // block])
-        beside = len(np.unique(np.concatenate([no_pages(), *reused])))
-        needed = self._pages_of(decisions, policy) + beside
-        if needed > self.books.num_pages:
-            alone = self._decide(prompts, policy, lambda _: None, {})
-            needed = min(needed, self._pages_of(alone, policy))
-        if needed > self.books.num_pages:
-            raise OutOfPagesError(
-                f"prompts: expected at most {self.books.num_pages} pages, got {needed}; they would "
-                "wait for ever"
-            )
 
     def _admit_waiting(self) -> None:
         """Leases pages for prompts that wait, as far as they are there, in order."""
@@ -189,45 +167,6 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._waiting.popleft()
             live.waiting.remove(prompts)
 
-    def _decide(
-        self,
-        prompts: Prompts,
-        policy: Policy,
-        find: Find | None = None,
-        mirrors: Mapping[str, Mirror] | None = None,
-    ) -> list[AgentDecision]:
-        return decide(
-            prompts,
-            find or self.find,
-            self.books.mirrors if mirrors is None else mirrors,
-            policy.selection,
-            policy.source,
-            self.profile.block_size,
-            self.profile.max_position,
-            policy.opted_out,
-        )
-
-    def _find_held(self, segment: Segment) -> tuple[Master, int] | None:
-        """As `find`, without Masters that nobody holds."""
-        found = self.find(segment)
-        return None if found is None or found[0].holders == 0 else found
-
-    def find(self, segment: Segment) -> tuple[Master, int] | None:
-        """The Master of a segment, stored or being computed, and how many of the segment's first
-        rows it has.
-
-        A Master of a decoded output lacks the row of its last token if that was never fed; it is
-        found by the segment's stem.
-        """
-        books = self.books
-        master = books.masters.get(segment.digest) or books.making.get(segment.digest)
-        if master is not None:
-            return master, master.length
-        master = books.masters.get(segment.stem)
-        if master is not None and master.length == segment.length - 1:
-            return master, master.length
-        return None
-
     def pages_needed(
         self, prompts: Mapping[str, Iterable[Segment]], policy: Policy | None = None
     ) -> int:
@@ -242,125 +181,29 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             TypeError, ValueError: as `plan`.
         """
         self.collect()
-        return self._pages_to_lease(_checked_prompts(prompts), policy or Policy())
+        return self._leases.pages_to_lease(_checked_prompts(prompts), policy or Policy())
 
-    def _pages_to_lease(self, prompts: Prompts, policy: Policy, more: int = 0) -> int:
-        """What `_lease_prompts` needs, with so many more pages."""
-        decisions = self._decide(prompts, policy)
-        held = [master for decision in decisions for master in decision.uses.masters]
-        idle = self.books.idle_pages_of(held)
-        needed = self._pages_of(decisions, policy) + idle + more
-        if idle and needed > self.books.free_pages + self.books.evictable_pages:
-            without = self._decide(prompts, policy, self._find_held)
-            needed = min(needed, self._pages_of(without, policy) + more)
-        return needed
+    def find(self, segment: Segment) -> tuple[Master, int] | None:
+        """The Master of a segment, stored or being computed, and how many of the segment's first
+        rows it has."""
+        return self._leases.find(segment)
 
-    def _lease_prompts(
-        self, live: LivePlan, prompts: Prompts, more: int = 0
-    ) -> tuple[list[AgentState], Pages]:
-        """Decides and leases, with so many more pages; see `pages_needed`."""
-        decisions = self._decide(prompts, live.policy)
-        try:
-            return self._lease(live, decisions, more)
-        except OutOfPagesError:
-            held = [master for decision in decisions for master in decision.uses.masters]
-            if not self.books.idle_pages_of(held):
-                raise
-        return self._lease(live, self._decide(prompts, live.policy, self._find_held), more)
-
-    def _pages_of(self, decisions: Sequence[AgentDecision], policy: Policy) -> int:
-        """Fresh pages of decisions."""
-        return sum(self._needs(decisions, policy))
-
-    def _needs(self, decisions: Sequence[AgentDecision], policy: Policy) -> list[int]:
-        """Fresh pages of each Master that is made, then of each decision's own rows."""
-        block = self.profile.block_size
-        needs = [pages_for(use.length, block) for decision in decisions for use in decision.made]
-        for decision in decisions:
-            mine = len(_carried(decision))
-            more = 0
-            if isinstance(policy.selection, KeyDeviation):
-                more = sum(policy.selection.rows_of(use.length) for use in decision.candidates)
-            needs.append(pages_for(mine + len(decision.own) + more, block) - mine // block)
-        return needs
-
-    def _lease(
-        self, live: LivePlan, decisions: Sequence[AgentDecision], more: int = 0
-    ) -> tuple[list[AgentState], Pages]:
-        """Takes all pages of prompts, and so many more, or none; makes the agents' states."""
-        block = self.profile.block_size
-        held = [master for decision in decisions for master in decision.uses.masters]
-        self.books.hold(held)
-        needs = self._needs(decisions, live.policy)
-        try:
-            pages = self.books.take_pages(sum(needs) + more)
-        except BaseException:
-            self.books.let_go(held)
-            raise
-        pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
-        parts = [pages[begin:end].copy() for begin, end in pairwise(accumulate(needs, initial=0))]
-        made = [use.master for decision in decisions for use in decision.made]
-        for master, mine in zip(made, parts, strict=False):
-            master.pages = mine
-        states = []
-        for decision, fresh in zip(decisions, parts[len(made) :], strict=True):
-            carried = _carried(decision)
-            full = len(carried) // block
-            kept = decision.earlier.own_pages[:full] if decision.earlier else no_pages()
-            self.books.share_pages(kept)
-            own_pages = np.concatenate([kept, fresh])
-            state = AgentState(decision, own_pages, carried, block, self._serials)
-            states.append(state)
-        try:
-            self._copy_carried_rows(decisions, states)
-        except BaseException:
-            for state in states:
-                self.books.drop_pages(state.own_pages)
-            self.books.drop_pages(rest)
-            self.books.let_go(held)
-            raise
+    def _register(self, live: LivePlan, states: Sequence[AgentState]) -> None:
+        """The states are the plan's from now on, and the Masters that they make can be found."""
         for state in states:
-            self._register(live, state)
-        return states, rest
-
-    def _register(self, live: LivePlan, state: AgentState) -> None:
-        live.states.append(state)
-        self._plans[state.serial] = live
-        if state.agent is not None:
-            live.by_name[state.agent] = state
-            live.decisions[state.agent] = state.decision
-        for use in state.made:
-            self._makers[use.master.serial] = state
-        if not live.is_probe:
-            self._states[state.serial] = state
-            if state.agent is None:
-                self._orphans[state.serial] = state
+            live.states.append(state)
+            self._plans[state.serial] = live
+            if state.agent is not None:
+                live.by_name[state.agent] = state
+                live.decisions[state.agent] = state.decision
             for use in state.made:
-                self.books.announce(use.master)
-
-    def _copy_carried_rows(
-        self, decisions: Sequence[AgentDecision], states: Sequence[AgentState]
-    ) -> None:
-        """Own rows of an earlier round that share a page with new ones get a page of their own."""
-        block = self.profile.block_size
-        moves = []
-        for decision, state in zip(decisions, states, strict=True):
-            rows = len(_carried(decision))
-            if decision.earlier is None or rows % block == 0:
-                continue
-            begin = rows - rows % block
-            sources = slots_of(decision.earlier.own_pages, rows, block)[begin:]
-            targets = slots_of(state.own_pages, rows, block)[begin:]
-            moves.append(np.stack([sources, targets], axis=1))
-        if moves:
-            self._order([Copies(rows=np.concatenate(moves))])
-
-    def _order(self, copies: list[Copies]) -> None:
-        """Has copies made before anything else is computed."""
-        if self._copy is not None:
-            self._copy(copies)
-        else:
-            self._copies += copies
+                self._makers[use.master.serial] = state
+            if not live.is_probe:
+                self._states[state.serial] = state
+                if state.agent is None:
+                    self._orphans[state.serial] = state
+                for use in state.made:
+                    self.books.announce(use.master)
 
     # Steps ----------------------------------------------------------------------------------------
 
@@ -474,7 +317,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             return None
         step = PlannedStep(self, parts, next(self._numbers), capacity)
         self._open[step.number] = step
-        step.record.copies, self._copies = self._copies, []
+        step.record.copies = self._leases.take_copies()
         for part in parts:
             part.state.busy = True
         return step
@@ -614,7 +457,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 f"slots: expected int64 [{len(names)}, T], got {rows.dtype} {list(rows.shape)}"
             )
         packed = pack_mirrors(mirrors, self.profile.block_size)
-        copies, self._copies = self._copies, []
+        copies = self._leases.take_copies()
         return RestoreRecord(next(self._numbers), packed, rows, copies)
 
     def _restorable(self, agent: str, live: LivePlan | None) -> Mirror:
@@ -638,7 +481,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         parts = self._extend(self._fed(rows, "rows"))
         positions = [np.empty(0, np.int32), *[part.positions for part in parts]]
         slots = [np.empty(0, np.int64), *[part.state.slots(part.positions) for part in parts]]
-        copies, self._copies = self._copies, []
+        copies = self._leases.take_copies()
         number = next(self._numbers)
         return AppendRecord(number, np.concatenate(positions), np.concatenate(slots), copies)
 
@@ -787,7 +630,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         copies, step.record.copies = step.record.copies, []
         later = min((number for number in self._open if number > step.number), default=None)
         if later is None:
-            self._copies = copies + self._copies
+            self._leases.put_back(copies)
         else:
             record = self._open[later].record
             record.copies = copies + record.copies
@@ -855,7 +698,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             )
         pages = np.concatenate(private)
         try:
-            self._order([Copies(to_host=np.stack([pages, given], axis=1))])
+            self._leases.order([Copies(to_host=np.stack([pages, given], axis=1))])
         except BaseException:
             self.host_pages.free(given)
             raise
@@ -887,7 +730,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         """Decides and leases as `plan` does, and makes room for the output's rows."""
         given = live.suspended[agent]
         more = self._pages_of_output(given)
-        _, pages = self._lease_prompts(live, {agent: given.segments}, more)
+        prompts = {agent: given.segments}
+        states, pages = self._leases.lease_prompts(prompts, live.policy, more)
+        self._register(live, states)
         state = live.by_name[agent]
         if given.output_ids:
             needed = state.pages_to_extend(len(given.output_ids))
@@ -912,7 +757,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         self.books.drop_pages(rest)
         try:
-            self._order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
+            self._leases.order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
         except BaseException:
             self.books.drop_pages(pages)
             raise
@@ -934,15 +779,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             return len(state.host_pages) + state.pages_to_go_on
         given = live.suspended[agent]
         more = self._pages_of_output(given)
-        return self._pages_to_lease({agent: given.segments}, live.policy, more)
-
-
-def _carried(decision: AgentDecision) -> IntArray:
-    """Positions of the own rows that are taken over from the agent's earlier KV."""
-    if decision.earlier is None:
-        return np.empty(0, dtype=np.int32)
-    position = decision.earlier.own_position
-    return position[: int(np.searchsorted(position, decision.prefix))]
+        return self._leases.pages_to_lease({agent: given.segments}, live.policy, more)
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
