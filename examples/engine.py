@@ -1,10 +1,8 @@
 """A serving engine to be read: continuous batching of rounds of agents over `KVCollector`.
 
-python examples/engine.py MODEL_DIRECTORY
-
 Requests come at any time. A step is one forward pass: the next token of every agent that decodes,
 and as many rows of prompts as there is room for. When pages run short, the KV of agents without a
-request goes first, then the youngest requests are suspended.
+request goes first, then the youngest requests are suspended. To run: engine.py MODEL_DIRECTORY
 """
 
 import asyncio
@@ -190,19 +188,20 @@ class Engine:
         while queue := self._in(td.Phase.WAITING, td.Phase.SUSPENDED):
             first, stats = queue[0], self.store.stats()
             running = self._in(td.Phase.PREFILL, td.Phase.DECODE)
-            plan, prompt = first.plan or self._rounds.get(first.round), {first.agent: first.prompt}
+            plan, prompt = self._rounds.get(first.round), {first.agent: first.prompt}
+            joins = plan is not None and first.agent not in plan.agents
             if first.plan:
-                needed = plan.pages_to_resume(first.agent)
+                needed = first.plan.pages_to_resume(first.agent)
             else:
-                needed = self.collector.pages_needed(prompt)
+                needed = (plan if joins else self.collector).pages_needed(prompt)
             spare = len(running) + 1 if running else 0  # for what each decodes next
             if needed + spare > stats.free_pages + stats.evictable_pages:
                 if running and self._requests.keys() >= set(self.store.agents):
                     return
                 self._make_room(td.OutOfPagesError(f"prompt: too few pages for {first.agent!r}"))
             elif first.plan:
-                plan.resume(first.agent)
-            elif plan and first.agent not in plan.agents:
+                first.plan.resume(first.agent)
+            elif joins:
                 plan.add(prompt)
                 first.plan = plan
             else:

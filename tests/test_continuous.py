@@ -170,6 +170,49 @@ def test_agents_that_come_before_the_first_step_get_the_very_bits_of_a_plan_at_o
     assert same_snapshot(*stores)
 
 
+def test_a_segment_that_no_agent_of_the_round_has_is_computed_by_who_joins_it() -> None:
+    """An agent's own history, stored in another context, as in a round at once."""
+    heard = td.shared(A)
+    history = {agent: td.shared(tokens(60 + i, 20)) for i, agent in enumerate("abc")}
+
+    def stored() -> td.KVCollector:
+        collector = collector_of(td.LeadingTokens(4))
+        speaker = [td.private(tokens(70, 11)), *history.values(), END]
+        run_round(collector, {"speaker": speaker})
+        return collector
+
+    def kinds(plan: td.Plan, agent: str) -> list[str]:
+        return [span.kind.value for span in plan.spans(agent)]
+
+    given = {
+        agent: [td.private(tokens(80 + i, 5)), history[agent], heard, END]
+        for i, agent in enumerate("abc")
+    }
+    collector = stored()
+    whole = collector.plan(given)
+    at_once = {agent: kinds(whole, agent) for agent in given}
+    whole.abort()
+    assert at_once["b"][:1] == ["own"]
+    collector = stored()
+    plan = collector.plan({"a": given["a"]})
+    assert kinds(plan, "a")[:3] == ["own", "repaired", "reused"]  # it cannot tell
+    for agent in "bc":
+        needed = plan.pages_needed({agent: given[agent]})
+        assert needed >= collector.pages_needed({agent: given[agent]})
+        before = collector.store.stats()
+        plan.add({agent: given[agent]})
+        after = collector.store.stats()
+        there = before.free_pages + before.evictable_pages
+        assert after.free_pages + after.evictable_pages == there - needed
+        assert kinds(plan, agent) == at_once[agent]
+    run_prefill(collector, plan)
+    plan.suspend("b")
+    plan.resume("b")  # its own segments are not those of others
+    assert kinds(plan, "b") == at_once["b"]
+    plan.abort()
+    check(collector)
+
+
 ENDS: dict[str, Callable[[td.KVCollector, td.Plan], object]] = {
     "goes on": lambda collector, plan: None,
     "aborts": lambda collector, plan: plan.abort("a"),

@@ -204,11 +204,16 @@ class Engine:
             if any(other.agent == one.agent for other in self.alive):
                 return
             prompts = {one.agent: one.segments}
-            if not self.waits and (
-                self.suspended() or self.scheduler.pages_needed(prompts, self.policy) > self.there
-            ):
-                return
-            if self.one_plan and self.plan is not None and one.agent not in self.plan.agents:
+            joins = self.one_plan and self.plan is not None and one.agent not in self.plan.agents
+            if not self.waits:
+                needed = (
+                    self.plan.pages_needed(prompts)
+                    if joins and self.plan is not None
+                    else self.scheduler.pages_needed(prompts, self.policy)
+                )
+                if self.suspended() or needed > self.there:
+                    return
+            if joins and self.plan is not None:
                 self.plan.add(prompts, wait=self.waits)
             else:
                 self.plan = self.scheduler.plan(prompts, self.policy, wait=self.waits)

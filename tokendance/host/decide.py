@@ -7,7 +7,7 @@ rows are C++ (csrc/planner/decide.cpp): here prompts become numbers, and numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -152,6 +152,7 @@ def decide(
     block_size: int,
     max_length: int = _MAX_LENGTH,
     opted_out: OptedOut = OptedOut(),
+    company: Set[bytes] | None = None,
 ) -> list[AgentDecision]:
     """Decides a round. The decisions come in the order in which they must be computed.
 
@@ -165,6 +166,8 @@ def decide(
             its own: every agent computes it.
         max_length: of a prompt, in tokens.
         opted_out: who and what is computed whatever the selection.
+        company: digests of the segments of the round's agents that came before; None where these
+            are the first.
 
     Raises:
         ValueError: a prompt is longer than that, or an unknown source of a segment.
@@ -186,7 +189,9 @@ def decide(
     round_ = _planner.RoundDecision(
         numbers.indptr, numbers.segment, numbers.is_shared, numbers.length, prefix
     )
-    masters = _match(round_, numbers, find, earlier, selection, source, block_size, opted_out)
+    masters = _match(
+        round_, numbers, find, earlier, selection, source, block_size, opted_out, company
+    )
     repaired = np.zeros(len(numbers.segment), dtype=np.int32)
     if isinstance(selection, LeadingTokens):
         unseen = round_.unseen
@@ -209,6 +214,7 @@ def _match(
     source: Sources,
     block_size: int,
     opted_out: OptedOut,
+    company: Set[bytes] | None,
 ) -> list[Master]:
     """Finds what the round reuses and makes; returns all Masters, by number."""
     context = np.full(len(numbers.segment), -1, dtype=np.int32)
@@ -224,6 +230,10 @@ def _match(
     if not isinstance(selection, Everything):
         for e, one in enumerate(numbers.segments):
             alone[e] = one.is_shared and source_of(source, one) is Source.ALONE
+    computed = opted_out.segments
+    chooses_lone = isinstance(selection, LeadingTokens)
+    if chooses_lone and company is not None:
+        computed |= numbers.lone(company, alone)
     round_.match(
         exact_prefix=np.array(
             [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
@@ -232,7 +242,7 @@ def _match(
         earlier_context=context,
         agent_computes=np.array([a in opted_out.agents for a in numbers.agents], dtype=np.uint8),
         segment_computes=np.array(
-            [one.digest in opted_out.segments for one in numbers.segments], dtype=np.uint8
+            [one.digest in computed for one in numbers.segments], dtype=np.uint8
         ),
         stored=stored,
         stored_rows=np.array([one[1] if one else 0 for one in found], dtype=np.int32),
@@ -243,7 +253,7 @@ def _match(
         alone=alone,
         # Only where inexact rows are reused does it matter what a Master has seen.
         informed=isinstance(selection, LeadingTokens | KeyDeviation),
-        lone=isinstance(selection, LeadingTokens),
+        lone=chooses_lone and company is None,
         chain=numbers.chain,
     )
     for agent, segment, origin, number, place, is_exact in round_.made:
@@ -424,6 +434,17 @@ class _Numbers:
         for line, master in zip(seen, masters, strict=True):
             line[[self.number[digest] for digest in master.seen if digest in self.number]] = 1
         return seen
+
+    def lone(self, company: Set[bytes], alone: NDArray[np.uint8]) -> frozenset[bytes]:
+        """Digests of the segments that one of these agents has, and none that came before.
+
+        A Master that is computed alone carries nothing of another context.
+        """
+        agent = np.repeat(np.arange(len(self.prompts)), np.diff(self.indptr))
+        pairs = np.unique(np.stack([self.segment, agent]), axis=1)
+        users = np.bincount(pairs[0], minlength=len(self.segments))
+        lone = (users == 1) & (alone == 0)
+        return frozenset(self.segments[e].digest for e in np.flatnonzero(lone)) - company
 
     def shared_before(self, agent: int, place: int) -> frozenset[bytes]:
         """Digests of the shared segments of the agent's prompt in front of a place."""

@@ -11,7 +11,7 @@ from tokendance.host.agent import AgentState
 from tokendance.host.books import Books, OutOfPagesError
 from tokendance.host.decide import AgentDecision, Find, decide
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
-from tokendance.host.plan import Policy, Prompts
+from tokendance.host.plan import LivePlan, Policy, Prompts
 from tokendance.host.record import Copies, DeviceProfile
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment
@@ -62,12 +62,13 @@ class Leases:
 
     def decide(
         self,
+        live: LivePlan,
         prompts: Prompts,
-        policy: Policy,
         find: Find | None = None,
         mirrors: Mapping[str, Mirror] | None = None,
     ) -> list[AgentDecision]:
-        """What prompts reuse and compute; no page is taken yet."""
+        """What prompts reuse and compute that join a plan; no page is taken yet."""
+        policy = live.policy
         return decide(
             prompts,
             find or self.find,
@@ -77,41 +78,42 @@ class Leases:
             self._profile.block_size,
             self._profile.max_position,
             policy.opted_out,
+            live.company_of(prompts),
         )
 
-    def check_possible(self, prompts: Prompts, policy: Policy) -> None:
+    def check_possible(self, live: LivePlan, prompts: Prompts) -> None:
         """Raises ``OutOfPagesError`` for prompts that would not fit into a pool without anything
         else in it, neither beside what they reuse now nor with nothing to reuse."""
-        decisions = self.decide(prompts, policy)
+        decisions = self.decide(live, prompts)
         block = self._profile.block_size
         reused = [master.pages for decision in decisions for master in decision.uses.masters]
         for decision in decisions:
             if decision.earlier is not None:
                 reused.append(decision.earlier.own_pages[: len(_carried(decision)) // block])
         beside = len(np.unique(np.concatenate([no_pages(), *reused])))
-        needed = self._pages_of(decisions, policy) + beside
+        needed = self._pages_of(decisions, live.policy) + beside
         if needed > self._books.num_pages:
-            alone = self.decide(prompts, policy, lambda _: None, {})
-            needed = min(needed, self._pages_of(alone, policy))
+            alone = self.decide(live, prompts, lambda _: None, {})
+            needed = min(needed, self._pages_of(alone, live.policy))
         if needed > self._books.num_pages:
             raise OutOfPagesError(
                 f"prompts: expected at most {self._books.num_pages} pages, got {needed}; they "
                 "would wait for ever"
             )
 
-    def pages_to_lease(self, prompts: Prompts, policy: Policy, more: int = 0) -> int:
+    def pages_to_lease(self, live: LivePlan, prompts: Prompts, more: int = 0) -> int:
         """What `lease_prompts` needs, with so many more pages; see `Scheduler.pages_needed`."""
-        decisions = self.decide(prompts, policy)
+        decisions = self.decide(live, prompts)
         held = [master for decision in decisions for master in decision.uses.masters]
         idle = self._books.idle_pages_of(held)
-        needed = self._pages_of(decisions, policy) + idle + more
+        needed = self._pages_of(decisions, live.policy) + idle + more
         if idle and needed > self._books.free_pages + self._books.evictable_pages:
-            without = self.decide(prompts, policy, self._find_held)
-            needed = min(needed, self._pages_of(without, policy) + more)
+            without = self.decide(live, prompts, self._find_held)
+            needed = min(needed, self._pages_of(without, live.policy) + more)
         return needed
 
     def lease_prompts(
-        self, prompts: Prompts, policy: Policy, more: int = 0
+        self, live: LivePlan, prompts: Prompts, more: int = 0
     ) -> tuple[list[AgentState], Pages]:
         """Decides and leases, with so many more pages.
 
@@ -123,14 +125,14 @@ class Leases:
         Raises:
             OutOfPagesError: nothing was leased.
         """
-        decisions = self.decide(prompts, policy)
+        decisions = self.decide(live, prompts)
         try:
-            return self.lease(decisions, policy, more)
+            return self.lease(decisions, live.policy, more)
         except OutOfPagesError:
             held = [master for decision in decisions for master in decision.uses.masters]
             if not self._books.idle_pages_of(held):
                 raise
-        return self.lease(self.decide(prompts, policy, self._find_held), policy, more)
+        return self.lease(self.decide(live, prompts, self._find_held), live.policy, more)
 
     def _pages_of(self, decisions: Sequence[AgentDecision], policy: Policy) -> int:
         """Fresh pages of decisions."""

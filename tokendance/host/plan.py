@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ class LivePlan:
         is_probe: it changes nothing that others see: no Master of it is ever found.
         agents: all names, in the order in which they were given, as a dict's keys.
         decisions: by name, what was decided.
+        users: how many agents' prompts hold a segment, by digest.
         states: what is or was computed, in the order of computing.
         by_name: the states of agents that have not ended.
         waiting: prompts that have no pages yet, in the order in which they came.
@@ -79,6 +81,7 @@ class LivePlan:
     is_probe: bool = False
     agents: dict[str, None] = field(default_factory=dict)
     decisions: dict[str, AgentDecision] = field(default_factory=dict)
+    users: Counter[bytes] = field(default_factory=Counter)
     states: list[AgentState] = field(default_factory=list)
     by_name: dict[str, AgentState] = field(default_factory=dict)
     waiting: list[dict[str, tuple[Segment, ...]]] = field(default_factory=list)
@@ -86,6 +89,16 @@ class LivePlan:
     chosen: dict[int, IntArray] = field(default_factory=dict)
     row_layers: int = 0
     pair_layers: int = 0
+
+    def company_of(self, prompts: Prompts) -> set[bytes] | None:
+        """Digests of the prompts' segments that agents have who came before; None where nobody
+        did."""
+        again = [self.decisions[agent] for agent in prompts if agent in self.decisions]
+        if len(self.decisions) == len(again):
+            return None
+        mine = Counter(digest for one in again for digest in {s.digest for s in one.segments})
+        digests = {segment.digest for segments in prompts.values() for segment in segments}
+        return {digest for digest in digests if self.users[digest] > mine[digest]}
 
     def phase(self, agent: str) -> Phase:
         """Raises ``KeyError`` for an unknown agent."""
@@ -181,6 +194,14 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         They reuse what is computed, and wait for what is being computed.
         """
         self._scheduler.add(self._live, prompts, wait)
+
+    def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
+        """Pages that `add` of these prompts now needs; see `KVCollector.pages_needed`.
+
+        It may be another number than of a plan of their own: with `LeadingTokens` a segment that
+        no other agent of the round has is computed.
+        """
+        return self._scheduler.pages_to_add(self._live, prompts)
 
     def length(self, agent: str) -> int:
         """Rows of the agent's prompt and output so far."""

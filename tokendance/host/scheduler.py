@@ -126,7 +126,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                     f"prompts: expected agents of no live plan, got {agent!r} a second time"
                 )
         if wait and self._waiting:
-            self._leases.check_possible(checked, live.policy)
+            self._leases.check_possible(live, checked)
             self._enqueue(live, checked)
             return
         try:
@@ -134,11 +134,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         except OutOfPagesError:
             if not wait:
                 raise
-            self._leases.check_possible(checked, live.policy)
+            self._leases.check_possible(live, checked)
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._register(live, self._leases.lease_prompts(prompts, live.policy)[0])
+        self._register(live, self._leases.lease_prompts(live, prompts)[0])
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
@@ -180,8 +180,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         Raises:
             TypeError, ValueError: as `plan`.
         """
+        return self.pages_to_add(LivePlan(policy or Policy()), prompts)
+
+    def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
+        """The same for `add`."""
         self.collect()
-        return self._leases.pages_to_lease(_checked_prompts(prompts), policy or Policy())
+        return self._leases.pages_to_lease(live, _checked_prompts(prompts))
 
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
@@ -195,6 +199,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._plans[state.serial] = live
             if state.agent is not None:
                 live.by_name[state.agent] = state
+                if state.agent not in live.decisions:
+                    live.users.update({one.digest for one in state.segments})
                 live.decisions[state.agent] = state.decision
             for use in state.made:
                 self._makers[use.master.serial] = state
@@ -731,7 +737,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         given = live.suspended[agent]
         more = self._pages_of_output(given)
         prompts = {agent: given.segments}
-        states, pages = self._leases.lease_prompts(prompts, live.policy, more)
+        states, pages = self._leases.lease_prompts(live, prompts, more)
         self._register(live, states)
         state = live.by_name[agent]
         if given.output_ids:
@@ -779,7 +785,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             return len(state.host_pages) + state.pages_to_go_on
         given = live.suspended[agent]
         more = self._pages_of_output(given)
-        return self._leases.pages_to_lease({agent: given.segments}, live.policy, more)
+        return self._leases.pages_to_lease(live, {agent: given.segments}, more)
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:

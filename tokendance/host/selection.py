@@ -36,7 +36,8 @@ class LeadingTokens:
     Masters were computed: inside it the context does not break. A segment that no other agent of
     the round has (an agent's own history) is computed as a whole, unless it is exact: whoever
     shares it with nobody would save its rows once and carry another context's traces from then on.
-    A round of one agent cannot tell, and reuses all that is stored.
+    In a round that grows, agents that came before count. The first one cannot tell, and reuses all
+    that is stored.
     """
 
     count: int = 8
