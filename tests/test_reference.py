@@ -211,7 +211,7 @@ def test_attention_is_sdpa_on_the_materialised_cache(kind):
             torch.testing.assert_close(lse[row], score.logsumexp(-1), rtol=1e-9, atol=1e-9)
 
 
-def test_soft_cap_sinks_and_rotary_scale():
+def test_soft_cap_sinks_and_attention_factor():
     case = testing.random_round(8, agents=2, rows=4, rotary_dim=32)
     arguments = (case.k_pool[0], case.v_pool[0], case.cos, case.sin, False, case.round, 0.3)
     sinks = torch.tensor([0.5, -1.0, 3.0, -torch.inf])
