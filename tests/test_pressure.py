@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from driving import (
+    GEOMETRY,
+    ROPE,
+    run_prefill,
     tokens,
 )
 from hypothesis import HealthCheck, given, settings
@@ -105,6 +108,19 @@ def run_all(device: SymbolicDevice, max_rows: int = 2048) -> int:
         device.run(step)
         steps += 1
     return steps
+
+
+def test_a_new_segment_is_shared_within_a_prompt_that_joins_a_round() -> None:
+    """It needs the pages that it needs alone, and fits a pool of just those."""
+    twice = [td.shared(tokens(1, 40))] * 2
+    capacity = 9 * 8 * GEOMETRY.row_bytes
+    collector = td.KVCollector(td.DiffStore(GEOMETRY, ROPE, capacity, block_size=8))
+    plan = collector.plan({"first": []})
+    assert plan.pages_needed({"late": twice}) == collector.pages_needed({"late": twice}) == 9
+    plan.add({"late": twice})
+    run_prefill(collector, plan)
+    plan.commit()
+    assert collector.store.stats().held_pages == 9
 
 
 # An engine that lives on it -----------------------------------------------------------------------

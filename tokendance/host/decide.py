@@ -233,7 +233,7 @@ def _match(
     computed = opted_out.segments
     chooses_lone = isinstance(selection, LeadingTokens)
     if chooses_lone and company is not None:
-        computed |= numbers.lone(company, alone)
+        computed |= numbers.lone(company, (alone == 0) & (stored >= 0))
     round_.match(
         exact_prefix=np.array(
             [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
@@ -435,15 +435,19 @@ class _Numbers:
             line[[self.number[digest] for digest in master.seen if digest in self.number]] = 1
         return seen
 
-    def lone(self, company: Set[bytes], alone: NDArray[np.uint8]) -> frozenset[bytes]:
+    def lone(self, company: Set[bytes], among: NDArray[np.bool_]) -> frozenset[bytes]:
         """Digests of the segments that one of these agents has, and none that came before.
 
-        A Master that is computed alone carries nothing of another context.
+        Args:
+            company: see `decide`.
+            among: which segments are asked for: those that have a Master of another context. One
+                that is computed alone carries nothing of any context, and a new one is the agent's
+                own.
         """
         agent = np.repeat(np.arange(len(self.prompts)), np.diff(self.indptr))
         pairs = np.unique(np.stack([self.segment, agent]), axis=1)
         users = np.bincount(pairs[0], minlength=len(self.segments))
-        lone = (users == 1) & (alone == 0)
+        lone = (users == 1) & among
         return frozenset(self.segments[e].digest for e in np.flatnonzero(lone)) - company
 
     def shared_before(self, agent: int, place: int) -> frozenset[bytes]:
