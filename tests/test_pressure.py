@@ -55,7 +55,8 @@ policies = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+# The same cases in every run: a new one found elsewhere says nothing about the change at hand.
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(st.data())
 def test_a_plan_fits_exactly_if_as_many_pages_as_needed_are_free_or_evictable(
     data: st.DataObject,
@@ -304,7 +305,9 @@ def pages_alone(one: Request, policy: Policy) -> int:
     return needed + -(-one.tokens // BLOCK)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(st.data())
 def test_an_engine_that_preempts_the_youngest_finishes_whatever_fits_alone(
     data: st.DataObject,
