@@ -32,7 +32,7 @@ from tokendance.host.uncopied import Uncopied
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
 """Rows of a cache, by agent and position."""
 
-_EVERYTHING = int(np.iinfo(np.int32).max)  # beyond all positions
+_NO_END = int(np.iinfo(np.int32).max)  # beyond all positions
 
 
 class Scheduler(Uncopied, instead="make another with the same profile"):
@@ -380,7 +380,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         """By serial, the states of agents and of all that they wait for, each with the position
         up to which its rows are wanted."""
         wanted = {
-            self._agents[name].by_name[name].serial: _EVERYTHING
+            self._agents[name].by_name[name].serial: _NO_END
             for name in names
             if name in self._agents[name].by_name
         }
@@ -404,7 +404,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 break
             if state.ended or state.busy or state.phase is not Phase.PREFILL:
                 continue
-            end = _EVERYTHING if wanted is None else wanted.get(state.serial, 0)
+            end = _NO_END if wanted is None else wanted.get(state.serial, 0)
             if not end:
                 continue
             plan = self._plans[state.serial]
