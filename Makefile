@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export TOKENDANCE_WERROR ?= 1
 
 .PHONY: build test test-gpu test-vllm demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
-  coverage-python coverage-cpp environments mutate coverage-ptx sass clean
+  coverage-python coverage-cpp environments mutate coverage-ptx sass hooks clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +108,11 @@ wheel: $(VENV)/ready
 # The site in build/site. A dead link is an error.
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --quiet
+
+# Before each commit lint, types and documentation; of each message its form.
+hooks: $(VENV)/ready
+	$(BIN)/pre-commit install
+	install -m 755 tools/hooks/commit-msg "$$(git rev-parse --git-path hooks/commit-msg)"
 
 clean:
 	rm -rf build dist *.egg-info tokendance/*.so

@@ -70,7 +70,7 @@ class RowKind(Enum):
 
 @dataclass(frozen=True)
 class OptedOut:
-    """Who and what takes part in no reuse but the exact one, as under `Everything`.
+    """Agents and segments restricted to exact reuse, as under `Everything`.
 
     Attributes:
         agents: names. Such an agent takes over no inexact row; others may reuse what it computes.
