@@ -107,6 +107,9 @@ class AgentState(Mirror):
 
     def slots(self, positions: IntArray) -> NDArray[np.int64]:
         """Pool rows where the KV of computed rows is kept; -1 for rows that are not kept."""
+        behind = positions - self.decision.length
+        if self.output is not None and len(behind) and behind[0] >= 0:  # as in every decode step
+            return slots_at(self.output.pages, behind, self._block_size)
         slots = np.full(len(positions), -1, dtype=np.int64)
         if len(self.own_position):
             index = np.searchsorted(self.own_position, positions)
@@ -125,6 +128,9 @@ class AgentState(Mirror):
 
     def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
         """Tokens at positions of the prompt and of the output so far."""
+        behind = positions - self.decision.length
+        if len(behind) and behind[0] >= 0:  # the prompt is left alone: it may be long
+            return np.array([self.output_ids[row] for row in behind], dtype=np.int64)
         parts = [segment.token_ids for segment in self.segments]
         output = np.array(self.output_ids, dtype=np.int64)
         return np.concatenate([no_positions(), *parts, output])[positions].astype(np.int64)
@@ -152,7 +158,7 @@ class AgentState(Mirror):
             self.pending = np.union1d(self.pending, positions).astype(np.int32)
         self.candidates = [use for use in self.candidates if use.master.serial not in chosen]
         if self.output is not None:
-            self._set_output_length()  # the masks that have changed are the prompt's
+            self._use_output()  # the masks that have changed are the prompt's
 
     def first_unseeable(self, available: Mapping[int, int]) -> int:
         """The first position that sees a Master's row that nobody has computed yet.
@@ -247,13 +253,21 @@ class AgentState(Mirror):
 
     def _set_output_length(self) -> None:
         assert self.output is not None
-        length = len(self.output_ids)
+        before, length = self.output.length, len(self.output_ids)
         self.output.length = self.output.computed = length
         self.length = self.decision.length + length
-        use = Use(self.output, self.decision.length, length, empty_masks(length, self._block_size))
-        self.uses = self.decision.uses.followed_by(Uses.of([use], self._block_size))
+        if before and pages_for(before, self._block_size) == pages_for(length, self._block_size):
+            self.uses.length[-1] = length  # nobody else has these uses before the agent ends
+        else:
+            self._use_output()
         if self.output.exact:
             self.exact_length = self.length
+
+    def _use_output(self) -> None:
+        assert self.output is not None
+        length = self.output.length
+        use = Use(self.output, self.decision.length, length, empty_masks(length, self._block_size))
+        self.uses = self.decision.uses.followed_by(Uses.of([use], self._block_size))
 
     def recompute_output(self) -> None:
         """The output's rows are computed again, behind the prompt's."""

@@ -283,20 +283,21 @@ def _numbered(agent: IntArray, serial: NDArray[np.int64]) -> tuple[IntArray, NDA
 
     The n-th use of one Master by one agent counts as a Master of its own.
     """
-    _, master = np.unique(serial, return_inverse=True)
-    masters = int(master.max(initial=-1)) + 1
-    pair = agent.astype(np.int64) * masters + master
-    by_pair = np.argsort(pair, kind="stable")
-    is_first = np.ones(len(pair), dtype=bool)
-    is_first[1:] = pair[by_pair][1:] != pair[by_pair][:-1]
-    since = np.arange(len(pair)) - np.maximum.accumulate(
-        np.where(is_first, np.arange(len(pair)), 0)
-    )
-    occurrence = np.empty(len(pair), dtype=np.int64)
-    occurrence[by_pair] = since
-    _, first, number = np.unique(
-        occurrence * masters + master, return_index=True, return_inverse=True
-    )
+    _, first, number = np.unique(serial, return_index=True, return_inverse=True)
+    masters = len(first)
+    pair = agent.astype(np.int64) * masters + number
+    if len(np.unique(pair)) < len(pair):
+        by_pair = np.argsort(pair, kind="stable")
+        is_first = np.ones(len(pair), dtype=bool)
+        is_first[1:] = pair[by_pair][1:] != pair[by_pair][:-1]
+        since = np.arange(len(pair)) - np.maximum.accumulate(
+            np.where(is_first, np.arange(len(pair)), 0)
+        )
+        occurrence = np.empty(len(pair), dtype=np.int64)
+        occurrence[by_pair] = since
+        _, first, number = np.unique(
+            occurrence * masters + number, return_index=True, return_inverse=True
+        )
     order = np.argsort(first)
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)

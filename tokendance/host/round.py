@@ -91,7 +91,8 @@ _NO_AGENT = ("row_agent", "use_agent", "agent_use")
 
 def agent_use(use_agent: IntArray, use_master: IntArray) -> IntArray:
     """The field ``agent_use``: {Master, use} of each agent, ascending by Master."""
-    order = np.lexsort((use_master, use_agent))
+    masters = int(use_master.max(initial=0)) + 1
+    order = np.argsort(use_agent.astype(np.int64) * masters + use_master)  # no pair comes twice
     return np.stack((use_master[order], order), axis=1).astype(np.int32)
 
 
