@@ -1,0 +1,97 @@
+"""The most agents whose rounds end within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evals.capacity.collective import Collective
+from evals.capacity.cost import ASSUMED, CostModel, Shares
+from evals.capacity.machines import Machine, ModelShape, kv_bytes
+from evals.capacity.rounds import Shape, arrivals
+from evals.capacity.serve import Served, serve
+from evals.capacity.systems import Dense, PerRequestBlend, System
+from tokendance.host.selection import LeadingTokens
+
+SYSTEMS = ("prefix", "reuse", "blend", "tokendance", "tokendance-1")
+"""vLLM's prefix caching, dense reuse without repair, CacheBlend, ours, and ours repairing one row
+of every run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked.
+
+    Attributes:
+        machine, model, shape: see there.
+        rate: rounds a second, of all societies.
+        societies: how many take turns.
+        rounds: measured ones of each society.
+        max_rows: rows of a forward pass.
+        shares: of the machine's figures.
+    """
+
+    machine: Machine
+    model: ModelShape
+    shape: Shape
+    rate: float = 0.2
+    societies: int = 1
+    rounds: int = 4
+    max_rows: int = 8192
+    shares: Shares = ASSUMED
+
+    def run(self, name: str, agents: int, give_up: float = float("inf")) -> tuple[Served, System]:
+        """One system with so many agents a society. The first round of each is not measured."""
+        system = make(name, self)
+        rounds = (self.rounds + 1) * self.societies
+        traffic = arrivals(agents, self.shape, self.rate, rounds, self.societies)
+        cost = CostModel(self.machine, self.model, self.shares)
+        return serve(system, cost, traffic, warm_up=1, give_up=give_up), system
+
+
+def make(name: str, setting: Setting) -> System:
+    """A system with all the memory that the machine has for KV.
+
+    Raises:
+        ValueError: an unknown name, or a model that does not fit.
+    """
+    model = setting.model
+    rows = kv_bytes(setting.machine, model) // model.row_bytes
+    if name == "prefix":
+        return Dense(rows, model.num_layers, setting.max_rows)
+    if name in ("blend", "reuse"):
+        ratio = 0.15 if name == "blend" else 0.0
+        return PerRequestBlend(rows, model.num_layers, setting.max_rows, ratio)
+    if name == "tokendance":
+        return Collective(rows, model, setting.max_rows)
+    if name == "tokendance-1":
+        return Collective(rows, model, setting.max_rows, selection=LeadingTokens(1))
+    raise ValueError(f"system: expected one of {SYSTEMS}, got {name!r}")
+
+
+def agents_within(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` for which ``holds`` is true, found by doubling and halving.
+
+    It is taken to be true below the number that is found, and false above.
+    """
+    below, above = 0, 1
+    while above <= most and holds(above):
+        below, above = above, 2 * above
+    above = min(above, most + 1)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if holds(middle):
+            below = middle
+        else:
+            above = middle
+    return below
+
+
+def agents_under(setting: Setting, name: str, limit: float, most: int = 256) -> int:
+    """Agents of a round of which nine in ten rounds end within ``limit`` seconds."""
+
+    def holds(agents: int) -> bool:
+        served, _ = setting.run(name, agents, give_up=limit * 1.001)
+        return served.percentile(0.9) <= limit
+
+    return agents_within(holds, most)

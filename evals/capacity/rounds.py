@@ -1,0 +1,150 @@
+"""Rounds of societies of agents, as traffic: who asks for what, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokendance.host.segments import Segment, private, shared
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the prompts of a round hold, in tokens.
+
+    A prompt is a system prompt that all agents have, the agent's own persona and memory, the last
+    round's outputs of all agents in one order, and a tail.
+
+    Attributes:
+        system: at the front of every prompt of a society.
+        own: private to an agent, the same in every round.
+        output: what an agent writes in a round, and everybody reads in the next.
+        board: handed to everybody besides, new in every round.
+        tail: private, new in every round.
+    """
+
+    system: int = 512
+    own: int = 512
+    output: int = 64
+    board: int = 0
+    tail: int = 16
+
+
+SHAPES = {
+    "all-gather": Shape(),
+    # KVCMAS's parameters: a large board, a hop's output of 128 tokens.
+    "board-2k": Shape(system=1024, own=512, output=128, board=2048, tail=5),
+    "board-8k": Shape(system=1024, own=512, output=128, board=8192, tail=5),
+}
+
+
+@dataclass(eq=False)
+class Request:
+    """One agent's prompt in one round.
+
+    Attributes:
+        agent: its name.
+        prompt: segments.
+        output: tokens that it decodes.
+        arrival: seconds.
+        tokens: that it has.
+        first, last: when its first and its last token were there, or None.
+    """
+
+    agent: str
+    prompt: list[Segment]
+    output: int
+    arrival: float
+    tokens: int = 0
+    first: float | None = None
+    last: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return sum(segment.length for segment in self.prompt)
+
+    def sampled(self, now: float) -> None:
+        """It has one token more."""
+        self.tokens += 1
+        if self.first is None:
+            self.first = now
+        if self.tokens == self.output:
+            self.last = now
+
+
+@dataclass(eq=False)
+class Round:
+    """The requests of one round of one society, which come together."""
+
+    society: int
+    number: int
+    arrival: float
+    requests: list[Request] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return all(request.last is not None for request in self.requests)
+
+    @property
+    def latency(self) -> float:
+        """Seconds from the arrival to the last token of the last agent."""
+        return max(request.last or 0.0 for request in self.requests) - self.arrival
+
+    @property
+    def first_latency(self) -> float:
+        """Seconds from the arrival until every agent has its first token."""
+        return max(request.first or 0.0 for request in self.requests) - self.arrival
+
+
+class Society:
+    """Makes the prompts of one society's rounds. Every token id stands for a text of its own."""
+
+    _PERIOD = 1 << 30  # of token ids that are told apart
+
+    def __init__(self, index: int, agents: int, shape: Shape) -> None:
+        self.index = index
+        self.shape = shape
+        self.names = [f"{index}/{agent}" for agent in range(agents)]
+        self._next = index * 7_368_787  # societies share no text
+        self._system = shared(self._tokens(shape.system))
+        self._own = [private(self._tokens(shape.own)) for _ in self.names]
+        self._said = [shared(self._tokens(shape.output)) for _ in self.names]
+
+    def _tokens(self, count: int) -> np.ndarray:
+        ids = (self._next + np.arange(count, dtype=np.int64)) % self._PERIOD
+        self._next = (self._next + count) % self._PERIOD
+        return ids.astype(np.int32)
+
+    def round(self, number: int, arrival: float) -> Round:
+        """The next round; rounds are asked for in order."""
+        shape = self.shape
+        board = [shared(self._tokens(shape.board))] if shape.board else []
+        made = Round(self.index, number, arrival)
+        for name, own in zip(self.names, self._own, strict=True):
+            tail = private(self._tokens(shape.tail))
+            prompt = [self._system, own, *board, *self._said, tail]
+            made.requests.append(Request(name, prompt, shape.output, arrival))
+        self._said = [shared(self._tokens(shape.output)) for _ in self.names]
+        return made
+
+
+def arrivals(
+    agents: int, shape: Shape, rate: float, rounds: int, societies: int = 1
+) -> Iterator[Round]:
+    """Rounds at equal intervals, of societies in turn.
+
+    Args:
+        agents: of a society.
+        shape: of the prompts.
+        rate: rounds a second.
+        rounds: how many.
+        societies: how many take turns. A society's next round comes at its time even if the one
+            before has not ended; it waits then, and the wait counts.
+    """
+    all_of_them = [Society(index, agents, shape) for index in range(societies)]
+    for index in range(rounds):
+        society = all_of_them[index % societies]
+        yield society.round(index // societies, index / rate)
