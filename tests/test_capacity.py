@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from evals.capacity.rounds import Shape, Society, arrivals
 from evals.capacity.serve import serve
 from evals.capacity.systems import BLOCK, Dense, PerRequestBlend, PrefixCache, hashes_of
 from evals.cli import main
+from evals.cli.capacity import print_table
 from tokendance.host.plan import Policy
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPE = Shape(system=64, own=96, output=32, board=0, tail=16)
 SETTING = Setting(MACHINES["a100"], MODELS["qwen2.5-7b"], SHAPE, rate=0.5, rounds=2)
 PLAIN = Machine("plain", 80 * 10**9, 1e12, 1e14, 1e11)
@@ -194,6 +197,12 @@ def test_a_run_is_the_same_every_time(name):
     assert one.ended
 
 
+def test_first_rounds_delay_no_others():
+    rounds = list(arrivals(2, SHAPE, rate=2.0, rounds=6, societies=2, lead=100.0))
+    assert [one.arrival for one in rounds] == [0.0, 0.5, 101.0, 101.5, 102.0, 102.5]
+    assert [(one.society, one.number) for one in rounds[1:4]] == [(1, 0), (0, 1), (1, 1)]
+
+
 def test_a_run_ends_when_a_measured_round_is_late():
     served, _ = SETTING.run("prefix", 8, give_up=0.01)
     assert served.late == 1
@@ -223,6 +232,14 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
         assert report["question"] == question
         assert lines[0] == "| " + " | ".join(report["rows"][0]) + " |"
         assert len(lines) == 2 + len(report["rows"])
+
+
+def test_the_documentation_has_the_tables_that_were_written(capsys):
+    written = sorted((DOCS / "serving").glob("*.json"))
+    assert written
+    for path in written:
+        print_table(json.loads(path.read_text())["rows"])
+        assert capsys.readouterr().out in (DOCS / "serving.md").read_text(), path.name
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ SYSTEMS = ("prefix", "reuse", "blend", "tokendance", "tokendance-1")
 of every run."""
 
 
+_LEAD = 3600.0  # seconds
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is asked.
@@ -41,10 +44,11 @@ class Setting:
     shares: Shares = ASSUMED
 
     def run(self, name: str, agents: int, give_up: float = float("inf")) -> tuple[Served, System]:
-        """One system with so many agents a society. The first round of each is not measured."""
+        """One system with so many agents a society. The first round of each is not measured, and
+        has ended before the others come."""
         system = make(name, self)
         rounds = (self.rounds + 1) * self.societies
-        traffic = arrivals(agents, self.shape, self.rate, rounds, self.societies)
+        traffic = arrivals(agents, self.shape, self.rate, rounds, self.societies, lead=_LEAD)
         cost = CostModel(self.machine, self.model, self.shares)
         return serve(system, cost, traffic, warm_up=1, give_up=give_up), system
 

@@ -132,7 +132,7 @@ class Society:
 
 
 def arrivals(
-    agents: int, shape: Shape, rate: float, rounds: int, societies: int = 1
+    agents: int, shape: Shape, rate: float, rounds: int, societies: int = 1, lead: float = 0.0
 ) -> Iterator[Round]:
     """Rounds at equal intervals, of societies in turn.
 
@@ -143,8 +143,11 @@ def arrivals(
         rounds: how many.
         societies: how many take turns. A society's next round comes at its time even if the one
             before has not ended; it waits then, and the wait counts.
+        lead: seconds by which all rounds but the societies' first ones come later: in those
+            everything is new.
     """
     all_of_them = [Society(index, agents, shape) for index in range(societies)]
     for index in range(rounds):
         society = all_of_them[index % societies]
-        yield society.round(index // societies, index / rate)
+        wait = lead if index >= societies else 0.0
+        yield society.round(index // societies, wait + index / rate)
