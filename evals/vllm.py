@@ -61,7 +61,7 @@ class Engine:
 def main(arguments: Sequence[str] | None = None) -> int:
     from transformers import AutoTokenizer
 
-    from evals.models import smollm2_path
+    from evals.models import model_path
     from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
     from tools.test_vllm import environment
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "vllm.json")
     options = parser.parse_args(arguments)
-    model = smollm2_path()
+    model = model_path("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     recorded = read_rounds(

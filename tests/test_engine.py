@@ -557,10 +557,10 @@ async def take(request: Request, count: int) -> AsyncIterator[int]:
 
 @pytest.mark.model
 def test_smollm2_says_what_transformers_says(smollm2: tuple[Any, Any]) -> None:
-    from evals.models import smollm2_path
+    from evals.models import model_path
 
     reference, tokenizer = smollm2
-    model = Watched(Model(smollm2_path()))
+    model = Watched(Model(model_path("smollm2")))
     story = "The agents met at noon and told each other what they had seen in the town. "
     heard = td.shared(tokenizer(story * 10).input_ids)
     prompts = {

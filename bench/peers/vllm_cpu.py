@@ -132,7 +132,7 @@ def agents_within(seconds: float, agents: Sequence[int], times: Sequence[float])
 def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
-    from evals.models import load_model, smollm2_path
+    from evals.models import load_model, model_path
     from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
     parser = argparse.ArgumentParser(
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             systems = SYSTEMS[1:] if options.prefix_only else SYSTEMS
             if agents not in compared:
                 systems = SYSTEMS[2:]
-            cells.append(measure(model, smollm2_path(), rounds, systems, options))
+            cells.append(measure(model, model_path("smollm2"), rounds, systems, options))
             print(f"{options.workload}, {agents} agents, {len(rounds)} rounds:")
             for name, best in cells[-1].items():
                 times = ", ".join(f"{figure} tokens {best[figure]:.2f} s" for figure in best)

@@ -19,7 +19,9 @@ SUMMARY = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("file", help="a .jsonl file, or the name of a recorded workload")
-    parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
+    parser.add_argument(
+        "--model", default="smollm2", help="one of evals.models, or a local directory"
+    )
     parser.add_argument("--session", help="only this session")
     parser.add_argument("--rounds", metavar="A:B", help="only rounds A <= round < B")
     parser.add_argument("--agents", type=int, help="only the first so many agents of a round")

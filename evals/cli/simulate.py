@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="tokens of a message at most (default 64)"
     )
-    parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
+    parser.add_argument(
+        "--model", default="smollm2", help="one of evals.models, or a local directory"
+    )
     parser.add_argument("--topic", default="bridge", help="name of a topic, or a topic of your own")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of orders (default 0)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default 0.8)")

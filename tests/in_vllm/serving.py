@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
-from evals.models import smollm2_path
+from evals.models import model_path
 from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 from tokendance.host.segments import Segment
 
@@ -20,7 +20,7 @@ def recorded_rounds(workload: str = "town_square", agents: int = 6, which: str =
     """Per round, agent -> segments of its prompt."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2"), local_files_only=True)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     found = read_rounds(find_workload(workload), agents=agents, rounds=parse_rounds(which))
     found = [one for one in found if one.session == found[0].session]
@@ -148,7 +148,7 @@ def serving(
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.1,  # on a CPU, of its memory; the cache has a variable
     }
-    settings = {"model": str(smollm2_path()), **settings, **more, **options}
+    settings = {"model": str(model_path("smollm2")), **settings, **more, **options}
     llm = None
     try:
         llm = LLM(**settings)
