@@ -12,7 +12,15 @@ from bench import by_torch, compare, loops, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
 from bench.rounds import Cell, table
 from evals.fidelity import __main__ as fidelity
-from evals.fidelity import answers, drift, front, ideas, leakage, quantized, replays, rows
+from evals.fidelity import (
+    answers,
+    drift,
+    ideas,
+    leakage,
+    quantized,
+    replays,
+    rows,
+)
 from evals.replay import SystemResult
 from tokendance.device import operators as ops
 
@@ -201,40 +209,6 @@ def test_rounds_are_held_against_what_rows_and_flops_promise():
         assert head.count("|") == row.count("|")
 
 
-def figures(rows, kl, makers=()):
-    agents = dict(zip("abc", kl, strict=True))
-    return replays.Figures(100, rows, 5, list(makers), agents, dict.fromkeys(agents, 0.5))
-
-
-def points():
-    return {
-        front.REFERENCE: [figures(50, (0.1, 0.2, 0.4)), figures(40, (0.1, 0.1, 0.1))],
-        "master/leading:8": [
-            figures(30, (0, 0.02, 0.04), "a"),
-            figures(44, (0.01, 0.0, 0.01), "b"),
-        ],
-    }
-
-
-def test_the_front_compares_the_same_siblings():
-    found = front.figures_of(points(), "master/leading:8")
-    assert found["kl"] == pytest.approx((0.02 + 0.04 + 0.01 + 0.01) / 4)
-    assert found["ratio"] == pytest.approx(found["kl"] / ((0.2 + 0.4 + 0.1 + 0.1) / 4))
-    assert found["computed"] == pytest.approx(0.37)
-    assert found["overridden"] == pytest.approx(0.05)
-    assert found["rows_over_pic"] == pytest.approx(1.1)
-    lines = front.text({"x": points(), "y": points()}).splitlines()
-    assert lines[4].startswith("| master/leading:8 | 37.0% | 5.0% |")  # fewest rows first
-    assert lines[-1].split(" | ")[1:] == ["0.1000", "0.1000", "0.1000", "0.82 |"]
-
-
-def test_the_front_goes_on_where_it_was_stopped(tmp_path):
-    path = tmp_path / "front.json"
-    path.write_text(json.dumps({"x": {k: [vars(f) for f in v] for k, v in points().items()}}))
-    table = front.run(None, None, path, ["x"], list(points()), 12)  # nothing is left to measure
-    assert table == {"x": points()}
-
-
 def test_other_tables_of_fidelity():
     one = {"top1": 1.0, "rows": 100, "computed": 40.0, "audited": 10}
     seeds = [[{**one, "kl": kl} for kl in kls] for kls in ((0.1, 0.3, 0.2, 0.4), (0.1, 0.1, 0, 0))]
@@ -260,12 +234,10 @@ def test_fidelity_knows_its_workloads(command, capsys):
     assert "town: expected one of town_square, debate" in capsys.readouterr().err
 
 
-def test_answers_go_on_where_they_were_stopped(tmp_path, monkeypatch):
-    path = tmp_path / "answers.json"
+def test_answers_go_on_where_they_were_stopped(monkeypatch):
     found = [{"session": "a", "recorded": "5", **{key: {"x": "5"} for key in answers.SYSTEMS}}]
-    path.write_text(json.dumps(found))
     monkeypatch.setattr(answers, "make_system", lambda name, model: None)
-    assert answers.run(None, Characters(), ["a"], path) == found  # nothing is left to run
+    assert answers.run(None, Characters(), ["a"], found) == found  # nothing is left to run
 
 
 class Characters:

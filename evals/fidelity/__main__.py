@@ -1,8 +1,11 @@
 """How true reuse stays to full recompute, on recorded and on live rounds.
 
-    python -m evals.fidelity [--threads 1] [--out build/fidelity] COMMAND
+    python -m evals.fidelity [--model qwen0.5b] [--threads 1] [--out build/fidelity] [--json PATH]
+                             COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
+          [--rounds 8] [--agents 4]
+    noise [town_square] [--prompts 2]
     drift [--agents 4] [--rounds 10] [--seeds 2] [--new-tokens 32]
     leakage [town_square] [--secrets 3] [--rounds 2]
     tolerance [town_square]
@@ -11,42 +14,93 @@
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
     quantized [town_square debate] [--agents 4]
+    render PATH
 
-``front`` runs every way of reuse over every workload. What its ``front.json`` holds already is not
-measured again, so that it can be stopped and continued; so can ``answers``. It writes ``front.md``
-and, with the extra ``bench``, one picture per workload. The others write JSON and Markdown of their
-names.
+Each writes JSON (``--json``, or its name in ``--out``) and makes its Markdown of that, as
+``render`` does again at any time. What the JSON of ``front`` or ``answers`` holds already is not
+measured again, so that they can be stopped and continued. ``noise`` of the same model in ``--out``
+stands beside all tables that are made after it. ``front`` writes one picture per workload, too,
+with the extra ``bench``.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from evals.fidelity import answers, audits, drift, front, ideas, leakage, quantized, rows, tolerance
+from evals.fidelity import (
+    answers,
+    audits,
+    document,
+    drift,
+    front,
+    ideas,
+    leakage,
+    noise,
+    quantized,
+    rows,
+    tolerance,
+)
+from evals.fidelity.document import Document
+from evals.models import load_model, origin_of
 from evals.workloads import find_workload, read_rounds
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "front": front.text,
+    "noise": noise.text,
+    "drift": drift.text,
+    "leakage": leakage.text,
+    "tolerance": tolerance.text,
+    "audits": audits.text,
+    "ideas": ideas.text,
+    "rows": rows.text,
+    "answers": answers.text,
+    "quantized": quantized.text,
+}
+"""Per command what makes Markdown of its result."""
+
+_SETTINGS = {"front": ("new_tokens", "agents")}
+"""Arguments that must be the same where a file is continued."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from evals.models import load_model
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "render":
+            print(_text(document.read(options.path)))
+        else:
+            _measure(options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"evals.fidelity: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals.fidelity", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="one of evals.models, or a directory")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
+    parser.add_argument("--json", type=Path, help="where the figures go instead")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("front")
     known = functools.partial(_one_of, front.WORKLOADS)
     one.add_argument("workloads", nargs="*", type=known, default=list(front.WORKLOADS))
     one.add_argument("--ways", default=",".join(front.WAYS), help="comma-separated")
+    one.add_argument("--new-tokens", type=int, default=12)
+    one.add_argument("--rounds", type=int, help="of each workload, as far as it is recorded")
+    one.add_argument("--agents", type=int, help="the first of each round")
+    one = commands.add_parser("noise")
+    one.add_argument("workload", nargs="?", type=known, default="town_square")
+    one.add_argument("--prompts", type=int, default=2)
     one.add_argument("--new-tokens", type=int, default=12)
     one = commands.add_parser("drift")
     one.add_argument("--agents", type=int, default=4)
@@ -68,39 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = functools.partial(_one_of, quantized.SAMPLED)
     one.add_argument("workloads", nargs="*", type=known, default=list(quantized.SAMPLED))
     one.add_argument("--agents", type=int, help="the first of the round; all by default")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    loaded = load_model(options.model)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.command == "front":
-        _front(loaded, options)
-        return 0
-    if options.command == "drift":
-        numbers = options.agents, options.rounds, options.seeds, options.new_tokens
-        result, write = drift.run(*loaded, *numbers), drift.text
-    elif options.command == "leakage":
-        numbers = options.secrets, options.rounds
-        result, write = leakage.run(*loaded, options.workload, *numbers), leakage.text
-    elif options.command == "tolerance":
-        result, write = tolerance.run(*loaded, options.workload), tolerance.text
-    elif options.command == "quantized":
-        result, write = quantized.run(*loaded, options.workloads, options.agents), quantized.text
-    elif options.command == "audits":
-        result, write = audits.run(*loaded, options.workload), audits.text
-    elif options.command == "ideas":
-        result, write = ideas.run(*loaded, options.workload), ideas.text
-    elif options.command == "rows":
-        result, write = rows.run(loaded[1], options.workload, options.round), rows.text
-    else:
-        rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
-        sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
-        result = answers.run(*loaded, sessions, options.out / "answers.json")
-        write = answers.text
-    text = write(result)
-    print(text)
-    (options.out / f"{options.command}.md").write_text(text + "\n")
-    (options.out / f"{options.command}.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    one = commands.add_parser("render")
+    one.add_argument("path", type=Path)
+    return parser
 
 
 def _one_of(workloads: Iterable[str], name: str) -> str:
@@ -110,18 +134,73 @@ def _one_of(workloads: Iterable[str], name: str) -> str:
     return name
 
 
-def _front(loaded: tuple[object, object], options: argparse.Namespace) -> None:
-    table = front.run(
-        *loaded,
-        options.out / "front.json",
-        options.workloads,
-        options.ways.split(","),
-        options.new_tokens,
-    )
-    (options.out / "front.md").write_text(front.text(table) + "\n")
+def _measure(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    path: Path = options.json or options.out / f"{options.command}.json"
+    settings = {name: getattr(options, name) for name in _SETTINGS.get(options.command, ())}
+    made = Document(options.command, options.model, origin_of(options.model), settings, None)
+    if options.command != "noise":
+        measured = options.out / "noise.json"
+        wanted = Document("noise", made.model, made.origin, {}, None)
+        made.noise = document.read_known(measured, wanted)
+    known = None
+    if options.command in ("front", "answers"):
+        known = document.read_known(path, made)
+
+    def save(result: Any) -> None:
+        made.result = result
+        made.write(path)
+
+    save(_run(options, known, save))
+    text = _text(made)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{options.command}.md").write_text(text + "\n")
+    if options.command == "front":
+        _draw(made, options.out)
+
+
+def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -> Any:
+    """The command's result, for JSON; some ``save`` what they have so far."""
+    if options.command == "noise":
+        load = functools.partial(load_model, options.model)
+        return noise.run(load, options.workload, options.prompts, options.new_tokens)
+    loaded = load_model(options.model)
+    if options.command == "front":
+        ways = options.ways.split(",")
+        numbers = options.new_tokens, options.rounds, options.agents
+        return front.run(*loaded, known or {}, options.workloads, ways, *numbers, save)
+    if options.command == "drift":
+        numbers = options.agents, options.rounds, options.seeds, options.new_tokens
+        return drift.run(*loaded, *numbers)
+    if options.command == "leakage":
+        return leakage.run(*loaded, options.workload, options.secrets, options.rounds)
+    if options.command == "tolerance":
+        return tolerance.run(*loaded, options.workload)
+    if options.command == "quantized":
+        return quantized.run(*loaded, options.workloads, options.agents)
+    if options.command == "audits":
+        return audits.run(*loaded, options.workload)
+    if options.command == "ideas":
+        return ideas.run(*loaded, options.workload)
+    if options.command == "rows":
+        return rows.run(loaded[1], options.workload, options.round)
+    rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
+    sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
+    return answers.run(*loaded, sessions, known or [], save)
+
+
+def _text(made: Document) -> str:
+    if made.command not in TABLES:
+        raise ValueError(f"command: expected one of {', '.join(TABLES)}, got {made.command!r}")
+    return document.text(made, TABLES[made.command])
+
+
+def _draw(made: Document, directory: Path) -> None:
     try:
-        for workload, points in table.items():
-            front.draw(workload, points, options.out / f"{workload}.png")
+        for workload, points in front.read(made.result).items():
+            if front.REFERENCE in points:
+                front.draw(workload, points, directory / f"{workload}.png")
     except ImportError:
         print(
             "evals.fidelity: no pictures without the extra: pip install 'tokendance[bench]'",

@@ -6,12 +6,10 @@ the closing brace, by every system alike.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from evals.replay import make_system
@@ -22,18 +20,24 @@ _LEAD = "The answer is \\boxed{"
 _LONGEST = 8  # tokens of an answer
 
 
-def run(model: Any, tokenizer: Any, sessions: Sequence[str], path: Path) -> list[dict[str, Any]]:
+def run(
+    model: Any,
+    tokenizer: Any,
+    sessions: Sequence[str],
+    known: Sequence[dict[str, Any]] = (),
+    save: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+) -> list[dict[str, Any]]:
     """Per session each system's answer by agent, in the first round that has messages.
 
     ``recorded`` is what most of the recorded agents answered in the round before. Sessions that
-    ``path`` holds already are not run again; the others are added to it one by one.
+    are ``known`` already are not run again; after each of the others all are handed to ``save``.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
     systems = {name: make_system(name, model) for name in SYSTEMS}
-    result: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-    known = [one["session"] for one in result]
+    result = list(known)
+    there = {one["session"] for one in known}
     for session in sessions:
-        if session in known:
+        if session in there:
             continue
         (one,) = read_rounds(find_workload("debate"), session=session, rounds=(1, 2), chat=True)
         prompts = tokenize_round(one, encode)
@@ -54,7 +58,7 @@ def run(model: Any, tokenizer: Any, sessions: Sequence[str], path: Path) -> list
             answers = {agent: tokenizer.decode(own) for agent, own in ids.items()}
             found[name] = {agent: text.partition("}")[0] for agent, text in answers.items()}
         result.append(found)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        save(result)
         print(found, flush=True)
     return result
 

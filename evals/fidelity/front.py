@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from evals.fidelity.replays import (
     SHORT_AND_ALONE,
     WORKLOADS,
     Figures,
+    Session,
     measure,
-    read_workload,
+    read_sessions,
     recompute,
 )
+from evals.fidelity.samples import ratio_of_means, spread
 
 REFERENCE = f"{PIC}:0.15"
 WAYS = (
@@ -44,115 +45,183 @@ WAYS = (
 )
 Table = dict[str, dict[str, list[Figures]]]
 """Per workload and way of reuse one `Figures` per round."""
+Json = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 def run(
     model: Any,
     tokenizer: Any,
-    path: Path,
+    known: Json,
     workloads: Sequence[str],
     ways: Sequence[str],
     new_tokens: int,
-) -> Table:
-    """Measures what ``path`` does not hold yet, way by way, and writes it after every point."""
-    table = read(path)
-    rounds: dict[str, Any] = {}
-    for way in ways:
-        for workload in workloads:
-            if way in table.setdefault(workload, {}):
-                continue
-            if workload not in rounds:
-                before, *measured = read_workload(workload, tokenizer, before=1)
-                recompute(model, measured, new_tokens)
-                rounds[workload] = measured, [before]
-            table[workload][way] = measure(model, way, *rounds[workload])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = {w: {k: [asdict(f) for f in v] for k, v in p.items()} for w, p in table.items()}
-            path.write_text(json.dumps(text, indent=1) + "\n")
-            print(f"{workload} {way}: {_line(table[workload], way)}", flush=True)
-    return table
+    rounds: int | None = None,
+    agents: int | None = None,
+    save: Callable[[Json], None] = lambda _: None,
+) -> Json:
+    """Measures what ``known`` does not hold yet, session by session, in every way.
+
+    Args:
+        rounds, agents: see `read_sessions`.
+        save: is handed everything that is known after every point.
+    """
+    table = read(known)
+    for workload in workloads:
+        points = table.setdefault(workload, {})
+        for session in read_sessions(workload, tokenizer, rounds, agents, before=1):
+            wanted = {one.number for one in session.rounds}
+            left = [way for way in ways if not wanted <= _numbers(points.get(way, ()), session)]
+            if left:
+                recompute(model, session.rounds, new_tokens)
+            for way in left:
+                others = [one for one in points.get(way, []) if one.session != session.name]
+                found = measure(model, way, session.rounds, session.before)
+                points[way] = [*others, *found]
+                save(write(table))
+                print(f"{workload} {session.name} {way}: {_line(points, way)}", flush=True)
+    return write(table)
 
 
-def read(path: Path) -> Table:
+def _numbers(figures: Iterable[Figures], session: Session) -> set[int]:
+    return {one.number for one in figures if one.session == session.name}
+
+
+def read(known: Json) -> Table:
     """What has been measured so far."""
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())
     return {
         workload: {way: [Figures(**one) for one in rounds] for way, rounds in points.items()}
-        for workload, points in found.items()
+        for workload, points in known.items()
     }
 
 
-def siblings_kl(figures: Sequence[Figures], siblings_of: Sequence[Figures]) -> float:
-    """Mean over the agents that are no Master agents in ``siblings_of``, over all rounds."""
-    values = [
-        kl
-        for one, other in zip(figures, siblings_of, strict=True)
-        for agent, kl in one.kl.items()
-        if agent not in other.master_agents
-    ]
-    return sum(values) / len(values)
+def write(table: Table) -> Json:
+    """For JSON."""
+    return {
+        workload: {way: [asdict(one) for one in rounds] for way, rounds in points.items()}
+        for workload, points in table.items()
+    }
 
 
-def figures_of(points: dict[str, list[Figures]], way: str) -> dict[str, float]:
+def siblings(
+    mine: Sequence[Figures], reference: Sequence[Figures]
+) -> list[tuple[list[float], list[float]]]:
+    """Per round KL of the agents that are no Master agents in ``mine``, in both; no empty ones."""
+    found = []
+    for one, other in zip(mine, reference, strict=True):
+        agents = [agent for agent in one.kl if agent not in one.master_agents]
+        if agents:
+            found.append(([one.kl[agent] for agent in agents], [other.kl[a] for a in agents]))
+    return found
+
+
+def siblings_kl(figures: Sequence[Figures]) -> float:
+    """Mean over the agents that are no Master agents, over all rounds."""
+    return spread([kl for one, _ in siblings(figures, figures) for kl in one]).mean
+
+
+def figures_of(points: Mapping[str, list[Figures]], way: str) -> dict[str, float]:
     """One line of the table.
 
-    Shares of the prompts' rows, siblings' KL, its ratio to that of `REFERENCE` on the same
-    siblings, their top-1, and the worst round's rows over those of `REFERENCE`.
+    Shares of the prompts' rows; siblings' KL, mean, median and 90th percentile; the ratio of its
+    mean to that of `REFERENCE` on the same siblings, and both ends of its interval; their top-1;
+    the worst round's rows over those of `REFERENCE`. Rounds that only one of the two has count in
+    neither.
     """
-    mine, pic = points[way], points[REFERENCE]
+    mine, pic = _in_both(points, way)
     rows = sum(one.prompt_rows for one in mine)
-    kl = siblings_kl(mine, mine)
+    pairs = siblings(mine, pic)
+    kl = spread([value for own, _ in pairs for value in own])
+    ratio = ratio_of_means(pairs)
     top1 = [
         value for one in mine for agent, value in one.top1.items() if agent not in one.master_agents
     ]
     return {
+        "rounds": len(mine),
+        "siblings": kl.count,
         "computed": sum(one.rows for one in mine) / rows,
         "overridden": sum(one.overridden for one in mine) / rows,
-        "kl": kl,
-        "ratio": kl / siblings_kl(pic, mine),
+        "kl": kl.mean,
+        "median": kl.median,
+        "p90": kl.p90,
+        "ratio": ratio.value,
+        "ratio_low": ratio.low,
+        "ratio_high": ratio.high,
         "top1": sum(top1) / len(top1),
         "rows_over_pic": max(a.rows / b.rows for a, b in zip(mine, pic, strict=True)),
+        "rows": sum(one.rows for one in mine),
+        "rows_of_pic": sum(one.rows for one in pic),
     }
 
 
-def _line(points: dict[str, list[Figures]], way: str) -> str:
-    if REFERENCE not in points:
+def _in_both(points: Mapping[str, list[Figures]], way: str) -> tuple[list[Figures], list[Figures]]:
+    """The rounds that ``way`` and `REFERENCE` have, in the same order."""
+    mine, pic = (
+        {(one.session, one.number): one for one in points.get(name, ())}
+        for name in (way, REFERENCE)
+    )
+    rounds = sorted(mine.keys() & pic.keys())
+    return [mine[one] for one in rounds], [pic[one] for one in rounds]
+
+
+def _line(points: Mapping[str, list[Figures]], way: str) -> str:
+    if not _in_both(points, way)[0]:
         return "measured"
     return ", ".join(f"{name} {value:.4g}" for name, value in figures_of(points, way).items())
 
 
-def text(table: Table) -> str:
+def text(known: Json) -> str:
     """Markdown: one table per workload, fewest rows first, then the ratios of all workloads.
 
     ``worst rows``: of the worst round, over those of `REFERENCE`.
     """
+    table = {
+        workload: {way: figures_of(points, way) for way in points if _in_both(points, way)[0]}
+        for workload, points in read(known).items()
+    }
+    table = {workload: found for workload, found in table.items() if found}
     lines: list[str] = []
-    head = "| reuse | rows computed | overridden | siblings' KL | of pic's | top-1 | worst rows |"
-    for workload, points in table.items():
-        lines += [f"**{workload}**", "", head, "| --- |" + " --- |" * 6]
-        found = {way: figures_of(points, way) for way in points}
+    head = (
+        "| reuse | rows computed | overridden | siblings' KL | median | 90 % "
+        "| of pic's (95 %) | top-1 | worst rows |"
+    )
+    for workload, found in table.items():
+        rounds, agents = (
+            _range(one[key] for one in found.values()) for key in ("rounds", "siblings")
+        )
+        lines += [
+            f"**{workload}**: {rounds} rounds, {agents} siblings",
+            "",
+            head,
+            "| --- |" + " --- |" * 8,
+        ]
         for way, one in sorted(found.items(), key=lambda item: item[1]["computed"]):
             lines.append(
                 f"| {way} | {one['computed']:.1%} | {one['overridden']:.1%} | {one['kl']:.5f} "
-                f"| {one['ratio']:.3f} | {one['top1']:.3f} | {one['rows_over_pic']:.2f} |"
+                f"| {one['median']:.5f} | {one['p90']:.5f} "
+                f"| {one['ratio']:.3f} ({one['ratio_low']:.3f} to {one['ratio_high']:.3f}) "
+                f"| {one['top1']:.3f} | {one['rows_over_pic']:.2f} |"
             )
         lines.append("")
-    everywhere = [way for way in WAYS if all(way in points for points in table.values())]
+    lines += ["Upper ends of the intervals of siblings' KL over pic's:", ""]
     lines.append("| reuse | " + " | ".join(table) + " | worst | rows of pic's |")
     lines.append("| --- |" + " --- |" * (len(table) + 2))
+    everywhere = [way for way in WAYS if table and all(way in found for found in table.values())]
     for way in everywhere:
-        all_ = [figures_of(points, way) for points in table.values()]
-        rows = sum(sum(one.rows for one in points[way]) for points in table.values())
-        pic = sum(sum(one.rows for one in points[REFERENCE]) for points in table.values())
-        ratios = " | ".join(f"{one['ratio']:.4f}" for one in all_)
-        worst = max(one["ratio"] for one in all_)
-        lines.append(f"| {way} | {ratios} | {worst:.4f} | {rows / pic:.2f} |")
+        all_ = [found[way] for found in table.values()]
+        rows = sum(one["rows"] for one in all_) / sum(one["rows_of_pic"] for one in all_)
+        ratios = " | ".join(f"{one['ratio_high']:.4f}" for one in all_)
+        worst = max(one["ratio_high"] for one in all_)
+        lines.append(f"| {way} | {ratios} | {worst:.4f} | {rows:.2f} |")
     return "\n".join(lines)
 
 
-def draw(workload: str, points: dict[str, list[Figures]], path: Path) -> None:
+def _range(counts: Iterable[float]) -> str:
+    found = sorted(set(counts))
+    ends = dict.fromkeys(f"{one:.0f}" for one in (found[0], found[-1]))
+    return " to ".join(ends)
+
+
+def draw(workload: str, points: Mapping[str, list[Figures]], path: Path) -> None:
     """Siblings' KL against rows computed, one line per source and kind of selection."""
     import matplotlib
 
@@ -161,6 +230,8 @@ def draw(workload: str, points: dict[str, list[Figures]], path: Path) -> None:
 
     series: dict[str, list[tuple[float, float, str]]] = {}
     for way in points:
+        if not _in_both(points, way)[0]:
+            continue
         one = figures_of(points, way)
         name, _, budget = way.partition(":")
         if name.endswith("/nothing"):
@@ -175,8 +246,8 @@ def draw(workload: str, points: dict[str, list[Figures]], path: Path) -> None:
         axis.plot([100 * value for value in x], y, "o-", label=name, markersize=4, linewidth=1)
         for at, kl, budget in zip(x, y, budgets, strict=True):
             axis.annotate(budget, (100 * at, kl), textcoords="offset points", xytext=(3, 3), size=7)
-    pic = figures_of(points, REFERENCE)
-    axis.axhline(pic["kl"] / 10, linestyle=":", color="grey", linewidth=1)
+    pic = siblings_kl(points[REFERENCE])
+    axis.axhline(pic / 10, linestyle=":", color="grey", linewidth=1)
     axis.set(
         title=f"{workload}: siblings against full recompute",
         xlabel="prompt rows computed, %",

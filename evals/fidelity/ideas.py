@@ -61,7 +61,7 @@ def run(
         result[name] = {
             "rows": sum(one.rows for one in figures),
             "overridden": sum(one.overridden for one in figures),
-            "siblings": siblings_kl(figures, figures),
+            "siblings": siblings_kl(figures),
             "all": sum(kls) / len(kls),
         }
         print(name, result[name], flush=True)

@@ -58,9 +58,23 @@ class Round:
 
 
 @dataclass
+class Session:
+    """Rounds of one session, one after the other, and those ``before`` the first of them."""
+
+    before: list[Round]
+    rounds: list[Round]
+
+    @property
+    def name(self) -> str:
+        return self.rounds[0].session
+
+
+@dataclass
 class Figures:
     """One way of reuse in one round; ``kl`` and ``top1`` are against full recompute, per agent."""
 
+    session: str
+    number: int
     prompt_rows: int
     rows: float
     overridden: int
@@ -69,25 +83,55 @@ class Figures:
     top1: dict[str, float]
 
 
-def read_workload(name: str, tokenizer: Any, before: int = 0) -> list[Round]:
-    """The rounds of `WORKLOADS` and ``before`` more in front, without full recompute's part."""
+def read_workload(name: str, tokenizer: Any) -> list[Round]:
+    """The rounds of `WORKLOADS`, without full recompute's part."""
+    (session,) = read_sessions(name, tokenizer)
+    return session.rounds
+
+
+def read_sessions(
+    name: str,
+    tokenizer: Any,
+    rounds: int | None = None,
+    agents: int | None = None,
+    before: int = 0,
+) -> list[Session]:
+    """What is measured of a workload, without full recompute's part.
+
+    Args:
+        rounds: so many in all, as far as they are recorded: the session of `WORKLOADS` from its
+            first round there to its end, then the sessions behind it from that round on; None: the
+            rounds of `WORKLOADS`.
+        agents: the first so many of each round; None: those of `WORKLOADS`.
+        before: how many rounds in front of the first one come along.
+    """
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    begin, end = WORKLOADS[name]["rounds"]
-    options = {**WORKLOADS[name], "rounds": (begin - before, end)}
-    path = find_workload(name)
-    recorded = read_rounds(path, **options)
-    recorded = [one for one in recorded if one.session == recorded[0].session]
-    later = read_rounds(path, **{**options, "session": recorded[0].session, "rounds": None})
-    texts = {b.block_id: b.text for one in later for a in one.agents for b in a.blocks}
-    return [
-        Round(
-            one.session,
-            one.round,
-            tokenize_round(one, encode),
-            {a.name: encode(texts[a.output_id]) for a in one.agents if a.output_id in texts},
-        )
-        for one in recorded
-    ]
+    chosen = {**WORKLOADS[name], **({} if agents is None else {"agents": agents})}
+    begin, end = chosen.pop("rounds")
+    first = chosen.pop("session", None)
+    recorded = read_rounds(find_workload(name), **chosen)
+    names = list(dict.fromkeys(one.session for one in recorded))
+    names = names[names.index(first) if first else 0 :]
+    result: list[Session] = []
+    for session in names if rounds is not None else names[:1]:
+        left = None if rounds is None else rounds - sum(len(one.rounds) for one in result)
+        if left == 0:
+            break
+        own = [one for one in recorded if one.session == session]
+        texts = {b.block_id: b.text for one in own for a in one.agents for b in a.blocks}
+        made = [
+            Round(
+                session,
+                one.round,
+                tokenize_round(one, encode),
+                {a.name: encode(texts[a.output_id]) for a in one.agents if a.output_id in texts},
+            )
+            for one in own
+            if begin - before <= one.round and (rounds is not None or one.round < end)
+        ]
+        measured = [one for one in made if one.number >= begin][:left]
+        result.append(Session([one for one in made if one.number < begin], measured))
+    return result
 
 
 def recompute(model: Any, rounds: Sequence[Round], new_tokens: int) -> None:
@@ -183,6 +227,8 @@ def _measure_pic(system: PerRequestBlend, rounds: Sequence[Round]) -> list[Figur
         stats = system.stats
         result.append(
             Figures(
+                one.session,
+                one.number,
                 stats.prompt_rows,
                 stats.rows,
                 stats.rows_overridden,
@@ -205,6 +251,8 @@ def measure_round(
     first = engine.prefill(plan)
     rest = engine.decode(plan, one.fed)
     figures = Figures(
+        one.session,
+        one.number,
         sum(segment.length for prompt in one.prompts.values() for segment in prompt),
         plan.rows_computed,
         plan.rows_overridden,
