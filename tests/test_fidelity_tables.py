@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from tiny_model import write_tiny_model
 
+import tokendance as td
 from evals.fidelity import __main__ as fidelity
-from evals.fidelity import document, front, replays, samples
+from evals.fidelity import document, front, replays, samples, token_kinds
+from tokendance.host import leases
+from tokendance.host.decide import RowKind, Source
 
 
 def figures(number, rows, kl, makers=()):
@@ -223,3 +226,55 @@ def test_every_command_measures_and_has_a_table(tmp_path, capsys):
     assert capsys.readouterr().out == (out / "front.md").read_text()
     assert fidelity.main([*common, "rows", "town_square"]) == 0
     assert (out / "rows.md").read_text().startswith("Model: tiny.\n\nNoise floor: ")
+    few = ["--only", "1 leading rows and collecting tokens", "--rounds", "1", "--agents", "2"]
+    assert fidelity.main([*common, "ideas", "town_square", *few]) == 0
+    found = json.loads((out / "ideas.json").read_text())["result"]
+    assert list(found) == ["shared repairs", few[1]]
+    assert found[few[1]]["overridden"] > 0
+
+
+class Words:
+    """A tokenizer of which every token is a word."""
+
+    words = ("a", "end.", "b", "(c)", "d\n", "e ", "?f", "g]  ")
+
+    def __len__(self):
+        return len(self.words)
+
+    def batch_decode(self, ids):
+        return ["".join(self.words[token] for token in one) for one in ids]
+
+
+def test_collecting_tokens_end_something():
+    assert token_kinds.collecting_tokens(Words()).tolist() == [1, 3, 4, 7]
+
+
+def test_reused_rows_of_some_tokens_are_repaired():
+    """Beside the leading ones, in siblings alone, and the plan computes them."""
+    message, other = td.shared([5, 6, 7, 1, 5, 6, 7, 1, 5, 1]), td.shared([8, 1, 8, 8, 8, 8, 1, 8])
+    prompts = {
+        "a": [td.private([2, 1, 3]), message, other, td.private([4])],
+        "b": [td.private([1, 3]), other, message, td.private([4, 1])],
+    }
+    selection, wanted = td.LeadingTokens(2), np.array([1])
+    with token_kinds.repaired_beside(wanted, block_size=8):
+        maker, sibling = leases.decide(prompts, lambda _: None, {}, selection, Source.MASTER, 8)
+    plain_maker, plain = leases.decide(prompts, lambda _: None, {}, selection, Source.MASTER, 8)
+    assert maker.spans == plain_maker.spans  # who computes the Masters reuses nothing
+    assert [span for span in plain.spans if span.kind is RowKind.REPAIRED] == [
+        (2, 4, RowKind.REPAIRED),
+        (10, 12, RowKind.REPAIRED),
+    ]
+    # The second row of the other message leads it; rows 8, 13, 17 and 19 are added.
+    assert [span for span in sibling.spans if span.kind is RowKind.REPAIRED] == [
+        (2, 4, RowKind.REPAIRED),
+        (8, 9, RowKind.REPAIRED),
+        (10, 12, RowKind.REPAIRED),
+        (13, 14, RowKind.REPAIRED),
+        (17, 18, RowKind.REPAIRED),
+        (19, 20, RowKind.REPAIRED),
+    ]
+    assert sibling.spans[-1].end == sibling.length == 22
+    assert sibling.own.tolist() == [0, 1, 2, 3, 8, 10, 11, 13, 17, 19, 20, 21]
+    overridden = [use.delta + use.overridden(8) for use in sibling.uses]
+    assert np.concatenate(overridden).tolist() == [2, 3, 8, 10, 11, 13, 17, 19]

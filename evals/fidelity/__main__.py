@@ -10,7 +10,7 @@
     leakage [town_square] [--secrets 3] [--rounds 2]
     tolerance [town_square]
     audits [town_square]
-    ideas [town_square]
+    ideas [town_square] [--only collecting] [--rounds 4] [--agents 4]
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
     quantized [town_square debate] [--agents 4]
@@ -113,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "leakage":
             one.add_argument("--secrets", type=int, default=3)
             one.add_argument("--rounds", type=int, default=2)
+        if name == "ideas":
+            one.add_argument("--only", default="", help="ideas whose names contain this")
+            one.add_argument("--rounds", type=int, help="as of front")
+            one.add_argument("--agents", type=int, help="as of front")
     one = commands.add_parser("rows")
     one.add_argument("workload", nargs="?", default="agentsociety")
     one.add_argument("--round", type=int, default=1)
@@ -182,7 +186,8 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
     if options.command == "audits":
         return audits.run(*loaded, options.workload)
     if options.command == "ideas":
-        return ideas.run(*loaded, options.workload)
+        some = options.only, options.rounds, options.agents
+        return ideas.run(*loaded, options.workload, *some)
     if options.command == "rows":
         return rows.run(loaded[1], options.workload, options.round)
     rounds = read_rounds(find_workload("debate"), rounds=(0, 1))

@@ -1,8 +1,8 @@
 """Ideas that are no part of the library, measured in the place of what they would change.
 
 Each takes a workload's rounds and one way of reuse, and changes one thing: which agent comes first
-among those that could be Master agents, in which layers a repaired row replaces the Master's, or
-whose keys rank the rows of `KeyDeviation`.
+among those that could be Master agents, in which layers a repaired row replaces the Master's, whose
+keys rank the rows of `KeyDeviation`, or which rows are repaired beside the leading ones.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.fidelity.front import siblings_kl
-from evals.fidelity.replays import Prompts, Round, measure, read_workload, recompute
+from evals.fidelity.front import siblings, siblings_kl
+from evals.fidelity.replays import (
+    BLOCK_SIZE,
+    Prompts,
+    Round,
+    measure,
+    read_sessions,
+    recompute,
+)
+from evals.fidelity.samples import spread
+from evals.fidelity.token_kinds import collecting_tokens, repaired_beside
 from tokendance.device import operators as ops
 from tokendance.device.executor import Executor
 from tokendance.host.decide import RowKind, Source, decide
@@ -31,14 +40,28 @@ REUSE = "master/leading:4:96:24"
 
 
 def run(
-    model: Any, tokenizer: Any, workload: str, new_tokens: int = 12
+    model: Any,
+    tokenizer: Any,
+    workload: str,
+    only: str = "",
+    rounds: int | None = None,
+    agents: int | None = None,
+    new_tokens: int = 12,
 ) -> dict[str, dict[str, float]]:
-    """Per idea the rows computed and overridden, and KL of the siblings and of all agents."""
-    rounds = read_workload(workload, tokenizer)
-    recompute(model, rounds, new_tokens)
+    """Per idea the rows computed and overridden, and KL of the siblings and of all agents.
+
+    Args:
+        only: ideas whose names contain this.
+        rounds, agents: see `read_sessions`.
+    """
+    sessions = read_sessions(workload, tokenizer, rounds, agents)
+    for session in sessions:
+        recompute(model, session.rounds, new_tokens)
+    collecting = collecting_tokens(tokenizer)
     layers = model.config.num_hidden_layers
     half = layers // 2
-    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(rounds)}
+    every = [one for session in sessions for one in session.rounds]
+    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(every)}
     print(result, flush=True)
     ideas: dict[str, tuple[str, Callable[[Prompts], str] | None, AbstractContextManager[Any]]] = {
         "as it is": (REUSE, None, nullcontext()),
@@ -53,15 +76,32 @@ def run(
         "last agent as Master agent": (REUSE, lambda prompts: list(prompts)[-1], nullcontext()),
         "deviation of all siblings": ("master/deviation:0.15", None, nullcontext()),
         "deviation of one sibling": ("master/deviation:0.15", None, ranked_by_one_sibling()),
+        **{
+            f"{count} leading rows": (f"master/leading:{count}", None, nullcontext())
+            for count in (8, 16, 24, 32)
+        },
+        **{
+            f"{count} leading rows and collecting tokens": (
+                f"master/leading:{count}",
+                None,
+                repaired_beside(collecting, BLOCK_SIZE),
+            )
+            for count in (1, 4, 8, 16)
+        },
     }
     for name, (way, first, changed) in ideas.items():
+        if only not in name:
+            continue
+        figures = []
         with changed:
-            figures = measure(model, way, [_led(one, first) for one in rounds])
+            for session in sessions:
+                figures += measure(model, way, [_led(one, first) for one in session.rounds])
         kls = [kl for one in figures for kl in one.kl.values()]
         result[name] = {
             "rows": sum(one.rows for one in figures),
             "overridden": sum(one.overridden for one in figures),
             "siblings": siblings_kl(figures),
+            "p90": spread([kl for own, _ in siblings(figures, figures) for kl in own]).p90,
             "all": sum(kls) / len(kls),
         }
         print(name, result[name], flush=True)
@@ -182,13 +222,16 @@ def _shortest(prompts: Prompts) -> str:
 
 def text(result: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown."""
-    lines = ["| idea | rows computed | overridden | siblings' KL | KL |", "| --- |" + " --- |" * 4]
+    lines = [
+        "| idea | rows computed | overridden | siblings' KL | 90 % | KL |",
+        "| --- |" + " --- |" * 5,
+    ]
     for name, one in result.items():
         if name == "shared repairs":
             continue
         lines.append(
             f"| {name} | {one['rows']:.0f} | {one['overridden']:.0f} | {one['siblings']:.4f} "
-            f"| {one['all']:.4f} |"
+            f"| {one['p90']:.4f} | {one['all']:.4f} |"
         )
     shared = result["shared repairs"]
     lines += [

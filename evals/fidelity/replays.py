@@ -32,6 +32,8 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "generative_agents_3": {"rounds": (1, 3)},
 }
 PIC = "pic"
+BLOCK_SIZE = 8
+"""Of the stores."""
 NEUTRAL = "neutral"
 OUTPUTS_AND_ALONE = "producer+alone"
 SHORT_AND_ALONE = "master+alone"
@@ -159,7 +161,7 @@ def make_engine(
         geometry_of(model),
         rope_of(model, model.config.max_position_embeddings),
         "16GiB",
-        block_size=8,
+        block_size=BLOCK_SIZE,
         quantization=quantization,
     )
     return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
