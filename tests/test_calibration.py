@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_architectures import tiny_model
 from tiny_model import write_tiny_model
 
 import tokendance as td
@@ -63,6 +64,18 @@ def test_full_recompute_is_the_models_own_forward(tiny):
     noise = noise_of(model, [found])
     assert 0 <= noise.chunks < 1e-8
     assert 0 <= noise.batch < 1e-8
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gpt_oss", "smollm3", "qwen3_moe"])
+def test_chunks_of_other_architectures_are_their_whole(name):
+    """Windows shorter than the prompt, several rotations and none, sinks, experts."""
+    model = tiny_model(name).eval()
+    found = continue_greedily(model, [(7 * index) % 331 for index in range(75)], 6)
+    with torch.no_grad():
+        own = model(torch.tensor([[*found.token_ids, *found.fed]])).logits[0, 74:]
+    assert torch.allclose(found.logits, own, atol=1e-3)
+    for how in ({}, {"chunk": 64}, {"chunk": 7}, {"copies": 2}):
+        assert torch.allclose(recompute(model, found, **how), own, atol=1e-3), how
 
 
 def test_one_token_is_enough(tiny):

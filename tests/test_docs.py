@@ -14,7 +14,7 @@ import tokendance
 
 ROOT = Path(__file__).resolve().parent.parent
 PTXRUN = ROOT / "tools" / "ptxrun" / "README.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 _TOKENISE = re.compile(r"\btokenizer(?:\.encode|\.__call__)?\(.*")
 LANGUAGES = {"python", "sh", ""}  # what is run, commands, and drawings

@@ -6,6 +6,7 @@ is checked, and becomes its text, since the site does not hold the sources.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _ROLE = re.compile(r":(?:class|func|mod|meth|attr):<code>~?(?:[\w.]*\.)?(\w+)")
 
 def on_config(config: Any) -> Any:
     """Pages that have not been written are not in the navigation."""
-    known = {path.name for path in DOCS.glob("*.md")} | set(FROM_ROOT)
+    known = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} | set(FROM_ROOT)
     config.nav = [entry for entry in config.nav if set(entry.values()) <= known]
     return config
 
@@ -35,11 +36,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    source = FROM_ROOT.get(page.file.src_uri, DOCS / page.file.src_uri)
-    return _LINK.sub(lambda link: _inside_site(link, source), markdown)
+    place = DOCS / page.file.src_uri
+    source = FROM_ROOT.get(page.file.src_uri, place)
+    return _LINK.sub(lambda link: _inside_site(link, source, place.parent), markdown)
 
 
-def _inside_site(link: re.Match[str], source: Path) -> str:
+def _inside_site(link: re.Match[str], source: Path, folder: Path) -> str:
+    """The link from a page of the site in ``folder`` that was written in ``source``."""
     text, target, anchor = link[1], link[2], link[3] or ""
     if re.match(r"\w+:", target):
         return link[0]
@@ -48,9 +51,9 @@ def _inside_site(link: re.Match[str], source: Path) -> str:
         raise PluginError(f"{source.name}: expected a file for the link {target!r}, got none")
     for name, root in FROM_ROOT.items():
         if path == root:
-            return f"[{text}]({name}{anchor})"
-    if path.parent == DOCS:
-        return f"[{text}]({path.name}{anchor})"
+            return f"[{text}]({os.path.relpath(DOCS / name, folder)}{anchor})"
+    if path.is_relative_to(DOCS):
+        return f"[{text}]({os.path.relpath(path, folder)}{anchor})"
     return text
 
 

@@ -10,7 +10,7 @@
     leakage [town_square] [--secrets 3] [--rounds 2]
     tolerance [town_square]
     audits [town_square]
-    ideas [town_square] [--only collecting] [--rounds 4] [--agents 4]
+    ideas [town_square] [--only collecting,leading] [--rounds 4] [--agents 4]
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
     quantized [town_square debate] [--agents 4]
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--secrets", type=int, default=3)
             one.add_argument("--rounds", type=int, default=2)
         if name == "ideas":
-            one.add_argument("--only", default="", help="ideas whose names contain this")
+            one.add_argument("--only", default="", help="ideas whose names contain one of these")
             one.add_argument("--rounds", type=int, help="as of front")
             one.add_argument("--agents", type=int, help="as of front")
     one = commands.add_parser("rows")
@@ -143,10 +143,10 @@ def _measure(options: argparse.Namespace) -> None:
     path: Path = options.json or options.out / f"{options.command}.json"
     settings = {name: getattr(options, name) for name in _SETTINGS.get(options.command, ())}
     made = Document(options.command, options.model, origin_of(options.model), settings, None)
-    if options.command != "noise":
-        measured = options.out / "noise.json"
-        wanted = Document("noise", made.model, made.origin, {}, None)
-        made.noise = document.read_known(measured, wanted)
+    beside = options.out / "noise.json"
+    if options.command != "noise" and beside.is_file():
+        found = document.read(beside)
+        made.noise = found.result if found.model == made.model else None
     known = None
     if options.command in ("front", "answers"):
         known = document.read_known(path, made)
@@ -186,7 +186,7 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
     if options.command == "audits":
         return audits.run(*loaded, options.workload)
     if options.command == "ideas":
-        some = options.only, options.rounds, options.agents
+        some = options.only.split(","), options.rounds, options.agents
         return ideas.run(*loaded, options.workload, *some)
     if options.command == "rows":
         return rows.run(loaded[1], options.workload, options.round)

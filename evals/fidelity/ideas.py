@@ -43,7 +43,7 @@ def run(
     model: Any,
     tokenizer: Any,
     workload: str,
-    only: str = "",
+    only: Sequence[str] = ("",),
     rounds: int | None = None,
     agents: int | None = None,
     new_tokens: int = 12,
@@ -51,7 +51,7 @@ def run(
     """Per idea the rows computed and overridden, and KL of the siblings and of all agents.
 
     Args:
-        only: ideas whose names contain this.
+        only: ideas whose names contain one of these.
         rounds, agents: see `read_sessions`.
     """
     sessions = read_sessions(workload, tokenizer, rounds, agents)
@@ -90,7 +90,7 @@ def run(
         },
     }
     for name, (way, first, changed) in ideas.items():
-        if only not in name:
+        if not any(part in name for part in only):
             continue
         figures = []
         with changed:
