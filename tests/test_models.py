@@ -210,6 +210,15 @@ def test_a_directory_is_named_by_its_last_part():
     assert models.origin_of("/somewhere/my-model/") == "my-model"
 
 
+def load_gguf(gguf: Path):
+    """Model (fp32) and tokenizer as transformers reads them from the GGUF file itself."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(**place)
+
+
 def write_gguf(path: Path, model: torch.nn.Module, leave_out: str = "") -> None:
     """Of a tiny Qwen2, its weights as they are, with a vocabulary of single bytes."""
     gguf = pytest.importorskip("gguf")
@@ -280,7 +289,7 @@ def test_a_model_in_parts_is_fetched_and_converted(monkeypatch, tmp_path):
     assert len(set(index["weight_map"].values())) > 2
     for name, weight in tiny.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
-    read, read_tokenizer = gguf_conversion.load_gguf(tmp_path / "tiny.gguf")
+    read, read_tokenizer = load_gguf(tmp_path / "tiny.gguf")
     ids = tokenizer("cab", return_tensors="pt").input_ids
     assert torch.equal(ids, read_tokenizer("cab", return_tensors="pt").input_ids)
     assert ids.shape == (1, 2)
@@ -335,7 +344,7 @@ def test_another_name_is_refused(tmp_path):
 def test_converted_model_equals_the_gguf_files(smollm2, tmp_path):
     model, tokenizer = smollm2
     gguf = fetch_gguf("smollm2", SOURCES["smollm2"], tmp_path)
-    original, original_tokenizer = gguf_conversion.load_gguf(gguf)
+    original, original_tokenizer = load_gguf(gguf)
     text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert torch.equal(ids, original_tokenizer(text, return_tensors="pt").input_ids)
