@@ -168,7 +168,7 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
     """The command's result, for JSON; some ``save`` what they have so far."""
     if options.command == "noise":
         load = functools.partial(load_model, options.model)
-        return noise.run(load, options.workload, options.prompts, options.new_tokens)
+        return noise.run(load, options.workload, options.prompts, options.new_tokens, save)
     loaded = load_model(options.model)
     if options.command == "front":
         ways = options.ways.split(",")

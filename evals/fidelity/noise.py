@@ -25,7 +25,11 @@ Json = dict[str, Any]
 
 
 def run(
-    load: Callable[[torch.dtype], tuple[Any, Any]], workload: str, prompts: int, new_tokens: int
+    load: Callable[[torch.dtype], tuple[Any, Any]],
+    workload: str,
+    prompts: int,
+    new_tokens: int,
+    save: Callable[[Json], None] = lambda _: None,
 ) -> Json:
     """KL in nats, means over the first agents of a workload's first round and their tokens.
 
@@ -34,6 +38,7 @@ def run(
     Args:
         load: the model in a dtype, and its tokenizer.
         prompts: how many agents.
+        save: is handed the result after every dtype; some take long on a CPU.
     """
     model, tokenizer = load(torch.float32)
     (one, *_) = read_workload(workload, tokenizer)
@@ -42,6 +47,13 @@ def run(
         for prompt in list(one.prompts.values())[:prompts]
     ]
     dtypes: dict[str, dict[str, float]] = {}
+    result: Json = {
+        "workload": workload,
+        "prompts": len(found),
+        "rows": sum(len(one.token_ids) for one in found),
+        "chunk": CHUNK,
+        "dtypes": dtypes,
+    }
     for dtype in DTYPES:
         if dtype != torch.float32:
             del model
@@ -55,14 +67,9 @@ def run(
             "chunks": noise.chunks,
             "batch": noise.batch,
         }
+        save(result)
         print(name, dtypes[name], flush=True)
-    return {
-        "workload": workload,
-        "prompts": len(found),
-        "rows": sum(len(one.token_ids) for one in found),
-        "chunk": CHUNK,
-        "dtypes": dtypes,
-    }
+    return result
 
 
 def text(result: Json) -> str:
