@@ -130,6 +130,34 @@ def test_rounds_without_siblings_are_refused(tiny):
         calibration.calibrate(model, [], [td.Nothing()])
 
 
+def test_a_model_is_refused_before_it_is_run(directory, monkeypatch):
+    model, tokenizer = calibration.load_model(str(directory), "auto", "cpu")
+    monkeypatch.setattr(calibration, "continue_greedily", None)
+    rounds = [calibration_rounds.round_of(lines()[0], tokenizer)]
+    with pytest.raises(ValueError, match="model: expected eval mode"):
+        calibration.calibrate(model.train(), rounds, [td.Nothing()])
+
+
+def test_many_short_segments_have_room(tiny):
+    """Each begins a page of its own, and rounds stay in the store."""
+    model, tokenizer = tiny
+    words = ["The town", "is small", "and", "everybody hears", "what the", "others say", "of it"]
+    made = [
+        {
+            name: [
+                {"private": f"{name}, {number}:"},
+                *({"shared": f" {word} {number} "} for word in np.roll(words, index).tolist()),
+            ]
+            for index, name in enumerate("abcdef")
+        }
+        for number in range(3)
+    ]
+    rounds = [calibration_rounds.round_of(one, tokenizer) for one in made]
+    found = calibration.calibrate(model, rounds, [td.Nothing(), td.Everything()], 3)
+    assert found.reuses[0].rows < found.reuses[1].rows <= found.prompt_rows
+    assert max(found.reuses[1].kl) < 1e-6
+
+
 def test_the_round_that_comes_along_is_shared(tiny):
     _, tokenizer = tiny
     found = calibration_rounds.sample_round(tokenizer)

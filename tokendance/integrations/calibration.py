@@ -94,12 +94,14 @@ def calibrate(
         new_tokens: tokens per agent whose distributions are compared.
 
     Raises:
-        ValueError: nothing to run, or in no round an agent that reuses what another computed.
+        ValueError: nothing to run, a model that `TransformersEngine` refuses, or in no round an
+            agent that reuses what another computed.
     """
     if not rounds or not selections:
         raise ValueError(
             f"rounds, selections: expected some of each, got {len(rounds)} and {len(selections)}"
         )
+    _engine(model, rounds, new_tokens, selections[0])  # refuses a model before the long part
     full = [
         {
             agent: continue_greedily(model, _token_ids(prompt), new_tokens)
@@ -138,8 +140,7 @@ def _run(
     selection: Selection,
 ) -> _Run:
     new_tokens = max(len(one.logits) for agents in full for one in agents.values())
-    store = _store(model, rounds, new_tokens)
-    engine = TransformersEngine(model, KVCollector(store, selection=selection))
+    engine = _engine(model, rounds, new_tokens, selection)
     run = _Run(0.0, {})
     for number, (prompts, reference) in enumerate(zip(rounds, full, strict=True)):
         plan = engine.collector.plan(prompts)
@@ -168,8 +169,10 @@ def _who_shares(prompts: Round) -> set[str]:
     return {agent for sharing in agents.values() if len(sharing) > 1 for agent in sharing}
 
 
-def _store(model: Any, rounds: Sequence[Round], new_tokens: int) -> DiffStore:
-    """With room for all rounds, whatever is reused."""
+def _engine(
+    model: Any, rounds: Sequence[Round], new_tokens: int, selection: Selection
+) -> TransformersEngine:
+    """Over an empty store with room for all rounds, whatever is reused."""
     geometry = geometry_of(model)
     pages = longest = 0
     for prompt in (prompt for one in rounds for prompt in one.values()):
@@ -178,13 +181,14 @@ def _store(model: Any, rounds: Sequence[Round], new_tokens: int) -> DiffStore:
         # Every segment may become a Master of its own, and every row one of the agent's own.
         for length in (*lengths, sum(lengths) + new_tokens):
             pages += -(-length // _BLOCK_SIZE)
-    return DiffStore(
+    store = DiffStore(
         geometry,
         rope_of(model, longest),
-        (pages + len(rounds)) * _BLOCK_SIZE * geometry.row_bytes,
+        pages * _BLOCK_SIZE * geometry.row_bytes,
         device=model.device,
         block_size=_BLOCK_SIZE,
     )
+    return TransformersEngine(model, KVCollector(store, selection=selection))
 
 
 def _agreement(reference: Tensor, logits: Tensor) -> float:
