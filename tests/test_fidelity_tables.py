@@ -200,6 +200,15 @@ def test_tables_are_rendered_from_json(tmp_path, capsys):
     assert "expected a file that evals.fidelity wrote" in capsys.readouterr().err
 
 
+def test_pictures_are_drawn_from_json(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path, pictures = tmp_path / "front.json", tmp_path / "pictures"
+    document_of(front.write({"x": points(), "y": points()})).write(path)
+    assert fidelity.main(["render", str(path), "--pictures", str(pictures)]) == 0
+    assert sorted(one.name for one in pictures.iterdir()) == ["x.png", "y.png"]
+    assert all(one.read_bytes().startswith(b"\x89PNG") for one in pictures.iterdir())
+
+
 def test_figures_of_models_do_not_mix(tmp_path):
     path = tmp_path / "front.json"
     assert document.read_known(path, document_of({})) is None

@@ -14,7 +14,7 @@
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
     quantized [town_square debate] [--agents 4]
-    render PATH
+    render PATH [--pictures build/fidelity]
 
 Each writes JSON (``--json``, or its name in ``--out``) and makes its Markdown of that, as
 ``render`` does again at any time. What the JSON of ``front`` or ``answers`` holds already is not
@@ -73,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "render":
-            print(_text(document.read(options.path)))
+            made = document.read(options.path)
+            print(_text(made))
+            if options.pictures is not None and made.command == "front":
+                _draw(made, options.pictures)
         else:
             _measure(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -128,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--agents", type=int, help="the first of the round; all by default")
     one = commands.add_parser("render")
     one.add_argument("path", type=Path)
+    one.add_argument("--pictures", type=Path, help="of front: a folder to draw them in")
     return parser
 
 
@@ -202,6 +206,7 @@ def _text(made: Document) -> str:
 
 
 def _draw(made: Document, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         for workload, points in front.read(made.result).items():
             if front.REFERENCE in points:
