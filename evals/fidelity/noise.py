@@ -81,7 +81,8 @@ def text(result: Json) -> str:
     for name, one in result["dtypes"].items():
         first = "-" if name == "float32" else f"{one['against float32']:.1e}"
         lines.append(f"| {name} | {first} | {one['chunks']:.1e} | {one['batch']:.1e} |")
-    lines += ["", f"{result['prompts']} prompts of {result['workload']}, {result['rows']} tokens."]
+    prompts = "1 prompt" if result["prompts"] == 1 else f"{result['prompts']} prompts"
+    lines += ["", f"{prompts} of {result['workload']}, {result['rows']} tokens."]
     return "\n".join(lines)
 
 
