@@ -154,19 +154,21 @@ def test_a_saved_store_keeps_its_scales(dtype, tmp_path):
     plan = collector.plan(prompts())
     run_prefill(collector, plan)
     plan.commit()
-    store.save(tmp_path / "store")
-    loaded = td.DiffStore.load(tmp_path / "store", ROPE, "64MiB")
+    path = tmp_path / "store"
+    store.export_agents(path)
+    loaded = td.DiffStore.open(path, GEOMETRY, ROPE, "64MiB")
     assert loaded.pool.quantization.equals(store.pool.quantization)
     for agent in store.agents:
         for mine, want in zip(restored(loaded, agent), restored(store, agent), strict=True):
             for got, expected in zip(mine, want, strict=True):
                 testing.assert_same_bits(got, expected)
+    loaded.close()
     same = td.PagePool.own(GEOMETRY, 200, 8, "cpu", quantization(dtype))
-    td.DiffStore.load(tmp_path / "store", ROPE, pool=same)
-    for other in (quantization(dtype, 6.0), None):
+    td.DiffStore.open(path, GEOMETRY, ROPE, pool=same).close()
+    for other, argument in ((quantization(dtype, 6.0), "quantization"), (None, "pool")):
         pool = td.PagePool.own(GEOMETRY, 200, 8, "cpu", other)
-        with pytest.raises(ValueError, match="pool: expected the dtype and the scales that"):
-            td.DiffStore.load(tmp_path / "store", ROPE, pool=pool)
+        with pytest.raises(ValueError, match=f"{argument}: expected that of .*store, .*, got"):
+            td.DiffStore.open(path, GEOMETRY, ROPE, pool=pool)
 
 
 def test_audits_compare_what_elements_stand_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +74,11 @@ def rounds(
     other = td.DiffStore(GEOMETRY, ropes, "16MiB", block_size=8, quantization=quantization)
     caches = {agent: tuple(zip(*layers, strict=True)) for agent, layers in dense.items()}
     other.put_round(caches, {agent: store.mirror(agent).segments for agent in dense}, 1e-3)
-    store.save(directory / "store")
-    loaded = td.DiffStore.load(directory / "store", ropes, "16MiB")
-    for one in (other, loaded):
-        found += [x for agent in dense for pair in restored(one, agent) for x in pair]
+    with tempfile.TemporaryDirectory(dir=directory) as exported:
+        store.export_agents(exported)
+        loaded = td.DiffStore.open(exported, GEOMETRY, ropes, "16MiB")
+        for one in (other, loaded):
+            found += [x for agent in dense for pair in restored(one, agent) for x in pair]
     return found
 
 

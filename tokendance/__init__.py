@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokendance.device.quantization import Quantization
     from tokendance.device.rope import Rope
     from tokendance.device.rounds import RoundTensors
+    from tokendance.files.errors import DamagedError, StoreInUseError
     from tokendance.host.agent import Phase
     from tokendance.host.books import OutOfPagesError
     from tokendance.host.gate import AuditReport, CollectorStats, Gate, ReuseWarning
@@ -41,6 +42,7 @@ _MODULES = {
     "Audit": "audit",
     "AuditReport": "host.gate",
     "CollectorStats": "host.gate",
+    "DamagedError": "files.errors",
     "DiffStore": "store",
     "Everything": "host.selection",
     "Gate": "host.gate",
@@ -60,6 +62,7 @@ _MODULES = {
     "RoundTensors": "device.rounds",
     "Segment": "host.segments",
     "Step": "step",
+    "StoreInUseError": "files.errors",
     "StoreStats": "store",
     "private": "host.segments",
     "shared": "host.segments",
@@ -70,6 +73,7 @@ __all__ = [
     "Audit",
     "AuditReport",
     "CollectorStats",
+    "DamagedError",
     "DiffStore",
     "Everything",
     "Gate",
@@ -89,6 +93,7 @@ __all__ = [
     "RoundTensors",
     "Segment",
     "Step",
+    "StoreInUseError",
     "StoreStats",
     "__version__",
     "private",

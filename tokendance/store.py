@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,11 @@ from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
-from tokendance.files import one_file
+from tokendance.files import transfer
+from tokendance.files.directory import Directory, Progress
+from tokendance.files.durability import Durability
+from tokendance.files.errors import DamagedError
+from tokendance.files.identity import Identity
 from tokendance.host.books import Books, PageAllocator
 from tokendance.host.mirror import Master, Mirror, no_pages
 from tokendance.host.plan import LivePlan, Plan
@@ -80,7 +85,7 @@ class StoreStats:
 
 class DiffStore(
     Uncopied,
-    instead="write it with store.save(path) and read it with DiffStore.load(path, rope, capacity)",
+    instead="write it with store.export_agents(path) and read it with DiffStore.open",
 ):
     """Keeps the KV of many agents as Masters and Mirrors.
 
@@ -94,7 +99,7 @@ class DiffStore(
             :class:`PagePool`.
         quantization: keeps own pages in e4m3 or int8. Not with ``pool``.
         model: what computes the keys and values, a name and revision or
-            `tokendance.integrations.transformers.fingerprint_of`. What was saved is loaded for the
+            `tokendance.integrations.transformers.fingerprint_of`. What is on disk is read for the
             same one only.
         host_capacity: bytes of host memory, as ``capacity``, that suspended agents' rows may be
             moved to (`Plan.suspend`).
@@ -144,6 +149,7 @@ class DiffStore(
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
         self.scheduler = Scheduler(self.executor.profile, allocator, copy=self.executor.copy)
         self._restore_records: dict[tuple[int, ...], tuple[list[Mirror], RestoreRecord]] = {}
+        self._durability: Durability | None = None
 
     def __repr__(self) -> str:
         books = self.books
@@ -204,10 +210,16 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent, or one released before.
         """
+        if self._durability is not None and self._durability.forget(agent):
+            return
         self._mirror(agent)
         self.books.drop(agent)
 
     def _mirror(self, agent: str) -> Mirror:
+        if agent in self.damaged:
+            raise DamagedError(
+                f"agent: expected one that is whole, got {agent!r}: {self.damaged[agent]}"
+            )
         if agent not in self.books.mirrors:
             raise KeyError(f"agent: expected one of {sorted(self.books.mirrors)}, got {agent!r}")
         return self.books.mirrors[agent]
@@ -234,6 +246,8 @@ class DiffStore(
         """
         self.scheduler.clear()
         self._restore_records.clear()
+        for agent in list(self.damaged):
+            self.release(agent)
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -322,80 +336,186 @@ class DiffStore(
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
         encode_round(self, tensors, prompts, atol, rtol)
 
-    # Persistence ----------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes Masters, Mirrors and their pages to one file, in one step.
-
-        Of plans that have not ended nothing is written. Agents, prompts' token ids and keys and
-        values are in the file as they are: keep it as safe as the conversations.
-
-        Raises:
-            OSError: the file cannot be written; an earlier one of this name is as it was.
-        """
-        masters, mirrors = self.books.masters.values(), self.books.mirrors
-        state = one_file.pack(
-            self.model, self.geometry, self.pool, self.executor.ropes, masters, mirrors
-        )
-        one_file.write_state(path, state)
+    # On disk --------------------------------------------------------------------------------------
 
     @classmethod
-    def load(
+    def open(
         cls,
         path: str | os.PathLike[str],
+        geometry: KVGeometry,
         rope: Rope | Sequence[Rope | None],
         capacity: int | str | None = None,
         device: torch.device | str = "cpu",
+        block_size: int | None = None,
         pool: PagePool | None = None,
+        quantization: Quantization | None = None,
         model: str = "",
+        host_capacity: int | str | None = None,
+        progress: Progress | None = None,
     ) -> DiffStore:
-        """A store with what `save` wrote, which continues where that one was.
+        """A store whose committed agents survive the process, in a directory of their own.
+
+        All agents of the directory, and their Masters, are brought into the pool. Those that are
+        damaged are left out: `damaged` says why, the others are as they were. What a killed process
+        has left behind is removed.
 
         Args:
-            path: of the file. It holds data only; loading it runs no code.
-            rope, capacity, device, pool, model: as of a new store. Geometry, block size and
-                quantization are the file's.
+            path: of the directory; it is made where there is none. Agents, prompts' token ids and
+                keys and values are in it as they are: keep it as safe as the conversations.
+            geometry, rope, capacity, device, pool, model, host_capacity: as of a new store.
+            block_size, quantization: as of a new store; None: those of the directory.
+            progress: is told how many bytes of how many have been read.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no saved store or one of another version or model; the rotation tables
-                are others, as far as rows were rotated with them; or arguments that do not fit.
-            OutOfPagesError: capacity or pool has fewer pages than the file.
+            StoreInUseError: another process, or another store, has it open.
+            OSError: it cannot be read or written.
+            DamagedError: the catalogue is not as it was written.
+            ValueError: it is no store, or one of another model, geometry, dtype, block size,
+                quantization or RoPE; or arguments that do not fit.
+            OutOfPagesError: capacity or pool has fewer pages than the agents need.
         """
-        state = one_file.read_state(path)
-        if state["model"] != model:
-            raise ValueError(f"model: expected that of {path}, {state['model']!r}, got {model!r}")
-        store = cls(
-            one_file.geometry_in(state),
-            rope,
-            capacity,
-            device,
-            state["block_size"],
-            pool,
-            one_file.quantization_in(state) if pool is None else None,
-            model,
-        )
-        saved = one_file.quantization_in(state)
-        mine = store.pool.quantization
-        if (saved is None) != (mine is None) or (saved is not None and not saved.equals(mine)):
-            raise ValueError(
-                "pool: expected the dtype and the scales that the store was saved with, got others"
-            )
-        if store.block_size != state["block_size"]:
-            raise ValueError(
-                f"pool: expected block_size {state['block_size']}, got {store.block_size}"
-            )
-        if state["positions"] > store.max_position:
-            raise ValueError(
-                f"rope: expected at least {state['positions']} positions, got {store.max_position}"
-            )
-        if one_file.rope_digests(store.executor.ropes, state["positions"]) != state["ropes"]:
-            raise ValueError("rope: expected the tables that the store was saved with, got others")
-        masters, mirrors = one_file.unpack(state, store.pool, store.books)
-        store.books.take_over(masters)
-        for agent, mirror in mirrors.items():
-            store.books.put(agent, mirror)
+        directory = Directory.open(path, create=True)
+        try:
+            found = None if directory.is_new else directory.identity
+            if found is not None and pool is None:
+                block_size = block_size or found.block_size
+                quantization = quantization or found.quantization
+            size = 16 if block_size is None else block_size
+            made = (geometry, rope, capacity, device, size, pool, quantization, model)
+            store = cls(*made, host_capacity)
+            if found is None:
+                directory.begin(store._identity)
+            else:
+                found.check_same(store._identity, path)
+            store._keep_in(directory, progress)
+        except BaseException:
+            directory.close()
+            raise
         return store
+
+    @property
+    def _identity(self) -> Identity:
+        return Identity.of(self.model, self.geometry, self.pool)
+
+    def _keep_in(self, directory: Directory, progress: Progress | None) -> None:
+        directory.ropes.check_same(self.executor.ropes, self.max_position, directory.path)
+        kept = Durability(directory, self.pool, self.executor.ropes, self.max_position)
+        kept.load(self.books, progress)
+        self._durability = kept
+        self._close = weakref.finalize(self, kept.close)
+        self.scheduler.flush = kept.flush
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """Agents that are on disk and could not be read, and why. They stay there until an agent of
+        the name is committed or released."""
+        return {} if self._durability is None else self._durability.damage
+
+    def flush(self) -> None:
+        """Returns when all that is committed is on disk, and what was released is not any more.
+
+        What is on disk already is not written again.
+
+        Raises:
+            ValueError: the store has no directory.
+            OSError: it cannot be written. Memory and disk are as they were before; it may be tried
+                again.
+        """
+        self._on_disk.flush(self.books)
+
+    @property
+    def _on_disk(self) -> Durability:
+        if self._durability is None:
+            raise ValueError("store: expected one of DiffStore.open, got one in memory alone")
+        return self._durability
+
+    def close(self) -> None:
+        """Flushes, and lets others open the directory; the store goes on in memory alone."""
+        if self._durability is not None:
+            self.flush()
+            self._durability, self.scheduler.flush = None, None
+            self._close()
+
+    def __enter__(self) -> DiffStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def verify(self, progress: Progress | None = None) -> dict[str, str]:
+        """Reads all that is on disk again, and compares checksums.
+
+        Returns:
+            What is wrong, by agent; ``catalogue`` and ``group N`` stand for what is no agent's. An
+            agent that was loaded before its rows were damaged can still be exported from memory.
+
+        Raises:
+            ValueError: the store has no directory.
+        """
+        return self._on_disk.verify(progress)
+
+    def compact(self, progress: Progress | None = None) -> int:
+        """Removes rows from the files that are not valid any more; `flush` does so when they are
+        more than the others.
+
+        Returns:
+            Bytes that the files have become smaller.
+
+        Raises:
+            ValueError: the store has no directory.
+            OSError: it cannot be written; it is as it was.
+        """
+        return self._on_disk.compact(progress)
+
+    def export_agents(
+        self, path: str | os.PathLike[str], agents: Iterable[str] | None = None
+    ) -> None:
+        """Writes agents and the Masters that they use to a new directory, as `open` reads it.
+
+        Args:
+            path: of the directory; there must be nothing, or an empty one.
+            agents: their names; None: all, and Masters that no agent uses.
+
+        Raises:
+            KeyError: an unknown agent.
+            OSError: there is something, or it cannot be written; nothing is left of it.
+        """
+        books = self.books
+        names = list(books.mirrors) if agents is None else list(agents)
+        mirrors = {name: self._mirror(name) for name in names}
+        used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
+        masters = books.masters if agents is None else used
+        found = [one for one in masters.values() if one.stored]
+        made = (self.pool, self.executor.ropes, self.max_position)
+        transfer.export_agents(path, self._identity, *made, mirrors, found)
+
+    def import_agents(
+        self,
+        path: str | os.PathLike[str],
+        agents: Iterable[str] | None = None,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Brings agents of another store's directory into this one; that stays as it is.
+
+        Args:
+            path: of the directory, which nobody has open for writing.
+            agents: their names; None: all.
+            progress: is told how many bytes of how many have been read.
+
+        Returns:
+            The agents' names.
+
+        Raises:
+            KeyError: an agent that is not there.
+            ValueError: the directory is no store, or one of another model, geometry, dtype, block
+                size, quantization or RoPE; or this store has an agent of the name.
+            DamagedError: one of the agents is damaged.
+            OSError: it cannot be read, or somebody else has it open.
+            OutOfPagesError: there are too few pages. Nothing has changed then, as after the other
+                errors, but for evictions.
+        """
+        made = (self._identity, self.pool, self.executor.ropes, self.max_position, self.books)
+        return transfer.import_agents(path, *made, agents, progress)
 
     # Statistics -----------------------------------------------------------------------------------
 

@@ -308,9 +308,15 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             master.stored = True
 
     def take_over(self, masters: Sequence[Master]) -> None:
-        """Masters of another store, the longest idle first, whose pages have been taken."""
+        """Masters that are new here, the longest idle first, whose pages have been taken.
+
+        One that says when it was last used keeps that; the clock goes on from there.
+        """
         for master in masters:
-            self._touch(master)
+            if master.last_used:
+                self._clock = max(self._clock, master.last_used)
+            else:
+                self._touch(master)
             if master.stored:
                 self.masters[master.digest] = master
                 self._idle[master.serial] = master

@@ -302,7 +302,11 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return self._scheduler.pages_to_resume(self._live, agent)
 
     def commit(
-        self, agents: str | Iterable[str] | None = None, namespace: bytes | str = b""
+        self,
+        agents: str | Iterable[str] | None = None,
+        namespace: bytes | str = b"",
+        *,
+        durable: bool = False,
     ) -> None:
         """Makes what was computed the agents' KV in the store.
 
@@ -312,13 +316,21 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         Args:
             agents: one, several, or (None) all that have not ended.
             namespace: of the segments that outputs become (see `shared`).
+            durable: returns when all that the store has committed is on disk, as `DiffStore.flush`.
 
         Raises:
             KeyError, ValueError: an unknown agent, one that has ended, one whose prefill has not
-                finished, one in an open step or without pages, or an unknown source of an output;
-                then nothing is committed.
+                finished, one in an open step or without pages, an unknown source of an output, or
+                ``durable`` for a store that has no directory; then nothing is committed.
+            OSError: the directory cannot be written. The agents are committed all the same; a later
+                `DiffStore.flush` makes them durable.
         """
+        flush = self._scheduler.flush
+        if durable and flush is None:
+            raise ValueError("durable: expected a store of DiffStore.open, got one in memory alone")
         self._scheduler.commit(self._live, agents, namespace)
+        if durable and flush is not None:
+            flush(self._scheduler.books)
 
     def abort(self, agents: str | Iterable[str] | None = None) -> None:
         """Gives back what the agents (default: all that have not ended) leased.

@@ -53,6 +53,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     Attributes:
         books: pages, Masters and Mirrors.
+        flush: makes what the books hold durable; None where nothing outlives the process.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.profile = profile
         self.books = Books(allocator or PageAllocator(profile.num_pages))
         self.host_pages = PageAllocator(profile.host_pages)
+        self.flush: Callable[[Books], None] | None = None
         self.windows = list(windows)
         self._leases = Leases(profile, self.books, copy)
         self.dropped: deque[LivePlan | PlannedStep] = deque()

@@ -1,0 +1,457 @@
+"""The directory of a store: page files, a catalogue that says what is valid in them, and a lock.
+
+What is written becomes valid at one instant, the end of the catalogue's transaction. Before it, all
+rows that the transaction names are on the medium under their final names: a page file is written
+under another name, synced and renamed, and the directory is synced. After it, files in which
+nothing is valid any more are removed. Whatever a process leaves behind that dies in between, the
+next `open` removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from tokendance.files.catalogue import Catalogue, Changes, Contents
+from tokendance.files.disk import Disk, lock
+from tokendance.files.errors import DamagedError
+from tokendance.files.identity import Identity, RopeTables
+from tokendance.files.lock_note import read_generation, write_generation
+from tokendance.files.page_file import FORMAT, PageFile, header_of, remove, write_file
+
+CATALOGUE = "catalogue.sqlite"
+LOCK = "lock"
+_PAGES = re.compile(r"(\d{8})\.safetensors")
+_SCRATCH = re.compile(r"\d{8}\.tmp")
+_OWN = {CATALOGUE, f"{CATALOGUE}-wal", f"{CATALOGUE}-shm", LOCK}
+SLACK = 64 << 20
+"""Bytes that are not valid any more, beyond those that are, before files are written anew."""
+MANY = 256
+"""Files, beyond which small ones are put together."""
+_BATCH = 1 << 30
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Is told how many bytes of how many are done."""
+
+
+class Group(NamedTuple):
+    """Where the rows of one Master or Mirror lie.
+
+    Attributes:
+        file: number of the page file.
+        rows: how many.
+        checksum: of their bytes.
+    """
+
+    file: int
+    rows: int
+    checksum: bytes
+
+
+@dataclass(frozen=True)
+class FreshRows:
+    """Rows that are written for the first time.
+
+    Attributes:
+        rows: how many.
+        pieces: gives their bytes, of each layer its keys and then its values.
+    """
+
+    rows: int
+    pieces: Callable[[], Iterator[memoryview]]
+
+
+class Directory:
+    """What is valid in a directory, and the only way to change it; made by `open`.
+
+    Attributes:
+        path: of the directory.
+        contents: of the catalogue, as it was when the directory was opened.
+        groups: by number.
+        files: bytes of the rows in each page file, by number.
+    """
+
+    def __init__(
+        self, path: Path, disk: Disk, catalogue: Catalogue, writable: bool, exit_stack: ExitStack
+    ) -> None:
+        self.path = path
+        self._disk = disk
+        self._catalogue = catalogue
+        self._writable = writable
+        self._exit = exit_stack
+        self._process = os.getpid()
+        self.contents: Contents = catalogue.read()
+        facts = {row[0]: row[1] for row in self.contents.rows["facts"].values()}
+        if not facts and (catalogue.generation or self.contents.problem):
+            raise DamagedError(
+                f"{catalogue.path}: expected what the store is of, got none; "
+                f"{self.contents.problem}"
+            )
+        self._facts = {str(name): str(value) for name, value in facts.items()}
+        self.groups = {
+            key: Group(*row)  # type: ignore[arg-type]
+            for key, row in self.contents.rows["groups"].items()
+        }
+        self.files = {key: int(row[0]) for key, row in self.contents.rows["files"].items()}  # type: ignore[arg-type]
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        writable: bool = True,
+        disk: Disk | None = None,
+        damaged: bool = False,
+    ) -> Directory:
+        """Opens a directory, and takes its lock until `close`.
+
+        Args:
+            path: of the directory.
+            create: makes it where there is none, or an empty one; `begin` says what it is of.
+            writable: alone; otherwise beside others that read.
+            disk: makes the file operations.
+            damaged: also one whose catalogue lacks rows, for reading what is left.
+
+        Raises:
+            StoreInUseError: another process has it open.
+            OSError: it is not there, or cannot be read or written.
+            DamagedError: its catalogue is not as it was written.
+            ValueError: it is something else than a store.
+        """
+        path, disk = Path(path), disk or Disk()
+        _check_is_store(path, disk, create)
+        with ExitStack() as undo:
+            undo.callback(lock(path / LOCK, not writable))
+            catalogue = Catalogue(path / CATALOGUE, disk, writable)
+            undo.callback(catalogue.close)
+            found = cls(path, disk, catalogue, writable, undo.pop_all())
+        try:
+            problem = found.contents.problem or found._rolled_back()
+            if problem and not damaged:
+                raise DamagedError(
+                    f"{catalogue.path}: expected all that was written, got another catalogue: "
+                    f"{problem}; `tokendance store export` writes what is whole to another "
+                    "directory"
+                )
+            if found.is_new and not create:
+                raise DamagedError(f"{catalogue.path}: expected a store, got an empty one")
+            if writable and not problem:
+                found._remove_leftovers()
+                write_generation(path / LOCK, catalogue.generation)
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def close(self) -> None:
+        """Gives the lock back. The directory is what it was after the last `write`."""
+        self._exit.close()
+
+    def _rolled_back(self) -> str:
+        noted = read_generation(self.path / LOCK)
+        if noted is not None and noted > self._catalogue.generation:
+            return (
+                f"it ends with transaction {self._catalogue.generation}, and there have been "
+                f"{noted}"
+            )
+        return ""
+
+    # What it is of --------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> str:
+        """A name that no other directory has, which stands in its page files too."""
+        return self._facts.get("store", "")
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Whose rows these are."""
+        return Identity.from_json(self._facts.get("identity", ""), self._catalogue.path)
+
+    @property
+    def ropes(self) -> RopeTables:
+        """What the keys were rotated with."""
+        return RopeTables.from_json(self._facts.get("ropes", ""), self._catalogue.path)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody has said yet what it is of."""
+        return not self._facts
+
+    def begin(self, identity: Identity, ropes: RopeTables | None = None) -> None:
+        """Says of a new directory what it is of."""
+        if ropes is None:
+            ropes = RopeTables(0, ("",) * identity.num_layers)
+        facts = {
+            "store": secrets.token_hex(16),
+            "identity": identity.to_json(),
+            "ropes": ropes.to_json(),
+        }
+        rows = {i: (name, value) for i, (name, value) in enumerate(facts.items(), 1)}
+        self._commit(Changes(put={"facts": dict(rows)}))
+        self._disk.sync_directory(self.path)
+        self._facts = facts
+
+    def _path_of(self, file: int) -> Path:
+        return self.path / f"{file:08d}.safetensors"
+
+    def _metadata(self, file: int) -> dict[str, str]:
+        return {"format": FORMAT, "version": "1", "store": self.store, "file": str(file)}
+
+    def _remove_leftovers(self) -> None:
+        valid = {self._path_of(file).name for file in self.files}
+        for name in sorted(os.listdir(self.path)):
+            if _SCRATCH.fullmatch(name) or (_PAGES.fullmatch(name) and name not in valid):
+                remove(self._disk, self.path / name)
+
+    # Reading --------------------------------------------------------------------------------------
+
+    def file(self, number: int) -> PageFile:
+        """A page file, open for reading.
+
+        Raises:
+            OSError: it is not there, or cannot be read.
+            DamagedError: it is none of this directory's.
+        """
+        path = self._path_of(number)
+        try:
+            return PageFile(path, self._metadata(number), self.identity.rows_dtype)
+        except FileNotFoundError:
+            raise DamagedError(f"{path}: expected a page file, got none") from None
+
+    def verify(self, progress: Progress | None = None) -> dict[int, str]:
+        """Reads every row; says of each group that is not as it was written what is wrong."""
+        wrong: dict[int, str] = {}
+        total, done = self.live_bytes, 0
+
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        for number, members in self._by_file().items():
+            wrong |= self._wrong_in(number, members, read)
+        return wrong
+
+    def _wrong_in(
+        self, number: int, groups: list[int], read: Callable[[int], None] = lambda _: None
+    ) -> dict[int, str]:
+        wrong: dict[int, str] = {}
+        try:
+            with self.file(number) as file:
+                for key in groups:
+                    try:
+                        for piece in self.pieces(file, key):
+                            read(len(piece))
+                    except (DamagedError, OSError) as error:
+                        wrong[key] = str(error)
+        except (DamagedError, OSError) as error:
+            wrong |= dict.fromkeys(groups, str(error))
+        return wrong
+
+    def check_catalogue(self) -> str:
+        """What is wrong with the catalogue; empty where nothing is."""
+        return self._catalogue.check()
+
+    def pieces(self, file: PageFile, group: int) -> Iterator[bytearray]:
+        """The bytes of a group, of each layer its keys and then its values; see `PageFile.read`."""
+        _, rows, checksum = self.groups[group]
+        return file.read(str(group), self.identity.shape(rows), checksum)
+
+    def _by_file(self) -> dict[int, list[int]]:
+        members: dict[int, list[int]] = {file: [] for file in self.files}
+        for key, group in self.groups.items():
+            members.setdefault(group.file, []).append(key)
+        return members
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of valid rows."""
+        return sum(group.rows for group in self.groups.values()) * self.identity.row_bytes()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all rows in the page files, valid or not."""
+        return sum(self.files.values())
+
+    # Writing --------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        changes: Changes,
+        fresh: Mapping[int, FreshRows],
+        ropes: RopeTables | None = None,
+    ) -> None:
+        """Makes rows and records valid together, or neither; both are on the medium then.
+
+        Args:
+            changes: rows of the catalogue, but for those of groups and files; dropped groups are
+                among them.
+            fresh: the rows of new groups, by number.
+            ropes: tables that keys have been rotated with, if others than before.
+
+        Raises:
+            OSError: something cannot be written; everything is as it was, and may be tried again.
+        """
+        self._check_writable()
+        if ropes is not None and ropes != self.ropes:
+            changes.put["facts"] = {3: ("ropes", ropes.to_json())}
+        if not changes and not fresh:
+            return
+        dropped = changes.drop.get("groups", set())
+        groups = {key: group for key, group in self.groups.items() if key not in dropped}
+        number = None
+        try:
+            if fresh:
+                number, written = self._write_rows(fresh)
+                changes.put.setdefault("groups", {}).update(written)
+                groups |= written
+                size = sum(one.rows for one in fresh.values()) * self.identity.row_bytes()
+                changes.put["files"] = {number: (size,)}
+            valid = {group.file for group in groups.values()}
+            dead = {file for file in self.files if file not in valid}
+            changes.drop["files"] = dead
+            self._commit(changes)
+        except Exception:
+            if number is not None:
+                self._take_back(number)
+            raise
+        if ropes is not None:
+            self._facts["ropes"] = ropes.to_json()
+        self.groups = groups
+        if number is not None:
+            self.files[number] = size
+        for file in dead:
+            del self.files[file]
+            remove(self._disk, self._path_of(file))
+
+    def _commit(self, changes: Changes) -> None:
+        self._catalogue.write(changes)
+        write_generation(self.path / LOCK, self._catalogue.generation)
+
+    def _write_rows(self, fresh: Mapping[int, FreshRows]) -> tuple[int, dict[int, Group]]:
+        number = self._free_number()
+        shapes = {str(key): self.identity.shape(one.rows) for key, one in fresh.items()}
+        header = header_of(shapes, self.identity.rows_dtype, self._metadata(number))
+        path = self._path_of(number)
+        pieces = (one.pieces() for one in fresh.values())
+        sums = write_file(self._disk, path, path.with_suffix(".tmp"), header, pieces)
+        groups = {
+            key: Group(number, one.rows, checksum)
+            for (key, one), checksum in zip(fresh.items(), sums, strict=True)
+        }
+        return number, groups
+
+    def _free_number(self) -> int:
+        """Of no file that is there, valid or not."""
+        taken = [int(found[1]) for name in os.listdir(self.path) if (found := _PAGES.match(name))]
+        return max([0, *self.files, *taken]) + 1
+
+    def _take_back(self, number: int) -> None:
+        """Removes a file that no transaction has made valid, if the catalogue can say so."""
+        try:
+            valid = self._catalogue.generation_on_disk() != self._catalogue.generation
+        except (OSError, DamagedError):
+            return
+        if not valid:
+            remove(self._disk, self._path_of(number))
+
+    def _check_writable(self) -> None:
+        if not self._writable:
+            raise OSError(
+                errno.EROFS, "path: expected a store opened to be written", str(self.path)
+            )
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self.path}: expected the process that opened the store, {self._process}, got "
+                f"{os.getpid()}: a fork shares its lock and must not write"
+            )
+        if not self.path.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "path: expected the store's directory, got none", str(self.path)
+            )
+
+    def compact(self, slack: int | None = None, progress: Progress | None = None) -> int:
+        """Writes files anew in which rows are not valid any more, without those.
+
+        A file with damaged rows stays as it is.
+
+        Args:
+            slack: bytes of such rows that are left alone, beyond the bytes of the valid ones; None:
+                all go.
+
+        Returns:
+            Bytes that the files have become smaller.
+        """
+        self._check_writable()
+        before = self.file_bytes
+        members, row_bytes = self._by_file(), self.identity.row_bytes()
+        live = {
+            file: sum(self.groups[key].rows for key in keys) * row_bytes
+            for file, keys in members.items()
+        }
+        gone = before - sum(live.values())
+        crowded = len(self.files) > MANY
+        if slack is not None and gone <= self.live_bytes + slack and not crowded:
+            return 0
+        small = [file for file, size in self.files.items() if crowded and size < _BATCH // 4]
+        batch = sorted({*small, *(file for file, size in self.files.items() if size > live[file])})
+        total, done = sum(live[file] for file in batch), 0
+        while batch:
+            part = [batch.pop(0)]
+            while batch and sum(live[file] for file in (*part, batch[0])) <= _BATCH:
+                part.append(batch.pop(0))
+            self._move([key for file in part if self._is_whole(file) for key in members[file]])
+            done += sum(live[file] for file in part)
+            if progress is not None:
+                progress(done, total)
+        return before - self.file_bytes
+
+    def _is_whole(self, file: int) -> bool:
+        return not self._wrong_in(file, [k for k, g in self.groups.items() if g.file == file])
+
+    def _move(self, groups: list[int]) -> None:
+        def pieces(key: int) -> Iterator[memoryview]:
+            with self.file(self.groups[key].file) as file:
+                for piece in self.pieces(file, key):
+                    yield memoryview(piece)
+
+        fresh = {key: FreshRows(self.groups[key].rows, partial(pieces, key)) for key in groups}
+        self.write(Changes(), fresh)
+
+
+def _check_is_store(path: Path, disk: Disk, create: bool) -> None:
+    """Makes a directory where there is none, if that is wanted; refuses what is something else."""
+    if not path.exists():
+        if not create:
+            raise FileNotFoundError(errno.ENOENT, "path: expected a store, got nothing", str(path))
+        disk.make_directory(path)
+        disk.sync_directory(path.absolute().parent)
+    if not path.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, "path: expected the directory of a store, got a file", str(path)
+        )
+    names = set(os.listdir(path))
+    if CATALOGUE in names and (path / CATALOGUE).stat().st_size:
+        return
+    pages = sorted(name for name in names if _PAGES.fullmatch(name))
+    if pages:
+        raise DamagedError(
+            f"{path / CATALOGUE}: expected the catalogue of {len(pages)} page files, got none"
+        )
+    others = sorted(name for name in names - _OWN if not _SCRATCH.fullmatch(name))
+    if others or not create:
+        raise ValueError(
+            f"path: expected {'an empty directory or ' if create else ''}the directory of a store, "
+            f"got {path} with {others[:3] or 'nothing in it'}"
+        )

@@ -1,0 +1,195 @@
+"""Whose keys and values a directory holds: what must be the same to read them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
+from tokendance.device.layer_ropes import LayerRope
+from tokendance.device.pool import PagePool
+from tokendance.device.quantization import Quantization
+from tokendance.files.errors import DamagedError
+from tokendance.files.page_file import DTYPES
+
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_GEOMETRY = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a directory's rows were computed by, and how they are kept.
+
+    Attributes:
+        model: its name.
+        num_layers, num_q_heads, num_kv_heads, head_dim: of its KV cache.
+        dtype: of the model.
+        page_dtype: of the rows.
+        k_scale, v_scale: of quantized rows, ``[L][Hk]``; empty otherwise.
+        block_size: rows of a page.
+    """
+
+    model: str
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    page_dtype: str
+    k_scale: tuple[tuple[float, ...], ...]
+    v_scale: tuple[tuple[float, ...], ...]
+    block_size: int
+
+    @classmethod
+    def of(cls, model: str, geometry: KVGeometry, pool: PagePool) -> Identity:
+        kept = pool.quantization
+        return cls(
+            model=model,
+            **{name: getattr(geometry, name) for name in _GEOMETRY},
+            dtype=_name(geometry.dtype),
+            page_dtype=_name(pool.dtype),
+            k_scale=() if kept is None else _numbers(kept.k_scale),
+            v_scale=() if kept is None else _numbers(kept.v_scale),
+            block_size=pool.block_size,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, where: object) -> Identity:
+        """Raises ``DamagedError`` for what `to_json` never gives."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            for name in ("k_scale", "v_scale"):
+                fields[name] = tuple(tuple(map(float, row)) for row in fields[name])
+            found = cls(**fields)
+            found._check()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(f"{where}: expected what a store is of, got {error}") from None
+        return found
+
+    def _check(self) -> None:
+        numbers = [getattr(self, name) for name in _GEOMETRY]
+        if not all(type(one) is int for one in numbers) or self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"{numbers} with pages of {self.block_size}")
+        _ = self.geometry, self.quantization
+        if self.page_dtype not in _NAMES or not isinstance(self.model, str):
+            raise ValueError(f"{self.page_dtype} of {self.model}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def geometry(self) -> KVGeometry:
+        return KVGeometry(
+            self.num_layers, self.num_q_heads, self.num_kv_heads, self.head_dim, _NAMES[self.dtype]
+        )
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return _NAMES[self.page_dtype]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        if not self.k_scale:
+            return None
+        scales = [
+            torch.tensor(scale, dtype=torch.float32, device="cpu")
+            for scale in (self.k_scale, self.v_scale)
+        ]
+        return Quantization(self.rows_dtype, *scales)
+
+    def shape(self, rows: int) -> list[int]:
+        """Of the tensor that holds so many rows."""
+        return [self.num_layers, 2, rows, self.num_kv_heads, self.head_dim]
+
+    def row_bytes(self) -> int:
+        count = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return count * self.rows_dtype.itemsize
+
+    def check_same(self, mine: Identity, where: object) -> None:
+        """Raises ``ValueError``, naming what differs, for a store of another model or other pages.
+
+        Args:
+            mine: of the store that is to have the rows.
+            where: the directory of this one.
+        """
+        names = {"page_dtype": "pool", "k_scale": "quantization", "v_scale": "quantization"}
+        for name in asdict(self):
+            theirs, here = getattr(self, name), getattr(mine, name)
+            if theirs != here:
+                field = f"geometry.{name}" if name in (*_GEOMETRY, "dtype") else name
+                raise ValueError(
+                    f"{names.get(name, field)}: expected that of {where}, {theirs!r}, got {here!r}"
+                )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _numbers(scale: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, scale.cpu().tolist()))
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """The rotation tables of a directory's keys, as far as rows may have been rotated with them.
+
+    Attributes:
+        positions: how many.
+        digests: of each layer's tables.
+    """
+
+    positions: int
+    digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, ropes: Sequence[LayerRope], needed: int, max_position: int) -> RopeTables:
+        """Of ``needed`` positions and, so that it changes rarely, up to twice as many."""
+        positions = min(1 << max(needed - 1, 0).bit_length(), max_position) if needed else 0
+        return cls(positions, tuple(_digests(ropes, positions)))
+
+    @classmethod
+    def from_json(cls, text: str, where: object) -> RopeTables:
+        """Raises ``DamagedError`` for what `to_json` never gives."""
+        try:
+            fields = json.loads(text)
+            found = cls(fields["positions"], tuple(fields["digests"]))
+            if type(found.positions) is not int or found.positions < 0:
+                raise ValueError(f"{found.positions} positions")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedError(f"{where}: expected rotation tables, got {error}") from None
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def check_same(self, ropes: Sequence[LayerRope], max_position: int, where: object) -> None:
+        """Raises ``ValueError`` for other tables, or shorter ones."""
+        if self.positions > max_position:
+            raise ValueError(
+                f"rope: expected at least {self.positions} positions for {where}, got "
+                f"{max_position}"
+            )
+        if self.positions and tuple(_digests(ropes, self.positions)) != self.digests:
+            raise ValueError(
+                f"rope: expected the tables that the keys of {where} were rotated with, got others"
+            )
+
+
+def _digests(ropes: Sequence[LayerRope], positions: int) -> list[str]:
+    made: dict[int, str] = {}
+    for rope in ropes:
+        if id(rope) not in made:
+            hasher = hashlib.blake2b(digest_size=16)
+            for table in (rope.cos, rope.sin):
+                hasher.update(repr(tuple(table.shape[1:])).encode())
+                hasher.update(table[:positions].cpu().numpy().tobytes())
+            hasher.update(repr((rope.interleaved, rope.attention_factor)).encode())
+            made[id(rope)] = hasher.hexdigest()
+    return [made[id(rope)] for rope in ropes]
