@@ -76,7 +76,7 @@ MAY_IMPORT = {
     **dict.fromkeys(VLLM_SCHEDULER, VLLM_SCHEDULER | HOST | {"numpy", "vllm"}),
     "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | INTEGRATIONS,
     "tokendance.testing": HOST | DEVICE | ARRAYS | {"tokendance.testing", "tokendance._planner"},
-    "tokendance.cli": frozenset({"tokendance"}) | ARRAYS,
+    "tokendance.cli": frozenset({"tokendance", "tqdm"}) | ARRAYS,
     "tokendance.source_tree": STANDARD,
     "tokendance.__main__": frozenset({"tokendance.cli"}),
 }

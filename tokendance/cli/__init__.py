@@ -3,7 +3,7 @@
 A command is a module of this package with ``SUMMARY`` (one line), ``add_arguments(parser)`` and
 ``run(arguments) -> int``. Only the module of the command that is called gets imported.
 
-May import the rest of the library, inside the commands.
+May import the rest of the library, inside the commands, and tqdm where it is installed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -135,7 +135,7 @@ class Directory:
             undo.callback(catalogue.close)
             found = cls(path, disk, catalogue, writable, undo.pop_all())
         try:
-            problem = found.contents.problem or found._rolled_back()
+            problem = found.problem
             if problem and not damaged:
                 raise DamagedError(
                     f"{catalogue.path}: expected all that was written, got another catalogue: "
@@ -155,6 +155,11 @@ class Directory:
     def close(self) -> None:
         """Gives the lock back. The directory is what it was after the last `write`."""
         self._exit.close()
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the catalogue as a whole; empty where nothing is."""
+        return self.contents.problem or self._rolled_back()
 
     def _rolled_back(self) -> str:
         noted = read_generation(self.path / LOCK)
@@ -189,12 +194,10 @@ class Directory:
 
     def begin(self, identity: Identity, ropes: RopeTables | None = None) -> None:
         """Says of a new directory what it is of."""
-        if ropes is None:
-            ropes = RopeTables(0, ("",) * identity.num_layers)
         facts = {
             "store": secrets.token_hex(16),
             "identity": identity.to_json(),
-            "ropes": ropes.to_json(),
+            "ropes": (ropes or RopeTables()).to_json(),
         }
         rows = {i: (name, value) for i, (name, value) in enumerate(facts.items(), 1)}
         self._commit(Changes(put={"facts": dict(rows)}))
@@ -228,10 +231,18 @@ class Directory:
         except FileNotFoundError:
             raise DamagedError(f"{path}: expected a page file, got none") from None
 
-    def verify(self, progress: Progress | None = None) -> dict[int, str]:
-        """Reads every row; says of each group that is not as it was written what is wrong."""
+    def verify(
+        self, progress: Progress | None = None, groups: Set[int] | None = None
+    ) -> dict[int, str]:
+        """Reads rows, and says of each group that is not as it was written what is wrong.
+
+        Args:
+            progress: is told.
+            groups: which; None: all.
+        """
         wrong: dict[int, str] = {}
-        total, done = self.live_bytes, 0
+        wanted = self.groups.keys() if groups is None else groups & self.groups.keys()
+        total, done = sum(self.groups[k].rows for k in wanted) * self.identity.row_bytes(), 0
 
         def read(count: int) -> None:
             nonlocal done
@@ -240,7 +251,9 @@ class Directory:
                 progress(done, total)
 
         for number, members in self._by_file().items():
-            wrong |= self._wrong_in(number, members, read)
+            chosen = [key for key in members if key in wanted]
+            if chosen:
+                wrong |= self._wrong_in(number, chosen, read)
         return wrong
 
     def _wrong_in(
@@ -267,6 +280,12 @@ class Directory:
         """The bytes of a group, of each layer its keys and then its values; see `PageFile.read`."""
         _, rows, checksum = self.groups[group]
         return file.read(str(group), self.identity.shape(rows), checksum)
+
+    def stream(self, group: int) -> Iterator[memoryview]:
+        """The same as `FreshRows` gives it."""
+        with self.file(self.groups[group].file) as file:
+            for piece in self.pieces(file, group):
+                yield memoryview(piece)
 
     def _by_file(self) -> dict[int, list[int]]:
         members: dict[int, list[int]] = {file: [] for file in self.files}
@@ -421,12 +440,7 @@ class Directory:
         return not self._wrong_in(file, [k for k, g in self.groups.items() if g.file == file])
 
     def _move(self, groups: list[int]) -> None:
-        def pieces(key: int) -> Iterator[memoryview]:
-            with self.file(self.groups[key].file) as file:
-                for piece in self.pieces(file, key):
-                    yield memoryview(piece)
-
-        fresh = {key: FreshRows(self.groups[key].rows, partial(pieces, key)) for key in groups}
+        fresh = {key: FreshRows(self.groups[key].rows, partial(self.stream, key)) for key in groups}
         self.write(Changes(), fresh)
 
 

@@ -141,33 +141,42 @@ class RopeTables:
     """The rotation tables of a directory's keys, as far as rows may have been rotated with them.
 
     Attributes:
-        positions: how many.
-        digests: of each layer's tables.
+        levels: for 16 positions, twice as many, and so on, the digests of each layer's tables up to
+            there, so that directories can be compared that have come to different lengths.
     """
 
-    positions: int
-    digests: tuple[str, ...]
+    levels: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     @classmethod
     def of(cls, ropes: Sequence[LayerRope], needed: int, max_position: int) -> RopeTables:
         """Of ``needed`` positions and, so that it changes rarely, up to twice as many."""
-        positions = min(1 << max(needed - 1, 0).bit_length(), max_position) if needed else 0
-        return cls(positions, tuple(_digests(ropes, positions)))
+        levels, positions = [], 16
+        while needed:
+            positions = min(positions, max_position)
+            levels.append((positions, tuple(_digests(ropes, positions))))
+            if positions >= needed:
+                break
+            positions *= 2
+        return cls(tuple(levels))
+
+    @property
+    def positions(self) -> int:
+        """How many have been compared."""
+        return self.levels[-1][0] if self.levels else 0
 
     @classmethod
     def from_json(cls, text: str, where: object) -> RopeTables:
         """Raises ``DamagedError`` for what `to_json` never gives."""
         try:
-            fields = json.loads(text)
-            found = cls(fields["positions"], tuple(fields["digests"]))
-            if type(found.positions) is not int or found.positions < 0:
-                raise ValueError(f"{found.positions} positions")
-        except (ValueError, TypeError, KeyError) as error:
+            levels = tuple((count, tuple(digests)) for count, digests in json.loads(text))
+            if not all(type(count) is int and count > 0 for count, _ in levels):
+                raise ValueError("positions that are no numbers")
+        except (ValueError, TypeError) as error:
             raise DamagedError(f"{where}: expected rotation tables, got {error}") from None
-        return found
+        return cls(levels)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self.levels)
 
     def check_same(self, ropes: Sequence[LayerRope], max_position: int, where: object) -> None:
         """Raises ``ValueError`` for other tables, or shorter ones."""
@@ -176,10 +185,21 @@ class RopeTables:
                 f"rope: expected at least {self.positions} positions for {where}, got "
                 f"{max_position}"
             )
-        if self.positions and tuple(_digests(ropes, self.positions)) != self.digests:
-            raise ValueError(
-                f"rope: expected the tables that the keys of {where} were rotated with, got others"
-            )
+        if self.levels and tuple(_digests(ropes, self.positions)) != self.levels[-1][1]:
+            self._refuse(where)
+
+    def joined(self, other: RopeTables, where: object) -> RopeTables:
+        """The longer ones of two directories; raises ``ValueError`` for others, as far as both have
+        come."""
+        known = dict(other.levels)
+        if any(known.get(count, digests) != digests for count, digests in self.levels):
+            self._refuse(where)
+        return max(self, other, key=lambda one: one.positions)
+
+    def _refuse(self, where: object) -> None:
+        raise ValueError(
+            f"rope: expected the tables that the keys of {where} were rotated with, got others"
+        )
 
 
 def _digests(ropes: Sequence[LayerRope], positions: int) -> list[str]:
