@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export TOKENDANCE_WERROR ?= 1
 
 .PHONY: build test test-gpu test-vllm demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
-  coverage-python coverage-cpp environments mutate coverage-ptx sass hooks clean
+  coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,16 @@ demo: build
 # Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.
 bench: build
 	$(BIN)/python -m pytest -q -c bench/pytest.ini bench --benchmark-json build/bench.json $(BENCH_ARGS)
+
+# Stores whose process is killed at random instants, then at every file operation, by the process's end, by errors
+# and by the loss of power. CRASH_ARGS: see tests/kill_stores.py.
+crash: build
+	$(BIN)/python tests/kill_stores.py $(CRASH_ARGS)
+	CRASH_SEEDS=10 $(BIN)/python -m pytest -q -n 0 tests/test_crash.py
+
+# Damaged bytes of page files and catalogues: an hour on one core.
+fuzz: build
+	FUZZ_EXAMPLES=100000 $(BIN)/python -m pytest -q -n 0 tests/test_damage.py -k any_damage
 
 # The CPU kernels and launch functions under AddressSanitizer + UBSan, and under ThreadSanitizer.
 sanitize: $(VENV)/ready

@@ -210,7 +210,8 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent, or one released before.
         """
-        if self._durability is not None and self._durability.forget(agent):
+        damaged = self._durability is not None and self._durability.forget(agent)
+        if damaged and agent not in self.books.mirrors:
             return
         self._mirror(agent)
         self.books.drop(agent)
@@ -409,7 +410,10 @@ class DiffStore(
     def damaged(self) -> Mapping[str, str]:
         """Agents that are on disk and could not be read, and why. They stay there until an agent of
         the name is committed or released."""
-        return {} if self._durability is None else self._durability.damage
+        if self._durability is None:
+            return {}
+        known = self.books.mirrors
+        return {name: why for name, why in self._durability.damage.items() if name not in known}
 
     def flush(self) -> None:
         """Returns when all that is committed is on disk, and what was released is not any more.

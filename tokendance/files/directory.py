@@ -37,6 +37,8 @@ SLACK = 64 << 20
 MANY = 256
 """Files, beyond which small ones are put together."""
 _BATCH = 1 << 30
+_SMALLEST = 512
+"""Bytes of a database: SQLite takes less for an empty one, and makes it anew."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Is told how many bytes of how many are done."""
@@ -79,14 +81,12 @@ class Directory:
         files: bytes of the rows in each page file, by number.
     """
 
-    def __init__(
-        self, path: Path, disk: Disk, catalogue: Catalogue, writable: bool, exit_stack: ExitStack
-    ) -> None:
+    def __init__(self, path: Path, disk: Disk, catalogue: Catalogue, writable: bool) -> None:
         self.path = path
         self._disk = disk
         self._catalogue = catalogue
         self._writable = writable
-        self._exit = exit_stack
+        self._exit = ExitStack()
         self._process = os.getpid()
         self.contents: Contents = catalogue.read()
         facts = {row[0]: row[1] for row in self.contents.rows["facts"].values()}
@@ -133,7 +133,8 @@ class Directory:
             undo.callback(lock(path / LOCK, not writable))
             catalogue = Catalogue(path / CATALOGUE, disk, writable)
             undo.callback(catalogue.close)
-            found = cls(path, disk, catalogue, writable, undo.pop_all())
+            found = cls(path, disk, catalogue, writable)
+            found._exit = undo.pop_all()
         try:
             problem = found.problem
             if problem and not damaged:
@@ -142,7 +143,7 @@ class Directory:
                     f"{problem}; `tokendance store export` writes what is whole to another "
                     "directory"
                 )
-            if found.is_new and not create:
+            if found.is_new and (found._has_page_files() or not create):
                 raise DamagedError(f"{catalogue.path}: expected a store, got an empty one")
             if writable and not problem:
                 found._remove_leftovers()
@@ -186,6 +187,9 @@ class Directory:
     def ropes(self) -> RopeTables:
         """What the keys were rotated with."""
         return RopeTables.from_json(self._facts.get("ropes", ""), self._catalogue.path)
+
+    def _has_page_files(self) -> bool:
+        return any(_PAGES.fullmatch(name) for name in os.listdir(self.path))
 
     @property
     def is_new(self) -> bool:
@@ -456,7 +460,7 @@ def _check_is_store(path: Path, disk: Disk, create: bool) -> None:
             errno.ENOTDIR, "path: expected the directory of a store, got a file", str(path)
         )
     names = set(os.listdir(path))
-    if CATALOGUE in names and (path / CATALOGUE).stat().st_size:
+    if CATALOGUE in names and (path / CATALOGUE).stat().st_size >= _SMALLEST:
         return
     pages = sorted(name for name in names if _PAGES.fullmatch(name))
     if pages:
