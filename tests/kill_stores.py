@@ -116,7 +116,7 @@ def live(path: Path, steps: list[int], told: int) -> None:
 
 
 def kill_many(
-    path: Path, kills: int, seed: int, longest: float = 0.25, show: bool = False
+    path: Path, kills: int, seed: int, longest: float = 0.6, show: bool = False
 ) -> Report:
     """Kills so many processes, each at most ``longest`` seconds after its start."""
     torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=0.25, help="seconds that a process lives")
+    parser.add_argument("--longest", type=float, default=0.6, help="seconds that a process lives")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "store"

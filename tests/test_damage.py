@@ -423,7 +423,7 @@ def damaged(raw: bytes, kind: str, at: int, new: bytes) -> bytes:
 
 
 class Whole(NamedTuple):
-    """Stores to be damaged, in ``base``, the rows of their agents, and those of an earlier flush."""
+    """Stores to be damaged, the rows of their agents, and those of an earlier flush."""
 
     base: Path
     rows: dict[str, Tensor]
