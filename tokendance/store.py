@@ -6,6 +6,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -484,14 +485,18 @@ class DiffStore(
             KeyError: an unknown agent.
             OSError: there is something, or it cannot be written; nothing is left of it.
         """
-        books = self.books
-        names = list(books.mirrors) if agents is None else list(agents)
-        mirrors = {name: self._mirror(name) for name in names}
-        used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
-        masters = books.masters if agents is None else used
-        found = [one for one in masters.values() if one.stored]
-        made = (self.pool, self.executor.ropes, self.max_position)
-        transfer.export_agents(path, self._identity, *made, mirrors, found)
+        names = None if agents is None else list(agents)
+
+        def chosen() -> tuple[Mapping[str, Mirror], list[Master]]:
+            books = self.books
+            if names is None:
+                return books.mirrors, list(books.masters.values())
+            mirrors = {name: self._mirror(name) for name in names}
+            used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
+            return mirrors, [one for one in used.values() if one.stored]
+
+        made = (self._identity, self.pool, self.executor.ropes, self.max_position)
+        transfer.export_agents(path, *made, self.books, nullcontext(), chosen)
 
     def import_agents(
         self,
@@ -518,8 +523,8 @@ class DiffStore(
             OutOfPagesError: there are too few pages. Nothing has changed then, as after the other
                 errors, but for evictions.
         """
-        made = (self._identity, self.pool, self.executor.ropes, self.max_position, self.books)
-        return transfer.import_agents(path, *made, agents, progress)
+        made = (self._identity, self.pool, self.executor.ropes, self.max_position)
+        return transfer.import_agents(path, *made, self.books, nullcontext(), agents, progress)
 
     # Statistics -----------------------------------------------------------------------------------
 

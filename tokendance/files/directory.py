@@ -154,8 +154,12 @@ class Directory:
         return found
 
     def close(self) -> None:
-        """Gives the lock back. The directory is what it was after the last `write`."""
-        self._exit.close()
+        """Gives the lock back. The directory is what it was after the last `write`.
+
+        A fork of the process that opened it has neither the lock nor the catalogue.
+        """
+        if os.getpid() == self._process:
+            self._exit.close()
 
     @property
     def problem(self) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
+from typing import TypeAlias
 
 from tokendance.device.layer_ropes import LayerRope
 from tokendance.device.pool import PagePool
@@ -22,6 +24,9 @@ from tokendance.files.records import master_row, mirror_row
 from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
 from tokendance.host.mirror import Master, Mirror, Pages
+
+Guard: TypeAlias = AbstractContextManager[object]
+Chosen: TypeAlias = tuple[Mapping[str, Mirror], Sequence[Master]]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,6 +74,7 @@ class Durability:
         pool: the store's pages.
         ropes: the store's tables.
         max_position: how many positions they have.
+        guard: is held while books are read or changed, and not while files are.
 
     Attributes:
         damage: what is wrong with agents that could not be loaded, by name. They stay on disk until
@@ -81,8 +87,10 @@ class Durability:
         pool: PagePool,
         ropes: Sequence[LayerRope],
         max_position: int,
+        guard: Guard | None = None,
     ) -> None:
         self._directory = directory
+        self._guard = guard or nullcontext()
         self._pool = pool
         self._ropes = ropes
         self._max_position = max_position
@@ -114,7 +122,9 @@ class Durability:
             OutOfPagesError: there are too few pages for the agents.
         """
         listing = list_directory(self._directory, self._max_position)
-        loaded = load(self._directory, listing, None, books, self._pool, True, progress)
+        loaded = load(
+            self._directory, listing, None, books, self._pool, self._guard, True, progress
+        )
         self.damage = dict(listing.damage)
         self._take_in(listing, {one.key for one in loaded})
         self._directory.contents.rows.clear()
@@ -142,17 +152,7 @@ class Durability:
             OSError: it cannot be written; directory and books are as they were, and it may be tried
                 again.
         """
-        with self._writing:
-            delta = self._collect(books.mirrors, list(books.masters.values()))
-            for pages in delta.pages:
-                books.share_pages(pages)
-            try:
-                self._write(delta)
-            finally:
-                for pages in delta.pages:
-                    books.drop_pages(pages)
-            if delta.changes:
-                self._tidy()
+        self.write(books, lambda: (books.mirrors, list(books.masters.values())))
 
     def _tidy(self) -> None:
         """Compacts where much is not valid any more. What was written stays so if that fails."""
@@ -161,9 +161,21 @@ class Durability:
         except (OSError, DamagedError) as error:
             _LOGGER.warning("%s is not compacted: %s", self._directory.path, error)
 
-    def write_all(self, mirrors: Mapping[str, Mirror], masters: Iterable[Master]) -> None:
-        """Writes these agents and Masters, and nothing else, to a directory of their own."""
-        self._write(self._collect(mirrors, list(masters)))
+    def write(self, books: Books, chosen: Callable[[], Chosen]) -> None:
+        """The same of chosen agents, and Masters that later rounds find; nothing else is kept."""
+        with self._writing:
+            with self._guard:
+                delta = self._collect(*chosen())
+                for pages in delta.pages:  # others may let go of them meanwhile
+                    books.share_pages(pages)
+            try:
+                self._write(delta)
+            finally:
+                with self._guard:
+                    for pages in delta.pages:
+                        books.drop_pages(pages)
+            if delta.changes:
+                self._tidy()
 
     def _write(self, delta: _Delta) -> None:
         ropes = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from tokendance.device.pool import PagePool
@@ -129,6 +130,7 @@ def load(
     agents: Iterable[str] | None,
     books: Books,
     pool: PagePool,
+    guard: AbstractContextManager[object],
     idle: bool,
     progress: Progress | None = None,
 ) -> list[StoredMirror]:
@@ -138,6 +140,7 @@ def load(
 
     Args:
         agents: their names; None: all that are whole.
+        guard: is held while the books are read or changed, and not while files are.
         idle: also Masters that no agent uses, as far as there are free pages.
 
     Returns:
@@ -153,15 +156,16 @@ def load(
     block = pool.block_size
     needed = sum(pages_for(one.master.length, block) for one in masters if one.master)
     needed += sum(pages_for(len(one.mirror.own_position), block) for one in mirrors if one.mirror)
-    room = books.free_pages + books.evictable_pages
+    with guard:
+        free, room = books.free_pages, books.free_pages + books.evictable_pages
     if needed > room:
         raise OutOfPagesError(
             f"capacity: expected {needed} pages for {len(mirrors)} agents of {directory.path}, got "
             f"{room}"
         )
     if idle:
-        masters += _idle_that_fit(listing, used, books.free_pages - needed, block)
-    return _Loading(directory, listing, books, pool, progress).run(mirrors, masters)
+        masters += _idle_that_fit(listing, used, free - needed, block)
+    return _Loading(directory, listing, books, pool, guard, progress).run(mirrors, masters)
 
 
 def _idle_that_fit(
@@ -193,12 +197,14 @@ class _Loading:
         listing: Listing,
         books: Books,
         pool: PagePool,
+        guard: AbstractContextManager[object],
         progress: Progress | None,
     ) -> None:
         self._directory = directory
         self._listing = listing
         self._books = books
         self._pool = pool
+        self._guard = guard
         self._progress = progress
         self._taken: list[Master | Mirror] = []
 
@@ -217,7 +223,8 @@ class _Loading:
         except BaseException:
             self._give_back(list(self._taken))
             raise
-        self._put(kept, [one for one in masters if one.key not in wrong])
+        with self._guard:
+            self._put(kept, [one for one in masters if one.key not in wrong])
         return kept
 
     def _read(self, mirrors: list[StoredMirror], masters: list[StoredMaster]) -> dict[int, str]:
@@ -249,7 +256,8 @@ class _Loading:
 
     def _fill(self, file: PageFile, group: int, owner: Master | Mirror) -> None:
         rows = self._directory.groups[group].rows
-        pages = self._books.take_pages(pages_for(rows, self._pool.block_size))
+        with self._guard:
+            pages = self._books.take_pages(pages_for(rows, self._pool.block_size))
         if isinstance(owner, Master):
             owner.pages = pages
         else:
@@ -267,7 +275,8 @@ class _Loading:
     def _give_back(self, owners: list[Master | Mirror]) -> None:
         for owner in owners:
             pages = owner.pages if isinstance(owner, Master) else owner.own_pages
-            self._books.drop_pages(pages)
+            with self._guard:
+                self._books.drop_pages(pages)
             if isinstance(owner, Master):
                 owner.pages = pages[:0]
             else:

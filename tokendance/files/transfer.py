@@ -11,7 +11,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,14 @@ from tokendance.device.layer_ropes import LayerRope
 from tokendance.device.pool import PagePool
 from tokendance.files.directory import LOCK, Directory, Progress
 from tokendance.files.disk import Disk, lock
-from tokendance.files.durability import Durability
+from tokendance.files.durability import Chosen, Durability, Guard
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
 from tokendance.files.loading import Listing, StoredMaster, list_directory, load
 from tokendance.files.page_file import hasher
 from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
-from tokendance.host.mirror import Master, Mirror, Uses
+from tokendance.host.mirror import Master, Uses
 
 
 @contextmanager
@@ -75,17 +75,18 @@ def export_agents(
     pool: PagePool,
     ropes: Sequence[LayerRope],
     max_position: int,
-    mirrors: Mapping[str, Mirror],
-    masters: Iterable[Master],
+    books: Books,
+    guard: Guard,
+    chosen: Callable[[], Chosen],
 ) -> None:
-    """Writes agents, and these Masters that later rounds find, to a new directory.
+    """Writes chosen agents, and Masters that later rounds find, to a new directory.
 
     Raises:
         OSError: there is something at ``path``, or it cannot be written.
     """
     with new_directory(path) as directory:
         directory.begin(identity)
-        Durability(directory, pool, ropes, max_position).write_all(mirrors, masters)
+        Durability(directory, pool, ropes, max_position, guard).write(books, chosen)
 
 
 def import_agents(
@@ -95,6 +96,7 @@ def import_agents(
     ropes: Sequence[LayerRope],
     max_position: int,
     books: Books,
+    guard: Guard,
     agents: Iterable[str] | None,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -119,35 +121,29 @@ def import_agents(
         for agent in wanted:
             if agent not in known:
                 raise KeyError(f"agents: expected some of {sorted(known)}, got {agent!r}")
-        mine = [agent for agent in wanted if agent in books.mirrors]
+        with guard:
+            mine = [agent for agent in wanted if agent in books.mirrors]
         if mine:
             raise ValueError(f"agents: expected names that the store does not have, got {mine}")
         _refuse_damaged(listing, wanted)
-        there = _masters_that_are_there(directory, listing, pool, books)
-        _use_instead(listing, there, pool.block_size)
-        books.hold(list(there.values()))
+        with guard:
+            alike = _masters_that_are_alike(listing, books)
+            books.hold(list(alike.values()))
         try:
-            _load_all(directory, listing, wanted, books, pool, progress)
+            there = _with_the_same_bits(directory, listing, pool, alike)
+            _use_instead(listing, there, pool.block_size)
+            loaded = load(directory, listing, wanted, books, pool, guard, False, progress)
+            if len(loaded) < len(wanted):
+                with guard:
+                    for one in loaded:
+                        books.drop(one.agent)
+                _refuse_damaged(listing, wanted)
         finally:
-            books.let_go(list(there.values()))
+            with guard:
+                books.let_go(list(alike.values()))
         return wanted
     finally:
         directory.close()
-
-
-def _load_all(
-    directory: Directory,
-    listing: Listing,
-    wanted: Sequence[str],
-    books: Books,
-    pool: PagePool,
-    progress: Progress | None,
-) -> None:
-    loaded = load(directory, listing, wanted, books, pool, False, progress)
-    if len(loaded) < len(wanted):
-        for one in loaded:
-            books.drop(one.agent)
-        _refuse_damaged(listing, wanted)
 
 
 def _refuse_damaged(listing: Listing, wanted: Sequence[str]) -> None:
@@ -159,19 +155,26 @@ def _refuse_damaged(listing: Listing, wanted: Sequence[str]) -> None:
         )
 
 
-def _masters_that_are_there(
-    directory: Directory, listing: Listing, pool: PagePool, books: Books
-) -> dict[int, Master]:
-    """By id of the directory, Masters of the books that hold the same bits."""
+def _masters_that_are_alike(listing: Listing, books: Books) -> dict[int, Master]:
+    """By id of the directory, Masters of the books of which everything but the rows is the same."""
     found = {}
     for key, one in listing.masters.items():
         mine = books.masters.get(one.master.digest) if one.master is not None else None
-        if mine is None or one.group is None or not _same(mine, one.master):
-            continue
+        if mine is not None and one.group is not None and _same(mine, one.master):
+            found[key] = mine
+    return found
+
+
+def _with_the_same_bits(
+    directory: Directory, listing: Listing, pool: PagePool, alike: Mapping[int, Master]
+) -> dict[int, Master]:
+    found = {}
+    for key, mine in alike.items():
         summed = hasher()
         for piece in read_rows(pool, mine.pages, mine.length):
             summed.update(piece)
-        if summed.digest() == directory.groups[one.group].checksum:
+        group = listing.masters[key].group
+        if group is not None and summed.digest() == directory.groups[group].checksum:
             found[key] = mine
     return found
 
