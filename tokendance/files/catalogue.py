@@ -169,8 +169,7 @@ class Catalogue:
         schema = dict(run("SELECT name, sql FROM sqlite_master").fetchall())
         application = self._pragma("application_id")
         if not schema and not application and writable:
-            run("PRAGMA journal_mode=WAL")
-            run("PRAGMA synchronous=FULL")
+            self._begin_log()
             run("BEGIN IMMEDIATE")
             for statement in _SCHEMA.values():
                 run(statement)
@@ -186,9 +185,16 @@ class Catalogue:
             raise DamagedError(f"{self.path}: expected version {VERSION}, got {version}")
         if schema != _SCHEMA:
             raise DamagedError(f"{self.path}: expected the tables of a catalogue, got {schema}")
+        with self.path.open("rb") as file:
+            versions = file.read(20)[18:]
+        if versions != b"\2\2":  # of who may write it and who may read it: those who know logs
+            raise DamagedError(f"{self.path}: expected a catalogue with a log, got {versions!r}")
         if writable:
-            run("PRAGMA journal_mode=WAL")
-            run("PRAGMA synchronous=FULL")
+            self._begin_log()
+
+    def _begin_log(self) -> None:
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
 
     def _pragma(self, name: str) -> int:
         value: int = self._connection.execute(f"PRAGMA {name}").fetchone()[0]
