@@ -34,6 +34,7 @@ from stored_rounds import (
 )
 
 import tokendance as td
+from tokendance.files import directory
 from tokendance.files.page_file import PageFile
 
 
@@ -60,7 +61,7 @@ def test_a_durable_commit_needs_no_flush(tmp_path: Path) -> None:
     play(td.KVCollector(store), prompts(), durable=True)
     before = snapshot(store)
     run_round(td.KVCollector(store), {"d": [td.shared(tokens(77, 50))]})  # is not durable
-    store._close()  # as a process ends that is killed
+    store.close(flush=False)
     again = open_store(tmp_path / "store")
     assert again.agents == ["a", "b", "c"]
     assert same_snapshot(before, snapshot(again))
@@ -98,6 +99,24 @@ def test_only_what_is_new_is_written(tmp_path: Path) -> None:
 
 def store_at(store: td.DiffStore) -> Path:
     return Path(store._on_disk.path)
+
+
+def test_many_groups_are_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "GROUPS", 3)
+    with open_store(tmp_path / "store") as store:
+        rows = put(store, {"ada": 21, "ben": 13, "eve": 9, "dan": 7})
+    assert len(files_of(tmp_path / "store")) == 3  # own rows of each, and three Masters
+    assert same_contents(contents(open_store(tmp_path / "store")), rows)
+
+
+def test_only_its_owner_can_read_a_store(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    put(store, {"ada": 21})
+    store.flush()
+    modes = {one.name: one.stat().st_mode & 0o777 for one in (tmp_path / "store").iterdir()}
+    assert set(modes.values()) == {0o600}
+    assert {"catalogue.sqlite", "catalogue.sqlite-wal", "lock"} < modes.keys()
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
 
 
 def test_files_are_safetensors(tmp_path: Path) -> None:
@@ -197,7 +216,7 @@ def test_masters_are_evicted_in_the_order_of_the_flushed_store(tmp_path: Path) -
     run_round(td.KVCollector(loaded), {"b": [td.private(tokens(3, 24))]})
     assert loaded.scheduler.find(first) is not None
     assert loaded.scheduler.find(second) is None
-    loaded._close()
+    loaded.close(flush=False)
     with td.DiffStore.open(tmp_path / "store", GEOMETRY, ROPE, 10 * page) as loaded:
         # Room for one of them: the one that was used last.
         assert loaded.scheduler.find(first) is not None
@@ -412,7 +431,7 @@ def test_restored_rows_are_those_of_agents_that_took_over_earlier_rows(tmp_path:
         play(collector, {"a": segments}, durable=True)
         segments = [*segments, td.shared(output("a"))]
         want = restored(store, "a")
-        store._close()
+        store.close(flush=False)
         store = open_store(tmp_path / "store")
         collector = td.KVCollector(store)
         for got, expected in zip(restored(store, "a"), want, strict=True):

@@ -434,10 +434,18 @@ class DiffStore(
             raise ValueError("store: expected one of DiffStore.open, got one in memory alone")
         return self._durability
 
-    def close(self) -> None:
-        """Flushes, and lets others open the directory; the store goes on in memory alone."""
+    def close(self, *, flush: bool = True) -> None:
+        """Lets others open the directory; the store goes on in memory alone.
+
+        Args:
+            flush: before; without it the directory stays as the last flush has left it.
+
+        Raises:
+            OSError: as `flush`; the store stays open.
+        """
         if self._durability is not None:
-            self.flush()
+            if flush:
+                self.flush()
             self._durability, self.scheduler.flush = None, None
             self._close()
 

@@ -118,7 +118,9 @@ class Catalogue:
         self._sums: dict[str, dict[int, int]] = {}
         self._total = 0
         self.generation = 0
-        mode = "rwc" if writable else "ro"
+        if writable and not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # its log gets the same mode
+        mode = "rw" if writable else "ro"
         if not writable and not os.access(path.parent, os.W_OK):
             mode += "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
         with self._errors():

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,6 +36,8 @@ SLACK = 64 << 20
 """Bytes that are not valid any more, beyond those that are, before files are written anew."""
 MANY = 256
 """Files, beyond which small ones are put together."""
+GROUPS = 100_000
+"""Tensors of one file at most: their header stays within what readers of safetensors take."""
 _BATCH = 1 << 30
 _SMALLEST = 512
 """Bytes of a database: SQLite takes less for an empty one, and makes it anew."""
@@ -337,27 +339,28 @@ class Directory:
             return
         dropped = changes.drop.get("groups", set())
         groups = {key: group for key, group in self.groups.items() if key not in dropped}
-        number = None
+        added: dict[int, int] = {}
         try:
-            if fresh:
-                number, written = self._write_rows(fresh)
-                changes.put.setdefault("groups", {}).update(written)
+            keys = list(fresh)
+            for at in range(0, len(keys), GROUPS):
+                part = {key: fresh[key] for key in keys[at : at + GROUPS]}
+                number = self._free_number()
+                written = self._write_rows(number, part)
+                added[number] = sum(one.rows for one in part.values()) * self.identity.row_bytes()
                 groups |= written
-                size = sum(one.rows for one in fresh.values()) * self.identity.row_bytes()
-                changes.put["files"] = {number: (size,)}
+                changes.put.setdefault("groups", {}).update(written)
+            changes.put["files"] = {number: (size,) for number, size in added.items()}
             valid = {group.file for group in groups.values()}
             dead = {file for file in self.files if file not in valid}
             changes.drop["files"] = dead
             self._commit(changes)
         except Exception:
-            if number is not None:
-                self._take_back(number)
+            self._take_back(added)
             raise
         if ropes is not None:
             self._facts["ropes"] = ropes.to_json()
         self.groups = groups
-        if number is not None:
-            self.files[number] = size
+        self.files |= added
         for file in dead:
             del self.files[file]
             remove(self._disk, self._path_of(file))
@@ -366,31 +369,29 @@ class Directory:
         self._catalogue.write(changes)
         write_generation(self.path / LOCK, self._catalogue.generation)
 
-    def _write_rows(self, fresh: Mapping[int, FreshRows]) -> tuple[int, dict[int, Group]]:
-        number = self._free_number()
+    def _write_rows(self, number: int, fresh: Mapping[int, FreshRows]) -> dict[int, Group]:
         shapes = {str(key): self.identity.shape(one.rows) for key, one in fresh.items()}
         header = header_of(shapes, self.identity.rows_dtype, self._metadata(number))
         path = self._path_of(number)
         pieces = (one.pieces() for one in fresh.values())
         sums = write_file(self._disk, path, path.with_suffix(".tmp"), header, pieces)
-        groups = {
+        return {
             key: Group(number, one.rows, checksum)
             for (key, one), checksum in zip(fresh.items(), sums, strict=True)
         }
-        return number, groups
 
     def _free_number(self) -> int:
         """Of no file that is there, valid or not."""
         taken = [int(found[1]) for name in os.listdir(self.path) if (found := _PAGES.match(name))]
         return max([0, *self.files, *taken]) + 1
 
-    def _take_back(self, number: int) -> None:
-        """Removes a file that no transaction has made valid, if the catalogue can say so."""
+    def _take_back(self, numbers: Iterable[int]) -> None:
+        """Removes files that no transaction has made valid, if the catalogue can say so."""
         try:
             valid = self._catalogue.generation_on_disk() != self._catalogue.generation
         except (OSError, DamagedError):
             return
-        if not valid:
+        for number in numbers if not valid else ():
             remove(self._disk, self._path_of(number))
 
     def _check_writable(self) -> None:

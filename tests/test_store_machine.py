@@ -1,0 +1,164 @@
+"""Any order of what can be done to a store with a directory, against a dictionary of dense rows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import faulty_disk
+import numpy as np
+import torch
+from driving import run_round, tokens
+from faulty_disk import FaultyDisk
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stored_rounds import contents, open_store, put, same_contents
+from torch import Tensor
+
+import tokendance as td
+from tokendance.files import directory
+
+AGENTS = st.sampled_from(["ada", "ben", "eve", "dan"])
+STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "15"))
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """``rows`` is what the agents hold, ``flushed`` what they held at the last flush."""
+
+    @initialize(seed=st.integers(0, 1 << 30))
+    def begin(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        self.scratch = tempfile.TemporaryDirectory(dir=memory)
+        self.path = Path(self.scratch.name) / "store"
+        self.disk = FaultyDisk()
+        self.rows: dict[str, Tensor] = {}
+        self.flushed: dict[str, Tensor] = {}
+        self.open()
+
+    def open(self) -> None:
+        self.store = open_store(self.path, "1MiB")
+        self.store._on_disk._directory._disk = self.disk
+        self.store._on_disk._directory._catalogue._disk = self.disk
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            assert same_contents(contents(open_store(self.path, "1MiB")), self.rows)
+            self.scratch.cleanup()
+
+    @rule(agent=AGENTS, count=st.integers(5, 60))
+    def put(self, agent: str, count: int) -> None:
+        self.rows |= put(self.store, {agent: count})
+
+    @rule(agents=st.sets(AGENTS, min_size=1), news=st.lists(st.integers(0, 5), max_size=3))
+    def play(self, agents: set[str], news: list[int]) -> None:
+        """A round in which what is stored is reused."""
+        heard = [td.shared(tokens(seed, 12 + 5 * seed)) for seed in news]
+        mine = {agent: td.private(tokens(100 + i, 3 + i)) for i, agent in enumerate(sorted(agents))}
+        collector = td.KVCollector(self.store)
+        run_round(collector, {agent: [*heard, own] for agent, own in mine.items()})
+        self.rows |= {agent: contents(self.store)[agent] for agent in agents}
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        agent = data.draw(st.sampled_from(sorted(self.rows)))
+        self.store.release(agent)
+        del self.rows[agent]
+
+    @rule(pages=st.integers(1, 12))
+    def evict(self, pages: int) -> None:
+        self.store.evict(pages)
+
+    @rule(tidy=st.booleans())
+    def flush(self, tidy: bool) -> None:
+        directory.SLACK = -(1 << 40) if tidy else 64 << 20
+        self.store.flush()
+        self.flushed = dict(self.rows)
+
+    @rule(after=st.integers(0, 30))
+    def flush_on_a_disk_that_fails(self, after: int) -> None:
+        """Whether anything has failed or not, it can be repeated."""
+        self.disk.at = len(self.disk.done) + after
+        self.disk.fault = faulty_disk.NO_SPACE
+        try:
+            self.store.flush()
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+        self.disk.at = None
+        self.store.flush()
+        self.flushed = dict(self.rows)
+
+    @rule()
+    def reopen(self) -> None:
+        before = self.store.stats()
+        self.store.close()
+        self.open()
+        self.flushed = dict(self.rows)
+        after = self.store.stats()
+        assert (after.masters, after.own_rows, after.master_rows) == (
+            *(before.masters, before.own_rows, before.master_rows),
+        )
+
+    @rule()
+    def crash(self) -> None:
+        """What was not flushed is gone."""
+        self.store.close(flush=False)
+        self.open()
+        self.rows = dict(self.flushed)
+
+    @rule()
+    def compact(self) -> None:
+        self.store.compact()
+        kept = self.store._on_disk._directory
+        assert kept.file_bytes == kept.live_bytes
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """An agent passes through an export, and is released meanwhile."""
+        agent = data.draw(st.sampled_from(sorted(self.rows)))
+        exported = self.path.with_name("exported")
+        self.store.export_agents(exported, [agent])
+        self.store.release(agent)
+        assert self.store.import_agents(exported) == [agent]
+        shutil.rmtree(exported)
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        assert same_contents(contents(self.store), self.rows)
+        books = self.store.books
+        masters = {one.serial: one for one in books.masters.values()}
+        for mirror in books.mirrors.values():
+            masters |= {one.serial: one for one in mirror.uses.masters}
+        parts = [one.pages for one in masters.values()]
+        parts += [mirror.own_pages for mirror in books.mirrors.values()]
+        used = np.unique(np.concatenate([np.empty(0, np.int32), *parts]))
+        assert len(used) == books.used_pages
+
+    @invariant()
+    def files_are_as_they_say(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        assert self.store.verify() == {}
+        kept = self.store._on_disk._directory
+        known = self.store._on_disk
+        groups = {one.group for one in known._mirrors.values()} | set(known._masters.values())
+        assert groups - {None} == kept.groups.keys()
+        assert {group.file for group in kept.groups.values()} == kept.files.keys()
+        names = {one.name for one in self.path.glob("*.safetensors")}
+        assert names >= {f"{number:08d}.safetensors" for number in kept.files}
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None
+)
+TestStoreMachine = StoreMachine.TestCase
