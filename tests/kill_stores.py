@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def found_in(store: td.DiffStore, steps: list[int]) -> int | None:
 def live(path: Path, steps: list[int], told: int) -> None:
     """What a process does until it is killed; it says so in lines of a letter and a number."""
     directory.SLACK = -(1 << 40)  # files are written anew as soon as one row is not valid
-    store = open_store(path, "1MiB")
+    store = open_store(path, "1MiB", agents=() if steps[0] % 2 else None)
     step = found_in(store, steps)
     wrong = {**store.damaged, **store.verify()}
     if step is None or wrong:
@@ -113,12 +114,15 @@ def live(path: Path, steps: list[int], told: int) -> None:
         os.write(told, f"b {step}\n".encode())
         store.flush()
         os.write(told, f"d {step}\n".encode())
+        if step % 3 == 0:
+            store.rest(store.agents[: step % 5])
 
 
 def kill_many(
-    path: Path, kills: int, seed: int, longest: float = 0.6, show: bool = False
+    path: Path, kills: int, seed: int, longest: float = 0.4, show: bool = False
 ) -> Report:
-    """Kills so many processes, each at most ``longest`` seconds after its start."""
+    """Kills so many processes, at most ``longest`` seconds after the start of each, or after it has
+    opened the directory."""
     torch.set_num_threads(1)
     draw, report, steps, begun = random.Random(seed), Report(), [0], False
     while report.kills < kills and not report.losses:
@@ -133,6 +137,8 @@ def kill_many(
             finally:
                 os._exit(0)
         os.close(writes)
+        if report.kills % 4:  # the others may still be opening the directory
+            select.select([reads], [], [], 60)
         time.sleep(draw.uniform(0, longest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -176,7 +182,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=0.6, help="seconds that a process lives")
+    parser.add_argument(
+        "--longest", type=float, default=0.4, help="seconds until a process is killed"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "store"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -71,10 +72,10 @@ def hash_of(agent: str) -> int:
     return sum(ord(letter) * 31**i for i, letter in enumerate(agent)) % 100_003
 
 
-def contents(store: td.DiffStore) -> dict[str, Tensor]:
-    """Dense rows of every agent, as `put` gives them."""
+def contents(store: td.DiffStore, agents: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Dense rows of agents (default: all), as `put` gives them."""
     found = {}
-    for agent in store.agents:
+    for agent in store.agents if agents is None else agents:
         layers = restored(store, agent)
         found[agent] = torch.stack([torch.stack([pair[i] for pair in layers]) for i in range(2)])
     return found

@@ -232,7 +232,7 @@ def test_a_directory_that_has_vanished_is_named(tmp_path: Path) -> None:
 
 def test_stores_that_are_killed_lose_nothing(tmp_path: Path) -> None:
     """The short form of ``make crash``."""
-    report = kill_stores.kill_many(tmp_path / "store", kills=12, seed=0, longest=0.3)
+    report = kill_stores.kill_many(tmp_path / "store", kills=12, seed=0)
     assert report.kills == 12
     assert report.losses == []
     assert report.flushed > 0

@@ -41,8 +41,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.flushed: dict[str, Tensor] = {}
         self.open()
 
-    def open(self) -> None:
-        self.store = open_store(self.path, "1MiB")
+    def open(self, agents: set[str] | None = None) -> None:
+        self.store = open_store(self.path, "1MiB", agents=agents)
         self.store._on_disk._directory._disk = self.disk
         self.store._on_disk._directory._catalogue._disk = self.disk
 
@@ -63,7 +63,7 @@ class StoreMachine(RuleBasedStateMachine):
         mine = {agent: td.private(tokens(100 + i, 3 + i)) for i, agent in enumerate(sorted(agents))}
         collector = td.KVCollector(self.store)
         run_round(collector, {agent: [*heard, own] for agent, own in mine.items()})
-        self.rows |= {agent: contents(self.store)[agent] for agent in agents}
+        self.rows |= contents(self.store, agents)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -71,6 +71,27 @@ class StoreMachine(RuleBasedStateMachine):
         agent = data.draw(st.sampled_from(sorted(self.rows)))
         self.store.release(agent)
         del self.rows[agent]
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), pages=st.integers(0, 128))
+    def rest(self, data: st.DataObject, pages: int) -> None:
+        """And some of the Masters that they have used are evicted."""
+        agents = data.draw(st.sets(st.sampled_from(sorted(self.rows)), min_size=1))
+        self.store.rest(agents)
+        self.flushed = dict(self.rows)
+        assert set(self.store.resting) >= agents
+        self.store.evict(pages)
+
+    @rule(agents=st.sets(AGENTS))
+    def prefetch(self, agents: set[str]) -> None:
+        self.store.prefetch(agents & self.rows.keys())
+        assert not agents & set(self.store.resting)
+
+    @rule(agents=st.sets(AGENTS))
+    def reopen_with_few(self, agents: set[str]) -> None:
+        self.store.close()
+        self.flushed = dict(self.rows)
+        self.open(agents & self.rows.keys())
 
     @rule(pages=st.integers(1, 12))
     def evict(self, pages: int) -> None:
@@ -97,6 +118,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def reopen(self) -> None:
+        self.store.prefetch(self.store.resting)
         before = self.store.stats()
         self.store.close()
         self.open()
@@ -134,7 +156,9 @@ class StoreMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         if not hasattr(self, "store"):
             return
-        assert same_contents(contents(self.store), self.rows)
+        assert set(self.store.agents) == self.rows.keys()
+        here = {agent: self.rows[agent] for agent in self.store.mirrors}
+        assert same_contents(contents(self.store, here), here)
         books = self.store.books
         masters = {one.serial: one for one in books.masters.values()}
         for mirror in books.mirrors.values():

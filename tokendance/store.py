@@ -6,8 +6,10 @@ import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from tokendance.files.directory import Directory, Progress
 from tokendance.files.durability import Durability
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
-from tokendance.host.books import Books, PageAllocator
+from tokendance.host.books import Books, OutOfPagesError, PageAllocator
 from tokendance.host.mirror import Master, Mirror, no_pages
 from tokendance.host.plan import LivePlan, Plan
 from tokendance.host.record import RestoreRecord
@@ -187,8 +189,8 @@ class DiffStore(
 
     @property
     def agents(self) -> list[str]:
-        """The agents that have a Mirror."""
-        return list(self.books.mirrors)
+        """The agents that have a Mirror, in the pool or at rest."""
+        return [*self.books.mirrors, *self.resting]
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
@@ -200,7 +202,7 @@ class DiffStore(
 
     @property
     def mirrors(self) -> Mapping[str, Mirror]:
-        """All Mirrors, by agent; not to be changed."""
+        """All Mirrors in the pool, by agent; not to be changed."""
         return self.books.mirrors
 
     # Agents ---------------------------------------------------------------------------------------
@@ -211,20 +213,25 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent, or one released before.
         """
-        damaged = self._durability is not None and self._durability.forget(agent)
-        if damaged and agent not in self.books.mirrors:
+        forgotten = self._durability is not None and self._durability.forget(agent)
+        if forgotten and agent not in self.books.mirrors:
             return
         self._mirror(agent)
         self.books.drop(agent)
 
     def _mirror(self, agent: str) -> Mirror:
+        if agent not in self.books.mirrors:
+            if agent not in self.resting:
+                self._unknown(agent)
+            self.prefetch(agent)
+        return self.books.mirrors[agent]
+
+    def _unknown(self, agent: str) -> NoReturn:
         if agent in self.damaged:
             raise DamagedError(
                 f"agent: expected one that is whole, got {agent!r}: {self.damaged[agent]}"
             )
-        if agent not in self.books.mirrors:
-            raise KeyError(f"agent: expected one of {sorted(self.books.mirrors)}, got {agent!r}")
-        return self.books.mirrors[agent]
+        raise KeyError(f"agent: expected one of {sorted(self.agents)}, got {agent!r}")
 
     def evict(self, pages: int) -> int:
         """Drops Masters that nobody uses, the longest unused first: an engine wants its pages.
@@ -248,7 +255,7 @@ class DiffStore(
         """
         self.scheduler.clear()
         self._restore_records.clear()
-        for agent in list(self.damaged):
+        for agent in [*self.damaged, *self.resting]:
             self.release(agent)
 
     # Restore and encode ---------------------------------------------------------------------------
@@ -353,11 +360,12 @@ class DiffStore(
         quantization: Quantization | None = None,
         model: str = "",
         host_capacity: int | str | None = None,
+        agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> DiffStore:
         """A store whose committed agents survive the process, in a directory of their own.
 
-        All agents of the directory, and their Masters, are brought into the pool. Those that are
+        Agents of the directory, and their Masters, are brought into the pool. Those that are
         damaged are left out: `damaged` says why, the others are as they were. What a killed process
         has left behind is removed.
 
@@ -366,9 +374,12 @@ class DiffStore(
                 keys and values are in it as they are: keep it as safe as the conversations.
             geometry, rope, capacity, device, pool, model, host_capacity: as of a new store.
             block_size, quantization: as of a new store; None: those of the directory.
+            agents: that are brought into the pool; None: all. The others rest on disk until they
+                are needed, see `rest`.
             progress: is told how many bytes of how many have been read.
 
         Raises:
+            KeyError: one of the agents is not there.
             StoreInUseError: another process, or another store, has it open.
             OSError: it cannot be read or written.
             DamagedError: the catalogue is not as it was written.
@@ -389,7 +400,7 @@ class DiffStore(
                 directory.begin(store._identity)
             else:
                 found.check_same(store._identity, path)
-            store._keep_in(directory, progress)
+            store._keep_in(directory, agents, progress)
         except BaseException:
             directory.close()
             raise
@@ -399,13 +410,16 @@ class DiffStore(
     def _identity(self) -> Identity:
         return Identity.of(self.model, self.geometry, self.pool)
 
-    def _keep_in(self, directory: Directory, progress: Progress | None) -> None:
+    def _keep_in(
+        self, directory: Directory, agents: Iterable[str] | None, progress: Progress | None
+    ) -> None:
         directory.ropes.check_same(self.executor.ropes, self.max_position, directory.path)
         kept = Durability(directory, self.pool, self.executor.ropes, self.max_position)
-        kept.load(self.books, progress)
+        kept.load(self.books, agents, progress)
         self._durability = kept
         self._close = weakref.finalize(self, kept.close)
         self.scheduler.flush = kept.flush
+        self.scheduler.fetch = partial(_fetch, kept, self.scheduler.books)
 
     @property
     def damaged(self) -> Mapping[str, str]:
@@ -415,6 +429,48 @@ class DiffStore(
             return {}
         known = self.books.mirrors
         return {name: why for name, why in self._durability.damage.items() if name not in known}
+
+    @property
+    def resting(self) -> list[str]:
+        """Agents that are on disk and not in the pool."""
+        if self._durability is None:
+            return []
+        return [name for name in self._durability.resting if name not in self.books.mirrors]
+
+    def rest(self, agents: str | Iterable[str]) -> None:
+        """Gives the pages of agents back and leaves their rows on disk, after a `flush`.
+
+        They are brought up when they are planned, restored or exported, as far as there is room: a
+        plan computes again what there are no pages for.
+
+        Raises:
+            KeyError: an unknown agent.
+            ValueError: the store has no directory.
+            OSError: as `flush`; nothing has changed.
+        """
+        names = [agents] if isinstance(agents, str) else list(agents)
+        kept = self._on_disk
+        resting = set(self.resting)
+        awake = [name for name in names if name not in resting]
+        for name in awake:
+            self._mirror(name)
+        self.flush()
+        kept.rest(self.books, awake)
+
+    def prefetch(self, agents: str | Iterable[str]) -> None:
+        """Brings agents that rest on disk into the pool, ahead of whoever needs them.
+
+        Raises:
+            KeyError: an unknown agent.
+            OutOfPagesError: there are too few pages; they rest as before.
+            DamagedError: rows of one are damaged; `damaged` has it from now on.
+        """
+        names = [agents] if isinstance(agents, str) else list(agents)
+        if self._durability is not None:
+            self._durability.prefetch(self.books, names)
+        for name in names:
+            if name not in self.books.mirrors:
+                self._unknown(name)
 
     def flush(self) -> None:
         """Returns when all that is committed is on disk, and what was released is not any more.
@@ -435,7 +491,7 @@ class DiffStore(
         return self._durability
 
     def close(self, *, flush: bool = True) -> None:
-        """Lets others open the directory; the store goes on in memory alone.
+        """Lets others open the directory; the store goes on in memory, with the agents in the pool.
 
         Args:
             flush: before; without it the directory stays as the last flush has left it.
@@ -446,7 +502,7 @@ class DiffStore(
         if self._durability is not None:
             if flush:
                 self.flush()
-            self._durability, self.scheduler.flush = None, None
+            self._durability = self.scheduler.flush = self.scheduler.fetch = None
             self._close()
 
     def __enter__(self) -> DiffStore:
@@ -492,12 +548,14 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent.
             OSError: there is something, or it cannot be written; nothing is left of it.
+            OutOfPagesError: there are too few pages for agents that were at rest.
         """
         names = None if agents is None else list(agents)
 
         def chosen() -> tuple[Mapping[str, Mirror], list[Master]]:
             books = self.books
             if names is None:
+                self.prefetch(self.resting)
                 return books.mirrors, list(books.masters.values())
             mirrors = {name: self._mirror(name) for name in names}
             used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
@@ -532,7 +590,9 @@ class DiffStore(
                 errors, but for evictions.
         """
         made = (self._identity, self.pool, self.executor.ropes, self.max_position)
-        return transfer.import_agents(path, *made, self.books, nullcontext(), agents, progress)
+        return transfer.import_agents(
+            path, *made, self.books, nullcontext(), lambda: self.agents, agents, progress
+        )
 
     # Statistics -----------------------------------------------------------------------------------
 
@@ -567,6 +627,12 @@ class DiffStore(
             held_pages=self.books.used_pages - self.books.evictable_pages,
             evictions=self.books.evictions,
         )
+
+
+def _fetch(kept: Durability, books: Books, prompts: Mapping[str, Sequence[Segment]]) -> None:
+    segments = [one for given in prompts.values() for one in given if one.is_shared]
+    with suppress(OutOfPagesError):  # what does not fit is computed again
+        kept.prefetch(books, prompts, segments)
 
 
 def parse_bytes(size: int | str) -> int:

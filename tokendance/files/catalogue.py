@@ -11,7 +11,7 @@ import errno
 import os
 import sqlite3
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,6 +244,21 @@ class Catalogue:
         for found in self._connection.execute(f"SELECT {columns} FROM {table} ORDER BY id{order}"):
             checksum = found[-1] if type(found[-1]) is bytes else b""
             yield found[0], found[1:-1], checksum[:16]
+
+    def read_some(self, table: str, ids: Iterable[int]) -> tuple[dict[int, Row], dict[int, Row]]:
+        """Rows of a table by their ids: those that are whole, and the others."""
+        rows: dict[int, Row] = {}
+        damaged: dict[int, Row] = {}
+        columns = ", ".join((*COLUMNS[table], "sum"))
+        with self._errors():
+            for key in ids:
+                found = self._connection.execute(
+                    f"SELECT {columns} FROM {table} WHERE id=?", (key,)
+                ).fetchone()
+                values = (None,) * len(COLUMNS[table]) if found is None else found[:-1]
+                whole = found is not None and sum_of(table, key, values) == found[-1]
+                (rows if whole else damaged)[key] = values
+        return rows, damaged
 
     def check(self) -> str:
         """What SQLite finds wrong with the database; empty where nothing is."""

@@ -20,7 +20,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from tokendance.files.catalogue import Catalogue, Changes, Contents
+from tokendance.files.catalogue import Catalogue, Changes, Contents, Row
 from tokendance.files.disk import Disk, lock
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity, RopeTables
@@ -227,6 +227,17 @@ class Directory:
                 remove(self._disk, self.path / name)
 
     # Reading --------------------------------------------------------------------------------------
+
+    def records(self, masters: Iterable[int], mirrors: Iterable[int]) -> Contents:
+        """Some records as they are now, with all that is findable among the Masters."""
+        rows: dict[str, dict[int, Row]] = {}
+        damaged: dict[tuple[str, int], Row] = {}
+        wanted = {"masters": list(masters), "mirrors": list(mirrors)}
+        for table, ids in wanted.items():
+            rows[table], others = self._catalogue.read_some(table, ids)
+            damaged |= {(table, key): row for key, row in others.items()}
+        found, _ = self._catalogue.read_some("findable", wanted["masters"])
+        return Contents({**rows, "findable": found}, damaged)
 
     def file(self, number: int) -> PageFile:
         """A page file, open for reading.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 from typing import TypeAlias
@@ -19,11 +19,12 @@ from tokendance.files.catalogue import Changes
 from tokendance.files.directory import Directory, FreshRows, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import RopeTables
-from tokendance.files.loading import Listing, list_directory, load
+from tokendance.files.loading import Listing, list_directory, load, use_instead
 from tokendance.files.records import master_row, mirror_row
 from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
 from tokendance.host.mirror import Master, Mirror, Pages
+from tokendance.host.segments import Segment
 
 Guard: TypeAlias = AbstractContextManager[object]
 Chosen: TypeAlias = tuple[Mapping[str, Mirror], Sequence[Master]]
@@ -36,7 +37,7 @@ class _Kept:
     """A Mirror on disk.
 
     Attributes:
-        mirror: the same in memory; None where it is damaged on disk.
+        mirror: the same in memory; None where the agent is at rest, or damaged.
         key: its id in the catalogue.
         group: of its own rows.
         masters: ids of those that it uses.
@@ -58,6 +59,8 @@ class _Delta:
     mirrors: dict[str, _Kept | None] = field(default_factory=dict)
     ids: dict[int, int] = field(default_factory=dict)
     masters: dict[int, int | None] = field(default_factory=dict)
+    live: dict[int, Master] = field(default_factory=dict)
+    digests: dict[bytes, int] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
     recency: dict[int, int] = field(default_factory=dict)
     positions: int = 0
@@ -79,6 +82,7 @@ class Durability:
     Attributes:
         damage: what is wrong with agents that could not be loaded, by name. They stay on disk until
             an agent of the name is committed or released.
+        resting: agents that are whole and on disk alone, as a dict's keys.
     """
 
     def __init__(
@@ -100,9 +104,12 @@ class Durability:
         self._ids: dict[int, int] = {}  # of Masters on disk, by serial
         self._users: Counter[int] = Counter()  # Mirrors on disk, of each Master
         self._recency: dict[int, int] = {}  # of Masters that are found by their digests
+        self._live: dict[int, Master] = {}  # of Masters on disk, the object that has been in memory
+        self._digests: dict[bytes, int] = {}  # Masters on disk that are found by them
         self._positions = directory.ropes.positions
         self._next = 1
         self.damage: dict[str, str] = {}
+        self.resting: dict[str, None] = {}
 
     @property
     def path(self) -> os.PathLike[str]:
@@ -114,20 +121,103 @@ class Durability:
 
     # Loading --------------------------------------------------------------------------------------
 
-    def load(self, books: Books, progress: Progress | None = None) -> None:
-        """Brings all that is whole into the pool: every agent, and Masters that nobody uses as far
-        as there is room.
+    def load(
+        self,
+        books: Books,
+        agents: Iterable[str] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Brings agents into the pool, and Masters that nobody uses as far as there is room.
+
+        Args:
+            agents: their names; None: all. The others are at rest.
 
         Raises:
+            KeyError: an agent that is not there.
             OutOfPagesError: there are too few pages for the agents.
         """
         listing = list_directory(self._directory, self._max_position)
+        names = {one.agent for one in listing.mirrors.values()}
+        wanted = names if agents is None else set(agents)
+        if wanted - names:
+            raise KeyError(
+                f"agents: expected some of {sorted(names)}, got {sorted(wanted - names)}"
+            )
         loaded = load(
-            self._directory, listing, None, books, self._pool, self._guard, True, progress
+            self._directory, listing, wanted, books, self._pool, self._guard, True, progress
         )
         self.damage = dict(listing.damage)
         self._take_in(listing, {one.key for one in loaded})
         self._directory.contents.rows.clear()
+
+    def prefetch(
+        self, books: Books, agents: Iterable[str], segments: Iterable[Segment] = ()
+    ) -> None:
+        """Brings agents at rest into the pool, and Masters of segments that they alone have used.
+
+        Raises:
+            OutOfPagesError: there are too few pages; they are at rest as before.
+        """
+        with self._writing:
+            digests = {digest for one in segments for digest in (one.digest, one.stem)}
+            found = {self._digests[digest] for digest in digests & self._digests.keys()}
+            with self._guard:
+                kept = {
+                    agent: self._mirrors[agent]
+                    for agent in agents
+                    if agent in self.resting and agent not in books.mirrors
+                }
+                asleep = {key for key in found if not self._is_in_pool(key)}
+                if not kept and not asleep:
+                    return
+                masters = asleep | {key for one in kept.values() for key in one.masters}
+                there = {key: self._live[key] for key in masters if self._is_in_pool(key)}
+                books.hold(list(there.values()))
+            try:
+                self._bring_up(books, kept, masters, there)
+            finally:
+                with self._guard:
+                    books.let_go(list(there.values()))
+
+    def _bring_up(
+        self,
+        books: Books,
+        kept: Mapping[str, _Kept],
+        masters: set[int],
+        there: Mapping[int, Master],
+    ) -> None:
+        contents = self._directory.records(masters, (one.key for one in kept.values()))
+        listing = list_directory(self._directory, self._max_position, contents)
+        use_instead(listing, there, self._pool.block_size)
+        loaded = load(self._directory, listing, None, books, self._pool, self._guard, True)
+        self.damage |= listing.damage
+        for one in loaded:
+            self._mirrors[one.agent] = replace(self._mirrors[one.agent], mirror=one.mirror)
+        for agent in kept:
+            self.resting.pop(agent, None)
+        for key, found in listing.masters.items():
+            if found.master is not None and not found.is_there and len(found.master.pages):
+                self._know(key, found.master)
+
+    def _know(self, key: int, master: Master) -> None:
+        """This is the object of a Master on disk from now on."""
+        if key in self._live:
+            self._ids.pop(self._live[key].serial, None)
+        self._live[key] = master
+        self._ids[master.serial] = key
+
+    def _is_in_pool(self, key: int) -> bool:
+        return key in self._live and (self._live[key].stored or self._live[key].holders > 0)
+
+    def rest(self, books: Books, agents: Iterable[str]) -> None:
+        """Takes agents out of the pool that are on disk as they are there."""
+        with self._writing, self._guard:
+            for agent in agents:
+                kept = self._mirrors.get(agent)
+                if kept is not None and kept.mirror is books.mirrors.get(agent):
+                    books.drop(agent)
+                    self._mirrors[agent] = replace(kept, mirror=None)
+                    self.resting[agent] = None
 
     def _take_in(self, listing: Listing, loaded: set[int]) -> None:
         for key, one in listing.masters.items():
@@ -135,9 +225,13 @@ class Durability:
             if one.recency is not None:
                 self._recency[key] = one.recency
             if one.master is not None:
-                self._ids[one.master.serial] = key
+                self._know(key, one.master)
+                if one.recency is not None:
+                    self._digests.setdefault(one.master.digest, key)
         for key, found in listing.mirrors.items():
             mirror = found.mirror if key in loaded else None
+            if mirror is None and found.agent not in self.damage:
+                self.resting[found.agent] = None
             self._mirrors[found.agent] = _Kept(mirror, key, found.group, found.masters)
             self._users.update(set(found.masters))
         self._next = 1 + max([0, *listing.masters, *listing.mirrors, *self._directory.groups])
@@ -187,8 +281,11 @@ class Durability:
             self._positions = ropes.positions
 
     def forget(self, agent: str) -> bool:
-        """Has the next flush drop an agent that is damaged; whether there is one."""
-        return self.damage.pop(agent, None) is not None
+        """Has the next flush drop an agent that is damaged or at rest; whether there is one."""
+        known = agent in self.damage or agent in self.resting
+        self.damage.pop(agent, None)
+        self.resting.pop(agent, None)
+        return known
 
     def _collect(self, mirrors: Mapping[str, Mirror], found: Sequence[Master]) -> _Delta:
         delta = _Delta()
@@ -197,7 +294,7 @@ class Durability:
         old = {
             agent: kept
             for agent, kept in self._mirrors.items()
-            if (agent not in mirrors and agent not in self.damage)
+            if (agent not in mirrors and agent not in self.damage and agent not in self.resting)
             or (agent in mirrors and kept.mirror is not mirrors[agent])
         }
         new = {
@@ -210,6 +307,7 @@ class Durability:
         for serial, master in by_serial.items():
             if serial not in self._ids:
                 delta.ids[serial] = self._new_master(delta, master)
+                delta.live[delta.ids[serial]] = master
         ids = {**self._ids, **delta.ids}
         users = self._users.copy()
         for kept in old.values():
@@ -220,6 +318,12 @@ class Durability:
             users.update(set(kept.masters))
         self._drop(delta, old)
         wanted = {ids[serial]: when for serial, when in recency.items()}
+        delta.digests = {one.digest: ids[one.serial] for one in found}
+        # Masters that were evicted, and that agents at rest use, are brought up when a prompt has
+        # their segment.
+        for digest, key in self._digests.items():
+            if digest not in delta.digests and users[key] > 0:
+                wanted[key], delta.digests[digest] = 0, key
         delta.recency = wanted
         delta.gone = {
             key for key in (*self._masters, *delta.masters) if not users[key] and key not in wanted
@@ -284,13 +388,16 @@ class Durability:
                 self._mirrors[agent] = kept
                 self._users.update(set(kept.masters))
                 self.damage.pop(agent, None)
+                self.resting.pop(agent, None)
         self._masters |= delta.masters
-        self._ids |= delta.ids
+        for key, master in delta.live.items():
+            self._know(key, master)
         for key in delta.gone:
             self._masters.pop(key, None)
             del self._users[key]
-        self._ids = {serial: key for serial, key in self._ids.items() if key in self._masters}
-        self._recency = delta.recency
+            if key in self._live:
+                self._ids.pop(self._live.pop(key).serial, None)
+        self._recency, self._digests = delta.recency, delta.digests
 
     # What is on disk ------------------------------------------------------------------------------
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tokendance.device.pool import PagePool
-from tokendance.files.catalogue import Row
+from tokendance.files.catalogue import Contents, Row
 from tokendance.files.directory import Directory, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.page_file import PageFile
 from tokendance.files.records import FieldError, agent_of, master_of, masters_of, mirror_of
 from tokendance.files.rows import write_rows
 from tokendance.host.books import Books, OutOfPagesError
-from tokendance.host.mirror import Master, Mirror, pages_for
+from tokendance.host.mirror import Master, Mirror, Uses, pages_for
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,21 @@ class Listing:
         return [one for one in self.mirrors.values() if one.agent not in self.damage]
 
 
-def list_directory(directory: Directory, max_position: int) -> Listing:
-    """What the catalogue says, each record checked; no row is read."""
-    rows, block = directory.contents.rows, directory.identity.block_size
+def list_directory(
+    directory: Directory, max_position: int, contents: Contents | None = None
+) -> Listing:
+    """What the catalogue says, each record checked; no row of keys and values is read.
+
+    Args:
+        directory: of the records.
+        max_position: that a store's tables have.
+        contents: some of the records; None: all, as they were when the directory was opened.
+    """
+    contents = directory.contents if contents is None else contents
+    rows, block = contents.rows, directory.identity.block_size
     found = Listing()
     why: dict[int, str] = {}
-    for key, row in _all(directory, "masters").items():
+    for key, row in _all(contents, "masters").items():
         master, group = None, None
         try:
             if key not in rows["masters"]:
@@ -92,7 +101,7 @@ def list_directory(directory: Directory, max_position: int) -> Listing:
             key, master, group, recency if isinstance(recency, int) else None
         )
     whole = {key: one.master for key, one in found.masters.items() if one.master is not None}
-    for key, row in _all(directory, "mirrors").items():
+    for key, row in _all(contents, "mirrors").items():
         agent, mirror, group, masters = f"mirror {key}", None, None, []
         try:
             agent = agent_of(row)
@@ -111,10 +120,26 @@ def list_directory(directory: Directory, max_position: int) -> Listing:
     return found
 
 
-def _all(directory: Directory, table: str) -> dict[int, Row]:
-    damaged = directory.contents.damaged
-    rows = {key: row for (name, key), row in damaged.items() if name == table}
-    return dict(sorted({**rows, **directory.contents.rows[table]}.items()))
+def _all(contents: Contents, table: str) -> dict[int, Row]:
+    rows = {key: row for (name, key), row in contents.damaged.items() if name == table}
+    return dict(sorted({**rows, **contents.rows[table]}.items()))
+
+
+def use_instead(listing: Listing, there: Mapping[int, Master], block_size: int) -> None:
+    """Has Mirrors use Masters that the books have, by the ids of those in the directory."""
+    for key, master in there.items():
+        listing.masters[key] = StoredMaster(key, master, None, None, is_there=True)
+    for key, one in listing.mirrors.items():
+        if one.mirror is not None and there.keys() & set(one.masters):
+            uses = one.mirror.uses
+            masters = [
+                there.get(number, master)
+                for number, master in zip(one.masters, uses.masters, strict=True)
+            ]
+            mirror = replace(
+                one.mirror, uses=Uses(masters, uses.delta, uses.length, uses.masks, block_size)
+            )
+            listing.mirrors[key] = replace(one, mirror=mirror)
 
 
 def _check_group(directory: Directory, group: int | None, rows: int) -> None:
@@ -224,8 +249,7 @@ class _Loading:
             self._give_back(list(self._taken))
             raise
         with self._guard:
-            self._put(kept, [one for one in masters if one.key not in wrong])
-        return kept
+            return self._put(kept, [one for one in masters if one.key not in wrong])
 
     def _read(self, mirrors: list[StoredMirror], masters: list[StoredMaster]) -> dict[int, str]:
         """Fills pages file by file; returns what is wrong with groups, by id of the Master, or by
@@ -289,7 +313,7 @@ class _Loading:
                 return True
         return False
 
-    def _put(self, mirrors: list[StoredMirror], masters: list[StoredMaster]) -> None:
+    def _put(self, mirrors: list[StoredMirror], masters: list[StoredMaster]) -> list[StoredMirror]:
         kept = []
         for one in sorted(masters, key=lambda one: one.recency or 0):
             if one.master is None or (one.master.length and not len(one.master.pages)):
@@ -300,6 +324,15 @@ class _Loading:
             one.master.last_used = one.recency or 0
             kept.append(one.master)
         self._books.take_over(kept)
+        done = []
         for found in mirrors:
-            if found.mirror is not None:
-                self._books.put(found.agent, found.mirror)
+            if found.mirror is None:
+                continue
+            if found.agent in self._books.mirrors:  # committed meanwhile: that is newer
+                self._books.hold(found.mirror.uses.masters)
+                self._books.let_go(found.mirror.uses.masters)
+                self._give_back([found.mirror])
+                continue
+            self._books.put(found.agent, found.mirror)
+            done.append(found)
+        return done

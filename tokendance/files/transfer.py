@@ -11,9 +11,8 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from tokendance.device.layer_ropes import LayerRope
@@ -23,11 +22,11 @@ from tokendance.files.disk import Disk, lock
 from tokendance.files.durability import Chosen, Durability, Guard
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
-from tokendance.files.loading import Listing, StoredMaster, list_directory, load
+from tokendance.files.loading import Listing, list_directory, load, use_instead
 from tokendance.files.page_file import hasher
 from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
-from tokendance.host.mirror import Master, Uses
+from tokendance.host.mirror import Master
 
 
 @contextmanager
@@ -97,6 +96,7 @@ def import_agents(
     max_position: int,
     books: Books,
     guard: Guard,
+    taken: Callable[[], Container[str]],
     agents: Iterable[str] | None,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -122,7 +122,7 @@ def import_agents(
             if agent not in known:
                 raise KeyError(f"agents: expected some of {sorted(known)}, got {agent!r}")
         with guard:
-            mine = [agent for agent in wanted if agent in books.mirrors]
+            mine = [agent for agent in wanted if agent in taken()]
         if mine:
             raise ValueError(f"agents: expected names that the store does not have, got {mine}")
         _refuse_damaged(listing, wanted)
@@ -131,13 +131,14 @@ def import_agents(
             books.hold(list(alike.values()))
         try:
             there = _with_the_same_bits(directory, listing, pool, alike)
-            _use_instead(listing, there, pool.block_size)
+            use_instead(listing, there, pool.block_size)
             loaded = load(directory, listing, wanted, books, pool, guard, False, progress)
             if len(loaded) < len(wanted):
                 with guard:
                     for one in loaded:
                         books.drop(one.agent)
                 _refuse_damaged(listing, wanted)
+                raise ValueError("agents: expected names that nobody commits meanwhile")
         finally:
             with guard:
                 books.let_go(list(alike.values()))
@@ -182,19 +183,3 @@ def _with_the_same_bits(
 def _same(mine: Master, other: Master | None) -> bool:
     fields = ("length", "origin", "context", "exact", "seen")
     return all(getattr(mine, name) == getattr(other, name) for name in fields)
-
-
-def _use_instead(listing: Listing, there: Mapping[int, Master], block_size: int) -> None:
-    for key, master in there.items():
-        listing.masters[key] = StoredMaster(key, master, None, None, is_there=True)
-    for key, one in listing.mirrors.items():
-        if one.mirror is not None and there.keys() & set(one.masters):
-            uses = one.mirror.uses
-            masters = [
-                there.get(number, master)
-                for number, master in zip(one.masters, uses.masters, strict=True)
-            ]
-            mirror = replace(
-                one.mirror, uses=Uses(masters, uses.delta, uses.length, uses.masks, block_size)
-            )
-            listing.mirrors[key] = replace(one, mirror=mirror)

@@ -54,6 +54,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     Attributes:
         books: pages, Masters and Mirrors.
         flush: makes what the books hold durable; None where nothing outlives the process.
+        fetch: brings up what prompts may reuse from where it rests, as far as there is room.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.books = Books(allocator or PageAllocator(profile.num_pages))
         self.host_pages = PageAllocator(profile.host_pages)
         self.flush: Callable[[Books], None] | None = None
+        self.fetch: Callable[[Prompts], None] | None = None
         self.windows = list(windows)
         self._leases = Leases(profile, self.books, copy)
         self.dropped: deque[LivePlan | PlannedStep] = deque()
@@ -127,6 +129,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 raise ValueError(
                     f"prompts: expected agents of no live plan, got {agent!r} a second time"
                 )
+        if self.fetch is not None:
+            self.fetch(checked)
         if wait and self._waiting:
             self._leases.check_possible(live, checked)
             self._enqueue(live, checked)
@@ -187,7 +191,10 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """The same for `add`."""
         self.collect()
-        return self._leases.pages_to_lease(live, _checked_prompts(prompts))
+        checked = _checked_prompts(prompts)
+        if self.fetch is not None:
+            self.fetch(checked)
+        return self._leases.pages_to_lease(live, checked)
 
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
