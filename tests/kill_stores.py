@@ -29,7 +29,7 @@ from driving import GEOMETRY
 from stored_rounds import contents, open_store
 
 import tokendance as td
-from tokendance.files import directory
+from tokendance.files import compaction
 
 AGENTS = 7
 
@@ -99,7 +99,7 @@ def found_in(store: td.DiffStore, steps: list[int]) -> int | None:
 
 def live(path: Path, steps: list[int], told: int) -> None:
     """What a process does until it is killed; it says so in lines of a letter and a number."""
-    directory.SLACK = -(1 << 40)  # files are written anew as soon as one row is not valid
+    compaction.SLACK = -(1 << 40)  # files are written anew as soon as one row is not valid
     store = open_store(path, "1MiB", agents=() if steps[0] % 2 else None)
     step = found_in(store, steps)
     wrong = {**store.damaged, **store.verify()}

@@ -19,7 +19,7 @@ from stored_rounds import contents, files_of, open_store, put, same_contents
 from torch import Tensor
 
 import tokendance as td
-from tokendance.files import directory, transfer
+from tokendance.files import compaction, directory, transfer
 
 Contents = dict[str, Tensor]
 SEEDS = int(os.environ.get("CRASH_SEEDS", "1"))
@@ -54,7 +54,7 @@ def on(disk: FaultyDisk) -> Iterator[None]:
     valid. Random rows are always the same."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directory, "SLACK", -(1 << 40))
+        patch.setattr(compaction, "SLACK", -(1 << 40))
         patch.setattr(directory, "Disk", lambda: disk)
         patch.setattr(transfer, "Disk", lambda: disk)
         yield

@@ -20,7 +20,7 @@ from stored_rounds import contents, open_store, put, same_contents
 from torch import Tensor
 
 import tokendance as td
-from tokendance.files import directory
+from tokendance.files import compaction
 
 AGENTS = st.sampled_from(["ada", "ben", "eve", "dan"])
 STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
@@ -99,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(tidy=st.booleans())
     def flush(self, tidy: bool) -> None:
-        directory.SLACK = -(1 << 40) if tidy else 64 << 20
+        compaction.SLACK = -(1 << 40) if tidy else 64 << 20
         self.store.flush()
         self.flushed = dict(self.rows)
 

@@ -192,8 +192,10 @@ def _said(left: dict[str, str]) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
+    from tokendance.files.compaction import compact
+
     with _opened(arguments.path, writable=True) as directory, _progress("gc") as progress:
-        print(f"{directory.compact(None, progress)} bytes removed")
+        print(f"{compact(directory, None, progress)} bytes removed")
     return 0
 
 

@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -32,13 +32,8 @@ LOCK = "lock"
 _PAGES = re.compile(r"(\d{8})\.safetensors")
 _SCRATCH = re.compile(r"\d{8}\.tmp")
 _OWN = {CATALOGUE, f"{CATALOGUE}-wal", f"{CATALOGUE}-shm", LOCK}
-SLACK = 64 << 20
-"""Bytes that are not valid any more, beyond those that are, before files are written anew."""
-MANY = 256
-"""Files, beyond which small ones are put together."""
 GROUPS = 100_000
 """Tensors of one file at most: their header stays within what readers of safetensors take."""
-_BATCH = 1 << 30
 _SMALLEST = 512
 """Bytes of a database: SQLite takes less for an empty one, and makes it anew."""
 
@@ -271,15 +266,16 @@ class Directory:
             if progress is not None:
                 progress(done, total)
 
-        for number, members in self._by_file().items():
+        for number, members in self.by_file().items():
             chosen = [key for key in members if key in wanted]
             if chosen:
-                wrong |= self._wrong_in(number, chosen, read)
+                wrong |= self.wrong_in(number, chosen, read)
         return wrong
 
-    def _wrong_in(
+    def wrong_in(
         self, number: int, groups: list[int], read: Callable[[int], None] = lambda _: None
     ) -> dict[int, str]:
+        """What is wrong with groups of one file; ``read`` hears how many bytes have been read."""
         wrong: dict[int, str] = {}
         try:
             with self.file(number) as file:
@@ -308,7 +304,8 @@ class Directory:
             for piece in self.pieces(file, group):
                 yield memoryview(piece)
 
-    def _by_file(self) -> dict[int, list[int]]:
+    def by_file(self) -> dict[int, list[int]]:
+        """The groups that lie in each file."""
         members: dict[int, list[int]] = {file: [] for file in self.files}
         for key, group in self.groups.items():
             members.setdefault(group.file, []).append(key)
@@ -343,7 +340,7 @@ class Directory:
         Raises:
             OSError: something cannot be written; everything is as it was, and may be tried again.
         """
-        self._check_writable()
+        self.check_writable()
         if ropes is not None and ropes != self.ropes:
             changes.put["facts"] = {3: ("ropes", ropes.to_json())}
         if not changes and not fresh:
@@ -405,7 +402,8 @@ class Directory:
         for number in numbers if not valid else ():
             remove(self._disk, self._path_of(number))
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raises what keeps the directory from being written."""
         if not self._writable:
             raise OSError(
                 errno.EROFS, "path: expected a store opened to be written", str(self.path)
@@ -419,49 +417,6 @@ class Directory:
             raise FileNotFoundError(
                 errno.ENOENT, "path: expected the store's directory, got none", str(self.path)
             )
-
-    def compact(self, slack: int | None = None, progress: Progress | None = None) -> int:
-        """Writes files anew in which rows are not valid any more, without those.
-
-        A file with damaged rows stays as it is.
-
-        Args:
-            slack: bytes of such rows that are left alone, beyond the bytes of the valid ones; None:
-                all go.
-
-        Returns:
-            Bytes that the files have become smaller.
-        """
-        self._check_writable()
-        before = self.file_bytes
-        members, row_bytes = self._by_file(), self.identity.row_bytes()
-        live = {
-            file: sum(self.groups[key].rows for key in keys) * row_bytes
-            for file, keys in members.items()
-        }
-        gone = before - sum(live.values())
-        crowded = len(self.files) > MANY
-        if slack is not None and gone <= self.live_bytes + slack and not crowded:
-            return 0
-        small = [file for file, size in self.files.items() if crowded and size < _BATCH // 4]
-        batch = sorted({*small, *(file for file, size in self.files.items() if size > live[file])})
-        total, done = sum(live[file] for file in batch), 0
-        while batch:
-            part = [batch.pop(0)]
-            while batch and sum(live[file] for file in (*part, batch[0])) <= _BATCH:
-                part.append(batch.pop(0))
-            self._move([key for file in part if self._is_whole(file) for key in members[file]])
-            done += sum(live[file] for file in part)
-            if progress is not None:
-                progress(done, total)
-        return before - self.file_bytes
-
-    def _is_whole(self, file: int) -> bool:
-        return not self._wrong_in(file, [k for k, g in self.groups.items() if g.file == file])
-
-    def _move(self, groups: list[int]) -> None:
-        fresh = {key: FreshRows(self.groups[key].rows, partial(self.stream, key)) for key in groups}
-        self.write(Changes(), fresh)
 
 
 def _check_is_store(path: Path, disk: Disk, create: bool) -> None:

@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from tokendance.device.layer_ropes import LayerRope
 from tokendance.device.pool import PagePool
-from tokendance.files import directory as directories
+from tokendance.files import compaction
 from tokendance.files.catalogue import Changes
+from tokendance.files.compaction import compact
 from tokendance.files.directory import Directory, FreshRows, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import RopeTables
@@ -251,7 +252,7 @@ class Durability:
     def _tidy(self) -> None:
         """Compacts where much is not valid any more. What was written stays so if that fails."""
         try:
-            self._directory.compact(directories.SLACK)
+            compact(self._directory, compaction.SLACK)
         except (OSError, DamagedError) as error:
             _LOGGER.warning("%s is not compacted: %s", self._directory.path, error)
 
@@ -420,4 +421,4 @@ class Durability:
     def compact(self, progress: Progress | None = None) -> int:
         """Removes what is not valid any more from the files; returns how many bytes."""
         with self._writing:
-            return self._directory.compact(None, progress)
+            return compact(self._directory, None, progress)

@@ -130,7 +130,11 @@ def import_agents(
             alike = _masters_that_are_alike(listing, books)
             books.hold(list(alike.values()))
         try:
-            there = _with_the_same_bits(directory, listing, pool, alike)
+            used = {
+                k for one in listing.mirrors.values() if one.agent in wanted for k in one.masters
+            }
+            needed = {key: master for key, master in alike.items() if key in used}
+            there = _with_the_same_bits(directory, listing, pool, needed)
             use_instead(listing, there, pool.block_size)
             loaded = load(directory, listing, wanted, books, pool, guard, False, progress)
             if len(loaded) < len(wanted):
