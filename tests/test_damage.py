@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from driving import GEOMETRY, ROPE, run_round, tokens
+from driving import GEOMETRY, ROPE, make_store, run_round, tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stored_rounds import (
@@ -76,6 +76,26 @@ def test_one_bit_of_an_agents_rows_damages_that_agent(tmp_path: Path) -> None:
         store.release("ada")
         assert dict(store.damaged) == {}
     check(path, {agent: want[agent] for agent in ("ben", "eve")}, {})
+
+
+def test_damage_is_logged_and_not_imported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "store"
+    want = make(path)
+    file, begin = group_of(path, "ada")
+    flip(file, begin)
+    with make_store() as store:
+        for agents in (None, ["ada"], ["ada", "ben"]):
+            with pytest.raises(
+                td.DamagedError, match=r"agents: expected whole ones, .*, got 'ada'"
+            ):
+                store.import_agents(path, agents)
+            assert (store.agents, store.stats().used_pages) == ([], 0)
+        assert store.import_agents(path, ["ben"]) == ["ben"]
+        assert torch.equal(contents(store)["ben"], want["ben"])
+    with open_store(path):
+        assert f"agent 'ada' is left out: {file}: expected rows" in caplog.text
 
 
 def test_a_damaged_agent_is_computed_again(tmp_path: Path) -> None:

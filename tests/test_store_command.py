@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -190,6 +192,26 @@ def test_a_store_in_use_and_what_is_none_are_refused(
         (path / "lock", "path: expected the directory of a store, got a file"),
     ):
         assert text in said(capsys, "verify", what)[2]
+
+
+def test_a_medium_that_cannot_be_written_can_be_read(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.open
+
+    def refused(name: str, flags: int, *rest: int) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, "Read-only file system", str(name))
+        return found(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert said(capsys, "verify", path) == (0, "2 of 2 agents are whole\n", "")
+    (path / "lock").unlink()
+    assert said(capsys, "verify", path) == (0, "2 of 2 agents are whole\n", "")
+    status, out, err = said(capsys, "gc", path)
+    assert (status, out) == (1, "")
+    assert f"Read-only file system: '{path / 'lock'}'" in err
 
 
 class Terminal(io.StringIO):

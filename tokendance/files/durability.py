@@ -148,6 +148,7 @@ class Durability:
             self._directory, listing, wanted, books, self._pool, self._guard, True, progress
         )
         self.damage = dict(listing.damage)
+        _tell(listing.damage)
         self._take_in(listing, {one.key for one in loaded})
         self._directory.contents.rows.clear()
 
@@ -155,6 +156,8 @@ class Durability:
         self, books: Books, agents: Iterable[str], segments: Iterable[Segment] = ()
     ) -> None:
         """Brings agents at rest into the pool, and Masters of segments that they alone have used.
+
+        It reads files: whoever holds the guard must not call it.
 
         Raises:
             OutOfPagesError: there are too few pages; they are at rest as before.
@@ -192,6 +195,7 @@ class Durability:
         use_instead(listing, there, self._pool.block_size)
         loaded = load(self._directory, listing, None, books, self._pool, self._guard, True)
         self.damage |= listing.damage
+        _tell(listing.damage)
         for one in loaded:
             self._mirrors[one.agent] = replace(self._mirrors[one.agent], mirror=one.mirror)
         for agent in kept:
@@ -422,3 +426,8 @@ class Durability:
         """Removes what is not valid any more from the files; returns how many bytes."""
         with self._writing:
             return compact(self._directory, None, progress)
+
+
+def _tell(damage: Mapping[str, str]) -> None:
+    for agent, why in damage.items():
+        _LOGGER.warning("agent %r is left out: %s", agent, why)

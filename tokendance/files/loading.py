@@ -158,6 +158,7 @@ def load(
     guard: AbstractContextManager[object],
     idle: bool,
     progress: Progress | None = None,
+    all_or_none: bool = False,
 ) -> list[StoredMirror]:
     """Brings agents and the Masters that they use into a pool, and their books.
 
@@ -167,6 +168,8 @@ def load(
         agents: their names; None: all that are whole.
         guard: is held while the books are read or changed, and not while files are.
         idle: also Masters that no agent uses, as far as there are free pages.
+        progress: is told.
+        all_or_none: nothing is loaded where one of the agents is damaged.
 
     Returns:
         The Mirrors that have been loaded, their Masters in ``listing.masters``.
@@ -190,7 +193,8 @@ def load(
         )
     if idle:
         masters += _idle_that_fit(listing, used, free - needed, block)
-    return _Loading(directory, listing, books, pool, guard, progress).run(mirrors, masters)
+    loading = _Loading(directory, listing, books, pool, guard, all_or_none, progress)
+    return loading.run(mirrors, masters)
 
 
 def _idle_that_fit(
@@ -223,6 +227,7 @@ class _Loading:
         books: Books,
         pool: PagePool,
         guard: AbstractContextManager[object],
+        all_or_none: bool,
         progress: Progress | None,
     ) -> None:
         self._directory = directory
@@ -230,6 +235,7 @@ class _Loading:
         self._books = books
         self._pool = pool
         self._guard = guard
+        self._all_or_none = all_or_none
         self._progress = progress
         self._taken: list[Master | Mirror] = []
 
@@ -237,6 +243,9 @@ class _Loading:
         try:
             wrong = self._read(mirrors, masters)
             kept = [one for one in mirrors if not self._is_damaged(one, wrong)]
+            if self._all_or_none and len(kept) < len(mirrors):
+                self._give_back(list(self._taken))
+                return []
             used = {key for one in kept for key in one.masters}
             unneeded = [
                 one.master

@@ -136,7 +136,12 @@ def import_agents(
             needed = {key: master for key, master in alike.items() if key in used}
             there = _with_the_same_bits(directory, listing, pool, needed)
             use_instead(listing, there, pool.block_size)
-            loaded = load(directory, listing, wanted, books, pool, guard, False, progress)
+            loaded = load(
+                *(directory, listing, wanted, books, pool, guard),
+                idle=False,
+                progress=progress,
+                all_or_none=True,
+            )
             if len(loaded) < len(wanted):
                 with guard:
                     for one in loaded:
