@@ -23,7 +23,8 @@ class Decoder(Uncopied, instead="ask the collector for another"):
     """Decode steps of up to ``max_rows`` rows, all in the same tensors; see `KVCollector.decoder`.
 
     `prepare` plans a step and fills the buffers. `attend` is what is captured, with the model's
-    other layers around it; it reads the buffers, whatever was prepared last.
+    other layers around it; it reads the buffers, whatever was prepared last. One thread at a time
+    may use it; other threads may use the store meanwhile.
 
     Attributes:
         token_ids: int64 ``[max_rows]``, 0 behind the step's rows.
@@ -54,7 +55,9 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         self._scheduler = store.scheduler
-        self._scheduler.windows += [one for one in windows if one not in self._scheduler.windows]
+        with store.lock:
+            known = self._scheduler.windows
+            known += [one for one in windows if one not in known]
         capacity = step_capacity(
             agents=max_agents,
             rows=max_rows,

@@ -21,8 +21,10 @@ class Step(Uncopied, instead="ask the collector for the next step"):
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
     it. Leaving it by an exception aborts the plans that have rows in it. Leaving it before the last
     layer is an error. From the moment that it is made until it ends, its agents can be in no other
-    step, nor committed, aborted, suspended or truncated. A step that is not entered is given back
-    by `cancel`, or when it is dropped.
+    step, nor committed, suspended or truncated. Who is aborted meanwhile has its pages until the
+    step ends. A step that is not entered is given back by `cancel`, or when it is dropped.
+
+    One thread at a time may use it, another one than made it, too.
 
     Attributes:
         agents: name of every row's agent; None for what is computed for no agent.
@@ -53,7 +55,6 @@ class Step(Uncopied, instead="ask the collector for the next step"):
     def __enter__(self) -> Step:
         if self._run is not None or self._is_over:
             raise ValueError("step: expected a step that has not been entered, got one that has")
-        self._check_plans()
         try:
             self._run = self._executor.open(
                 self.record,
@@ -95,13 +96,15 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._end()
         self._planned.cancel()
 
+    def abandon(self) -> None:
+        """Has a step that has not been entered given back by the scheduler's next call."""
+        if self._run is None and not self._is_over:
+            self._end()
+            self._planned.abandon()
+
     def _end(self) -> None:
         self._is_over = True
         self._finalizer.detach()
-
-    def _check_plans(self) -> None:
-        if self._planned.is_void:
-            raise ValueError("step: expected plans that go on, got one that was aborted")
 
     @property
     def _open(self) -> Run:
@@ -155,12 +158,10 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         """Rotates, stores and attends for one layer; see `tokendance.device.Run.attend`.
 
         Raises:
-            ValueError: the step is not open, one of its plans was aborted, the layer is out of
-                order, or a number or a tensor does not fit; then nothing has changed, and the call
-                can be repeated.
+            ValueError: the step is not open, the layer is out of order, or a number or a tensor
+                does not fit; then nothing has changed, and the call can be repeated.
         """
         run = self._open
-        self._check_plans()
         choosing = bool(self.record.choices)
         out = run.attend(
             layer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,12 @@ from tokendance.files import one_file
 from tokendance.host.books import Books, PageAllocator
 from tokendance.host.mirror import Master, Mirror, no_pages
 from tokendance.host.plan import LivePlan, Plan
+from tokendance.host.reading import Reading
 from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 from tokendance.host.uncopied import Uncopied
+from tokendance.lock import StoreLock
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -103,7 +106,14 @@ class DiffStore(
         ValueError: for arguments that do not fit each other, naming the argument.
 
     A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs
-    and images are kept apart by the segments' namespaces. It is not thread-safe.
+    and images are kept apart by the segments' namespaces.
+
+    Any number of threads may use it at once, and what is made of it: collectors, plans, and each
+    step by one thread. An agent that has not ended belongs to one thread at a time
+    (docs/engine.md). The process that made a store is the only one that can use it.
+
+    Attributes:
+        lock: held by whoever reads or changes the books; never while anything is computed.
     """
 
     def __init__(
@@ -142,20 +152,25 @@ class DiffStore(
         self.executor = Executor(geometry, rope, pool, host_pages)
         self.max_position = self.executor.max_position
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
-        self.scheduler = Scheduler(self.executor.profile, allocator, copy=self.executor.copy)
-        self._restore_records: dict[tuple[int, ...], tuple[list[Mirror], RestoreRecord]] = {}
+        self.lock = StoreLock(self.executor.copy)
+        self.scheduler = Scheduler(self.executor.profile, allocator, guard=self.lock)
+        self._restorable: dict[tuple[int, ...], _Restorable] = {}
 
     def __repr__(self) -> str:
-        books = self.books
-        return (
-            f"DiffStore({len(books.mirrors)} agents, {len(books.masters)} Masters; pages: "
-            f"{books.free_pages} free, {books.evictable_pages} evictable, "
-            f"{books.used_pages - books.evictable_pages} held)"
-        )
+        with self.lock:
+            books = self.books
+            return (
+                f"DiffStore({len(books.mirrors)} agents, {len(books.masters)} Masters; pages: "
+                f"{books.free_pages} free, {books.evictable_pages} evictable, "
+                f"{books.used_pages - books.evictable_pages} held)"
+            )
 
     @property
     def books(self) -> Books:
-        """Who uses which page: of this package's modules, nothing in it is checked."""
+        """Who uses which page: of this package's modules, nothing in it is checked.
+
+        Whoever reads more than one thing, or changes one, holds the `lock`.
+        """
         self.scheduler.collect()
         return self.scheduler.books
 
@@ -181,7 +196,7 @@ class DiffStore(
     @property
     def agents(self) -> list[str]:
         """The agents that have a Mirror."""
-        return list(self.books.mirrors)
+        return list(self.mirrors)
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
@@ -194,7 +209,8 @@ class DiffStore(
     @property
     def mirrors(self) -> Mapping[str, Mirror]:
         """All Mirrors, by agent; not to be changed."""
-        return self.books.mirrors
+        with self.lock:
+            return dict(self.books.mirrors)
 
     # Agents ---------------------------------------------------------------------------------------
 
@@ -204,13 +220,16 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent, or one released before.
         """
-        self._mirror(agent)
-        self.books.drop(agent)
+        with self.lock:
+            self._mirror(agent)
+            self.books.drop(agent)
 
     def _mirror(self, agent: str) -> Mirror:
-        if agent not in self.books.mirrors:
-            raise KeyError(f"agent: expected one of {sorted(self.books.mirrors)}, got {agent!r}")
-        return self.books.mirrors[agent]
+        with self.lock:
+            known = self.books.mirrors
+            if agent not in known:
+                raise KeyError(f"agent: expected one of {sorted(known)}, got {agent!r}")
+            return known[agent]
 
     def evict(self, pages: int) -> int:
         """Drops Masters that nobody uses, the longest unused first: an engine wants its pages.
@@ -224,16 +243,19 @@ class DiffStore(
         """
         if pages < 0:
             raise ValueError(f"pages: expected at least 0, got {pages}")
-        return self.books.evict(pages)
+        with self.lock:
+            return self.books.evict(pages)
 
     def clear(self) -> None:
         """Forgets all agents and all Masters: the weights have changed, or another model comes.
 
         Raises:
-            ValueError: a plan has agents that have not ended; nothing is forgotten.
+            ValueError: a plan has agents that have not ended, or a step is open; nothing is
+                forgotten.
         """
-        self.scheduler.clear()
-        self._restore_records.clear()
+        with self.lock:
+            self.scheduler.clear()
+            self._restorable.clear()
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -273,22 +295,29 @@ class DiffStore(
         values = [v_cache] if is_array(v_cache) else list(v_cache)
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
-        record = self._restore_record(names, plan)
-        self.executor.restore(record, which, keys, values, slots)
+        with ExitStack() as stack:
+            with self.lock:
+                found = self._restorable_of(names, plan)
+                stack.enter_context(found.reading)  # others may let go of the rows meanwhile
+            self.executor.restore(found.record, which, keys, values, slots)
 
-    def _restore_record(self, names: list[str], plan: Plan | None) -> RestoreRecord:
+    def _restorable_of(self, names: list[str], plan: Plan | None) -> _Restorable:
         none = np.empty((len(names), 0), np.int64)  # slots are on the device
-        if plan is not None:
-            return self.scheduler.restore(names, none, self.live(plan))
-        mirrors = [self._mirror(name) for name in names]
+        live = None if plan is None else self.live(plan)
+        self.scheduler.collect()
+        mirrors = self.scheduler.restorable(names, live)
         key = tuple(id(mirror) for mirror in mirrors)
-        if key not in self._restore_records:
+        if live is None and key in self._restorable:
+            return self._restorable[key]
+        record = self.scheduler.restore(names, none, live)
+        found = _Restorable(mirrors, record, Reading(self.scheduler, mirrors))
+        if live is None:
             # An engine restores layer by layer: the last few groups of agents are worth keeping.
             # The Mirrors are kept with them, so that an id stays that of the same Mirror.
-            if len(self._restore_records) >= 8:
-                self._restore_records.pop(next(iter(self._restore_records)))
-            self._restore_records[key] = (mirrors, self.scheduler.restore(names, none))
-        return self._restore_records[key][1]
+            if len(self._restorable) >= 8:
+                self._restorable.pop(next(iter(self._restorable)))
+            self._restorable[key] = found
+        return found
 
     def put_round(
         self,
@@ -333,10 +362,13 @@ class DiffStore(
         Raises:
             OSError: the file cannot be written; an earlier one of this name is as it was.
         """
-        masters, mirrors = self.books.masters.values(), self.books.mirrors
-        state = one_file.pack(
-            self.model, self.geometry, self.pool, self.executor.ropes, masters, mirrors
-        )
+        with ExitStack() as stack:
+            with self.lock:
+                masters, mirrors = list(self.books.masters.values()), dict(self.books.mirrors)
+                stack.enter_context(Reading(self.scheduler, list(mirrors.values()), masters))
+            state = one_file.pack(
+                self.model, self.geometry, self.pool, self.executor.ropes, masters, mirrors
+            )
         one_file.write_state(path, state)
 
     @classmethod
@@ -401,6 +433,10 @@ class DiffStore(
 
     def stats(self) -> StoreStats:
         """Counts rows, pages and bytes."""
+        with self.lock:
+            return self._stats()
+
+    def _stats(self) -> StoreStats:
         masters = {id(master): master for master in self.books.masters.values()}
         outputs: dict[int, Master] = {}
         for mirror in self.books.mirrors.values():
@@ -430,6 +466,15 @@ class DiffStore(
             held_pages=self.books.used_pages - self.books.evictable_pages,
             evictions=self.books.evictions,
         )
+
+
+@dataclass(eq=False)
+class _Restorable:
+    """Agents that are restored together."""
+
+    mirrors: list[Mirror]
+    record: RestoreRecord
+    reading: Reading
 
 
 def parse_bytes(size: int | str) -> int:

@@ -230,7 +230,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
 
         Returns:
             Pages given back: fewer if there were no more idle Masters, more if the last one had
-            more.
+            more. Those that somebody reads are given back later, and do not count.
         """
         parts = [no_pages()]
         given = 0
@@ -238,10 +238,9 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             _, master = self._idle.popitem(last=False)
             del self.masters[master.digest]
             master.stored = False
-            given += len(master.pages)
+            self._idle_pages -= len(master.pages)
+            given += int(np.count_nonzero(self._page_users[master.pages] == 1))
             parts.append(master.pages)
-            master.pages = no_pages()
-        self._idle_pages -= given
         self.evictions += len(parts) - 1
         self.drop_pages(np.concatenate(parts))
         return given
@@ -268,7 +267,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 self._touch(master)
             else:
                 self.withdraw(master)
-                self._give_back(master)
+                self.drop_pages(master.pages)
 
     def idle_pages_of(self, masters: Sequence[Master]) -> int:
         """Pages of those among the Masters that nobody holds yet; each counts once."""
@@ -282,10 +281,6 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     def _no_longer_idle(self, master: Master) -> None:
         del self._idle[master.serial]
         self._idle_pages -= len(master.pages)
-
-    def _give_back(self, master: Master) -> None:
-        self.drop_pages(master.pages)
-        master.pages = no_pages()
 
     def announce(self, master: Master) -> None:
         """Lets later plans find a Master that is going to be computed; the first one stays."""

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
 from tokendance.host.decide import AgentDecision, Source, source_of
+from tokendance.host.guard import CopyOrder, Guard, guarded
 from tokendance.host.leases import Leases
 from tokendance.host.mirror import Master, Mirror, pages_for
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
+from tokendance.host.reading import Reading
 from tokendance.host.record import (
     AppendRecord,
     Copies,
@@ -26,7 +28,7 @@ from tokendance.host.record import (
     pack_mirrors,
 )
 from tokendance.host.round import RoundExtents
-from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
+from tokendance.host.segments import Segment, TokenIds, as_token_ids, on_host, shared
 from tokendance.host.uncopied import Uncopied
 
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
@@ -50,9 +52,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         copy: makes copies at once, where the device half is in this process. None: the next record
             has them. An engine whose allocator the books use must not write to pages that it got
             back before that record has been run.
+        guard: lets threads in one at a time, and makes the copies; None: there are no threads, and
+            ``copy`` makes them.
 
     Attributes:
         books: pages, Masters and Mirrors.
+        guard: entered by every method.
     """
 
     def __init__(
@@ -61,18 +66,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         allocator: PageAllocator | None = None,
         windows: Sequence[int] = (0,),
         copy: Callable[[Sequence[Copies]], None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
+        if guard is None and copy is not None:
+            guard = Guard(copy)
+        self.guard = guard or Guard(_no_copies)
         self.profile = profile
         self.books = Books(allocator or PageAllocator(profile.num_pages))
         self.host_pages = PageAllocator(profile.host_pages)
         self.windows = list(windows)
-        self._leases = Leases(profile, self.books, copy)
-        self.dropped: deque[LivePlan | PlannedStep] = deque()
+        self._leases = Leases(profile, self.books, guard)
+        self.dropped: deque[LivePlan | PlannedStep | Reading] = deque()
         self._agents: dict[str, LivePlan] = {}  # of all plans, those that have not ended
         self._states: dict[int, AgentState] = {}  # by serial, those that have not ended
         self._plans: dict[int, LivePlan] = {}  # of each state, by serial
         self._orphans: dict[int, AgentState] = {}  # of them, what is computed for no agent
         self._makers: dict[int, AgentState] = {}  # of Masters that are not computed, by serial
+        self._leaving: dict[int, AgentState] = {}  # ended, by serial; their pages are still used
         self._open: dict[int, PlannedStep] = {}  # steps that have not ended, by number
         self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
         self._did_not_fit: tuple[int, ...] | None = None  # books in which their first did not
@@ -106,10 +116,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.add(live, prompts, wait)
         return Plan(self, live)
 
+    @guarded
     def probe(
         self, decisions: Sequence[AgentDecision], agents: Sequence[str], policy: Policy
     ) -> Plan:
-        """A plan of given decisions that changes nothing that others see."""
+        """A plan of given decisions, of no earlier rows, that changes nothing that others see."""
+        self.collect()
         live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
         self._register(live, self._leases.lease(decisions, policy)[0])
         return Plan(self, live)
@@ -118,8 +130,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]], wait: bool = False
     ) -> None:
         """Adds agents to a plan; see `plan`."""
+        self._add(live, _checked_prompts(prompts), wait)
+
+    @guarded
+    def _add(self, live: LivePlan, checked: dict[str, tuple[Segment, ...]], wait: bool) -> None:
         self.collect()
-        checked = _checked_prompts(prompts)
         for agent in checked:
             if agent in self._agents or agent in live.agents:
                 raise ValueError(
@@ -138,10 +153,13 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._register(live, self._leases.lease_prompts(live, prompts)[0])
+        states = self._leases.lease_prompts(live, prompts)[0]
+        self._register(live, states)
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
+        names = list(prompts)
+        self._leases.copy_carried_rows(states, self.settle, lambda: self._abort(live, names))
 
     def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
         live.waiting.append(prompts)
@@ -184,9 +202,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """The same for `add`."""
-        self.collect()
-        return self._leases.pages_to_lease(live, _checked_prompts(prompts))
+        checked = _checked_prompts(prompts)
+        with self.guard:
+            self.collect()
+            return self._leases.pages_to_lease(live, checked)
 
+    @guarded
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
         rows it has."""
@@ -242,11 +263,26 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             OutOfPagesError: too few pages for the decode rows; nothing has changed, but for
                 evictions.
         """
-        self.collect()
         if max_rows < 1:
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+        given = _given(decode or {})
+        wanted = None if prefill is None else _listed(prefill)
+        planned = None
+        try:
+            with self.guard:
+                planned = self._step(given, wanted, max_rows)
+        except BaseException:
+            if planned is not None:  # copies of who was admitted could not be made
+                planned.cancel()
+            raise
+        return planned
+
+    def _step(
+        self, decode: Mapping[str, TokenIds], prefill: list[str] | None, max_rows: int
+    ) -> PlannedStep | None:
+        self.collect()
         names = None if prefill is None else self._named(prefill)
-        fed = self._fed(decode or {})
+        fed = self._fed(decode)
         decoded = self._extend(fed)  # before others are admitted, who would take their pages
         with self._undone_by_errors(decoded):
             self._admit_waiting()
@@ -265,6 +301,17 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 self.shorten(part.state, part.begin)
             raise
 
+    @guarded
+    def holds_up(self, prefill: Iterable[str] | None) -> bool:
+        """Whether rows that `step` would compute wait for the end of an open step."""
+        wanted = None if prefill is None else self._wanted(self._named(prefill))
+        return any(
+            state.is_taken and state.phase is Phase.PREFILL
+            for state in self._states.values()
+            if wanted is None or state.serial in wanted
+        )
+
+    @guarded
     def step_of(self, plan: Plan, max_rows: int) -> PlannedStep | None:
         """The next step of one plan's prompts alone."""
         live = plan._live
@@ -279,20 +326,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ValueError: the step needs more than that, naming what; nothing has changed. Otherwise
                 as `step`.
         """
-        decode = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in decode.items()}
-        for name, needed in self.exceeded(decode, capacity).items():
-            given = getattr(capacity, name)
-            raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
-        decoded = self._extend(self._fed(decode))
-        with self._undone_by_errors(decoded):
-            return self._planned(decoded, capacity)
+        decode = _given(decode)
+        with self.guard:
+            for name, needed in self.exceeded(decode, capacity).items():
+                given = getattr(capacity, name)
+                raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
+            decoded = self._extend(self._fed(decode))
+            with self._undone_by_errors(decoded):
+                return self._planned(decoded, capacity)
 
     def exceeded(
         self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
     ) -> dict[str, int]:
         """The extents of which a decode step needs more than ``capacity`` has, and how many."""
-        self.collect()
-        needed = self._extents_of(self._fed(decode))
+        decode = _given(decode)
+        with self.guard:
+            self.collect()
+            needed = self._extents_of(self._fed(decode))
         return {name: count for name, count in needed.items() if count > getattr(capacity, name)}
 
     def _extents_of(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> dict[str, int]:
@@ -329,28 +379,27 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         return step
 
     def _named(self, agents: Iterable[str]) -> list[str]:
-        names = [agents] if isinstance(agents, str) else list(agents)
+        names = _listed(agents)
         for name in names:
             if name not in self._agents:
                 raise KeyError(f"agent: expected one of {sorted(self._agents)}, got {name!r}")
         return names
 
     def _fed(
-        self, decode: Mapping[str, TokenIds | Iterator[int]], argument: str = "decode"
+        self, decode: Mapping[str, TokenIds], argument: str = "decode"
     ) -> list[tuple[LivePlan, AgentState, list[int]]]:
         fed = []
         for agent, ids in decode.items():
             self._named([agent])
             live = self._agents[agent]
             state = live.state(agent)
-            if state.busy:
+            if state.is_taken:
                 raise ValueError(f"{argument}: expected agents in no open step, got {agent!r}")
             if state.phase is not Phase.DECODE:
                 raise ValueError(
                     f"{argument}: expected agents in decode, got {agent!r} ({state.phase.value})"
                 )
-            given = list(ids) if isinstance(ids, Iterator) else ids
-            tokens = as_token_ids(given, f"{argument}[{agent!r}]").tolist()
+            tokens = as_token_ids(ids, f"{argument}[{agent!r}]").tolist()
             if not tokens:
                 raise ValueError(f"{argument}[{agent!r}]: expected at least one token, got none")
             if state.length + len(tokens) > self.profile.max_position:
@@ -402,7 +451,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         for state in states:
             if room <= 0:
                 break
-            if state.ended or state.busy or state.phase is not Phase.PREFILL:
+            if state.ended or state.is_taken or state.phase is not Phase.PREFILL:
                 continue
             end = _NO_END if wanted is None else wanted.get(state.serial, 0)
             if not end:
@@ -425,7 +474,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             for use in state.made:
                 if not use.master.is_computed:
                     available[use.master.serial] = state.computed_of(use, left)
-            parts.append(StepPart(plan, state, positions, -1))
+            parts.append(StepPart(plan, state, positions, -1, end == _NO_END))
             room -= len(positions)
         return parts
 
@@ -438,6 +487,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Rows of an engine's own cache ----------------------------------------------------------------
 
+    @guarded
     def restore(
         self, agents: str | Sequence[str], slots: SlotMapping, live: LivePlan | None = None
     ) -> RestoreRecord:
@@ -453,8 +503,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ValueError: an agent of the plan that has ended, is in an open step or has rows that are
                 not computed yet; or slots of another shape.
         """
-        names = [agents] if isinstance(agents, str) else list(agents)
-        mirrors = [self._restorable(name, live) for name in names]
+        names = _listed(agents)
+        mirrors = self.restorable(names, live)
         rows = np.asarray(slots)
         if rows.ndim == 1 and len(names) == 1:
             rows = rows[None]
@@ -465,6 +515,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         packed = pack_mirrors(mirrors, self.profile.block_size)
         copies = self._leases.take_copies()
         return RestoreRecord(next(self._numbers), packed, rows, copies)
+
+    @guarded
+    def restorable(self, agents: Sequence[str], live: LivePlan | None = None) -> list[Mirror]:
+        """Agents' rows as `restore` means them, and with its errors."""
+        return [self._restorable(agent, live) for agent in agents]
 
     def _restorable(self, agent: str, live: LivePlan | None) -> Mirror:
         if live is None:
@@ -481,6 +536,10 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def append(self, live: LivePlan, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
         """Takes tokens for decoded whose rows an engine computed; see `Plan.append`."""
+        return self._append(live, _given(rows))
+
+    @guarded
+    def _append(self, live: LivePlan, rows: Mapping[str, TokenIds]) -> AppendRecord:
         self.collect()
         for agent in rows:
             live.state(agent)
@@ -493,6 +552,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Ends -----------------------------------------------------------------------------------------
 
+    @guarded
     def truncate(self, live: LivePlan, agent: str, length: int) -> None:
         self.collect()
         state = self._idle(live, agent)
@@ -505,12 +565,13 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def _idle(self, live: LivePlan, agent: str, on_host: bool = False) -> AgentState:
         state = live.state(agent)
-        if state.busy:
+        if state.is_taken:
             raise ValueError(f"agent: expected one that is in no open step, got {agent!r}")
         if state.phase is Phase.SUSPENDED and not on_host:
             raise ValueError(f"agent: expected one that has pages, got {agent!r} (suspended)")
         return state
 
+    @guarded
     def commit(
         self,
         live: LivePlan,
@@ -538,24 +599,20 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                     state.output.digest = outputs[name].digest
                     self.books.publish(state.output)
             self.books.put(name, state.mirror(segments))
-            self._let_go(live, state)
+            self._end(live, state)
+            self.books.let_go(state.uses.masters)
         self.end_unneeded()
 
+    @guarded
     def abort(self, live: LivePlan, agents: str | Iterable[str] | None) -> None:
         self.collect()
         names = live.names(agents)
         for name in names:
-            if name in live.by_name:
-                self._idle(live, name, on_host=True)
-            elif live.phase(name) is Phase.ENDED:
+            if live.phase(name) is Phase.ENDED:
                 live.state(name)  # raises
         self._abort(live, names)
 
-    def abort_open(self, live: LivePlan) -> None:
-        """Aborts all agents that have not ended, those in open steps too."""
-        self._abort(live, live.names(None), in_steps=True)
-
-    def _abort(self, live: LivePlan, names: Iterable[str], in_steps: bool = False) -> None:
+    def _abort(self, live: LivePlan, names: Iterable[str]) -> None:
         for name in names:
             if name in live.by_name:
                 self._give_up(live, live.by_name[name])
@@ -563,7 +620,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._stop_waiting(live, name)
             if not live.is_probe:
                 self._agents.pop(name, None)
-        self.end_unneeded(live if in_steps else None)
+        self.end_unneeded()
 
     def _stop_waiting(self, live: LivePlan, agent: str) -> None:
         for prompts in live.waiting:
@@ -582,21 +639,30 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._give_back(live, state)
 
     def _give_back(self, live: LivePlan, state: AgentState) -> None:
-        self._forget_host_pages(state)
-        self.books.drop_pages(state.own_pages)
-        self._let_go(live, state)
+        self._end(live, state)
+        self._leaving[state.serial] = state
+        self.settle([state])
+
+    def settle(self, states: Iterable[AgentState]) -> None:
+        """Those among the states that have ended give their pages back, unless an open step or a
+        copy still has them."""
+        for state in states:
+            if state.serial in self._leaving and not state.keeps_pages:
+                del self._leaving[state.serial]
+                self._forget_host_pages(state)
+                self.books.drop_pages(state.own_pages)
+                self.books.let_go(state.uses.masters)
 
     def _forget_host_pages(self, state: AgentState) -> None:
         if state.host_pages is not None:
             self.host_pages.free(state.host_pages)
             state.host_pages = None
 
-    def _let_go(self, live: LivePlan, state: AgentState) -> None:
+    def _end(self, live: LivePlan, state: AgentState) -> None:
         state.ended = True
         state.pending = state.pending[:0]
         for use in state.made:
             self._makers.pop(use.master.serial, None)
-        self.books.let_go(state.uses.masters)
         del self._plans[state.serial]
         self._states.pop(state.serial, None)
         self._orphans.pop(state.serial, None)
@@ -607,14 +673,14 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             if not live.is_probe:
                 self._agents.pop(state.agent, None)
 
-    def end_unneeded(self, aborted: LivePlan | None = None) -> None:
+    def end_unneeded(self) -> None:
         """Ends what is computed for no agent where no agent waits for it.
 
-        What is in an open step ends with the step, but for that of an ``aborted`` plan.
+        What is in an open step ends with the step.
         """
         for serial in sorted(self._orphans, reverse=True):
             state = self._orphans[serial]
-            if state.busy and self._plans[serial] is not aborted:
+            if state.is_taken:
                 continue
             mine = [master.serial for master in state.uses.masters]
             ends = [
@@ -630,6 +696,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def end_step(self, step: PlannedStep) -> None:
         del self._open[step.number]
+        self.guard.rows_are_free()
 
     def take_back(self, step: PlannedStep) -> None:
         """Has the copies of a step that is not run made by the next one."""
@@ -641,18 +708,28 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             record = self._open[later].record
             record.copies = copies + record.copies
 
+    @guarded
     def collect(self) -> None:
-        """Aborts plans, and cancels steps, that were dropped."""
+        """Ends what was dropped: plans are aborted, steps cancelled.
+
+        Garbage may be collected by any thread in the middle of anything, so that it is only put
+        down what is to be ended.
+        """
         while self.dropped:
             one = self.dropped.popleft()
             if isinstance(one, LivePlan):
-                self.abort_open(one)
+                self._abort(one, one.names(None))
+            elif isinstance(one, Reading):
+                one.end()
             elif one.is_open:
                 one.cancel()
 
+    @guarded
     def clear(self) -> None:
         """Forgets all Mirrors and Masters; see `DiffStore.clear`."""
         self.collect()
+        if self._leaving:
+            raise ValueError(f"store: expected no open steps, got {len(self._open)}")
         if self._agents or self._plans:
             computed = {state.agent for live in self._plans.values() for state in live.states}
             raise ValueError(
@@ -665,6 +742,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Preemption -----------------------------------------------------------------------------------
 
+    @guarded
     def suspend(self, live: LivePlan, agents: str | Iterable[str], to: str) -> None:
         if to not in ("nowhere", "host"):
             raise ValueError(f"to: expected 'nowhere' or 'host', got {to!r}")
@@ -703,15 +781,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 f"{self.profile.host_pages}"
             )
         pages = np.concatenate(private)
-        try:
-            self._leases.order([Copies(to_host=np.stack([pages, given], axis=1))])
-        except BaseException:
-            self.host_pages.free(given)
-            raise
-        for state, mine, (begin, end) in zip(states, private, pairwise(ends), strict=True):
+        for state, (begin, end) in zip(states, pairwise(ends), strict=True):
             state.leave(given[begin:end])
-            self.books.drop_pages(mine)
 
+        def done() -> None:
+            self.books.drop_pages(pages)
+            self.settle(states)
+
+        def undo() -> None:
+            for state, mine in zip(states, private, strict=True):
+                state.come_back(mine)
+            self.host_pages.free(given)
+            self.settle(states)
+
+        copies = [Copies(to_host=np.stack([pages, given], axis=1))]
+        self._leases.order(CopyOrder(copies, states, done, undo))
+
+    @guarded
     def resume(self, live: LivePlan, agents: str | Iterable[str]) -> None:
         self.collect()
         names = live.names(agents)
@@ -749,6 +835,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             state.recompute_output()
         self.books.drop_pages(pages)  # that of the next row: it was enough to know that it is there
         del live.suspended[agent]
+        self._leases.copy_carried_rows(
+            states, self.settle, lambda: self.suspend(live, agent, "nowhere")
+        )
 
     def _pages_of_output(self, suspended: Suspended) -> int:
         """Pages of the decoded rows and of one more, without which an agent is suspended again."""
@@ -762,17 +851,25 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         pages = self.books.take_pages(sum(map(len, held)) + more)
         pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         self.books.drop_pages(rest)
-        try:
-            self._leases.order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
-        except BaseException:
-            self.books.drop_pages(pages)
-            raise
         at = 0
         for state, host_pages in zip(states, held, strict=True):
             state.come_back(pages[at : at + len(host_pages)])
             at += len(host_pages)
-            self.host_pages.free(host_pages)
 
+        def done() -> None:
+            self.host_pages.free(np.concatenate(held))
+            self.settle(states)
+
+        def undo() -> None:
+            for state, host_pages in zip(states, held, strict=True):
+                state.leave(host_pages)
+            self.books.drop_pages(pages)
+            self.settle(states)
+
+        copies = [Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))]
+        self._leases.order(CopyOrder(copies, states, done, undo))
+
+    @guarded
     def pages_to_resume(self, live: LivePlan, agent: str) -> int:
         self.collect()
         if live.phase(agent) is not Phase.SUSPENDED:
@@ -786,6 +883,22 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         given = live.suspended[agent]
         more = self._pages_of_output(given)
         return self._leases.pages_to_lease(live, {agent: given.segments}, more)
+
+
+def _no_copies(copies: Sequence[Copies]) -> None:
+    raise AssertionError("copies that the next record has")
+
+
+def _given(decode: Mapping[str, TokenIds | Iterator[int]]) -> dict[str, TokenIds]:
+    """Token ids as they are read: nobody waits for a device, or an iterator, at the books."""
+    return {
+        agent: list(ids) if isinstance(ids, Iterator) else on_host(ids)
+        for agent, ids in decode.items()
+    }
+
+
+def _listed(agents: Iterable[str]) -> list[str]:
+    return [agents] if isinstance(agents, str) else list(agents)
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:

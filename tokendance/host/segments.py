@@ -223,15 +223,10 @@ def _frozen(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
     """A read-only int32 copy of the caller's token ids, checked."""
-    if hasattr(token_ids, "detach"):  # a tensor, wherever it is
-        ids: npt.NDArray[Any] = token_ids.detach().cpu().numpy()
-    elif hasattr(token_ids, "__dlpack__") and not isinstance(token_ids, np.ndarray):
-        ids = token_ids.get() if hasattr(token_ids, "get") else np.from_dlpack(token_ids)
-    else:
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError as error:
-            raise ValueError(f"{argument}: expected a flat list of ints, got {error}") from error
+    try:
+        ids: npt.NDArray[Any] = np.asarray(on_host(token_ids))
+    except ValueError as error:
+        raise ValueError(f"{argument}: expected a flat list of ints, got {error}") from error
     if ids.ndim != 1:
         raise ValueError(f"{argument}: expected shape [length], got {list(ids.shape)}")
     if ids.size == 0:
@@ -247,3 +242,12 @@ def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
         bad = low if low < 0 else high
         raise ValueError(f"{argument}: expected token ids in 0 .. {_MAX_TOKEN_ID}, got {bad}")
     return _frozen(np.array(ids, dtype=np.int32, order="C"))
+
+
+def on_host(token_ids: TokenIds) -> TokenIds:
+    """The same token ids: what lies on a device is fetched, all else is as it was."""
+    if hasattr(token_ids, "detach"):  # a tensor, wherever it is
+        return token_ids.detach().cpu().numpy()
+    if hasattr(token_ids, "__dlpack__") and not isinstance(token_ids, np.ndarray):
+        return token_ids.get() if hasattr(token_ids, "get") else np.from_dlpack(token_ids)
+    return token_ids
