@@ -63,3 +63,11 @@ def close(rows: Rows, expected: Rows) -> bool:
         for mine, other in zip(rows, expected, strict=True)
         for a, b in zip(mine, other, strict=True)
     )
+
+
+def begins_with(found: Rows, rows: Rows) -> bool:
+    """Whether rows are there, as far as there was room, and behind them nothing was written."""
+    room, length = len(found[0][0]), len(rows[0][0])
+    return same(cut(found, length), cut(rows, room)) and all(
+        bool(side[length:].isnan().all()) for layer in found for side in layer
+    )

@@ -42,6 +42,7 @@ class Client(threading.Thread):
         collectors: list[td.KVCollector],
         seed: list[int],
         go_on: Callable[[], bool],
+        versions: dict[str, list[dense_rows.Rows]],
         **kinds: list[td.Segment],
     ) -> None:
         super().__init__(name=name, daemon=True)
@@ -49,6 +50,7 @@ class Client(threading.Thread):
         self.store = collectors[0].store
         self.rng = np.random.default_rng(seed)
         self.go_on = go_on
+        self.versions = versions  # of all threads' agents, everything that they ever had
         self.heard = kinds["heard"]
         self.written = kinds["written"]
         self.rows: dict[str, dense_rows.Rows] = {}
@@ -60,7 +62,8 @@ class Client(threading.Thread):
         acts = [
             (self.round, 8),
             (self.put, 3),
-            (self.read, 8),
+            (self.read, 6),
+            (self.read_others, 8),
             (self.release, 2),
             (self.evict, 1),
             (self.look, 2),
@@ -101,6 +104,26 @@ class Client(threading.Thread):
         assert self.store.length(agent) == length, agent
         assert dense_rows.same(dense_rows.of_store(self.store, agent, length), expected), agent
 
+    def read_others(self) -> None:
+        """What another thread has committed, and may be replacing or releasing."""
+        agents = self.store.agents
+        if not agents:
+            return
+        agent = agents[self.rng.integers(len(agents))]
+        try:
+            length = self.store.length(agent)
+            found = dense_rows.of_store(self.store, agent, length)
+        except KeyError:
+            self.counts["released meanwhile"] += 1
+            return
+        versions = list(self.versions[agent])
+        assert any(dense_rows.begins_with(found, rows) for rows in versions), agent
+
+    def keep(self, agent: str, rows: dense_rows.Rows) -> None:
+        """What the agent has from now on; whoever finds it there already may read it."""
+        self.versions.setdefault(agent, []).append(rows)
+        self.rows[agent] = rows
+
     def release(self) -> None:
         for agent in self.names(1):
             if agent in self.rows:
@@ -129,6 +152,8 @@ class Client(threading.Thread):
             prompts[agent] = [mine, *self.some(self.written)]
             dense[agent] = dense_rows.drawn(sum(map(len, prompts[agent])), self.rng)
         given = {agent: tuple(zip(*rows, strict=True)) for agent, rows in dense.items()}
+        for agent, rows in dense.items():
+            self.versions.setdefault(agent, []).append(rows)
         self.store.put_round(given, prompts)
         self.rows |= dense
         self.prompts |= {agent: [] for agent in prompts}
@@ -242,8 +267,8 @@ class Client(threading.Thread):
             found = dense_rows.of_store(self.store, agent, len(ids), plan)
             assert dense_rows.close(found, expected), agent
             expected = found
+        self.keep(agent, expected)
         plan.commit(agent)
-        self.rows[agent] = expected
         self.prompts[agent] = [*prompt, td.shared(output)] if output else prompt
         self.check(agent)
 
@@ -267,6 +292,7 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
         for source in ("master", "alone", "producer")
     ]
     left = iter(range(acts))
+    versions: dict[str, list[dense_rows.Rows]] = {}
     turn, failed = threading.Lock(), threading.Event()
 
     def go_on() -> bool:
@@ -274,7 +300,7 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
             return not failed.is_set() and next(left, None) is not None
 
     clients = [
-        Client(f"thread {i}", collectors, [seed, i], go_on, heard=heard, written=written)
+        Client(f"thread {i}", collectors, [seed, i], go_on, versions, heard=heard, written=written)
         for i in range(threads)
     ]
     with watched(acts):

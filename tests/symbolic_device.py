@@ -197,7 +197,7 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
             assert use.master.is_computed or use.master.serial in scheduler._makers
     host = [page for state in states if state.host_pages is not None for page in state.host_pages]
     assert len(set(host)) == len(host)
-    assert scheduler.host_pages.num_free == scheduler.profile.host_pages - len(host)
+    assert scheduler.host_pages.num_free == scheduler.host_pages.limit - len(host)
     assert {s.serial for s in states if s.ended} == set(scheduler._leaving)
     names = {name for live in _plans(scheduler) for name in live.names(None)}
     assert names == set(scheduler._agents)

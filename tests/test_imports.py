@@ -57,7 +57,7 @@ def is_of(module: str, names: frozenset[str]) -> bool:
 STANDARD = frozenset(sys.stdlib_module_names)
 FRONT = frozenset(
     f"tokendance.{name}"
-    for name in ("audit", "collector", "decoder", "encoding", "lock", "step", "store")
+    for name in ("audit", "collector", "decoder", "encoding", "lock", "step", "store", "tenants")
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))

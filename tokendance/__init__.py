@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokendance.host.segments import Segment, private, shared, split_round
     from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Nothing
     from tokendance.step import Step
-    from tokendance.store import DiffStore, StoreStats
+    from tokendance.store import DiffStore, StoreStats, Tenant
 
 try:
     __version__ = version("tokendance")
@@ -61,6 +61,7 @@ _MODULES = {
     "Segment": "host.segments",
     "Step": "step",
     "StoreStats": "store",
+    "Tenant": "store",
     "private": "host.segments",
     "shared": "host.segments",
     "split_round": "host.segments",
@@ -90,6 +91,7 @@ __all__ = [
     "Segment",
     "Step",
     "StoreStats",
+    "Tenant",
     "__version__",
     "private",
     "shared",

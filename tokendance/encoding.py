@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +43,7 @@ def encode_round(
 ) -> None:
     """Checks ``dense``, and stores Masters that are missing and a Mirror of every agent; if that
     fails, the store is as it was, but for evictions."""
-    prompts = {agent: _segments(agent, segments) for agent, segments in prompts.items()}
+    prompts = store.scheduler.checked(prompts)
     _check_dense(store, dense, prompts)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
 
@@ -206,16 +206,6 @@ def _as_stored(
                 )
             to.append(out)
     return stored
-
-
-def _segments(agent: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    segments = tuple(segments)  # an iterator could be read only once
-    odd = [type(one).__name__ for one in segments if not isinstance(one, Segment)]
-    if odd:
-        raise TypeError(
-            f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), got {odd[0]}"
-        )
-    return segments
 
 
 def _check_dense(

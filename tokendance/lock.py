@@ -15,6 +15,10 @@ from tokendance.host.record import Copies
 LOG = logging.getLogger("tokendance")
 
 
+class ClosedError(ValueError):
+    """Of a tenant that has been closed."""
+
+
 class StoreLock(Guard):
     """The guard of a store that any number of threads use.
 
@@ -34,6 +38,7 @@ class StoreLock(Guard):
         self._orders: list[CopyOrder] = []
         self._told: list[tuple[str, tuple[object, ...]]] = []
         self._changes = 0
+        self._closed: str | None = None
 
     def __enter__(self) -> object:
         if os.getpid() != self._process:
@@ -43,6 +48,9 @@ class StoreLock(Guard):
                 f"({os.getpid()}); make a store in each process, or start processes by 'spawn'"
             )
         self._condition.acquire()
+        if self._closed is not None and not self._depth:
+            self._condition.release()
+            raise ClosedError(self._closed)
         self._depth += 1
         return self
 
@@ -78,6 +86,10 @@ class StoreLock(Guard):
     def order(self, order: CopyOrder) -> None:
         order.ordered()
         self._orders.append(order)
+
+    def close(self, why: str) -> None:
+        """Lets nobody in any more; to be called by who holds the lock."""
+        self._closed = why
 
     def tell(self, message: str, *values: object) -> None:
         if LOG.isEnabledFor(logging.INFO):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from tokendance.host.reading import Reading
 from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
+from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
-from tokendance.lock import StoreLock
+from tokendance.lock import ClosedError, StoreLock
+from tokendance.tenants import LentPages
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -47,12 +49,14 @@ class StoreStats:
         dense_bytes: bytes of ``dense_rows``.
         row_bytes: bytes of ``master_rows + own_rows``: the least that this content takes.
         stored_bytes: bytes of the pages that hold them.
-        total_pages, used_pages: of the pool; used ones hold this store's rows, plans' included.
+        total_pages, used_pages: of the pool, without those of tenants, or of a tenant's quota; used
+            ones hold rows, plans' included.
         free_pages: that can be taken without an eviction. Where an engine's allocator does not say
             how many it has, those that the store does not use.
         evictable_pages: of Masters that no Mirror and no plan uses.
         held_pages: used ones that are not evictable.
         evictions: Masters dropped to make room since the store was made.
+        tenants: by name, what each tenant holds. Nothing of it is counted in the rest.
     """
 
     agents: int
@@ -69,6 +73,7 @@ class StoreStats:
     evictable_pages: int
     held_pages: int
     evictions: int
+    tenants: Mapping[str, StoreStats] = field(default_factory=dict)
 
     @property
     def padding(self) -> float:
@@ -105,8 +110,8 @@ class DiffStore(
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
 
-    A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs
-    and images are kept apart by the segments' namespaces.
+    A store belongs to one model: what is matched in it was computed by that model. LoRAs and images
+    are kept apart by the segments' namespaces, and tenants by `tenant`.
 
     Any number of threads may use it at once, and what is made of it: collectors, plans, and each
     step by one thread. An agent that has not ended belongs to one thread at a time
@@ -146,15 +151,21 @@ class DiffStore(
             pool = PagePool.own(geometry, pages, block_size, device, quantization)
         page_bytes = pool.page_bytes
         host_pages = 0 if host_capacity is None else parse_bytes(host_capacity) // page_bytes
-        self.geometry = geometry
-        self.model = model
-        self.pool = pool
-        self.executor = Executor(geometry, rope, pool, host_pages)
-        self.max_position = self.executor.max_position
+        executor = Executor(geometry, rope, pool, host_pages)
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
-        self.lock = StoreLock(self.executor.copy)
-        self.scheduler = Scheduler(self.executor.profile, allocator, guard=self.lock)
+        lock = StoreLock(executor.copy)
+        self._begin(model, executor, Scheduler(executor.profile, allocator, guard=lock), lock)
+
+    def _begin(self, model: str, executor: Executor, scheduler: Scheduler, lock: StoreLock) -> None:
+        self.geometry = executor.geometry
+        self.model = model
+        self.pool = executor.pool
+        self.executor = executor
+        self.max_position = executor.max_position
+        self.lock = lock
+        self.scheduler = scheduler
         self._restorable: dict[tuple[int, ...], _Restorable] = {}
+        self._tenants: dict[str, Tenant] = {}
 
     def __repr__(self) -> str:
         with self.lock:
@@ -256,6 +267,56 @@ class DiffStore(
         with self.lock:
             self.scheduler.clear()
             self._restorable.clear()
+
+    # Tenants --------------------------------------------------------------------------------------
+
+    def tenant(
+        self,
+        name: str,
+        key: bytes,
+        quota: int | str,
+        host_quota: int | str | None = None,
+    ) -> Tenant:
+        """A part of the store that shares nothing with the rest but the device.
+
+        Args:
+            name: of the tenant: no other that is open has it.
+            key: its secret, 16 to 64 bytes: digests of its segments are keyed by it.
+            quota: bytes of pages, as ``capacity``. They are the tenant's own until it is closed;
+                Masters that nobody uses are evicted for them.
+            host_quota: bytes of host memory, likewise.
+
+        Raises:
+            TypeError: a name that is no str, or a key that is no bytes.
+            ValueError: a name that is taken, a key of another length, a quota of less than a page
+                or of more than what nobody holds, or a tenant instead of a store.
+            OutOfPagesError: an engine's allocator, which does not say how many it has, has fewer.
+        """
+        if isinstance(self, Tenant):
+            raise ValueError(f"tenant: expected a store, got tenant {self.name!r} of one")
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {type(name).__name__}")
+        segments = TenantSegments(name, key)
+        page_bytes = self.pool.page_bytes
+        pages = parse_bytes(quota) // page_bytes
+        if pages < 1:
+            raise ValueError(
+                f"quota: expected at least one page of {page_bytes} bytes, got {quota}"
+            )
+        host_pages = 0 if host_quota is None else parse_bytes(host_quota) // page_bytes
+        with self.lock:
+            self.scheduler.collect()
+            if name in self._tenants:
+                raise ValueError(f"name: expected one that is not taken, got {name!r} again")
+            lent = LentPages(self.scheduler, name, pages, host_pages)
+            self._tenants[name] = Tenant(self, name, segments, lent)
+            return self._tenants[name]
+
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Those that are open, by name."""
+        with self.lock:
+            return dict(self._tenants)
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -432,9 +493,14 @@ class DiffStore(
     # Statistics -----------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
-        """Counts rows, pages and bytes."""
+        """Counts rows, pages and bytes, those of each tenant apart."""
         with self.lock:
-            return self._stats()
+            mine, tenants = self._stats(), list(self._tenants.values())
+        found: dict[str, StoreStats] = {}
+        for one in tenants:
+            with suppress(ClosedError):  # since then
+                found[one.name] = one.stats()
+        return replace(mine, tenants=found)
 
     def _stats(self) -> StoreStats:
         masters = {id(master): master for master in self.books.masters.values()}
@@ -459,13 +525,66 @@ class DiffStore(
             dense_bytes=dense_rows * self.geometry.row_bytes,
             row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
             stored_bytes=len(pages) * self.pool.page_bytes,
-            total_pages=self.pool.num_pages,
+            total_pages=self.books.limit,
             used_pages=self.books.used_pages,
             free_pages=self.books.free_pages,
             evictable_pages=self.books.evictable_pages,
             held_pages=self.books.used_pages - self.books.evictable_pages,
             evictions=self.books.evictions,
         )
+
+
+class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
+    """A part of a store that shares nothing with the rest but the device; see `DiffStore.tenant`.
+
+    It is used as a store is: `KVCollector` takes it, and what is put, planned, found, counted,
+    evicted and restored with it are its own rows. Its books, its lock and its pages are its own:
+    what another tenant does changes no answer, no count and no eviction of this one. No page passes
+    from one to another but by `close`, which overwrites it.
+
+    Attributes:
+        name: of the tenant.
+        private, shared, split_round: make its segments, as the functions of these names do, with
+            digests that are keyed by its key. Prompts of other segments are refused.
+    """
+
+    def __init__(
+        self, store: DiffStore, name: str, segments: TenantSegments, lent: LentPages
+    ) -> None:
+        self._store = store
+        self._lent = lent
+        self.name = name
+        self.private = segments.private
+        self.shared = segments.shared
+        self.split_round = segments.split_round
+        lock = StoreLock(store.executor.copy)
+        scheduler = lent.scheduler(store.executor, lock, segments)
+        self._begin(store.model, store.executor, scheduler, lock)
+
+    def __repr__(self) -> str:
+        try:
+            return f"Tenant({self.name!r}, {super().__repr__()})"
+        except ClosedError:
+            return f"Tenant({self.name!r}, closed)"
+
+    def close(self) -> None:
+        """Forgets the tenant; the store has its pages again, overwritten with zeros.
+
+        Nothing can be done with it any more.
+
+        Raises:
+            ValueError: a plan has agents that have not ended, a step is open, rows are being read,
+                or the tenant has been closed; nothing is forgotten.
+        """
+        with self.lock:
+            self.clear()
+            if self.books.used_pages:
+                raise ValueError(f"tenant {self.name!r}: expected no rows that are being read")
+            self.lock.close(f"tenant {self.name!r}: expected one that is open, got a closed one")
+        self._lent.overwrite(self.executor)
+        with self._store.lock:
+            self._lent.give_back()
+            del self._store._tenants[self.name]
 
 
 @dataclass(eq=False)

@@ -36,6 +36,8 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         num_free: how many pages ``allocate`` could give now; None if the engine does not say.
 
     Attributes:
+        limit: pages that it has at most, given ones among them.
+        shortage: what is short, for the error of whoever gets no pages, and what may help.
         failure: what the engine's ``allocate`` raised when it was called last, if it did.
     """
 
@@ -53,7 +55,26 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         self._allocate = allocate
         self._free = free
         self._num_free = num_free
+        self.limit = num_pages
+        self.shortage = ("capacity", "enlarge the store")
         self.failure: Exception | None = None
+
+    def lend(self, pages: Pages, shortage: tuple[str, str]) -> PageAllocator:
+        """An allocator that has pages which this one gave to itself, until `take_back`."""
+        ids: list[int] = pages[::-1].tolist()
+        part = PageAllocator(self.num_pages, _popper(ids), ids.extend, ids.__len__)
+        part.limit = len(ids)
+        part.shortage = shortage
+        self.limit -= len(ids)
+        return part
+
+    def take_back(self, part: PageAllocator) -> None:
+        """Ends a `lend`: all pages are free."""
+        pages = part.allocate(part.limit)
+        assert pages is not None, "pages that are still used"
+        self.limit += part.limit
+        part.limit = 0
+        self.free(pages)
 
     @property
     def num_free(self) -> int | None:
@@ -70,7 +91,7 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         self.failure = None
         if count == 0:
             return no_pages()
-        if count > self.num_pages:
+        if count > self.limit:
             return None
         try:
             given = self._allocate(count)
@@ -142,6 +163,11 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         return self._allocator.num_pages
 
     @property
+    def limit(self) -> int:
+        """Pages that there are for these books."""
+        return self._allocator.limit
+
+    @property
     def used_pages(self) -> int:
         """Pages that have a user here, idle Masters among them."""
         return self._used
@@ -158,7 +184,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         Where an engine's allocator does not say how many it has, all that are not used here.
         """
         free = self._allocator.num_free
-        return self.num_pages - self._used if free is None else free
+        return self.limit - self._used if free is None else free
 
     def state(self) -> tuple[int, ...] | None:
         """What is equal while nothing has changed that decides whether prompts fit; None where an
@@ -177,25 +203,30 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 have been too small without any of them.
             ValueError: the engine's allocator gave pages that are in use, or none of the pool.
         """
+        pages = self._taken(count)
+        self._page_users[pages] = 1
+        self._used += count
+        return pages
+
+    def _taken(self, count: int) -> Pages:
         pages = self._allocator.allocate(count)
         if pages is None:
             held = self._used - self._idle_pages
             free = self._allocator.num_free
-            reach = self.num_pages - held if free is None else free + self._idle_pages
+            reach = self.limit - held if free is None else free + self._idle_pages
             if count <= reach:
                 pages = self._evict_and_take(count, free)
         if pages is None:
+            short, remedy = self._allocator.shortage
             raise OutOfPagesError(
-                f"capacity: expected {count} free pages, got {self.free_pages} and "
-                f"{self._idle_pages} of idle Masters, of {self.num_pages}; release or suspend "
-                "agents, or enlarge the store"
+                f"{short}: expected {count} free pages, got {self.free_pages} and "
+                f"{self._idle_pages} of idle Masters, of {self.limit}; release or suspend "
+                f"agents, or {remedy}"
             ) from self._allocator.failure
         used = self._page_users[pages] > 0
         if used.any():
             self._allocator.free(pages[~used])
             raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
-        self._page_users[pages] = 1
-        self._used += count
         return pages
 
     def _evict_and_take(self, count: int, free: int | None) -> Pages | None:
@@ -209,6 +240,18 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             if pages is not None:
                 return pages
         return None
+
+    def lend(self, count: int, shortage: tuple[str, str]) -> PageAllocator:
+        """Lends as many pages, for which Masters that nobody uses are evicted.
+
+        Raises:
+            OutOfPagesError, ValueError: as `take_pages`.
+        """
+        return self._allocator.lend(self._taken(count), shortage)
+
+    def take_back(self, part: PageAllocator) -> None:
+        """See `PageAllocator.take_back`."""
+        self._allocator.take_back(part)
 
     def share_pages(self, pages: Pages) -> None:
         """Adds one user to each page."""

@@ -88,12 +88,12 @@ class Leases:
                 reused.append(decision.earlier.own_pages[: len(_carried(decision)) // block])
         beside = len(np.unique(np.concatenate([no_pages(), *reused])))
         needed = self._pages_of(decisions, live.policy) + beside
-        if needed > self._books.num_pages:
+        if needed > self._books.limit:
             alone = self.decide(live, prompts, lambda _: None, {})
             needed = min(needed, self._pages_of(alone, live.policy))
-        if needed > self._books.num_pages:
+        if needed > self._books.limit:
             raise OutOfPagesError(
-                f"prompts: expected at most {self._books.num_pages} pages, got {needed}; they "
+                f"prompts: expected at most {self._books.limit} pages, got {needed}; they "
                 "would wait for ever"
             )
 

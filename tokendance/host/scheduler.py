@@ -29,6 +29,7 @@ from tokendance.host.record import (
 )
 from tokendance.host.round import RoundExtents
 from tokendance.host.segments import Segment, TokenIds, as_token_ids, on_host, shared
+from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
 
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
@@ -54,6 +55,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             back before that record has been run.
         guard: lets threads in one at a time, and makes the copies; None: there are no threads, and
             ``copy`` makes them.
+        host_allocator: of the pages of host memory; None for a list of its own.
+        segments: makes and knows the segments of a tenant; None: any are taken.
 
     Attributes:
         books: pages, Masters and Mirrors.
@@ -67,13 +70,16 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         windows: Sequence[int] = (0,),
         copy: Callable[[Sequence[Copies]], None] | None = None,
         guard: Guard | None = None,
+        host_allocator: PageAllocator | None = None,
+        segments: TenantSegments | None = None,
     ) -> None:
         if guard is None and copy is not None:
             guard = Guard(copy)
         self.guard = guard or Guard(_no_copies)
         self.profile = profile
         self.books = Books(allocator or PageAllocator(profile.num_pages))
-        self.host_pages = PageAllocator(profile.host_pages)
+        self.host_pages = host_allocator or PageAllocator(profile.host_pages)
+        self.segments = segments
         self.windows = list(windows)
         self._leases = Leases(profile, self.books, guard)
         self.dropped: deque[LivePlan | PlannedStep | Reading] = deque()
@@ -130,7 +136,15 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]], wait: bool = False
     ) -> None:
         """Adds agents to a plan; see `plan`."""
-        self._add(live, _checked_prompts(prompts), wait)
+        self._add(live, self.checked(prompts), wait)
+
+    def checked(self, prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
+        """Prompts that have been read once; raises what `plan` does for others."""
+        checked = _checked_prompts(prompts)
+        if self.segments is not None:
+            for agent, segments in checked.items():
+                self.segments.check(f"prompts[{agent!r}]", segments)
+        return checked
 
     @guarded
     def _add(self, live: LivePlan, checked: dict[str, tuple[Segment, ...]], wait: bool) -> None:
@@ -202,7 +216,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """The same for `add`."""
-        checked = _checked_prompts(prompts)
+        checked = self.checked(prompts)
         with self.guard:
             self.collect()
             return self._leases.pages_to_lease(live, checked)
@@ -585,8 +599,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 raise ValueError(
                     f"agents: expected a finished prefill, got {name!r} in {state.phase.value}"
                 )
+        made = shared if self.segments is None else self.segments.shared
         outputs = {
-            name: shared(state.output_ids, namespace=namespace)
+            name: made(state.output_ids, namespace=namespace)
             for name, state in states
             if state.output is not None
         }
@@ -778,7 +793,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         if given is None:
             raise OutOfPagesError(
                 f"to: expected {ends[-1]} free host pages, got {self.host_pages.num_free} of "
-                f"{self.profile.host_pages}"
+                f"{self.host_pages.limit}"
             )
         pages = np.concatenate(private)
         for state, (begin, end) in zip(states, pairwise(ends), strict=True):
