@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from driving import GEOMETRY, ROPE, run_prefill, run_round, run_step, tokens
-from symbolic_device import check_books
+from store_books import check_store
 
 import tokendance as td
 from tokendance.store import Tenant
@@ -50,28 +50,13 @@ def put(tenant: Tenant, seed: int) -> dict[str, dense_rows.Rows]:
     return rows
 
 
-def check(store: td.DiffStore) -> None:
-    """Books of the store and of each tenant, and that every page is one's alone."""
-    pages: list[int] = []
-    for one in (store, *store.tenants.values()):
-        check_books(one.scheduler)
-        pages += np.flatnonzero(one.books._page_users).tolist()
-        assert len(np.flatnonzero(one.books._page_users)) == one.stats().used_pages
-    assert len(pages) == len(set(pages))
-    stats = store.stats()
-    every = [stats, *stats.tenants.values()]
-    assert sum(one.total_pages for one in every) == store.pool.num_pages
-    assert sum(one.used_pages for one in every) == len(pages)
-    assert all(one.free_pages + one.used_pages == one.total_pages for one in every)
-
-
 def test_the_same_names_and_words_are_each_tenants_own() -> None:
     store = make_store()
     ada, ben = two(store)
     rows = [put(ada, 0), put(ben, 1)]
     outside = {"a": [td.private(MINE), td.shared(A)]}
     run_round(td.KVCollector(store), outside)
-    check(store)
+    check_store(store)
     for tenant, mine in zip((ada, ben), rows, strict=True):
         assert tenant.agents == ["a", "b"]
         for agent, expected in mine.items():
@@ -80,7 +65,7 @@ def test_the_same_names_and_words_are_each_tenants_own() -> None:
     ada.release("a")
     assert (ada.agents, ben.agents, store.agents) == (["b"], ["a", "b"], ["a"])
     assert store.length("a") == 53
-    check(store)
+    check_store(store)
 
 
 def test_no_segment_of_a_tenant_is_found_by_another() -> None:
@@ -149,7 +134,7 @@ def test_what_an_agent_says_is_the_tenants_own_segment() -> None:
         )
         assert plan.spans("a")[0].kind.value == "earlier"
         plan.abort()
-    check(store)
+    check_store(store)
 
 
 def test_handles_of_another_tenant_are_refused() -> None:
@@ -179,7 +164,7 @@ def test_handles_of_another_tenant_are_refused() -> None:
     ben.evict(100)
     ben.clear()
     assert ada.agents == ["a", "b"]
-    check(store)
+    check_store(store)
 
 
 def test_what_one_tenant_does_changes_no_count_of_another() -> None:
@@ -203,7 +188,7 @@ def test_what_one_tenant_does_changes_no_count_of_another() -> None:
     assert not ada.stats().tenants
     assert [stats.tenants[name].total_pages for name in ("ada", "ben")] == [30, 30]
     assert repr(ada).startswith("Tenant('ada', DiffStore(1 agents, ")
-    check(store)
+    check_store(store)
 
 
 def make_smaller() -> td.DiffStore:
@@ -225,7 +210,7 @@ def test_a_quota_that_is_reached_leaves_nothing_half_done() -> None:
         with pytest.raises(td.OutOfPagesError, match=text):
             act()
         assert (store.stats(), plan.agents, [plan.phase(one) for one in plan.agents]) == before
-        check(store)
+        check_store(store)
 
     long = {"b": [ada.private(tokens(6, 60))]}
     refused(lambda: collector.plan(long))
@@ -247,7 +232,7 @@ def test_a_quota_that_is_reached_leaves_nothing_half_done() -> None:
     run_step(collector.step({"a": [1]}))
     plan.commit()
     run_round(td.KVCollector(ben), {"a": [ben.shared(A)]})  # its own pages were there all the while
-    check(store)
+    check_store(store)
 
 
 def test_agents_wait_for_pages_of_their_tenant() -> None:
@@ -319,7 +304,7 @@ def test_a_tenant_takes_pages_of_idle_masters_but_of_no_agent() -> None:
     assert store.stats().evictions == 0
     store.tenant("ada", KEYS[0], 18 * PAGE)
     assert (store.stats().evictions, store.stats().free_pages, store.agents) == (1, 0, ["b"])
-    check(store)
+    check_store(store)
 
 
 @pytest.mark.parametrize(

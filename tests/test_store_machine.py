@@ -1,0 +1,27 @@
+"""The state machine of a store, for as long as a test may take; `make soak` goes on for longer."""
+
+from __future__ import annotations
+
+import store_machine
+from hypothesis import HealthCheck, settings
+from store_machine import StoreMachine
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    derandomize=True,  # a new case that is found elsewhere says nothing about the change at hand
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TestStoreMachine = StoreMachine.TestCase
+
+
+def test_the_machine_has_done_everything() -> None:
+    """In this order of the file: what a rule never did is not tested by it."""
+    wanted = {
+        *("put", "plan", "plan, joins", "plan, waits", "step, open", "step, run", "step, cancel"),
+        *("step, fail", "truncate", "suspend to nowhere", "suspend to host", "resume", "commit"),
+        *("abort", "abort, in a step", "drop", "release", "evict", "restore", "reopen"),
+        *("put, out of pages", "plan, out of pages", "commit, refused"),
+    }
+    assert wanted <= set(store_machine.COUNTS), store_machine.COUNTS
