@@ -74,6 +74,7 @@ MAY_IMPORT = {
     "tokendance.device": DEVICE | RECORD | ARRAYS | SOURCE_TREE,
     "tokendance.files": FILES | HOST | DEVICE | ARRAYS,
     **dict.fromkeys(FRONT, FRONT | HOST | DEVICE | FILES | ARRAYS),
+    "tokendance.metrics": FRONT | {"prometheus_client"},
     **dict.fromkeys(VLLM_SCHEDULER, VLLM_SCHEDULER | HOST | {"numpy", "vllm"}),
     "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | INTEGRATIONS,
     "tokendance.testing": HOST | DEVICE | ARRAYS | {"tokendance.testing", "tokendance._planner"},

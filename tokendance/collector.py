@@ -9,6 +9,7 @@ from functools import partial
 from tokendance.audit import Audit, tell
 from tokendance.decoder import Decoder
 from tokendance.device.executor import Reduce
+from tokendance.device.ranges import marked
 from tokendance.host.decide import OptedOut, Source, Sources
 from tokendance.host.gate import (
     Accounts,
@@ -111,7 +112,8 @@ class KVCollector(
             OutOfPagesError: the store has too few pages, now or, with ``wait``, ever; it is as it
                 was, but for evictions.
         """
-        return self.store.scheduler.plan(prompts, self.policy, wait=wait)
+        with marked(self.store.device, "tokendance plan"):
+            return self.store.scheduler.plan(prompts, self.policy, wait=wait)
 
     def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """Pages that planning these prompts now needs.
@@ -167,7 +169,8 @@ class KVCollector(
         names = list(prefill) if isinstance(prefill, Iterator) else prefill
         while True:
             before = lock.changes
-            planned = scheduler.step(decode, names, max_rows)
+            with marked(self.store.device, "tokendance plan a step"):
+                planned = scheduler.step(decode, names, max_rows)
             if planned is not None:
                 return Step(self.store.executor, planned, reduce)
             if time.monotonic() >= until:

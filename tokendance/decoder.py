@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokendance.device.arrays import Array, as_tensors
 from tokendance.device.fixed_run import FixedRun
+from tokendance.device.ranges import marked
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import step_capacity
 from tokendance.host.segments import TokenIds
@@ -98,7 +99,8 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             ValueError: likewise; or there is nothing to decode, or more than the decoder was made
                 for, naming what.
         """
-        planned = self._scheduler.decode_step(decode, self._run.capacity)
+        with marked(self.token_ids.device, "tokendance plan a step"):
+            planned = self._scheduler.decode_step(decode, self._run.capacity)
         if planned is None:
             raise ValueError("decode: expected at least one agent, got none")
         try:
@@ -153,16 +155,17 @@ class Decoder(Uncopied, instead="ask the collector for another"):
         sinks: Array | None = None,
     ) -> Tensor:
         """Attention of one layer over the buffers; see `tokendance.device.FixedRun.attend`."""
-        return self._run.attend(
-            layer,
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        with marked(self.token_ids.device, "tokendance attend"):
+            return self._run.attend(
+                layer,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
 
 
 class DecodeStep(Uncopied, instead="ask the decoder for another"):

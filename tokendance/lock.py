@@ -28,10 +28,12 @@ class StoreLock(Guard):
 
     Args:
         copy: makes copies.
+        tenant: whose it is, for the log.
     """
 
-    def __init__(self, copy: Callable[[Sequence[Copies]], None]) -> None:
+    def __init__(self, copy: Callable[[Sequence[Copies]], None], tenant: str | None = None) -> None:
         super().__init__(copy)
+        self._prefix = "" if tenant is None else f"tenant {tenant!r}: ".replace("%", "%%")
         self._condition = threading.Condition(threading.RLock())
         self._depth = 0  # how often the thread that holds the lock has entered it
         self._process = os.getpid()
@@ -93,7 +95,7 @@ class StoreLock(Guard):
 
     def tell(self, message: str, *values: object) -> None:
         if LOG.isEnabledFor(logging.INFO):
-            self._told.append((message, values))
+            self._told.append((self._prefix + message, values))
 
     def rows_are_free(self) -> None:
         self._changes += 1

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 
 from torch import Tensor
 
 from tokendance.device.arrays import Array
 from tokendance.device.executor import Executor, Reduce, Run
+from tokendance.device.ranges import begun, marked
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import StepRecord
 from tokendance.host.uncopied import Uncopied
@@ -36,6 +38,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._planned = planned
         self._reduce = reduce
         self._run: Run | None = None
+        self._end_range: Callable[[], None] | None = None
         self._is_over = False
         self.agents = planned.agents
         self.logit_agents = planned.logit_agents
@@ -65,6 +68,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         except BaseException:
             self.cancel()
             raise
+        self._end_range = begun(self._executor.device, f"tokendance step {self.record.number}")
         return self
 
     def __exit__(
@@ -104,6 +108,8 @@ class Step(Uncopied, instead="ask the collector for the next step"):
 
     def _end(self) -> None:
         self._is_over = True
+        if self._end_range is not None:
+            self._end_range()
         self._finalizer.detach()
 
     @property
@@ -163,16 +169,17 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         """
         run = self._open
         choosing = bool(self.record.choices)
-        out = run.attend(
-            layer,
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        with marked(self._executor.device, "tokendance attend"):
+            out = run.attend(
+                layer,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
         if choosing and not self.record.choices:
             self.agents = self._planned.agents
             self.logit_agents = self._planned.logit_agents

@@ -16,6 +16,7 @@ from tokendance.device.executor import Executor
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
+from tokendance.device.ranges import marked
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
 from tokendance.files import one_file
@@ -357,6 +358,7 @@ class DiffStore(
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
         with ExitStack() as stack:
+            stack.enter_context(marked(self.device, "tokendance restore"))
             with self.lock:
                 found = self._restorable_of(names, plan)
                 stack.enter_context(found.reading)  # others may let go of the rows meanwhile
@@ -410,7 +412,8 @@ class DiffStore(
             OutOfPagesError: the store is as it was, but for evictions.
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
-        encode_round(self, tensors, prompts, atol, rtol)
+        with marked(self.device, "tokendance put_round"):
+            encode_round(self, tensors, prompts, atol, rtol)
 
     # Persistence ----------------------------------------------------------------------------------
 
@@ -557,7 +560,7 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         self.private = segments.private
         self.shared = segments.shared
         self.split_round = segments.split_round
-        lock = StoreLock(store.executor.copy)
+        lock = StoreLock(store.executor.copy, name)
         scheduler = lent.scheduler(store.executor, lock, segments)
         self._begin(store.model, store.executor, scheduler, lock)
 

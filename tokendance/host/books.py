@@ -142,12 +142,16 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         evictions: Masters dropped to make room.
     """
 
-    def __init__(self, allocator: PageAllocator) -> None:
+    def __init__(
+        self, allocator: PageAllocator, tell: Callable[..., None] = lambda *_: None
+    ) -> None:
+        """``tell`` takes what a log has, as `Guard.tell` does."""
         self.masters: dict[bytes, Master] = {}
         self.making: dict[bytes, Master] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.evictions = 0
         self._allocator = allocator
+        self._tell = tell
         self._page_users = np.zeros(allocator.num_pages, dtype=np.int32)
         self._used = 0
         # Stored Masters that nobody holds, the longest idle first, and how many pages they have.
@@ -218,6 +222,10 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 pages = self._evict_and_take(count, free)
         if pages is None:
             short, remedy = self._allocator.shortage
+            self._tell(
+                "refused %d pages: %d are free, and %d evictable, of %d",
+                *(count, self.free_pages, self._idle_pages, self.limit),
+            )
             raise OutOfPagesError(
                 f"{short}: expected {count} free pages, got {self.free_pages} and "
                 f"{self._idle_pages} of idle Masters, of {self.limit}; release or suspend "
@@ -286,6 +294,8 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             parts.append(master.pages)
         self.evictions += len(parts) - 1
         self.drop_pages(np.concatenate(parts))
+        if len(parts) > 1:
+            self._tell("evicted %d Masters of %d pages", len(parts) - 1, sum(map(len, parts)))
         return given
 
     # Masters --------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             guard = Guard(copy)
         self.guard = guard or Guard(_no_copies)
         self.profile = profile
-        self.books = Books(allocator or PageAllocator(profile.num_pages))
+        self.books = Books(allocator or PageAllocator(profile.num_pages), self.guard.tell)
         self.host_pages = host_allocator or PageAllocator(profile.host_pages)
         self.segments = segments
         self.windows = list(windows)
@@ -173,6 +173,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             live.agents[agent] = None
             self._agents[agent] = live
         names = list(prompts)
+        self.guard.tell(
+            "planned %d agents: %d rows, %d of them to be computed",
+            *(len(names), sum(live.decisions[name].length for name in names)),
+            sum(len(state.pending) for state in states),
+        )
         self._leases.copy_carried_rows(states, self.settle, lambda: self._abort(live, names))
 
     def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
@@ -616,6 +621,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self.books.put(name, state.mirror(segments))
             self._end(live, state)
             self.books.let_go(state.uses.masters)
+        if states:
+            rows = sum(state.length for _, state in states)
+            self.guard.tell("committed %d agents of %d rows", len(states), rows)
         self.end_unneeded()
 
     @guarded
@@ -791,6 +799,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         ends = np.cumsum([0, *[len(pages) for pages in private]])
         given = self.host_pages.allocate(int(ends[-1]))
         if given is None:
+            self.guard.tell("refused %d pages of host memory", int(ends[-1]))
             raise OutOfPagesError(
                 f"to: expected {ends[-1]} free host pages, got {self.host_pages.num_free} of "
                 f"{self.host_pages.limit}"
