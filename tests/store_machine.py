@@ -138,15 +138,15 @@ def anywhere(place: Place) -> object:
 
 
 ACTS: dict[str, tuple[int, Does]] = {
-    "put": (2, has_free),
+    "step": (4, has_rounds),
     "plan": (3, has_free),
     "whole_round": (2, has_free),
-    "step": (4, has_rounds),
+    "put": (1, has_free),
     "end_step": (1, has_steps),
     "run_all": (1, has_rounds),
     "truncate": (1, has_decoded),
-    "suspend": (1, has_pages),
-    "resume": (1, has_suspended),
+    "suspend": (2, has_pages),
+    "resume": (3, has_suspended),
     "commit": (2, has_agents),
     "abort": (1, has_agents),
     "drop": (1, has_rounds),
@@ -169,13 +169,25 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(
         pages=st.tuples(*[st.integers(12, 50)] * 3),
         host=st.tuples(*[st.sampled_from([0, 4, 30])] * 3),
+        zero_freed=st.tuples(*[st.booleans()] * 3),
     )
-    def begin(self, pages: tuple[int, ...], host: tuple[int, ...]) -> None:
+    def begin(
+        self, pages: tuple[int, ...], host: tuple[int, ...], zero_freed: tuple[bool, ...]
+    ) -> None:
         self.store = td.DiffStore(
-            GEOMETRY, ROPE, sum(pages) * PAGE, block_size=BLOCK, host_capacity=sum(host) * PAGE
+            GEOMETRY,
+            ROPE,
+            sum(pages) * PAGE,
+            block_size=BLOCK,
+            host_capacity=sum(host) * PAGE,
+            zero_freed=zero_freed[2],
         )
+        for layer in (*self.store.pool.k_pools, *self.store.pool.v_pools):
+            layer.zero_()
         tenants = [
-            self.store.tenant(name, key * 16, pages[i] * PAGE, host[i] * PAGE)
+            self.store.tenant(
+                name, key * 16, pages[i] * PAGE, host[i] * PAGE, zero_freed=zero_freed[i]
+            )
             for i, (name, key) in enumerate((("ada", b"a"), ("ben", b"b")))
         ]
         self.places = [Place(one) for one in (self.store, *tenants)]
@@ -209,6 +221,10 @@ class StoreMachine(RuleBasedStateMachine):
         for place in self.places[1:]:
             place.store.close()  # type: ignore[attr-defined]
         assert self.store.stats().free_pages == self.store.pool.num_pages
+        if self.store.books._clears:
+            assert not any(
+                layer.any() for layer in (*self.store.pool.k_pools, *self.store.pool.v_pools)
+            )
 
     def check(self, place: Place, agent: str) -> None:
         expected = place.rows[agent]

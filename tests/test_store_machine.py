@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import store_machine
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from store_machine import StoreMachine
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=75,
+    stateful_step_count=50,
     derandomize=True,  # a new case that is found elsewhere says nothing about the change at hand
     deadline=None,
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 TestStoreMachine = StoreMachine.TestCase

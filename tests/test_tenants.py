@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import dense_rows
@@ -353,3 +353,111 @@ def test_a_tenant_of_an_engines_pool_has_pages_of_its_allocator() -> None:
     assert sorted(free + engine) == list(range(30))
     with pytest.raises(ValueError, match="quota: expected at most the 30 pages"):
         store.tenant("ada", KEYS[0], 31 * PAGE)
+
+
+# Zeros --------------------------------------------------------------------------------------------
+
+
+def is_zero(store: td.DiffStore, pages: Sequence[int]) -> bool:
+    return not any(layer[list(pages)].any() for layer in (*store.pool.k_pools, *store.pool.v_pools))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_freed_pages_are_zeros_when_the_call_returns(quantized: bool) -> None:
+    ones = torch.ones(GEOMETRY.num_layers, 1)
+    quantization = td.Quantization(torch.float8_e4m3fn, ones, ones) if quantized else None
+    store = td.DiffStore(
+        GEOMETRY, ROPE, "256KiB", block_size=BLOCK, quantization=quantization, zero_freed=True
+    )
+    for layer in (*store.pool.k_pools, *store.pool.v_pools):
+        layer.view(torch.uint8).fill_(1)
+    collector = td.KVCollector(store, selection=td.Nothing())
+    run_round(collector, {"a": [td.shared(A)], "b": [td.shared(A), td.private(MINE)]})
+    used = np.flatnonzero(store.books._page_users)
+    plan = collector.plan({"b": [td.shared(A), td.private([*MINE, 4])]})
+    run_prefill(collector, plan)
+    leased = np.flatnonzero(store.books._page_users)
+    total = store.stats().total_pages
+    assert store.stats().free_pages == total - len(leased)
+    plan.abort()
+    assert is_zero(store, sorted({*leased} - {*used}))
+    assert not is_zero(store, used)
+    store.release("a")
+    store.release("b")
+    assert store.evict(100) == 5
+    assert is_zero(store, used)
+    assert store.stats().free_pages == total
+    check_store(store)
+
+
+def test_an_engine_gets_zeros_back_and_evicted_pages_serve_the_same_call() -> None:
+    free = list(range(10))
+    pools = [torch.ones((10, BLOCK, 1, 64)) for _ in range(2 * GEOMETRY.num_layers)]
+    back: list[int] = []
+
+    def take_back(pages: Sequence[int]) -> None:
+        assert not any(pool[list(pages)].any() for pool in pools)
+        back.extend(pages)
+        free.extend(pages)
+
+    pool = td.PagePool(
+        pools[0::2],
+        pools[1::2],
+        lambda count: [free.pop() for _ in range(count)] if count <= len(free) else None,
+        take_back,
+        num_free=free.__len__,
+    )
+    store = td.DiffStore(GEOMETRY, ROPE, pool=pool, zero_freed=True)
+    collector = td.KVCollector(store, selection=td.Nothing())
+    run_round(collector, {"a": [td.shared(A)]})
+    store.release("a")
+    plan = collector.plan({"b": [td.private(tokens(5, 64))]})  # 8 pages, 3 of the Master's
+    assert store.stats().evictions == 1
+    assert len(back) == 2
+    run_prefill(collector, plan)
+    with pytest.raises(td.OutOfPagesError, match="expected 3 free pages, got 2 and 0 of idle"):
+        collector.plan({"c": [td.private(tokens(6, 24))]})
+    plan.abort()
+    assert sorted(free) == list(range(10))
+    check_store(store)
+    silent = td.PagePool(pools[0::2], pools[1::2], lambda n: None, take_back)
+    with pytest.raises(ValueError, match="zero_freed: expected a pool with num_free, got one with"):
+        td.DiffStore(GEOMETRY, ROPE, pool=silent, zero_freed=True)
+
+
+def test_a_tenant_begins_with_zeros_and_may_leave_zeros_at_once() -> None:
+    store = make_store(30, 0)
+    run_round(td.KVCollector(store), {"a": [td.shared(A)], "b": [td.private(B)]})
+    store.release("a")
+    store.release("b")
+    ada = store.tenant("ada", KEYS[0], 30 * PAGE, zero_freed=True)
+    assert is_zero(store, range(30))
+    put(ada, 0)
+    assert not is_zero(store, range(30))
+    ada.release("a")
+    ada.release("b")
+    ada.evict(30)
+    assert is_zero(store, range(30))
+    assert ada.stats().free_pages == 30
+
+
+@pytest.mark.parametrize("zero_freed", [False, True])
+def test_a_tenant_is_not_closed_while_its_rows_are_read(
+    zero_freed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store()
+    ada = store.tenant("ada", KEYS[0], 30 * PAGE, zero_freed=zero_freed)
+    rows = put(ada, 0)["a"]
+    restore = ada.executor.restore
+
+    def closing(*args: object) -> None:
+        with pytest.raises(ValueError, match="tenant 'ada': expected no thread that uses it, got"):
+            ada.close()
+        restore(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ada.executor, "restore", closing)
+    found = dense_rows.of_store(ada, "a", 77)
+    assert dense_rows.same(found, rows)
+    assert ada.agents == []
+    ada.close()
+    assert store.stats().free_pages == 100

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from tokendance.host.guard import CopyOrder, Guard
+from tokendance.host.mirror import Pages
 from tokendance.host.record import Copies
 
 LOG = logging.getLogger("tokendance")
@@ -28,11 +29,22 @@ class StoreLock(Guard):
 
     Args:
         copy: makes copies.
+        clear: overwrites pages with zeros.
         tenant: whose it is, for the log.
+
+    Attributes:
+        before_leaving: called by a thread that is about to let go of the lock.
     """
 
-    def __init__(self, copy: Callable[[Sequence[Copies]], None], tenant: str | None = None) -> None:
+    def __init__(
+        self,
+        copy: Callable[[Sequence[Copies]], None],
+        clear: Callable[[Pages], None],
+        tenant: str | None = None,
+    ) -> None:
         super().__init__(copy)
+        self._clear = clear
+        self.before_leaving: Callable[[], None] | None = None
         self._prefix = "" if tenant is None else f"tenant {tenant!r}: ".replace("%", "%%")
         self._condition = threading.Condition(threading.RLock())
         self._depth = 0  # how often the thread that holds the lock has entered it
@@ -65,6 +77,8 @@ class StoreLock(Guard):
         orders: list[CopyOrder] = []
         told: list[tuple[str, tuple[object, ...]]] = []
         if self._depth == 1:
+            if self.before_leaving is not None:
+                self.before_leaving()
             orders, self._orders = self._orders, []
             told, self._told = self._told, []
             for order in orders:
@@ -84,6 +98,12 @@ class StoreLock(Guard):
                     for other in orders[i + 1 :]:
                         other.end(well=False)
                 raise
+
+    def compute(self, order: CopyOrder) -> None:
+        if order.copies:
+            self._copy(order.copies)
+        if len(order.cleared):
+            self._clear(order.cleared)
 
     def order(self, order: CopyOrder) -> None:
         order.ordered()

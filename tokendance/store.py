@@ -107,6 +107,9 @@ class DiffStore(
             same one only.
         host_capacity: bytes of host memory, as ``capacity``, that suspended agents' rows may be
             moved to (`Plan.suspend`).
+        zero_freed: pages that nobody uses any more are overwritten with zeros before they are given
+            back to the pool, and before the call returns that gave them up. What is taken again
+            within one call is not.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -133,11 +136,14 @@ class DiffStore(
         quantization: Quantization | None = None,
         model: str = "",
         host_capacity: int | str | None = None,
+        zero_freed: bool = False,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
         if pool is not None and quantization is not None:
             raise ValueError("quantization: expected that of the pool, got one beside a pool")
+        if zero_freed and pool is not None and pool.allocate is not None and pool.num_free is None:
+            raise ValueError("zero_freed: expected a pool with num_free, got one without")
         if pool is None:
             assert capacity is not None
             if block_size not in BLOCK_SIZES:
@@ -154,8 +160,9 @@ class DiffStore(
         host_pages = 0 if host_capacity is None else parse_bytes(host_capacity) // page_bytes
         executor = Executor(geometry, rope, pool, host_pages)
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
-        lock = StoreLock(executor.copy)
-        self._begin(model, executor, Scheduler(executor.profile, allocator, guard=lock), lock)
+        lock = StoreLock(executor.copy, executor.clear)
+        scheduler = Scheduler(executor.profile, allocator, guard=lock, clears=zero_freed)
+        self._begin(model, executor, scheduler, lock)
 
     def _begin(self, model: str, executor: Executor, scheduler: Scheduler, lock: StoreLock) -> None:
         self.geometry = executor.geometry
@@ -165,6 +172,7 @@ class DiffStore(
         self.max_position = executor.max_position
         self.lock = lock
         self.scheduler = scheduler
+        lock.before_leaving = scheduler.order_clearing
         self._restorable: dict[tuple[int, ...], _Restorable] = {}
         self._tenants: dict[str, Tenant] = {}
 
@@ -277,6 +285,8 @@ class DiffStore(
         key: bytes,
         quota: int | str,
         host_quota: int | str | None = None,
+        *,
+        zero_freed: bool = False,
     ) -> Tenant:
         """A part of the store that shares nothing with the rest but the device.
 
@@ -286,6 +296,7 @@ class DiffStore(
             quota: bytes of pages, as ``capacity``. They are the tenant's own until it is closed;
                 Masters that nobody uses are evicted for them.
             host_quota: bytes of host memory, likewise.
+            zero_freed: as of a store; what `Tenant.close` gives back is zeros in any case.
 
         Raises:
             TypeError: a name that is no str, or a key that is no bytes.
@@ -307,11 +318,22 @@ class DiffStore(
         host_pages = 0 if host_quota is None else parse_bytes(host_quota) // page_bytes
         with self.lock:
             self.scheduler.collect()
-            if name in self._tenants:
-                raise ValueError(f"name: expected one that is not taken, got {name!r} again")
+            self._check_untaken(name)
             lent = LentPages(self.scheduler, name, pages, host_pages)
-            self._tenants[name] = Tenant(self, name, segments, lent)
-            return self._tenants[name]
+        try:
+            lent.overwrite(self.executor)
+            with self.lock:
+                self._check_untaken(name)
+                self._tenants[name] = Tenant(self, name, segments, lent, zero_freed)
+                return self._tenants[name]
+        except BaseException:
+            with self.lock:
+                lent.give_back()
+            raise
+
+    def _check_untaken(self, name: str) -> None:
+        if name in self._tenants:
+            raise ValueError(f"name: expected one that is not taken, got {name!r} again")
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
@@ -552,7 +574,12 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
     """
 
     def __init__(
-        self, store: DiffStore, name: str, segments: TenantSegments, lent: LentPages
+        self,
+        store: DiffStore,
+        name: str,
+        segments: TenantSegments,
+        lent: LentPages,
+        zero_freed: bool,
     ) -> None:
         self._store = store
         self._lent = lent
@@ -560,8 +587,8 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         self.private = segments.private
         self.shared = segments.shared
         self.split_round = segments.split_round
-        lock = StoreLock(store.executor.copy, name)
-        scheduler = lent.scheduler(store.executor, lock, segments)
+        lock = StoreLock(store.executor.copy, store.executor.clear, name)
+        scheduler = lent.scheduler(store.executor, lock, segments, zero_freed)
         self._begin(store.model, store.executor, scheduler, lock)
 
     def __repr__(self) -> str:
@@ -576,13 +603,15 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         Nothing can be done with it any more.
 
         Raises:
-            ValueError: a plan has agents that have not ended, a step is open, rows are being read,
-                or the tenant has been closed; nothing is forgotten.
+            ValueError: a plan has agents that have not ended, a step is open, or the tenant is closed
+                already: nothing is forgotten. Or another thread uses it meanwhile.
         """
+        self.clear()  # and what it frees is overwritten, if that is wanted
         with self.lock:
             self.clear()
-            if self.books.used_pages:
-                raise ValueError(f"tenant {self.name!r}: expected no rows that are being read")
+            if self.books.free_pages != self.books.limit or self.books.has_uncleared:
+                who = f"tenant {self.name!r}"
+                raise ValueError(f"{who}: expected no thread that uses it, got one")
             self.lock.close(f"tenant {self.name!r}: expected one that is open, got a closed one")
         self._lent.overwrite(self.executor)
         with self._store.lock:

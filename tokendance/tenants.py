@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from tokendance.device.executor import Executor
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.tenant_segments import TenantSegments
@@ -44,7 +42,9 @@ class LentPages:
         assert on_host is not None
         self.host_pages = lender.host_pages.lend(on_host, shortage)
 
-    def scheduler(self, executor: Executor, lock: StoreLock, segments: TenantSegments) -> Scheduler:
+    def scheduler(
+        self, executor: Executor, lock: StoreLock, segments: TenantSegments, clears: bool
+    ) -> Scheduler:
         """Books over these pages alone."""
         scheduler = Scheduler(
             replace(executor.profile, host_pages=self.host_pages.limit),
@@ -52,6 +52,7 @@ class LentPages:
             guard=lock,
             host_allocator=self.host_pages,
             segments=segments,
+            clears=clears,
         )
         scheduler.windows = list(self._lender.windows)
         return scheduler
@@ -64,7 +65,7 @@ class LentPages:
         ):
             ids = allocator.allocate(allocator.limit)
             assert ids is not None, "pages that are still used"
-            write(torch.from_numpy(ids.astype("int64")))
+            write(ids)
             allocator.free(ids)
 
     def give_back(self) -> None:

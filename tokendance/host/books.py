@@ -134,6 +134,12 @@ def _popper(free: list[int]) -> Allocate:
 class Books(Uncopied, instead="make another over an allocator of its own"):
     """Users of the pages of a pool.
 
+    Args:
+        allocator: of the pages.
+        tell: takes what a log has, as `Guard.tell` does.
+        clears: pages that nobody uses any more are overwritten before the allocator has them: they
+            wait until they are taken again, or for `to_be_cleared`.
+
     Attributes:
         masters: by digest, those that later rounds find: all their rows are computed.
         making: by digest, those that are being computed; a later plan may use them and waits for
@@ -143,15 +149,19 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     """
 
     def __init__(
-        self, allocator: PageAllocator, tell: Callable[..., None] = lambda *_: None
+        self,
+        allocator: PageAllocator,
+        tell: Callable[..., None] = lambda *_: None,
+        clears: bool = False,
     ) -> None:
-        """``tell`` takes what a log has, as `Guard.tell` does."""
         self.masters: dict[bytes, Master] = {}
         self.making: dict[bytes, Master] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.evictions = 0
         self._allocator = allocator
         self._tell = tell
+        self._clears = clears
+        self._uncleared = no_pages()  # that nobody uses
         self._page_users = np.zeros(allocator.num_pages, dtype=np.int32)
         self._used = 0
         # Stored Masters that nobody holds, the longest idle first, and how many pages they have.
@@ -188,14 +198,14 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         Where an engine's allocator does not say how many it has, all that are not used here.
         """
         free = self._allocator.num_free
-        return self.limit - self._used if free is None else free
+        return self.limit - self._used if free is None else free + len(self._uncleared)
 
     def state(self) -> tuple[int, ...] | None:
         """What is equal while nothing has changed that decides whether prompts fit; None where an
         engine's allocator does not say what it has."""
-        free = self._allocator.num_free
-        if free is None:
+        if self._allocator.num_free is None:
             return None
+        free = self.free_pages
         found = len(self.masters), len(self.making), len(self.mirrors)
         return free, self._idle_pages, self._clock, self.evictions, *found
 
@@ -212,11 +222,39 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         self._used += count
         return pages
 
+    def _allocate(self, count: int) -> Pages | None:
+        """Of what the allocator has, and then of what was used here before."""
+        again = 0
+        if len(self._uncleared):
+            again = max(count - (self._allocator.num_free or 0), 0)
+        if again > len(self._uncleared):
+            return None
+        pages = self._allocator.allocate(count - again)
+        if pages is None or not again:
+            return pages
+        pages = np.concatenate([pages, self._uncleared[:again]])
+        self._uncleared = self._uncleared[again:]
+        return pages
+
+    @property
+    def has_uncleared(self) -> bool:
+        """Whether there are pages that `to_be_cleared` would give."""
+        return len(self._uncleared) > 0
+
+    def to_be_cleared(self) -> Pages:
+        """Pages that nobody uses, which `cleared` is to be called with."""
+        pages, self._uncleared = self._uncleared, no_pages()
+        return pages
+
+    def cleared(self, pages: Pages) -> None:
+        """Gives pages back to the allocator that have been overwritten."""
+        self._allocator.free(pages)
+
     def _taken(self, count: int) -> Pages:
-        pages = self._allocator.allocate(count)
+        pages = self._allocate(count)
         if pages is None:
             held = self._used - self._idle_pages
-            free = self._allocator.num_free
+            free = None if self._allocator.num_free is None else self.free_pages
             reach = self.limit - held if free is None else free + self._idle_pages
             if count <= reach:
                 pages = self._evict_and_take(count, free)
@@ -240,7 +278,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     def _evict_and_take(self, count: int, free: int | None) -> Pages | None:
         if free is not None:
             self.evict(count - free)
-            return self._allocator.allocate(count)
+            return self._allocate(count)
         # An engine that does not say what it has is asked again after each Master.
         while self._idle:
             self.evict(1)
@@ -274,7 +312,10 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         assert (left >= 0).all(), "pages that were given back before"
         unused = pages[left == 0]
         self._used -= len(unused)
-        self._allocator.free(unused)
+        if self._clears:
+            self._uncleared = np.concatenate([self._uncleared, unused])
+        else:
+            self._allocator.free(unused)
 
     def evict(self, pages: int) -> int:
         """Drops idle Masters, the longest idle first, until so many pages have been given back.

@@ -8,12 +8,13 @@ thread in at a time, and makes copies when that thread has left.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from tokendance.host.agent import AgentState, Copying
+from tokendance.host.mirror import Pages, no_pages
 from tokendance.host.record import Copies
 
 
@@ -29,12 +30,14 @@ class CopyOrder:
         states: whose rows they write or read.
         done: ends the order.
         undo: ends it when the copies could not be made.
+        cleared: pages that are overwritten with zeros instead.
     """
 
     copies: list[Copies]
     states: Sequence[AgentState]
     done: Callable[[], None]
     undo: Callable[[], None]
+    cleared: Pages = field(default_factory=no_pages)
 
     def ordered(self) -> None:
         self._mark(Copying.ORDERED)
@@ -77,11 +80,15 @@ class Guard:
         order.ordered()
         self.make(order)
 
+    def compute(self, order: CopyOrder) -> None:
+        """What an order is about."""
+        self._copy(order.copies)
+
     def make(self, order: CopyOrder) -> None:
         """Makes copies, now."""
         order.begin()
         try:
-            self._copy(order.copies)
+            self.compute(order)
         except BaseException:
             with self:
                 order.end(well=False)

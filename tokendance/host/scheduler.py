@@ -57,6 +57,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ``copy`` makes them.
         host_allocator: of the pages of host memory; None for a list of its own.
         segments: makes and knows the segments of a tenant; None: any are taken.
+        clears: pages are overwritten with zeros before the allocator has them again; ``guard`` does
+            so after `order_clearing`.
 
     Attributes:
         books: pages, Masters and Mirrors.
@@ -72,12 +74,13 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         guard: Guard | None = None,
         host_allocator: PageAllocator | None = None,
         segments: TenantSegments | None = None,
+        clears: bool = False,
     ) -> None:
         if guard is None and copy is not None:
             guard = Guard(copy)
         self.guard = guard or Guard(_no_copies)
         self.profile = profile
-        self.books = Books(allocator or PageAllocator(profile.num_pages), self.guard.tell)
+        self.books = Books(allocator or PageAllocator(profile.num_pages), self.guard.tell, clears)
         self.host_pages = host_allocator or PageAllocator(profile.host_pages)
         self.segments = segments
         self.windows = list(windows)
@@ -746,6 +749,16 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 one.end()
             elif one.is_open:
                 one.cancel()
+
+    def order_clearing(self) -> None:
+        """Has pages that nobody uses any more overwritten, and given back."""
+        if self.books.has_uncleared:
+            pages = self.books.to_be_cleared()
+
+            def done() -> None:
+                self.books.cleared(pages)
+
+            self.guard.order(CopyOrder([], [], done, done, pages))
 
     @guarded
     def clear(self) -> None:
