@@ -39,9 +39,8 @@ def busy_interpreter() -> Iterator[None]:
 def test_threads_do_what_they_like_and_every_page_is_accounted_for(zero_freed: bool) -> None:
     store = stress.make_store(zero_freed=zero_freed)
     counts = stress.run(threads=6, acts=300, seed=int(zero_freed), store=store)
-    for act in ("round", "put", "read", "release", "evict", "look", "failed steps", "out of pages"):
+    for act in ("round", "put", "read", "read_others", "release", "evict", "look"):
         assert counts[act], (act, counts)
-    assert counts["suspended to host"] + counts["suspended to nowhere"]
 
 
 # The lock -----------------------------------------------------------------------------------------

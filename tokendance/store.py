@@ -603,7 +603,7 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         Nothing can be done with it any more.
 
         Raises:
-            ValueError: a plan has agents that have not ended, a step is open, or the tenant is closed
+            ValueError: a plan has agents that have not ended, a step is open, or it is closed
                 already: nothing is forgotten. Or another thread uses it meanwhile.
         """
         self.clear()  # and what it frees is overwritten, if that is wanted
