@@ -40,6 +40,8 @@ def main() -> None:
 
 
 def threads(count: int, seconds: float, first: int) -> None:
+    if seconds <= 0:
+        return
     sys.setswitchinterval(1e-5)
     counts: Counter[str] = Counter()
     end, run = time.monotonic() + seconds, 0

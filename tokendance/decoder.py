@@ -171,7 +171,7 @@ class Decoder(Uncopied, instead="ask the collector for another"):
 class DecodeStep(Uncopied, instead="ask the decoder for another"):
     """A prepared step: run the model, or replay its graph, inside ``with``.
 
-    Leaving it by an exception aborts the plans that have rows in it.
+    Leaving it by an exception aborts the plans that it was asked for.
 
     Attributes:
         agents: name of the agent of each row; rows behind them are padding.

@@ -85,9 +85,11 @@ class StoreLock(Guard):
                 order.begin()
         self._depth -= 1
         self._condition.release()
-        for message, values in told:
-            LOG.info(message, *values)
-        self._make(orders)
+        try:
+            self._make(orders)
+        finally:
+            for message, values in told:
+                LOG.info(message, *values)
 
     def _make(self, orders: Sequence[CopyOrder]) -> None:
         for i, order in enumerate(orders):

@@ -92,6 +92,7 @@ class Guard:
         except BaseException:
             with self:
                 order.end(well=False)
+                self.rows_are_free()
             raise
         with self:
             order.end(well=True)
