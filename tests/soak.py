@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 
-import store_machine
+import memory_machine
 import stress
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -63,9 +63,9 @@ def machine(steps: int, first: int) -> None:
         phases=[Phase.generate],  # shrinking takes longer than to find out from the case
         suppress_health_check=list(HealthCheck),
     )
-    store_machine.COUNTS.clear()
-    run_state_machine_as_test(seed(first)(store_machine.StoreMachine), settings=limits)
-    print(f"machine, {limits.max_examples} runs: {told(store_machine.COUNTS)}", flush=True)
+    memory_machine.COUNTS.clear()
+    run_state_machine_as_test(seed(first)(memory_machine.MemoryMachine), settings=limits)
+    print(f"machine, {limits.max_examples} runs: {told(memory_machine.COUNTS)}", flush=True)
 
 
 def told(counts: Counter[str]) -> str:

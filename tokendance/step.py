@@ -21,10 +21,10 @@ class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the rounds' KV; see `KVCollector.step`.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
-    it. Leaving it by an exception aborts the plans that it was asked for. Leaving it before the last
-    layer is an error. From the moment that it is made until it ends, its agents can be in no other
-    step, nor committed, suspended or truncated. Who is aborted meanwhile has its pages until the
-    step ends. A step that is not entered is given back by `cancel`, or when it is dropped.
+    it. Leaving it by an exception aborts the plans that it was asked for. Leaving it before the
+    last layer is an error. From the moment that it is made until it ends, its agents can be in no
+    other step, nor committed, suspended or truncated. Who is aborted meanwhile has its pages until
+    the step ends. A step that is not entered is given back by `cancel`, or when it is dropped.
 
     One thread at a time may use it, another one than made it, too.
 

@@ -159,7 +159,7 @@ ACTS: dict[str, tuple[int, Does]] = {
 OFTEN = [name for name, (weight, _) in ACTS.items() for _ in range(weight)]
 
 
-class StoreMachine(RuleBasedStateMachine):
+class MemoryMachine(RuleBasedStateMachine):
     """One rule, so that none is left out of a run: hypothesis switches some off at random."""
 
     def __init__(self) -> None:

@@ -1,12 +1,12 @@
-"""The state machine of a store, for as long as a test may take; `make soak` goes on for longer."""
+"""The state machine of a store in memory, for as long as a test may take; `make soak` goes on for longer."""
 
 from __future__ import annotations
 
-import store_machine
+import memory_machine
 from hypothesis import HealthCheck, Phase, settings
-from store_machine import StoreMachine
+from memory_machine import MemoryMachine
 
-StoreMachine.TestCase.settings = settings(
+MemoryMachine.TestCase.settings = settings(
     max_examples=75,
     stateful_step_count=50,
     derandomize=True,  # a new case that is found elsewhere says nothing about the change at hand
@@ -14,7 +14,7 @@ StoreMachine.TestCase.settings = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-TestStoreMachine = StoreMachine.TestCase
+TestMemoryMachine = MemoryMachine.TestCase
 
 
 def test_the_machine_has_done_everything() -> None:
@@ -25,4 +25,4 @@ def test_the_machine_has_done_everything() -> None:
         *("abort", "abort, in a step", "drop", "release", "evict", "restore", "reopen"),
         *("put, out of pages", "plan, out of pages", "commit, refused"),
     }
-    assert wanted <= set(store_machine.COUNTS), store_machine.COUNTS
+    assert wanted <= set(memory_machine.COUNTS), memory_machine.COUNTS
