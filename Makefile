@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A warning ends the build here, not that of whoever installs with another compiler.
 export TOKENDANCE_WERROR ?= 1
 
-.PHONY: build test test-gpu test-vllm demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
+.PHONY: build test test-gpu test-vllm soak demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
 $(VENV)/ready: pyproject.toml
@@ -38,6 +38,10 @@ sanitize-gpu:
 # tokendance inside vLLM, in an environment of its own (3.4 GB). VLLM_ARGS: see tools/test_vllm.py.
 test-vllm: build
 	$(BIN)/python -m tools.test_vllm $(VLLM_ARGS)
+
+# Threads, and the store as a state machine, for as long as one likes. SOAK_ARGS: see tests/soak.py.
+soak: build
+	$(BIN)/python tests/soak.py $(SOAK_ARGS)
 
 demo: build
 	$(BIN)/python -m evals simulate --audit --html build/demo.html

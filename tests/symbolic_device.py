@@ -197,9 +197,8 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
             assert use.master.is_computed or use.master.serial in scheduler._makers
     host = [page for state in states if state.host_pages is not None for page in state.host_pages]
     assert len(set(host)) == len(host)
-    assert scheduler.host_pages.num_free == scheduler.profile.host_pages - len(host)
-    ended = {s.serial for s in states if s.ended}
-    assert not ended
+    assert scheduler.host_pages.num_free == scheduler.host_pages.limit - len(host)
+    assert {s.serial for s in states if s.ended} == set(scheduler._leaving)
     names = {name for live in _plans(scheduler) for name in live.names(None)}
     assert names == set(scheduler._agents)
 
@@ -211,4 +210,6 @@ def _plans(scheduler: Scheduler) -> list:
 
 def _states(scheduler: Scheduler) -> list:
     lives = {id(live): live for live in [*scheduler._plans.values(), *_plans(scheduler)]}
-    return [state for live in lives.values() for state in live.states if not state.ended]
+    states = [state for live in lives.values() for state in live.states if not state.ended]
+    assert all(state.ended and state.keeps_pages for state in scheduler._leaving.values())
+    return states + list(scheduler._leaving.values())

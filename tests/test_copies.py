@@ -51,8 +51,8 @@ def things() -> dict[str, Any]:
 
 
 WAYS = {
-    "DiffStore": "write it with store.save",
-    "KVCollector": "make another KVCollector over a store that DiffStore.load has read",
+    "DiffStore": "write it with store.export_agents",
+    "KVCollector": "make another KVCollector over a store that DiffStore.open has read",
     "Plan": "make another by KVCollector.plan",
     "Step": "ask the collector for the next step",
     "Audit": "make another by KVCollector.audit",

@@ -56,7 +56,8 @@ def is_of(module: str, names: frozenset[str]) -> bool:
 
 STANDARD = frozenset(sys.stdlib_module_names)
 FRONT = frozenset(
-    f"tokendance.{name}" for name in ("audit", "collector", "decoder", "encoding", "step", "store")
+    f"tokendance.{name}"
+    for name in ("audit", "collector", "decoder", "encoding", "lock", "step", "store", "tenants")
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))
@@ -73,6 +74,7 @@ MAY_IMPORT = {
     "tokendance.device": DEVICE | RECORD | ARRAYS | SOURCE_TREE,
     "tokendance.files": FILES | HOST | DEVICE | ARRAYS,
     **dict.fromkeys(FRONT, FRONT | HOST | DEVICE | FILES | ARRAYS),
+    "tokendance.metrics": FRONT | {"prometheus_client"},
     **dict.fromkeys(VLLM_SCHEDULER, VLLM_SCHEDULER | HOST | {"numpy", "vllm"}),
     "tokendance.integrations": FRONT | HOST | DEVICE | ARRAYS | INTEGRATIONS,
     "tokendance.testing": HOST | DEVICE | ARRAYS | {"tokendance.testing", "tokendance._planner"},

@@ -412,7 +412,7 @@ def test_a_forked_process_does_not_write(tmp_path: Path) -> None:
             store.flush()
         except RuntimeError as error:
             store._close()
-            os._exit(7 if "expected the process that opened the store" in str(error) else 8)
+            os._exit(7 if "expected the process that made it" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     with pytest.raises(td.StoreInUseError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from drawn_prompts import SELECTIONS, SOURCES, prompts_of, segments_of
 from driving import (
     GEOMETRY,
     ROPE,
@@ -19,39 +20,19 @@ from symbolic_device import SymbolicDevice, check_books, profile
 import tokendance as td
 from tokendance import Phase
 from tokendance.host.books import OutOfPagesError
-from tokendance.host.decide import Source
 from tokendance.host.plan import Plan, Policy
 from tokendance.host.scheduler import Scheduler
 
 BLOCK = 8
-SELECTIONS = [td.LeadingTokens(4, unseen=96), td.KeyDeviation(0.3), td.Everything(), td.Nothing()]
 
 
 # Exact needs --------------------------------------------------------------------------------------
 
 
-prompts_of = st.lists(
-    st.one_of(
-        st.tuples(st.just("shared"), st.integers(0, 5)),
-        st.tuples(st.just("private"), st.integers(1, 40)),
-    ),
-    min_size=0,
-    max_size=5,
-)
-SHARED = [td.shared(tokens(100 + i, n)) for i, n in enumerate((3, 9, 16, 21, 40, 64))]
-
-
-def segments_of(agent: int, drawn: list[tuple[str, int]]) -> list[td.Segment]:
-    return [
-        SHARED[number] if kind == "shared" else td.private(tokens(1000 * agent + i, number))
-        for i, (kind, number) in enumerate(drawn)
-    ]
-
-
 policies = st.builds(
     Policy,
     st.sampled_from(SELECTIONS),
-    st.sampled_from(list(Source)),
+    st.sampled_from(SOURCES),
 )
 
 

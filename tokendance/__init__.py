@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokendance.host.segments import Segment, private, shared, split_round
     from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Nothing
     from tokendance.step import Step
-    from tokendance.store import DiffStore, StoreStats
+    from tokendance.store import DiffStore, StoreStats, Tenant
 
 try:
     __version__ = version("tokendance")
@@ -64,6 +64,7 @@ _MODULES = {
     "Step": "step",
     "StoreInUseError": "files.errors",
     "StoreStats": "store",
+    "Tenant": "store",
     "private": "host.segments",
     "shared": "host.segments",
     "split_round": "host.segments",
@@ -95,6 +96,7 @@ __all__ = [
     "Step",
     "StoreInUseError",
     "StoreStats",
+    "Tenant",
     "__version__",
     "private",
     "shared",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tokendance.host.decide import ROW_KINDS, AgentDecision, RowKind, Source, de
 from tokendance.host.gate import AgentAudit, AuditReport, ReuseWarning, SegmentAudit
 from tokendance.host.mirror import Mirror, round_arrays, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy
+from tokendance.host.reading import Reading
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, private
 from tokendance.host.selection import Everything
@@ -86,33 +88,47 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
 
     def _steps(self, max_rows: int) -> Iterator[Step]:
         for agent in self.agents:
-            state = self._plan.state(agent)
-            if state.phase is not Phase.DECODE:
-                raise ValueError(
-                    f"audit: expected a finished prefill, got {agent!r} in {state.phase.value}"
-                )
-            if not state.decision.length:
-                self._found[agent] = (0, ())
-                continue
-            reference = self._reference(agent, state)
-            full = self._store.live(reference).state(agent)
-            positions = full.pending
-            try:
-                while planned := self._store.scheduler.step_of(reference, max_rows):
-                    step = Step(self._store.executor, planned, None)
-                    self._step = step
-                    yield step
-                    if planned.is_open:
-                        raise ValueError(
-                            "step: expected each step to be run before the next, got one left"
-                        )
-                    if self._step is not None and step.logit_agents:
-                        raise ValueError("audit: expected add() after every step, got none")
-                compared = _compare_rows(self._store, agent, state, full, positions)
-                self._found[agent] = (len(positions), compared)
-            finally:
-                if not reference.ended:
-                    self._store.scheduler.abort_open(self._store.live(reference))
+            with ExitStack() as stack:
+                with self._store.lock:
+                    state = self._plan.state(agent)
+                    stack.enter_context(Reading(self._store.scheduler, [state]))
+                if state.phase is not Phase.DECODE:
+                    raise ValueError(
+                        f"audit: expected a finished prefill, got {agent!r} in {state.phase.value}"
+                    )
+                if state.decision.length:
+                    yield from self._steps_of(agent, state, max_rows)
+                else:
+                    self._found[agent] = (0, ())
+
+    def _steps_of(self, agent: str, state: AgentState, max_rows: int) -> Iterator[Step]:
+        reference = self._reference(agent, state)
+        full = self._store.live(reference).state(agent)
+        positions = full.pending
+        step = None
+        try:
+            while planned := self._store.scheduler.step_of(reference, max_rows):
+                step = Step(self._store.executor, planned, None)
+                self._step = step
+                yield step
+                if planned.is_open:
+                    raise ValueError(
+                        "step: expected each step to be run before the next, got one left"
+                    )
+                if self._step is not None and step.logit_agents:
+                    raise ValueError("audit: expected add() after every step, got none")
+            compared = _compare_rows(self._store, agent, state, full, positions)
+            self._found[agent] = (len(positions), compared)
+        except BaseException as error:
+            if step is not None:
+                step.abandon()
+            reference.abandon()
+            if not isinstance(
+                error, GeneratorExit
+            ):  # perhaps of garbage, in the middle of anything
+                self._store.scheduler.collect()
+            raise
+        reference.abort()
 
     def _reference(self, agent: str, state: AgentState) -> Plan:
         """A plan of the agent's tokens that computes all rows, or those that are drawn."""

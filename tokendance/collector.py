@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from tokendance.audit import Audit, tell
 from tokendance.decoder import Decoder
 from tokendance.device.executor import Reduce
+from tokendance.device.ranges import marked
 from tokendance.host.decide import OptedOut, Source, Sources
 from tokendance.host.gate import (
     Accounts,
@@ -34,7 +36,7 @@ from tokendance.store import DiffStore
 
 
 class KVCollector(
-    Uncopied, instead="make another KVCollector over a store that DiffStore.load has read"
+    Uncopied, instead="make another KVCollector over a store that DiffStore.open has read"
 ):
     """Decides what a round reuses and recomputes, and runs it step by step (docs/guide.md).
 
@@ -54,6 +56,8 @@ class KVCollector(
 
     Raises:
         ValueError: an unknown source, selection or gate.
+
+    Any number of threads may use it; see `DiffStore`.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class KVCollector(
     @property
     def policy(self) -> Policy:
         """What the next plan reuses and recomputes."""
-        return Policy(self.selection, self.source, self._opted_out)
+        return Policy(self.selection, self.source, self.opted_out)
 
     def plan(self, prompts: Mapping[str, Iterable[Segment]], *, wait: bool = False) -> Plan:
         """Matches prompts with what is stored or being computed, and leases the pages they need.
@@ -108,7 +112,8 @@ class KVCollector(
             OutOfPagesError: the store has too few pages, now or, with ``wait``, ever; it is as it
                 was, but for evictions.
         """
-        return self.store.scheduler.plan(prompts, self.policy, wait=wait)
+        with marked(self.store.device, "tokendance plan"):
+            return self.store.scheduler.plan(prompts, self.policy, wait=wait)
 
     def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """Pages that planning these prompts now needs.
@@ -128,6 +133,7 @@ class KVCollector(
         max_rows: int = 2048,
         *,
         reduce: Reduce | None = None,
+        timeout: float = 0.0,
     ) -> Step | None:
         """The next forward pass, of any live plans of the store: decode rows, then prompts' rows.
 
@@ -142,6 +148,8 @@ class KVCollector(
                 `KeyDeviation` all rows of an agent are in one step, however many.
             reduce: adds fp32 key deviations up over the ranks of a tensor-parallel engine, for
                 `KeyDeviation`: without it ranks would keep different rows.
+            timeout: seconds to wait, at most, where rows that are wanted are in a step that another
+                thread runs, or see rows of such a step.
 
         Returns:
             The step, or None where there is nothing to compute.
@@ -155,8 +163,22 @@ class KVCollector(
             OutOfPagesError: too few pages for the decoded rows; nothing has changed, but for
                 evictions.
         """
-        planned = self.store.scheduler.step(decode, prefill, max_rows)
-        return None if planned is None else Step(self.store.executor, planned, reduce)
+        if not timeout >= 0:
+            raise ValueError(f"timeout: expected at least 0 seconds, got {timeout}")
+        scheduler, lock, until = self.store.scheduler, self.store.lock, time.monotonic() + timeout
+        names = list(prefill) if isinstance(prefill, Iterator) else prefill
+        while True:
+            before = lock.changes
+            with marked(self.store.device, "tokendance plan a step"):
+                planned = scheduler.step(decode, names, max_rows)
+            if planned is not None:
+                return Step(self.store.executor, planned, reduce)
+            if time.monotonic() >= until:
+                return None
+            held_up = scheduler.holds_up(names)
+            # What was held up when the step was planned may have ended before that was asked.
+            if not lock.wait_for_change(before, until if held_up else 0.0):
+                return None
 
     def decoder(
         self,
@@ -199,21 +221,24 @@ class KVCollector(
             segments: or their digests.
         """
         names, digests = _names_and_digests(agents, segments)
-        opted = self._opted_out
-        self._opted_out = OptedOut(opted.agents | names, opted.segments | digests)
+        with self.store.lock:
+            opted = self._opted_out
+            self._opted_out = OptedOut(opted.agents | names, opted.segments | digests)
 
     def opt_in(
         self, agents: str | Iterable[str] = (), segments: Iterable[Segment | bytes] = ()
     ) -> None:
         """Ends `opt_out`, also where the gate has called it; who has not opted out stays in."""
         names, digests = _names_and_digests(agents, segments)
-        opted = self._opted_out
-        self._opted_out = OptedOut(opted.agents - names, opted.segments - digests)
+        with self.store.lock:
+            opted = self._opted_out
+            self._opted_out = OptedOut(opted.agents - names, opted.segments - digests)
 
     @property
     def opted_out(self) -> OptedOut:
         """The agents and the segments' digests that are computed."""
-        return self._opted_out
+        with self.store.lock:
+            return self._opted_out
 
     def audit(
         self,
@@ -256,16 +281,17 @@ class KVCollector(
         if tokens < 0:
             raise ValueError(f"tokens: expected at least 0, got {tokens}")
         live = self.store.live(plan)
-        if agents is None:
-            names = [n for n, one in live.by_name.items() if one.exact_length < one.length]
-            names = [name for name in plan.agents if name in names]
-        else:
-            wanted = [agents] if isinstance(agents, str) else list(agents)
-            states = {name: live.state(name) for name in wanted}
-            names = [name for name in plan.agents if name in states]
-        drawn = [name for name in names if is_drawn(name, fraction, seed, self._audits)]
-        draw = partial(draw_rows, fraction=rows, seed=seed, number=self._audits)
-        self._audits += 1
+        wanted = [agents] if isinstance(agents, str) else agents and list(agents)
+        with self.store.lock:
+            if wanted is None:
+                of = {name for name, one in live.by_name.items() if one.exact_length < one.length}
+            else:
+                of = {name for name in wanted if live.state(name)}
+            number = self._audits
+            self._audits += 1
+            names = [name for name in plan.agents if name in of]
+        drawn = [name for name in names if is_drawn(name, fraction, seed, number)]
+        draw = partial(draw_rows, fraction=rows, seed=seed, number=number)
         return Audit(
             self.store, live, drawn, tokens, draw if rows < 1 else None, self._finish_audit
         )
@@ -274,13 +300,16 @@ class KVCollector(
         if self.gate is not None:
             report = judge(self.gate, report.agents)
         self.opt_out(report.fallen_agents, report.fallen_segments)
-        self._accounts.add(report)
+        with self.store.lock:
+            self._accounts.add(report)
         tell(report)
         return report
 
     def stats(self) -> CollectorStats:
         """What audits have cost and found, and who is computed because of it."""
-        return self._accounts.stats(len(self._opted_out.agents), len(self._opted_out.segments))
+        with self.store.lock:
+            opted = self._opted_out
+            return self._accounts.stats(len(opted.agents), len(opted.segments))
 
 
 def _names_and_digests(

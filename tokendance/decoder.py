@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokendance.device.arrays import Array, as_tensors
 from tokendance.device.fixed_run import FixedRun
+from tokendance.device.ranges import marked
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import step_capacity
 from tokendance.host.segments import TokenIds
@@ -23,7 +24,8 @@ class Decoder(Uncopied, instead="ask the collector for another"):
     """Decode steps of up to ``max_rows`` rows, all in the same tensors; see `KVCollector.decoder`.
 
     `prepare` plans a step and fills the buffers. `attend` is what is captured, with the model's
-    other layers around it; it reads the buffers, whatever was prepared last.
+    other layers around it; it reads the buffers, whatever was prepared last. One thread at a time
+    may use it; other threads may use the store meanwhile.
 
     Attributes:
         token_ids: int64 ``[max_rows]``, 0 behind the step's rows.
@@ -54,7 +56,9 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         self._scheduler = store.scheduler
-        self._scheduler.windows += [one for one in windows if one not in self._scheduler.windows]
+        with store.lock:
+            known = self._scheduler.windows
+            known += [one for one in windows if one not in known]
         capacity = step_capacity(
             agents=max_agents,
             rows=max_rows,
@@ -95,7 +99,8 @@ class Decoder(Uncopied, instead="ask the collector for another"):
             ValueError: likewise; or there is nothing to decode, or more than the decoder was made
                 for, naming what.
         """
-        planned = self._scheduler.decode_step(decode, self._run.capacity)
+        with marked(self.token_ids.device, "tokendance plan a step"):
+            planned = self._scheduler.decode_step(decode, self._run.capacity)
         if planned is None:
             raise ValueError("decode: expected at least one agent, got none")
         try:
@@ -150,22 +155,23 @@ class Decoder(Uncopied, instead="ask the collector for another"):
         sinks: Array | None = None,
     ) -> Tensor:
         """Attention of one layer over the buffers; see `tokendance.device.FixedRun.attend`."""
-        return self._run.attend(
-            layer,
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        with marked(self.token_ids.device, "tokendance attend"):
+            return self._run.attend(
+                layer,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
 
 
 class DecodeStep(Uncopied, instead="ask the decoder for another"):
     """A prepared step: run the model, or replay its graph, inside ``with``.
 
-    Leaving it by an exception aborts the plans that have rows in it.
+    Leaving it by an exception aborts the plans that it was asked for.
 
     Attributes:
         agents: name of the agent of each row; rows behind them are padding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +43,7 @@ def encode_round(
 ) -> None:
     """Checks ``dense``, and stores Masters that are missing and a Mirror of every agent; if that
     fails, the store is as it was, but for evictions."""
-    prompts = {agent: _segments(agent, segments) for agent, segments in prompts.items()}
+    prompts = store.scheduler.checked(prompts)
     _check_dense(store, dense, prompts)
     dense = {agent: _as_stored(store, k, v) for agent, (k, v) in dense.items()}
 
@@ -51,25 +51,41 @@ def encode_round(
         found = store.scheduler.find(segment)  # also what a plan is still computing
         return found if found is not None and found[0].is_computed else None
 
-    decisions = decide(
-        prompts,
-        stored,
-        {},
-        Nothing(),
-        Source.MASTER,
-        store.block_size,
-        store.max_position,
-    )
     held: list[Master] = []
     taken: list[Pages] = []
     try:
-        _encode(store, decisions, dense, atol, rtol, held, taken)
-    except BaseException:
-        for pages in taken:
-            store.books.drop_pages(pages)
-        raise
+        with store.lock:
+            decisions = decide(
+                prompts,
+                stored,
+                {},
+                Nothing(),
+                Source.MASTER,
+                store.block_size,
+                store.max_position,
+            )
+            # No Master of the round is evicted for the pages of another, nor by another thread.
+            for decision in decisions:
+                store.books.hold(decision.uses.masters)
+                held += decision.uses.masters
+            for decision in decisions:
+                for use in decision.made:
+                    needed = pages_for(use.length, store.block_size)
+                    use.master.pages = store.books.take_pages(needed)
+                    use.master.computed = use.length
+        mirrors = _encode(store, decisions, dense, atol, rtol, taken)
+        with store.lock:
+            for decision in decisions:
+                for use in decision.made:
+                    store.books.publish(use.master)
+            for agent, mirror in mirrors:
+                store.books.put(agent, mirror)
+            taken.clear()
     finally:
-        store.books.let_go(held)
+        with store.lock:
+            for pages in taken:
+                store.books.drop_pages(pages)
+            store.books.let_go(held)
 
 
 def _encode(
@@ -78,37 +94,27 @@ def _encode(
     dense: Dense,
     atol: float,
     rtol: float,
-    held: list[Master],
     taken: list[Pages],
-) -> None:
+) -> list[tuple[str, Mirror]]:
+    """Fills the Masters' pages, and takes and fills those of own rows."""
     for decision in decisions:
-        store.books.hold(decision.uses.masters)
-        held += decision.uses.masters
-    for decision in decisions:  # no Master of the round is evicted for the pages of another
         for use in decision.made:
-            use.master.pages = store.books.take_pages(pages_for(use.length, store.block_size))
-            use.master.computed = use.length
             _copy_rows(store, decision, use, dense)
     mirrors: list[tuple[str, Mirror]] = []
     for decision in decisions:
         assert decision.agent is not None
         mirror = _encode_agent(store, decision, dense[decision.agent], atol, rtol)
-        mirror.own_pages = store.books.take_pages(
-            pages_for(len(mirror.own_position), store.block_size)
-        )
-        taken.append(mirror.own_pages)
+        needed = pages_for(len(mirror.own_position), store.block_size)
+        with store.lock:
+            mirror.own_pages = store.books.take_pages(needed)
+            taken.append(mirror.own_pages)
         rows = torch.from_numpy(mirror.own_position.astype(np.int64)).to(store.device)
         slots = _slots(store, mirror.own_pages, len(rows))
         keys, values = dense[decision.agent]
         for layer in range(store.geometry.num_layers):
             store.pool.write_rows(layer, keys[layer], values[layer], slots, rows)
         mirrors.append((decision.agent, mirror))
-    for decision in decisions:
-        for use in decision.made:
-            store.books.publish(use.master)
-    for agent, mirror in mirrors:
-        store.books.put(agent, mirror)
-    taken.clear()
+    return mirrors
 
 
 def _encode_agent(
@@ -200,16 +206,6 @@ def _as_stored(
                 )
             to.append(out)
     return stored
-
-
-def _segments(agent: str, segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    segments = tuple(segments)  # an iterator could be read only once
-    odd = [type(one).__name__ for one in segments if not isinstance(one, Segment)]
-    if odd:
-        raise TypeError(
-            f"prompts[{agent!r}]: expected segments (private(ids), shared(ids)), got {odd[0]}"
-        )
-    return segments
 
 
 def _check_dense(

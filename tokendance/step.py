@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 
 from torch import Tensor
 
 from tokendance.device.arrays import Array
 from tokendance.device.executor import Executor, Reduce, Run
+from tokendance.device.ranges import begun, marked
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import StepRecord
 from tokendance.host.uncopied import Uncopied
@@ -19,10 +21,12 @@ class Step(Uncopied, instead="ask the collector for the next step"):
     """Rows of one forward pass, and the attention over the rounds' KV; see `KVCollector.step`.
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
-    it. Leaving it by an exception aborts the plans that have rows in it. Leaving it before the last
-    layer is an error. From the moment that it is made until it ends, its agents can be in no other
-    step, nor committed, aborted, suspended or truncated. A step that is not entered is given back
-    by `cancel`, or when it is dropped.
+    it. Leaving it by an exception aborts the plans that it was asked for. Leaving it before the
+    last layer is an error. From the moment that it is made until it ends, its agents can be in no
+    other step, nor committed, suspended or truncated. Who is aborted meanwhile has its pages until
+    the step ends. A step that is not entered is given back by `cancel`, or when it is dropped.
+
+    One thread at a time may use it, another one than made it, too.
 
     Attributes:
         agents: name of every row's agent; None for what is computed for no agent.
@@ -34,6 +38,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._planned = planned
         self._reduce = reduce
         self._run: Run | None = None
+        self._end_range: Callable[[], None] | None = None
         self._is_over = False
         self.agents = planned.agents
         self.logit_agents = planned.logit_agents
@@ -53,7 +58,6 @@ class Step(Uncopied, instead="ask the collector for the next step"):
     def __enter__(self) -> Step:
         if self._run is not None or self._is_over:
             raise ValueError("step: expected a step that has not been entered, got one that has")
-        self._check_plans()
         try:
             self._run = self._executor.open(
                 self.record,
@@ -64,6 +68,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         except BaseException:
             self.cancel()
             raise
+        self._end_range = begun(self._executor.device, f"tokendance step {self.record.number}")
         return self
 
     def __exit__(
@@ -95,13 +100,17 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._end()
         self._planned.cancel()
 
+    def abandon(self) -> None:
+        """Has a step that has not been entered given back by the scheduler's next call."""
+        if self._run is None and not self._is_over:
+            self._end()
+            self._planned.abandon()
+
     def _end(self) -> None:
         self._is_over = True
+        if self._end_range is not None:
+            self._end_range()
         self._finalizer.detach()
-
-    def _check_plans(self) -> None:
-        if self._planned.is_void:
-            raise ValueError("step: expected plans that go on, got one that was aborted")
 
     @property
     def _open(self) -> Run:
@@ -155,23 +164,22 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         """Rotates, stores and attends for one layer; see `tokendance.device.Run.attend`.
 
         Raises:
-            ValueError: the step is not open, one of its plans was aborted, the layer is out of
-                order, or a number or a tensor does not fit; then nothing has changed, and the call
-                can be repeated.
+            ValueError: the step is not open, the layer is out of order, or a number or a tensor
+                does not fit; then nothing has changed, and the call can be repeated.
         """
         run = self._open
-        self._check_plans()
         choosing = bool(self.record.choices)
-        out = run.attend(
-            layer,
-            q,
-            k,
-            v,
-            softmax_scale=softmax_scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
+        with marked(self._executor.device, "tokendance attend"):
+            out = run.attend(
+                layer,
+                q,
+                k,
+                v,
+                softmax_scale=softmax_scale,
+                window=window,
+                soft_cap=soft_cap,
+                sinks=sinks,
+            )
         if choosing and not self.record.choices:
             self.agents = self._planned.agents
             self.logit_agents = self._planned.logit_agents

@@ -6,8 +6,8 @@ import os
 import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NoReturn
 
@@ -19,6 +19,7 @@ from tokendance.device.executor import Executor
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
+from tokendance.device.ranges import marked
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
 from tokendance.files import transfer
@@ -29,10 +30,14 @@ from tokendance.files.identity import Identity
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
 from tokendance.host.mirror import Master, Mirror, no_pages
 from tokendance.host.plan import LivePlan, Plan
+from tokendance.host.reading import Reading
 from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
+from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
+from tokendance.lock import ClosedError, StoreLock
+from tokendance.tenants import LentPages
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -52,12 +57,14 @@ class StoreStats:
         dense_bytes: bytes of ``dense_rows``.
         row_bytes: bytes of ``master_rows + own_rows``: the least that this content takes.
         stored_bytes: bytes of the pages that hold them.
-        total_pages, used_pages: of the pool; used ones hold this store's rows, plans' included.
+        total_pages, used_pages: of the pool, without those of tenants, or of a tenant's quota; used
+            ones hold rows, plans' included.
         free_pages: that can be taken without an eviction. Where an engine's allocator does not say
             how many it has, those that the store does not use.
         evictable_pages: of Masters that no Mirror and no plan uses.
         held_pages: used ones that are not evictable.
         evictions: Masters dropped to make room since the store was made.
+        tenants: by name, what each tenant holds. Nothing of it is counted in the rest.
     """
 
     agents: int
@@ -74,6 +81,7 @@ class StoreStats:
     evictable_pages: int
     held_pages: int
     evictions: int
+    tenants: Mapping[str, StoreStats] = field(default_factory=dict)
 
     @property
     def padding(self) -> float:
@@ -106,12 +114,22 @@ class DiffStore(
             same one only.
         host_capacity: bytes of host memory, as ``capacity``, that suspended agents' rows may be
             moved to (`Plan.suspend`).
+        zero_freed: pages that nobody uses any more are overwritten with zeros before they are given
+            back to the pool, and before the call returns that gave them up. What is taken again
+            within one call is not.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
 
-    A store belongs to one model: what is matched in it was computed by that model. Tenants, LoRAs
-    and images are kept apart by the segments' namespaces. It is not thread-safe.
+    A store belongs to one model: what is matched in it was computed by that model. LoRAs and images
+    are kept apart by the segments' namespaces, and tenants by `tenant`.
+
+    Any number of threads may use it at once, and what is made of it: collectors, plans, and each
+    step by one thread. An agent that has not ended belongs to one thread at a time
+    (docs/engine.md). The process that made a store is the only one that can use it.
+
+    Attributes:
+        lock: held by whoever reads or changes the books; never while anything is computed.
     """
 
     def __init__(
@@ -125,11 +143,14 @@ class DiffStore(
         quantization: Quantization | None = None,
         model: str = "",
         host_capacity: int | str | None = None,
+        zero_freed: bool = False,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
         if pool is not None and quantization is not None:
             raise ValueError("quantization: expected that of the pool, got one beside a pool")
+        if zero_freed and pool is not None and pool.allocate is not None and pool.num_free is None:
+            raise ValueError("zero_freed: expected a pool with num_free, got one without")
         if pool is None:
             assert capacity is not None
             if block_size not in BLOCK_SIZES:
@@ -144,27 +165,40 @@ class DiffStore(
             pool = PagePool.own(geometry, pages, block_size, device, quantization)
         page_bytes = pool.page_bytes
         host_pages = 0 if host_capacity is None else parse_bytes(host_capacity) // page_bytes
-        self.geometry = geometry
-        self.model = model
-        self.pool = pool
-        self.executor = Executor(geometry, rope, pool, host_pages)
-        self.max_position = self.executor.max_position
+        executor = Executor(geometry, rope, pool, host_pages)
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
-        self.scheduler = Scheduler(self.executor.profile, allocator, copy=self.executor.copy)
-        self._restore_records: dict[tuple[int, ...], tuple[list[Mirror], RestoreRecord]] = {}
+        lock = StoreLock(executor.copy, executor.clear)
+        scheduler = Scheduler(executor.profile, allocator, guard=lock, clears=zero_freed)
+        self._begin(model, executor, scheduler, lock)
+
+    def _begin(self, model: str, executor: Executor, scheduler: Scheduler, lock: StoreLock) -> None:
+        self.geometry = executor.geometry
+        self.model = model
+        self.pool = executor.pool
+        self.executor = executor
+        self.max_position = executor.max_position
+        self.lock = lock
+        self.scheduler = scheduler
+        lock.before_leaving = scheduler.order_clearing
+        self._restorable: dict[tuple[int, ...], _Restorable] = {}
+        self._tenants: dict[str, Tenant] = {}
         self._durability: Durability | None = None
 
     def __repr__(self) -> str:
-        books = self.books
-        return (
-            f"DiffStore({len(books.mirrors)} agents, {len(books.masters)} Masters; pages: "
-            f"{books.free_pages} free, {books.evictable_pages} evictable, "
-            f"{books.used_pages - books.evictable_pages} held)"
-        )
+        with self.lock:
+            books = self.books
+            return (
+                f"DiffStore({len(books.mirrors)} agents, {len(books.masters)} Masters; pages: "
+                f"{books.free_pages} free, {books.evictable_pages} evictable, "
+                f"{books.used_pages - books.evictable_pages} held)"
+            )
 
     @property
     def books(self) -> Books:
-        """Who uses which page: of this package's modules, nothing in it is checked."""
+        """Who uses which page: of this package's modules, nothing in it is checked.
+
+        Whoever reads more than one thing, or changes one, holds the `lock`.
+        """
         self.scheduler.collect()
         return self.scheduler.books
 
@@ -190,7 +224,8 @@ class DiffStore(
     @property
     def agents(self) -> list[str]:
         """The agents that have a Mirror, in the pool or at rest."""
-        return [*self.books.mirrors, *self.resting]
+        with self.lock:
+            return [*self.books.mirrors, *self.resting]
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
@@ -203,7 +238,8 @@ class DiffStore(
     @property
     def mirrors(self) -> Mapping[str, Mirror]:
         """All Mirrors in the pool, by agent; not to be changed."""
-        return self.books.mirrors
+        with self.lock:
+            return dict(self.books.mirrors)
 
     # Agents ---------------------------------------------------------------------------------------
 
@@ -213,18 +249,24 @@ class DiffStore(
         Raises:
             KeyError: an unknown agent, or one released before.
         """
-        forgotten = self._durability is not None and self._durability.forget(agent)
-        if forgotten and agent not in self.books.mirrors:
-            return
-        self._mirror(agent)
-        self.books.drop(agent)
+        with self.lock:
+            forgotten = self._durability is not None and self._durability.forget(agent)
+            if agent in self.books.mirrors:
+                self.books.drop(agent)
+            elif not forgotten:
+                self._unknown(agent)
 
     def _mirror(self, agent: str) -> Mirror:
-        if agent not in self.books.mirrors:
-            if agent not in self.resting:
-                self._unknown(agent)
+        """An agent that rests is brought up. Whoever holds the lock uses `_mirror_there`."""
+        if agent in self.resting:
             self.prefetch(agent)
-        return self.books.mirrors[agent]
+        return self._mirror_there(agent)
+
+    def _mirror_there(self, agent: str) -> Mirror:
+        with self.lock:
+            if agent not in self.books.mirrors:
+                self._unknown(agent)
+            return self.books.mirrors[agent]
 
     def _unknown(self, agent: str) -> NoReturn:
         if agent in self.damaged:
@@ -245,18 +287,85 @@ class DiffStore(
         """
         if pages < 0:
             raise ValueError(f"pages: expected at least 0, got {pages}")
-        return self.books.evict(pages)
+        with self.lock:
+            return self.books.evict(pages)
 
     def clear(self) -> None:
         """Forgets all agents and all Masters: the weights have changed, or another model comes.
 
         Raises:
-            ValueError: a plan has agents that have not ended; nothing is forgotten.
+            ValueError: a plan has agents that have not ended, or a step is open; nothing is
+                forgotten.
         """
-        self.scheduler.clear()
-        self._restore_records.clear()
-        for agent in [*self.damaged, *self.resting]:
-            self.release(agent)
+        with self.lock:
+            self.scheduler.clear()
+            self._restorable.clear()
+            for agent in [*self.damaged, *self.resting]:
+                self.release(agent)
+
+    # Tenants --------------------------------------------------------------------------------------
+
+    def tenant(
+        self,
+        name: str,
+        key: bytes,
+        quota: int | str,
+        host_quota: int | str | None = None,
+        *,
+        zero_freed: bool = False,
+    ) -> Tenant:
+        """A part of the store that shares nothing with the rest but the device.
+
+        Args:
+            name: of the tenant: no other that is open has it.
+            key: its secret, 16 to 64 bytes: digests of its segments are keyed by it.
+            quota: bytes of pages, as ``capacity``. They are the tenant's own until it is closed;
+                Masters that nobody uses are evicted for them.
+            host_quota: bytes of host memory, likewise.
+            zero_freed: as of a store; what `Tenant.close` gives back is zeros in any case.
+
+        Raises:
+            TypeError: a name that is no str, or a key that is no bytes.
+            ValueError: a name that is taken, a key of another length, a quota of less than a page
+                or of more than what nobody holds, or a tenant instead of a store.
+            OutOfPagesError: an engine's allocator, which does not say how many it has, has fewer.
+        """
+        if isinstance(self, Tenant):
+            raise ValueError(f"tenant: expected a store, got tenant {self.name!r} of one")
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {type(name).__name__}")
+        segments = TenantSegments(name, key)
+        page_bytes = self.pool.page_bytes
+        pages = parse_bytes(quota) // page_bytes
+        if pages < 1:
+            raise ValueError(
+                f"quota: expected at least one page of {page_bytes} bytes, got {quota}"
+            )
+        host_pages = 0 if host_quota is None else parse_bytes(host_quota) // page_bytes
+        with self.lock:
+            self.scheduler.collect()
+            self._check_untaken(name)
+            lent = LentPages(self.scheduler, name, pages, host_pages)
+        try:
+            lent.overwrite(self.executor)
+            with self.lock:
+                self._check_untaken(name)
+                self._tenants[name] = Tenant(self, name, segments, lent, zero_freed)
+                return self._tenants[name]
+        except BaseException:
+            with self.lock:
+                lent.give_back()
+            raise
+
+    def _check_untaken(self, name: str) -> None:
+        if name in self._tenants:
+            raise ValueError(f"name: expected one that is not taken, got {name!r} again")
+
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        """Those that are open, by name."""
+        with self.lock:
+            return dict(self._tenants)
 
     # Restore and encode ---------------------------------------------------------------------------
 
@@ -296,22 +405,33 @@ class DiffStore(
         values = [v_cache] if is_array(v_cache) else list(v_cache)
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
-        record = self._restore_record(names, plan)
-        self.executor.restore(record, which, keys, values, slots)
+        if plan is None and self._durability is not None:
+            for name in names:
+                self._mirror(name)
+        with ExitStack() as stack:
+            stack.enter_context(marked(self.device, "tokendance restore"))
+            with self.lock:
+                found = self._restorable_of(names, plan)
+                stack.enter_context(found.reading)  # others may let go of the rows meanwhile
+            self.executor.restore(found.record, which, keys, values, slots)
 
-    def _restore_record(self, names: list[str], plan: Plan | None) -> RestoreRecord:
+    def _restorable_of(self, names: list[str], plan: Plan | None) -> _Restorable:
         none = np.empty((len(names), 0), np.int64)  # slots are on the device
-        if plan is not None:
-            return self.scheduler.restore(names, none, self.live(plan))
-        mirrors = [self._mirror(name) for name in names]
+        live = None if plan is None else self.live(plan)
+        self.scheduler.collect()
+        mirrors = self.scheduler.restorable(names, live)
         key = tuple(id(mirror) for mirror in mirrors)
-        if key not in self._restore_records:
+        if live is None and key in self._restorable:
+            return self._restorable[key]
+        record = self.scheduler.restore(names, none, live)
+        found = _Restorable(mirrors, record, Reading(self.scheduler, mirrors))
+        if live is None:
             # An engine restores layer by layer: the last few groups of agents are worth keeping.
             # The Mirrors are kept with them, so that an id stays that of the same Mirror.
-            if len(self._restore_records) >= 8:
-                self._restore_records.pop(next(iter(self._restore_records)))
-            self._restore_records[key] = (mirrors, self.scheduler.restore(names, none))
-        return self._restore_records[key][1]
+            if len(self._restorable) >= 8:
+                self._restorable.pop(next(iter(self._restorable)))
+            self._restorable[key] = found
+        return found
 
     def put_round(
         self,
@@ -343,7 +463,8 @@ class DiffStore(
             OutOfPagesError: the store is as it was, but for evictions.
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
-        encode_round(self, tensors, prompts, atol, rtol)
+        with marked(self.device, "tokendance put_round"):
+            encode_round(self, tensors, prompts, atol, rtol)
 
     # On disk --------------------------------------------------------------------------------------
 
@@ -414,7 +535,7 @@ class DiffStore(
         self, directory: Directory, agents: Iterable[str] | None, progress: Progress | None
     ) -> None:
         directory.ropes.check_same(self.executor.ropes, self.max_position, directory.path)
-        kept = Durability(directory, self.pool, self.executor.ropes, self.max_position)
+        kept = Durability(directory, self.pool, self.executor.ropes, self.max_position, self.lock)
         kept.load(self.books, agents, progress)
         self._durability = kept
         self._close = weakref.finalize(self, kept.close)
@@ -427,15 +548,18 @@ class DiffStore(
         the name is committed or released."""
         if self._durability is None:
             return {}
-        known = self.books.mirrors
-        return {name: why for name, why in self._durability.damage.items() if name not in known}
+        with self.lock:
+            known = self.books.mirrors
+            return {name: why for name, why in self._durability.damage.items() if name not in known}
 
     @property
     def resting(self) -> list[str]:
         """Agents that are on disk and not in the pool."""
         if self._durability is None:
             return []
-        return [name for name in self._durability.resting if name not in self.books.mirrors]
+        with self.lock:
+            known = self.books.mirrors
+            return [name for name in self._durability.resting if name not in known]
 
     def rest(self, agents: str | Iterable[str]) -> None:
         """Gives the pages of agents back and leaves their rows on disk, after a `flush`.
@@ -469,8 +593,7 @@ class DiffStore(
         if self._durability is not None:
             self._durability.prefetch(self.books, names)
         for name in names:
-            if name not in self.books.mirrors:
-                self._unknown(name)
+            self._mirror_there(name)
 
     def flush(self) -> None:
         """Returns when all that is committed is on disk, and what was released is not any more.
@@ -551,18 +674,18 @@ class DiffStore(
             OutOfPagesError: there are too few pages for agents that were at rest.
         """
         names = None if agents is None else list(agents)
+        self.prefetch([one for one in self.resting if names is None or one in names])
 
         def chosen() -> tuple[Mapping[str, Mirror], list[Master]]:
             books = self.books
             if names is None:
-                self.prefetch(self.resting)
                 return books.mirrors, list(books.masters.values())
-            mirrors = {name: self._mirror(name) for name in names}
+            mirrors = {name: self._mirror_there(name) for name in names}
             used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
             return mirrors, [one for one in used.values() if one.stored]
 
         made = (self._identity, self.pool, self.executor.ropes, self.max_position)
-        transfer.export_agents(path, *made, self.books, nullcontext(), chosen)
+        transfer.export_agents(path, *made, self.books, self.lock, chosen)
 
     def import_agents(
         self,
@@ -591,13 +714,22 @@ class DiffStore(
         """
         made = (self._identity, self.pool, self.executor.ropes, self.max_position)
         return transfer.import_agents(
-            path, *made, self.books, nullcontext(), lambda: self.agents, agents, progress
+            path, *made, self.books, self.lock, lambda: self.agents, agents, progress
         )
 
     # Statistics -----------------------------------------------------------------------------------
 
     def stats(self) -> StoreStats:
-        """Counts rows, pages and bytes."""
+        """Counts rows, pages and bytes, those of each tenant apart."""
+        with self.lock:
+            mine, tenants = self._stats(), list(self._tenants.values())
+        found: dict[str, StoreStats] = {}
+        for one in tenants:
+            with suppress(ClosedError):  # since then
+                found[one.name] = one.stats()
+        return replace(mine, tenants=found)
+
+    def _stats(self) -> StoreStats:
         masters = {id(master): master for master in self.books.masters.values()}
         outputs: dict[int, Master] = {}
         for mirror in self.books.mirrors.values():
@@ -620,7 +752,7 @@ class DiffStore(
             dense_bytes=dense_rows * self.geometry.row_bytes,
             row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
             stored_bytes=len(pages) * self.pool.page_bytes,
-            total_pages=self.pool.num_pages,
+            total_pages=self.books.limit,
             used_pages=self.books.used_pages,
             free_pages=self.books.free_pages,
             evictable_pages=self.books.evictable_pages,
@@ -633,6 +765,75 @@ def _fetch(kept: Durability, books: Books, prompts: Mapping[str, Sequence[Segmen
     segments = [one for given in prompts.values() for one in given if one.is_shared]
     with suppress(OutOfPagesError):  # what does not fit is computed again
         kept.prefetch(books, prompts, segments)
+
+
+class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
+    """A part of a store that shares nothing with the rest but the device; see `DiffStore.tenant`.
+
+    It is used as a store is: `KVCollector` takes it, and what is put, planned, found, counted,
+    evicted and restored with it are its own rows. Its books, its lock and its pages are its own:
+    what another tenant does changes no answer, no count and no eviction of this one. No page passes
+    from one to another but by `close`, which overwrites it.
+
+    Attributes:
+        name: of the tenant.
+        private, shared, split_round: make its segments, as the functions of these names do, with
+            digests that are keyed by its key. Prompts of other segments are refused.
+    """
+
+    def __init__(
+        self,
+        store: DiffStore,
+        name: str,
+        segments: TenantSegments,
+        lent: LentPages,
+        zero_freed: bool,
+    ) -> None:
+        self._store = store
+        self._lent = lent
+        self.name = name
+        self.private = segments.private
+        self.shared = segments.shared
+        self.split_round = segments.split_round
+        lock = StoreLock(store.executor.copy, store.executor.clear, name)
+        scheduler = lent.scheduler(store.executor, lock, segments, zero_freed)
+        self._begin(store.model, store.executor, scheduler, lock)
+
+    def __repr__(self) -> str:
+        try:
+            return f"Tenant({self.name!r}, {super().__repr__()})"
+        except ClosedError:
+            return f"Tenant({self.name!r}, closed)"
+
+    def close(self) -> None:  # type: ignore[override]  # a tenant has no directory
+        """Forgets the tenant; the store has its pages again, overwritten with zeros.
+
+        Nothing can be done with it any more.
+
+        Raises:
+            ValueError: a plan has agents that have not ended, a step is open, or it is closed
+                already: nothing is forgotten. Or another thread uses it meanwhile.
+        """
+        self.clear()  # and what it frees is overwritten, if that is wanted
+        with self.lock:
+            self.clear()
+            if self.books.free_pages != self.books.limit or self.books.has_uncleared:
+                who = f"tenant {self.name!r}"
+                raise ValueError(f"{who}: expected no thread that uses it, got one")
+            self.lock.close(f"tenant {self.name!r}: expected one that is open, got a closed one")
+        self._lent.overwrite(self.executor)
+        with self._store.lock:
+            self._lent.give_back()
+            del self._store._tenants[self.name]
+
+
+@dataclass(eq=False)
+class _Restorable:
+    """Agents that are restored together."""
+
+    mirrors: list[Mirror]
+    record: RestoreRecord
+    reading: Reading
 
 
 def parse_bytes(size: int | str) -> int:

@@ -272,6 +272,19 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
                 else:
                     here.copy_(there, non_blocking=True)
 
+    def clear(self, pages: IntArray) -> None:
+        """Overwrites pages of the pool with zeros."""
+        at = torch.from_numpy(pages.astype(np.int64)).to(self.device)
+        for layer in (*self.pool.k_pools, *self.pool.v_pools):
+            bits = layer.view(torch.uint8) if layer.element_size() == 1 else layer
+            bits.index_fill_(0, at, 0)
+
+    def clear_host(self, pages: IntArray) -> None:
+        """Overwrites pages of host memory with zeros."""
+        if self._host is not None and len(pages):
+            at = torch.from_numpy(pages.astype(np.int64))
+            self._host.view(torch.uint8).index_fill_(0, at, 0)
+
     def upload(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """Arrays on the device, by one copy that nobody waits for."""
         if self.device.type == "cpu":

@@ -35,6 +35,14 @@ class Phase(Enum):
     ENDED = "ended"  # committed or aborted
 
 
+class Copying(Enum):
+    """Whether copies of an agent's rows are outstanding."""
+
+    NONE = "none"
+    ORDERED = "ordered"  # by the call that runs: it makes them before it returns
+    RUNNING = "running"
+
+
 class AgentState(Mirror):
     """One agent's KV while its round runs.
 
@@ -50,6 +58,7 @@ class AgentState(Mirror):
         output: the Master that holds the decoded rows, or None before the first.
         output_ids: the decoded tokens that were fed.
         busy: whether an open step has rows of it.
+        copying: whether its rows are being copied.
         host_pages: where its own pages lie in host memory while it is suspended, or None.
     """
 
@@ -90,6 +99,7 @@ class AgentState(Mirror):
         self.output: Master | None = None
         self.output_ids: list[int] = []
         self.busy = False
+        self.copying = Copying.NONE
         self.ended = False
         self.host_pages: Pages | None = None
         self._own_pages_left = 0
@@ -102,6 +112,16 @@ class AgentState(Mirror):
         if self.host_pages is not None:
             return Phase.SUSPENDED
         return Phase.PREFILL if len(self.pending) else Phase.DECODE
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether it can take part in nothing else: an open step has it, or a copy."""
+        return self.busy or self.copying is Copying.RUNNING
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether something reads or writes its pages, or is going to."""
+        return self.busy or self.copying is not Copying.NONE
 
     # Rows -----------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         num_free: how many pages ``allocate`` could give now; None if the engine does not say.
 
     Attributes:
+        limit: pages that it has at most, given ones among them.
+        shortage: what is short, for the error of whoever gets no pages, and what may help.
         failure: what the engine's ``allocate`` raised when it was called last, if it did.
     """
 
@@ -53,7 +55,26 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         self._allocate = allocate
         self._free = free
         self._num_free = num_free
+        self.limit = num_pages
+        self.shortage = ("capacity", "enlarge the store")
         self.failure: Exception | None = None
+
+    def lend(self, pages: Pages, shortage: tuple[str, str]) -> PageAllocator:
+        """An allocator that has pages which this one gave to itself, until `take_back`."""
+        ids: list[int] = pages[::-1].tolist()
+        part = PageAllocator(self.num_pages, _popper(ids), ids.extend, ids.__len__)
+        part.limit = len(ids)
+        part.shortage = shortage
+        self.limit -= len(ids)
+        return part
+
+    def take_back(self, part: PageAllocator) -> None:
+        """Ends a `lend`: all pages are free."""
+        pages = part.allocate(part.limit)
+        assert pages is not None, "pages that are still used"
+        self.limit += part.limit
+        part.limit = 0
+        self.free(pages)
 
     @property
     def num_free(self) -> int | None:
@@ -70,7 +91,7 @@ class PageAllocator(Uncopied, instead="make another for pages of its own"):
         self.failure = None
         if count == 0:
             return no_pages()
-        if count > self.num_pages:
+        if count > self.limit:
             return None
         try:
             given = self._allocate(count)
@@ -113,6 +134,12 @@ def _popper(free: list[int]) -> Allocate:
 class Books(Uncopied, instead="make another over an allocator of its own"):
     """Users of the pages of a pool.
 
+    Args:
+        allocator: of the pages.
+        tell: takes what a log has, as `Guard.tell` does.
+        clears: pages that nobody uses any more are overwritten before the allocator has them: they
+            wait until they are taken again, or for `to_be_cleared`.
+
     Attributes:
         masters: by digest, those that later rounds find: all their rows are computed.
         making: by digest, those that are being computed; a later plan may use them and waits for
@@ -121,12 +148,20 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         evictions: Masters dropped to make room.
     """
 
-    def __init__(self, allocator: PageAllocator) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        tell: Callable[..., None] = lambda *_: None,
+        clears: bool = False,
+    ) -> None:
         self.masters: dict[bytes, Master] = {}
         self.making: dict[bytes, Master] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.evictions = 0
         self._allocator = allocator
+        self._tell = tell
+        self._clears = clears
+        self._uncleared = no_pages()  # that nobody uses
         self._page_users = np.zeros(allocator.num_pages, dtype=np.int32)
         self._used = 0
         # Stored Masters that nobody holds, the longest idle first, and how many pages they have.
@@ -140,6 +175,11 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     def num_pages(self) -> int:
         """Pages of the pool."""
         return self._allocator.num_pages
+
+    @property
+    def limit(self) -> int:
+        """Pages that there are for these books."""
+        return self._allocator.limit
 
     @property
     def used_pages(self) -> int:
@@ -158,14 +198,14 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         Where an engine's allocator does not say how many it has, all that are not used here.
         """
         free = self._allocator.num_free
-        return self.num_pages - self._used if free is None else free
+        return self.limit - self._used if free is None else free + len(self._uncleared)
 
     def state(self) -> tuple[int, ...] | None:
         """What is equal while nothing has changed that decides whether prompts fit; None where an
         engine's allocator does not say what it has."""
-        free = self._allocator.num_free
-        if free is None:
+        if self._allocator.num_free is None:
             return None
+        free = self.free_pages
         found = len(self.masters), len(self.making), len(self.mirrors)
         return free, self._idle_pages, self._clock, self.evictions, *found
 
@@ -177,31 +217,68 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 have been too small without any of them.
             ValueError: the engine's allocator gave pages that are in use, or none of the pool.
         """
-        pages = self._allocator.allocate(count)
+        pages = self._taken(count)
+        self._page_users[pages] = 1
+        self._used += count
+        return pages
+
+    def _allocate(self, count: int) -> Pages | None:
+        """Of what the allocator has, and then of what was used here before."""
+        again = 0
+        if len(self._uncleared):
+            again = max(count - (self._allocator.num_free or 0), 0)
+        if again > len(self._uncleared):
+            return None
+        pages = self._allocator.allocate(count - again)
+        if pages is None or not again:
+            return pages
+        pages = np.concatenate([pages, self._uncleared[:again]])
+        self._uncleared = self._uncleared[again:]
+        return pages
+
+    @property
+    def has_uncleared(self) -> bool:
+        """Whether there are pages that `to_be_cleared` would give."""
+        return len(self._uncleared) > 0
+
+    def to_be_cleared(self) -> Pages:
+        """Pages that nobody uses, which `cleared` is to be called with."""
+        pages, self._uncleared = self._uncleared, no_pages()
+        return pages
+
+    def cleared(self, pages: Pages) -> None:
+        """Gives pages back to the allocator that have been overwritten."""
+        self._allocator.free(pages)
+
+    def _taken(self, count: int) -> Pages:
+        pages = self._allocate(count)
         if pages is None:
             held = self._used - self._idle_pages
-            free = self._allocator.num_free
-            reach = self.num_pages - held if free is None else free + self._idle_pages
+            free = None if self._allocator.num_free is None else self.free_pages
+            reach = self.limit - held if free is None else free + self._idle_pages
             if count <= reach:
                 pages = self._evict_and_take(count, free)
         if pages is None:
+            short, remedy = self._allocator.shortage
+            self._tell(
+                "refused %d pages: %d are free, and %d evictable, of %d",
+                *(count, self.free_pages, self._idle_pages, self.limit),
+            )
             raise OutOfPagesError(
-                f"capacity: expected {count} free pages, got {self.free_pages} and "
-                f"{self._idle_pages} of idle Masters, of {self.num_pages}; release or suspend "
-                "agents, or enlarge the store"
+                f"{short}: expected {count} free pages, got {self.free_pages} and "
+                f"{self._idle_pages} of idle Masters, of {self.limit}; release or suspend "
+                f"agents, or {remedy}"
             ) from self._allocator.failure
         used = self._page_users[pages] > 0
         if used.any():
             self._allocator.free(pages[~used])
             raise ValueError(f"allocate: expected pages not in use, got {pages[used].tolist()}")
-        self._page_users[pages] = 1
-        self._used += count
         return pages
 
     def _evict_and_take(self, count: int, free: int | None) -> Pages | None:
         if free is not None:
             self.evict(count - free)
-            return self._allocator.allocate(count)
+            return self._allocate(count)
         # An engine that does not say what it has is asked again after each Master.
         while self._idle:
             self.evict(1)
@@ -209,6 +286,18 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             if pages is not None:
                 return pages
         return None
+
+    def lend(self, count: int, shortage: tuple[str, str]) -> PageAllocator:
+        """Lends as many pages, for which Masters that nobody uses are evicted.
+
+        Raises:
+            OutOfPagesError, ValueError: as `take_pages`.
+        """
+        return self._allocator.lend(self._taken(count), shortage)
+
+    def take_back(self, part: PageAllocator) -> None:
+        """See `PageAllocator.take_back`."""
+        self._allocator.take_back(part)
 
     def share_pages(self, pages: Pages) -> None:
         """Adds one user to each page."""
@@ -223,14 +312,17 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         assert (left >= 0).all(), "pages that were given back before"
         unused = pages[left == 0]
         self._used -= len(unused)
-        self._allocator.free(unused)
+        if self._clears:
+            self._uncleared = np.concatenate([self._uncleared, unused])
+        else:
+            self._allocator.free(unused)
 
     def evict(self, pages: int) -> int:
         """Drops idle Masters, the longest idle first, until so many pages have been given back.
 
         Returns:
             Pages given back: fewer if there were no more idle Masters, more if the last one had
-            more.
+            more. Those that somebody reads are given back later, and do not count.
         """
         parts = [no_pages()]
         given = 0
@@ -238,12 +330,13 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             _, master = self._idle.popitem(last=False)
             del self.masters[master.digest]
             master.stored = False
-            given += len(master.pages)
+            self._idle_pages -= len(master.pages)
+            given += int(np.count_nonzero(self._page_users[master.pages] == 1))
             parts.append(master.pages)
-            master.pages = no_pages()
-        self._idle_pages -= given
         self.evictions += len(parts) - 1
         self.drop_pages(np.concatenate(parts))
+        if len(parts) > 1:
+            self._tell("evicted %d Masters of %d pages", len(parts) - 1, sum(map(len, parts)))
         return given
 
     # Masters --------------------------------------------------------------------------------------
@@ -268,7 +361,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 self._touch(master)
             else:
                 self.withdraw(master)
-                self._give_back(master)
+                self.drop_pages(master.pages)
 
     def idle_pages_of(self, masters: Sequence[Master]) -> int:
         """Pages of those among the Masters that nobody holds yet; each counts once."""
@@ -282,10 +375,6 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     def _no_longer_idle(self, master: Master) -> None:
         del self._idle[master.serial]
         self._idle_pages -= len(master.pages)
-
-    def _give_back(self, master: Master) -> None:
-        self.drop_pages(master.pages)
-        master.pages = no_pages()
 
     def announce(self, master: Master) -> None:
         """Lets later plans find a Master that is going to be computed; the first one stays."""

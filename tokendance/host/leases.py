@@ -10,6 +10,7 @@ import numpy as np
 from tokendance.host.agent import AgentState
 from tokendance.host.books import Books, OutOfPagesError
 from tokendance.host.decide import AgentDecision, Find, decide
+from tokendance.host.guard import CopyOrder, Guard
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages, pages_for, slots_of
 from tokendance.host.plan import LivePlan, Policy, Prompts
 from tokendance.host.record import Copies, DeviceProfile
@@ -24,19 +25,14 @@ class Leases:
     Args:
         profile: of the devices.
         books: of the pool.
-        copy: makes copies at once; None: the next record has them.
+        guard: has copies made; None: the next record has them.
     """
 
-    def __init__(
-        self,
-        profile: DeviceProfile,
-        books: Books,
-        copy: Callable[[Sequence[Copies]], None] | None,
-    ) -> None:
+    def __init__(self, profile: DeviceProfile, books: Books, guard: Guard | None) -> None:
         self._profile = profile
         self._books = books
         self._copies: list[Copies] = []  # that the next record has to make, in order
-        self._copy = copy
+        self._guard = guard
         self._serials = count()
 
     def find(self, segment: Segment) -> tuple[Master, int] | None:
@@ -92,12 +88,12 @@ class Leases:
                 reused.append(decision.earlier.own_pages[: len(_carried(decision)) // block])
         beside = len(np.unique(np.concatenate([no_pages(), *reused])))
         needed = self._pages_of(decisions, live.policy) + beside
-        if needed > self._books.num_pages:
+        if needed > self._books.limit:
             alone = self.decide(live, prompts, lambda _: None, {})
             needed = min(needed, self._pages_of(alone, live.policy))
-        if needed > self._books.num_pages:
+        if needed > self._books.limit:
             raise OutOfPagesError(
-                f"prompts: expected at most {self._books.num_pages} pages, got {needed}; they "
+                f"prompts: expected at most {self._books.limit} pages, got {needed}; they "
                 "would wait for ever"
             )
 
@@ -153,7 +149,10 @@ class Leases:
     def lease(
         self, decisions: Sequence[AgentDecision], policy: Policy, more: int = 0
     ) -> tuple[list[AgentState], Pages]:
-        """Takes all pages of prompts, and so many more, or none; makes the agents' states."""
+        """Takes all pages of prompts, and so many more, or none; makes the agents' states.
+
+        What they carry over from an earlier round is to be copied: see `copy_carried_rows`.
+        """
         block = self._profile.block_size
         held = [master for decision in decisions for master in decision.uses.masters]
         self._books.hold(held)
@@ -177,39 +176,54 @@ class Leases:
             own_pages = np.concatenate([kept, fresh])
             state = AgentState(decision, own_pages, carried, block, self._serials)
             states.append(state)
-        try:
-            self._copy_carried_rows(decisions, states)
-        except BaseException:
-            for state in states:
-                self._books.drop_pages(state.own_pages)
-            self._books.drop_pages(rest)
-            self._books.let_go(held)
-            raise
         return states, rest
 
-    def _copy_carried_rows(
-        self, decisions: Sequence[AgentDecision], states: Sequence[AgentState]
+    def copy_carried_rows(
+        self,
+        states: Sequence[AgentState],
+        done: Callable[[Sequence[AgentState]], None],
+        undo: Callable[[], None],
     ) -> None:
-        """Own rows of an earlier round that share a page with new ones get a page of their own."""
+        """Own rows of an earlier round that share a page with new ones get a page of their own.
+
+        Args:
+            states: that have just been leased.
+            done: called when the copies are made, with the states that had some.
+            undo: called when they could not be made.
+        """
         block = self._profile.block_size
-        moves = []
-        for decision, state in zip(decisions, states, strict=True):
-            rows = len(_carried(decision))
-            if decision.earlier is None or rows % block == 0:
+        moves, waiting, sources = [], [], []
+        for state in states:
+            earlier, rows = state.decision.earlier, len(_carried(state.decision))
+            if earlier is None or rows % block == 0:
                 continue
             begin = rows - rows % block
-            sources = slots_of(decision.earlier.own_pages, rows, block)[begin:]
-            targets = slots_of(state.own_pages, rows, block)[begin:]
-            moves.append(np.stack([sources, targets], axis=1))
-        if moves:
-            self.order([Copies(rows=np.concatenate(moves))])
+            from_ = slots_of(earlier.own_pages, rows, block)[begin:]
+            to = slots_of(state.own_pages, rows, block)[begin:]
+            moves.append(np.stack([from_, to], axis=1))
+            sources.append(earlier.own_pages[begin // block : begin // block + 1])
+            waiting.append(state)
+        if not moves:
+            return
+        read = np.concatenate(sources)  # whoever has them may let go of them meanwhile
+        self._books.share_pages(read)
 
-    def order(self, copies: list[Copies]) -> None:
+        def end(then: Callable[[], None]) -> None:
+            self._books.drop_pages(read)
+            then()
+
+        copies = [Copies(rows=np.concatenate(moves))]
+        self.order(
+            CopyOrder(copies, waiting, lambda: end(lambda: done(waiting)), lambda: end(undo))
+        )
+
+    def order(self, order: CopyOrder) -> None:
         """Has copies made before anything else is computed."""
-        if self._copy is not None:
-            self._copy(copies)
+        if self._guard is not None:
+            self._guard.order(order)
         else:
-            self._copies += copies
+            self._copies += order.copies
+            order.end(well=True)
 
     def take_copies(self) -> list[Copies]:
         """The copies of the next record, in order."""

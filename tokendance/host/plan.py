@@ -13,6 +13,7 @@ import numpy as np
 
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.decide import AgentDecision, OptedOut, Source, Sources, Span
+from tokendance.host.guard import Guard, guarded
 from tokendance.host.mirror import no_pages
 from tokendance.host.record import AppendRecord, RestoreRecord
 from tokendance.host.round import IntArray
@@ -104,8 +105,9 @@ class LivePlan:
         """Raises ``KeyError`` for an unknown agent."""
         if agent not in self.agents:
             raise KeyError(f"agent: expected one of {list(self.agents)}, got {agent!r}")
-        if agent in self.by_name:
-            return self.by_name[agent].phase
+        state = self.by_name.get(agent)
+        if state is not None:
+            return state.phase
         if agent in self.suspended:
             return Phase.SUSPENDED
         if any(agent in prompts for prompts in self.waiting):
@@ -150,11 +152,13 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: object
     ) -> None:
-        if kind is None:
-            self.abort()
-        else:
-            self._scheduler.abort_open(self._live)
+        self.abort()
 
+    @property
+    def guard(self) -> Guard:
+        return self._scheduler.guard
+
+    @guarded
     def __repr__(self) -> str:
         phases = [self._live.phase(agent) for agent in self.agents]
         counts = [f"{phases.count(one)} {one.value}" for one in Phase if one in phases]
@@ -166,15 +170,18 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     # Agents ---------------------------------------------------------------------------------------
 
     @property
+    @guarded
     def agents(self) -> list[str]:
         """The agents' names, in the order in which they came."""
         return list(self._live.agents)
 
+    @guarded
     def phase(self, agent: str) -> Phase:
         """How far an agent is. Raises ``KeyError`` for an unknown one."""
         return self._live.phase(agent)
 
     @property
+    @guarded
     def prefilling(self) -> list[str]:
         """The agents that have rows to be computed."""
         return [name for name in self._live.agents if self.phase(name) is Phase.PREFILL]
@@ -184,6 +191,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return self.phase(agent) is not Phase.ENDED
 
     @property
+    @guarded
     def ended(self) -> bool:
         """Whether all agents have been committed or aborted."""
         return all(not self.is_active(name) for name in self._live.agents)
@@ -203,6 +211,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         """
         return self._scheduler.pages_to_add(self._live, prompts)
 
+    @guarded
     def length(self, agent: str) -> int:
         """Rows of the agent's prompt and output so far."""
         self._scheduler.collect()
@@ -210,6 +219,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
             return self._live.suspended[agent].length
         return self._live.state(agent).length
 
+    @guarded
     def output(self, agent: str) -> list[int]:
         """The agent's decoded tokens that were fed."""
         self._scheduler.collect()
@@ -336,16 +346,23 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         """Gives back what the agents (default: all that have not ended) leased.
 
         If an aborted agent was computing a Master that others need, that Master is still completed,
-        for no agent, and its pages are kept until then.
+        for no agent, and its pages are kept until then. Those of an agent in an open step are kept
+        until the step has ended, which goes on for the others in it.
 
         Raises:
-            KeyError, ValueError: an unknown agent, one that has ended, or one in an open step
-                (which an exception aborts); then nothing is given back.
+            KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given
+                back.
         """
         self._scheduler.abort(self._live, agents)
 
+    def abandon(self) -> None:
+        """Has the plan aborted by the scheduler's next call, whatever goes on at present."""
+        self._finalizer.detach()
+        self._scheduler.dropped.append(self._live)
+
     # What was decided and done --------------------------------------------------------------------
 
+    @guarded
     def spans(self, agent: str) -> list[Span]:
         """Where the rows of the agent's prompt come from; the spans tile it.
 
@@ -363,16 +380,19 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return list(self._live.decisions[agent].spans)
 
     @property
+    @guarded
     def rows(self) -> int:
         """Rows of all prompts that have been decided."""
         return sum(decision.length for decision in self._live.decisions.values())
 
     @property
+    @guarded
     def rows_computed(self) -> float:
         """Prompt rows computed so far, in whole-model rows: row-layers / layers."""
         return self._live.row_layers / self._scheduler.profile.num_layers
 
     @property
+    @guarded
     def pairs_computed(self) -> float:
         """(Query row, visible key) pairs of the prompts attended so far: pair-layers / layers.
 
@@ -381,6 +401,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return self._live.pair_layers / self._scheduler.profile.num_layers
 
     @property
+    @guarded
     def stored_bytes(self) -> int:
         """Bytes of the pages that hold the KV of the agents that have not ended.
 
@@ -393,6 +414,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return len(np.unique(np.concatenate(parts))) * self._scheduler.profile.page_bytes
 
     @property
+    @guarded
     def rows_overridden(self) -> int:
         """Rows of Masters that agents' own rows replace."""
         block = self._scheduler.profile.block_size
@@ -400,6 +422,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         return sum(len(use.overridden(block)) for state in states for use in state.uses)
 
     @property
+    @guarded
     def master_agents(self) -> list[str]:
         """Agents that compute a Master which another agent reuses."""
         decisions: Sequence[AgentDecision] = list(self._live.decisions.values())
@@ -414,7 +437,8 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
 
 
 def _abandon(scheduler: Scheduler, live: LivePlan) -> None:
-    left = [name for name in live.agents if live.phase(name) is not Phase.ENDED]
+    scheduler.dropped.append(live)  # garbage may be collected in the middle of anything
+    left = [name for name in list(live.agents) if live.phase(name) is not Phase.ENDED]
     if left:
         warnings.warn(
             f"plan: expected commit or abort of every agent before the plan is dropped, got "
@@ -422,4 +446,3 @@ def _abandon(scheduler: Scheduler, live: LivePlan) -> None:
             ResourceWarning,
             stacklevel=2,
         )
-        scheduler.dropped.append(live)  # garbage may be collected in the middle of anything

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokendance.host.agent import AgentState
+from tokendance.host.guard import Guard, guarded
 from tokendance.host.mirror import Use, slots_of
 from tokendance.host.plan import LivePlan
 from tokendance.host.record import Choice, PackedRound, StepRecord, pack_round
@@ -27,12 +28,14 @@ class StepPart:
         plan, state: whose rows they are.
         positions: int32, ascending.
         begin: length of the agent before a decode step; -1 for rows of a prefill.
+        is_asked: whether the agent was asked for; otherwise one that was waits for its rows.
     """
 
     plan: LivePlan
     state: AgentState
     positions: IntArray
     begin: int
+    is_asked: bool = True
 
     @property
     def is_decode(self) -> bool:
@@ -76,14 +79,8 @@ class PlannedStep:
         return [name for name in found if name is not None]
 
     @property
-    def plans(self) -> list[LivePlan]:
-        """The plans whose agents have rows in the step."""
-        return list({id(part.plan): part.plan for part in self._parts}.values())
-
-    @property
-    def is_void(self) -> bool:
-        """Whether rows of the step have lost their pages: their plan was aborted meanwhile."""
-        return any(part.state.ended for part in self._parts)
+    def guard(self) -> Guard:
+        return self._scheduler.guard
 
     def _make_record(self) -> StepRecord:
         block = self._scheduler.profile.block_size
@@ -124,6 +121,7 @@ class PlannedStep:
         positions = record.positions[: len(self._row_agent)]
         return pack_round(states, self._row_agent, positions, profile, window, self._capacity)
 
+    @guarded
     def round_of(self, window: int) -> PackedRound:
         """The round with the work list of a sliding window; later steps have it from the start."""
         if window not in self.record.rounds:
@@ -132,6 +130,7 @@ class PlannedStep:
             self.record.rounds[window] = self._pack(self.record, window)
         return self.record.rounds[window]
 
+    @guarded
     def choose(self, chosen: Sequence[IntArray]) -> StepRecord:
         """Goes on with the rows that were chosen.
 
@@ -160,6 +159,7 @@ class PlannedStep:
         self._choice_layers = layer + 1
         return self.record
 
+    @guarded
     def finish(self) -> None:
         """Counts the step's rows as computed, and lets later plans find the Masters that it
         finished."""
@@ -180,8 +180,9 @@ class PlannedStep:
             if not part.plan.is_probe:
                 for master in finished:
                     self._scheduler.books.publish(master)
-        self._scheduler.end_unneeded()
+        self._settle()
 
+    @guarded
     def cancel(self) -> None:
         """The step is not run: everything is as before it was planned.
 
@@ -193,23 +194,31 @@ class PlannedStep:
             if part.is_decode and not part.state.ended:
                 self._scheduler.shorten(part.state, part.begin)
         self._scheduler.take_back(self)
-        self._scheduler.end_unneeded()
+        self._settle()
 
     def abandon(self) -> None:
         """Has the step cancelled by the scheduler's next call; garbage may be collected in the
         middle of one."""
         self._scheduler.dropped.append(self)
 
+    @guarded
     def fail(self) -> None:
-        """Aborts the plans that have rows in the step: what they wrote is not to be trusted.
+        """Aborts the plans whose agents were asked for: what they wrote is not to be trusted.
 
-        The record's copies count as made.
+        What others only waited for is computed again, by a later step. The record's copies count as
+        made.
         """
         self._end()
         for part in self._parts:
             part.state.busy = False
-        for plan in self.plans:
-            self._scheduler.abort_open(plan)
+        self._settle()
+        for plan in {id(part.plan): part.plan for part in self._parts if part.is_asked}.values():
+            self._scheduler.abort(plan, None)
+
+    def _settle(self) -> None:
+        """Agents that were aborted meanwhile give their pages back."""
+        self._scheduler.settle(part.state for part in self._parts)
+        self._scheduler.end_unneeded()
 
     def _end(self) -> None:
         if not self.is_open:

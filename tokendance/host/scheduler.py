@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from tokendance.host.agent import AgentState, Phase
 from tokendance.host.books import Books, OutOfPagesError, PageAllocator
 from tokendance.host.decide import AgentDecision, Source, source_of
+from tokendance.host.guard import CopyOrder, Guard, guarded
 from tokendance.host.leases import Leases
 from tokendance.host.mirror import Master, Mirror, pages_for
 from tokendance.host.plan import LivePlan, Plan, Policy, Prompts, Suspended
 from tokendance.host.planned_step import PlannedStep, StepPart
+from tokendance.host.reading import Reading
 from tokendance.host.record import (
     AppendRecord,
     Copies,
@@ -26,7 +28,8 @@ from tokendance.host.record import (
     pack_mirrors,
 )
 from tokendance.host.round import RoundExtents
-from tokendance.host.segments import Segment, TokenIds, as_token_ids, shared
+from tokendance.host.segments import Segment, TokenIds, as_token_ids, on_host, shared
+from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
 
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
@@ -50,11 +53,18 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         copy: makes copies at once, where the device half is in this process. None: the next record
             has them. An engine whose allocator the books use must not write to pages that it got
             back before that record has been run.
+        guard: lets threads in one at a time, and makes the copies; None: there are no threads, and
+            ``copy`` makes them.
+        host_allocator: of the pages of host memory; None for a list of its own.
+        segments: makes and knows the segments of a tenant; None: any are taken.
+        clears: pages are overwritten with zeros before the allocator has them again; ``guard`` does
+            so after `order_clearing`.
 
     Attributes:
         books: pages, Masters and Mirrors.
         flush: makes what the books hold durable; None where nothing outlives the process.
         fetch: brings up what prompts may reuse from where it rests, as far as there is room.
+        guard: entered by every method.
     """
 
     def __init__(
@@ -63,20 +73,29 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         allocator: PageAllocator | None = None,
         windows: Sequence[int] = (0,),
         copy: Callable[[Sequence[Copies]], None] | None = None,
+        guard: Guard | None = None,
+        host_allocator: PageAllocator | None = None,
+        segments: TenantSegments | None = None,
+        clears: bool = False,
     ) -> None:
+        if guard is None and copy is not None:
+            guard = Guard(copy)
+        self.guard = guard or Guard(_no_copies)
         self.profile = profile
-        self.books = Books(allocator or PageAllocator(profile.num_pages))
-        self.host_pages = PageAllocator(profile.host_pages)
+        self.books = Books(allocator or PageAllocator(profile.num_pages), self.guard.tell, clears)
+        self.host_pages = host_allocator or PageAllocator(profile.host_pages)
         self.flush: Callable[[Books], None] | None = None
         self.fetch: Callable[[Prompts], None] | None = None
+        self.segments = segments
         self.windows = list(windows)
-        self._leases = Leases(profile, self.books, copy)
-        self.dropped: deque[LivePlan | PlannedStep] = deque()
+        self._leases = Leases(profile, self.books, guard)
+        self.dropped: deque[LivePlan | PlannedStep | Reading] = deque()
         self._agents: dict[str, LivePlan] = {}  # of all plans, those that have not ended
         self._states: dict[int, AgentState] = {}  # by serial, those that have not ended
         self._plans: dict[int, LivePlan] = {}  # of each state, by serial
         self._orphans: dict[int, AgentState] = {}  # of them, what is computed for no agent
         self._makers: dict[int, AgentState] = {}  # of Masters that are not computed, by serial
+        self._leaving: dict[int, AgentState] = {}  # ended, by serial; their pages are still used
         self._open: dict[int, PlannedStep] = {}  # steps that have not ended, by number
         self._waiting: deque[tuple[LivePlan, dict[str, tuple[Segment, ...]]]] = deque()
         self._did_not_fit: tuple[int, ...] | None = None  # books in which their first did not
@@ -110,10 +129,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.add(live, prompts, wait)
         return Plan(self, live)
 
+    @guarded
     def probe(
         self, decisions: Sequence[AgentDecision], agents: Sequence[str], policy: Policy
     ) -> Plan:
-        """A plan of given decisions that changes nothing that others see."""
+        """A plan of given decisions, of no earlier rows, that changes nothing that others see."""
+        self.collect()
         live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
         self._register(live, self._leases.lease(decisions, policy)[0])
         return Plan(self, live)
@@ -122,15 +143,27 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]], wait: bool = False
     ) -> None:
         """Adds agents to a plan; see `plan`."""
-        self.collect()
+        checked = self.checked(prompts)
+        if self.fetch is not None:
+            self.fetch(checked)
+        self._add(live, checked, wait)
+
+    def checked(self, prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
+        """Prompts that have been read once; raises what `plan` does for others."""
         checked = _checked_prompts(prompts)
+        if self.segments is not None:
+            for agent, segments in checked.items():
+                self.segments.check(f"prompts[{agent!r}]", segments)
+        return checked
+
+    @guarded
+    def _add(self, live: LivePlan, checked: dict[str, tuple[Segment, ...]], wait: bool) -> None:
+        self.collect()
         for agent in checked:
             if agent in self._agents or agent in live.agents:
                 raise ValueError(
                     f"prompts: expected agents of no live plan, got {agent!r} a second time"
                 )
-        if self.fetch is not None:
-            self.fetch(checked)
         if wait and self._waiting:
             self._leases.check_possible(live, checked)
             self._enqueue(live, checked)
@@ -144,10 +177,18 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
-        self._register(live, self._leases.lease_prompts(live, prompts)[0])
+        states = self._leases.lease_prompts(live, prompts)[0]
+        self._register(live, states)
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
+        names = list(prompts)
+        self.guard.tell(
+            "planned %d agents: %d rows, %d of them to be computed",
+            *(len(names), sum(live.decisions[name].length for name in names)),
+            sum(len(state.pending) for state in states),
+        )
+        self._leases.copy_carried_rows(states, self.settle, lambda: self._abort(live, names))
 
     def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
         live.waiting.append(prompts)
@@ -190,12 +231,14 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """The same for `add`."""
-        self.collect()
-        checked = _checked_prompts(prompts)
+        checked = self.checked(prompts)
         if self.fetch is not None:
             self.fetch(checked)
-        return self._leases.pages_to_lease(live, checked)
+        with self.guard:
+            self.collect()
+            return self._leases.pages_to_lease(live, checked)
 
+    @guarded
     def find(self, segment: Segment) -> tuple[Master, int] | None:
         """The Master of a segment, stored or being computed, and how many of the segment's first
         rows it has."""
@@ -251,11 +294,26 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             OutOfPagesError: too few pages for the decode rows; nothing has changed, but for
                 evictions.
         """
-        self.collect()
         if max_rows < 1:
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
+        given = _given(decode or {})
+        wanted = None if prefill is None else _listed(prefill)
+        planned = None
+        try:
+            with self.guard:
+                planned = self._step(given, wanted, max_rows)
+        except BaseException:
+            if planned is not None:  # copies of who was admitted could not be made
+                planned.cancel()
+            raise
+        return planned
+
+    def _step(
+        self, decode: Mapping[str, TokenIds], prefill: list[str] | None, max_rows: int
+    ) -> PlannedStep | None:
+        self.collect()
         names = None if prefill is None else self._named(prefill)
-        fed = self._fed(decode or {})
+        fed = self._fed(decode)
         decoded = self._extend(fed)  # before others are admitted, who would take their pages
         with self._undone_by_errors(decoded):
             self._admit_waiting()
@@ -274,6 +332,17 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 self.shorten(part.state, part.begin)
             raise
 
+    @guarded
+    def holds_up(self, prefill: Iterable[str] | None) -> bool:
+        """Whether rows that `step` would compute wait for the end of an open step."""
+        wanted = None if prefill is None else self._wanted(self._named(prefill))
+        return any(
+            state.is_taken and state.phase is Phase.PREFILL
+            for state in self._states.values()
+            if wanted is None or state.serial in wanted
+        )
+
+    @guarded
     def step_of(self, plan: Plan, max_rows: int) -> PlannedStep | None:
         """The next step of one plan's prompts alone."""
         live = plan._live
@@ -288,20 +357,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ValueError: the step needs more than that, naming what; nothing has changed. Otherwise
                 as `step`.
         """
-        decode = {a: list(ids) if isinstance(ids, Iterator) else ids for a, ids in decode.items()}
-        for name, needed in self.exceeded(decode, capacity).items():
-            given = getattr(capacity, name)
-            raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
-        decoded = self._extend(self._fed(decode))
-        with self._undone_by_errors(decoded):
-            return self._planned(decoded, capacity)
+        decode = _given(decode)
+        with self.guard:
+            for name, needed in self.exceeded(decode, capacity).items():
+                given = getattr(capacity, name)
+                raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
+            decoded = self._extend(self._fed(decode))
+            with self._undone_by_errors(decoded):
+                return self._planned(decoded, capacity)
 
     def exceeded(
         self, decode: Mapping[str, TokenIds | Iterator[int]], capacity: RoundExtents
     ) -> dict[str, int]:
         """The extents of which a decode step needs more than ``capacity`` has, and how many."""
-        self.collect()
-        needed = self._extents_of(self._fed(decode))
+        decode = _given(decode)
+        with self.guard:
+            self.collect()
+            needed = self._extents_of(self._fed(decode))
         return {name: count for name, count in needed.items() if count > getattr(capacity, name)}
 
     def _extents_of(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> dict[str, int]:
@@ -338,28 +410,27 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         return step
 
     def _named(self, agents: Iterable[str]) -> list[str]:
-        names = [agents] if isinstance(agents, str) else list(agents)
+        names = _listed(agents)
         for name in names:
             if name not in self._agents:
                 raise KeyError(f"agent: expected one of {sorted(self._agents)}, got {name!r}")
         return names
 
     def _fed(
-        self, decode: Mapping[str, TokenIds | Iterator[int]], argument: str = "decode"
+        self, decode: Mapping[str, TokenIds], argument: str = "decode"
     ) -> list[tuple[LivePlan, AgentState, list[int]]]:
         fed = []
         for agent, ids in decode.items():
             self._named([agent])
             live = self._agents[agent]
             state = live.state(agent)
-            if state.busy:
+            if state.is_taken:
                 raise ValueError(f"{argument}: expected agents in no open step, got {agent!r}")
             if state.phase is not Phase.DECODE:
                 raise ValueError(
                     f"{argument}: expected agents in decode, got {agent!r} ({state.phase.value})"
                 )
-            given = list(ids) if isinstance(ids, Iterator) else ids
-            tokens = as_token_ids(given, f"{argument}[{agent!r}]").tolist()
+            tokens = as_token_ids(ids, f"{argument}[{agent!r}]").tolist()
             if not tokens:
                 raise ValueError(f"{argument}[{agent!r}]: expected at least one token, got none")
             if state.length + len(tokens) > self.profile.max_position:
@@ -411,7 +482,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         for state in states:
             if room <= 0:
                 break
-            if state.ended or state.busy or state.phase is not Phase.PREFILL:
+            if state.ended or state.is_taken or state.phase is not Phase.PREFILL:
                 continue
             end = _NO_END if wanted is None else wanted.get(state.serial, 0)
             if not end:
@@ -434,7 +505,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             for use in state.made:
                 if not use.master.is_computed:
                     available[use.master.serial] = state.computed_of(use, left)
-            parts.append(StepPart(plan, state, positions, -1))
+            parts.append(StepPart(plan, state, positions, -1, end == _NO_END))
             room -= len(positions)
         return parts
 
@@ -447,6 +518,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Rows of an engine's own cache ----------------------------------------------------------------
 
+    @guarded
     def restore(
         self, agents: str | Sequence[str], slots: SlotMapping, live: LivePlan | None = None
     ) -> RestoreRecord:
@@ -462,8 +534,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ValueError: an agent of the plan that has ended, is in an open step or has rows that are
                 not computed yet; or slots of another shape.
         """
-        names = [agents] if isinstance(agents, str) else list(agents)
-        mirrors = [self._restorable(name, live) for name in names]
+        names = _listed(agents)
+        mirrors = self.restorable(names, live)
         rows = np.asarray(slots)
         if rows.ndim == 1 and len(names) == 1:
             rows = rows[None]
@@ -474,6 +546,11 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         packed = pack_mirrors(mirrors, self.profile.block_size)
         copies = self._leases.take_copies()
         return RestoreRecord(next(self._numbers), packed, rows, copies)
+
+    @guarded
+    def restorable(self, agents: Sequence[str], live: LivePlan | None = None) -> list[Mirror]:
+        """Agents' rows as `restore` means them, and with its errors."""
+        return [self._restorable(agent, live) for agent in agents]
 
     def _restorable(self, agent: str, live: LivePlan | None) -> Mirror:
         if live is None:
@@ -490,6 +567,10 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def append(self, live: LivePlan, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
         """Takes tokens for decoded whose rows an engine computed; see `Plan.append`."""
+        return self._append(live, _given(rows))
+
+    @guarded
+    def _append(self, live: LivePlan, rows: Mapping[str, TokenIds]) -> AppendRecord:
         self.collect()
         for agent in rows:
             live.state(agent)
@@ -502,6 +583,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Ends -----------------------------------------------------------------------------------------
 
+    @guarded
     def truncate(self, live: LivePlan, agent: str, length: int) -> None:
         self.collect()
         state = self._idle(live, agent)
@@ -514,12 +596,13 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def _idle(self, live: LivePlan, agent: str, on_host: bool = False) -> AgentState:
         state = live.state(agent)
-        if state.busy:
+        if state.is_taken:
             raise ValueError(f"agent: expected one that is in no open step, got {agent!r}")
         if state.phase is Phase.SUSPENDED and not on_host:
             raise ValueError(f"agent: expected one that has pages, got {agent!r} (suspended)")
         return state
 
+    @guarded
     def commit(
         self,
         live: LivePlan,
@@ -533,8 +616,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 raise ValueError(
                     f"agents: expected a finished prefill, got {name!r} in {state.phase.value}"
                 )
+        made = shared if self.segments is None else self.segments.shared
         outputs = {
-            name: shared(state.output_ids, namespace=namespace)
+            name: made(state.output_ids, namespace=namespace)
             for name, state in states
             if state.output is not None
         }
@@ -547,24 +631,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                     state.output.digest = outputs[name].digest
                     self.books.publish(state.output)
             self.books.put(name, state.mirror(segments))
-            self._let_go(live, state)
+            self._end(live, state)
+            self.books.let_go(state.uses.masters)
+        if states:
+            rows = sum(state.length for _, state in states)
+            self.guard.tell("committed %d agents of %d rows", len(states), rows)
         self.end_unneeded()
 
+    @guarded
     def abort(self, live: LivePlan, agents: str | Iterable[str] | None) -> None:
         self.collect()
         names = live.names(agents)
         for name in names:
-            if name in live.by_name:
-                self._idle(live, name, on_host=True)
-            elif live.phase(name) is Phase.ENDED:
+            if live.phase(name) is Phase.ENDED:
                 live.state(name)  # raises
         self._abort(live, names)
 
-    def abort_open(self, live: LivePlan) -> None:
-        """Aborts all agents that have not ended, those in open steps too."""
-        self._abort(live, live.names(None), in_steps=True)
-
-    def _abort(self, live: LivePlan, names: Iterable[str], in_steps: bool = False) -> None:
+    def _abort(self, live: LivePlan, names: Iterable[str]) -> None:
         for name in names:
             if name in live.by_name:
                 self._give_up(live, live.by_name[name])
@@ -572,7 +655,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._stop_waiting(live, name)
             if not live.is_probe:
                 self._agents.pop(name, None)
-        self.end_unneeded(live if in_steps else None)
+        self.end_unneeded()
 
     def _stop_waiting(self, live: LivePlan, agent: str) -> None:
         for prompts in live.waiting:
@@ -591,21 +674,30 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._give_back(live, state)
 
     def _give_back(self, live: LivePlan, state: AgentState) -> None:
-        self._forget_host_pages(state)
-        self.books.drop_pages(state.own_pages)
-        self._let_go(live, state)
+        self._end(live, state)
+        self._leaving[state.serial] = state
+        self.settle([state])
+
+    def settle(self, states: Iterable[AgentState]) -> None:
+        """Those among the states that have ended give their pages back, unless an open step or a
+        copy still has them."""
+        for state in states:
+            if state.serial in self._leaving and not state.keeps_pages:
+                del self._leaving[state.serial]
+                self._forget_host_pages(state)
+                self.books.drop_pages(state.own_pages)
+                self.books.let_go(state.uses.masters)
 
     def _forget_host_pages(self, state: AgentState) -> None:
         if state.host_pages is not None:
             self.host_pages.free(state.host_pages)
             state.host_pages = None
 
-    def _let_go(self, live: LivePlan, state: AgentState) -> None:
+    def _end(self, live: LivePlan, state: AgentState) -> None:
         state.ended = True
         state.pending = state.pending[:0]
         for use in state.made:
             self._makers.pop(use.master.serial, None)
-        self.books.let_go(state.uses.masters)
         del self._plans[state.serial]
         self._states.pop(state.serial, None)
         self._orphans.pop(state.serial, None)
@@ -616,14 +708,14 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             if not live.is_probe:
                 self._agents.pop(state.agent, None)
 
-    def end_unneeded(self, aborted: LivePlan | None = None) -> None:
+    def end_unneeded(self) -> None:
         """Ends what is computed for no agent where no agent waits for it.
 
-        What is in an open step ends with the step, but for that of an ``aborted`` plan.
+        What is in an open step ends with the step.
         """
         for serial in sorted(self._orphans, reverse=True):
             state = self._orphans[serial]
-            if state.busy and self._plans[serial] is not aborted:
+            if state.is_taken:
                 continue
             mine = [master.serial for master in state.uses.masters]
             ends = [
@@ -639,6 +731,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def end_step(self, step: PlannedStep) -> None:
         del self._open[step.number]
+        self.guard.rows_are_free()
 
     def take_back(self, step: PlannedStep) -> None:
         """Has the copies of a step that is not run made by the next one."""
@@ -650,18 +743,38 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             record = self._open[later].record
             record.copies = copies + record.copies
 
+    @guarded
     def collect(self) -> None:
-        """Aborts plans, and cancels steps, that were dropped."""
+        """Ends what was dropped: plans are aborted, steps cancelled.
+
+        Garbage may be collected by any thread in the middle of anything, so that it is only put
+        down what is to be ended.
+        """
         while self.dropped:
             one = self.dropped.popleft()
             if isinstance(one, LivePlan):
-                self.abort_open(one)
+                self._abort(one, one.names(None))
+            elif isinstance(one, Reading):
+                one.end()
             elif one.is_open:
                 one.cancel()
 
+    def order_clearing(self) -> None:
+        """Has pages that nobody uses any more overwritten, and given back."""
+        if self.books.has_uncleared:
+            pages = self.books.to_be_cleared()
+
+            def done() -> None:
+                self.books.cleared(pages)
+
+            self.guard.order(CopyOrder([], [], done, done, pages))
+
+    @guarded
     def clear(self) -> None:
         """Forgets all Mirrors and Masters; see `DiffStore.clear`."""
         self.collect()
+        if self._leaving:
+            raise ValueError(f"store: expected no open steps, got {len(self._open)}")
         if self._agents or self._plans:
             computed = {state.agent for live in self._plans.values() for state in live.states}
             raise ValueError(
@@ -674,6 +787,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     # Preemption -----------------------------------------------------------------------------------
 
+    @guarded
     def suspend(self, live: LivePlan, agents: str | Iterable[str], to: str) -> None:
         if to not in ("nowhere", "host"):
             raise ValueError(f"to: expected 'nowhere' or 'host', got {to!r}")
@@ -707,20 +821,29 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         ends = np.cumsum([0, *[len(pages) for pages in private]])
         given = self.host_pages.allocate(int(ends[-1]))
         if given is None:
+            self.guard.tell("refused %d pages of host memory", int(ends[-1]))
             raise OutOfPagesError(
                 f"to: expected {ends[-1]} free host pages, got {self.host_pages.num_free} of "
-                f"{self.profile.host_pages}"
+                f"{self.host_pages.limit}"
             )
         pages = np.concatenate(private)
-        try:
-            self._leases.order([Copies(to_host=np.stack([pages, given], axis=1))])
-        except BaseException:
-            self.host_pages.free(given)
-            raise
-        for state, mine, (begin, end) in zip(states, private, pairwise(ends), strict=True):
+        for state, (begin, end) in zip(states, pairwise(ends), strict=True):
             state.leave(given[begin:end])
-            self.books.drop_pages(mine)
 
+        def done() -> None:
+            self.books.drop_pages(pages)
+            self.settle(states)
+
+        def undo() -> None:
+            for state, mine in zip(states, private, strict=True):
+                state.come_back(mine)
+            self.host_pages.free(given)
+            self.settle(states)
+
+        copies = [Copies(to_host=np.stack([pages, given], axis=1))]
+        self._leases.order(CopyOrder(copies, states, done, undo))
+
+    @guarded
     def resume(self, live: LivePlan, agents: str | Iterable[str]) -> None:
         self.collect()
         names = live.names(agents)
@@ -758,6 +881,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             state.recompute_output()
         self.books.drop_pages(pages)  # that of the next row: it was enough to know that it is there
         del live.suspended[agent]
+        self._leases.copy_carried_rows(
+            states, self.settle, lambda: self.suspend(live, agent, "nowhere")
+        )
 
     def _pages_of_output(self, suspended: Suspended) -> int:
         """Pages of the decoded rows and of one more, without which an agent is suspended again."""
@@ -771,17 +897,25 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         pages = self.books.take_pages(sum(map(len, held)) + more)
         pages, rest = pages[: len(pages) - more], pages[len(pages) - more :]
         self.books.drop_pages(rest)
-        try:
-            self._leases.order([Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))])
-        except BaseException:
-            self.books.drop_pages(pages)
-            raise
         at = 0
         for state, host_pages in zip(states, held, strict=True):
             state.come_back(pages[at : at + len(host_pages)])
             at += len(host_pages)
-            self.host_pages.free(host_pages)
 
+        def done() -> None:
+            self.host_pages.free(np.concatenate(held))
+            self.settle(states)
+
+        def undo() -> None:
+            for state, host_pages in zip(states, held, strict=True):
+                state.leave(host_pages)
+            self.books.drop_pages(pages)
+            self.settle(states)
+
+        copies = [Copies(to_device=np.stack([np.concatenate(held), pages], axis=1))]
+        self._leases.order(CopyOrder(copies, states, done, undo))
+
+    @guarded
     def pages_to_resume(self, live: LivePlan, agent: str) -> int:
         self.collect()
         if live.phase(agent) is not Phase.SUSPENDED:
@@ -795,6 +929,22 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         given = live.suspended[agent]
         more = self._pages_of_output(given)
         return self._leases.pages_to_lease(live, {agent: given.segments}, more)
+
+
+def _no_copies(copies: Sequence[Copies]) -> None:
+    raise AssertionError("copies that the next record has")
+
+
+def _given(decode: Mapping[str, TokenIds | Iterator[int]]) -> dict[str, TokenIds]:
+    """Token ids as they are read: nobody waits for a device, or an iterator, at the books."""
+    return {
+        agent: list(ids) if isinstance(ids, Iterator) else on_host(ids)
+        for agent, ids in decode.items()
+    }
+
+
+def _listed(agents: Iterable[str]) -> list[str]:
+    return [agents] if isinstance(agents, str) else list(agents)
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:

@@ -79,24 +79,26 @@ class Segment:
         return f"Segment({kind}, length={self.length}, digest={self.digest.hex()})"
 
 
-def private(token_ids: TokenIds, *, namespace: bytes | str = b"") -> Segment:
+def private(token_ids: TokenIds, *, namespace: bytes | str = b"", secret: bytes = b"") -> Segment:
     """A segment that only the agent whose prompt it stands in may reuse.
 
     Args:
         token_ids: ``[length]`` integers in ``0 .. 2**31 - 1``; copied. May be empty.
-        namespace: whatever must keep equal tokens apart: a tenant's salt, a LoRA's id, the hash of
-            an image that placeholder tokens stand for.
+        namespace: whatever must keep equal tokens apart: a LoRA's id, the hash of an image that
+            placeholder tokens stand for.
+        secret: at most 64 bytes, without which nobody can tell from a digest which tokens, or which
+            namespace, it may be of. `DiffStore.tenant` has it.
 
     Raises:
         TypeError: ``token_ids`` are no integers, or ``namespace`` is neither bytes nor str.
         ValueError: ``token_ids`` are not one-dimensional, or one of them is out of range.
     """
-    return _segment(as_token_ids(token_ids, "token_ids"), False, _key(namespace))
+    return _segment(as_token_ids(token_ids, "token_ids"), False, _key(namespace, secret))
 
 
-def shared(token_ids: TokenIds, *, namespace: bytes | str = b"") -> Segment:
+def shared(token_ids: TokenIds, *, namespace: bytes | str = b"", secret: bytes = b"") -> Segment:
     """A segment that agents of the same namespace may reuse from each other; else as `private`."""
-    return _segment(as_token_ids(token_ids, "token_ids"), True, _key(namespace))
+    return _segment(as_token_ids(token_ids, "token_ids"), True, _key(namespace, secret))
 
 
 def chain(context: bytes, segment_digest: bytes) -> bytes:
@@ -131,6 +133,7 @@ def split_round(
     separator_ids: TokenIds,
     *,
     namespace: bytes | str = b"",
+    secret: bytes = b"",
     kind: Literal["shared", "private"] = "shared",
     separators: int | None = None,
 ) -> list[Segment]:
@@ -143,7 +146,7 @@ def split_round(
         token_ids: ``[tokens]`` the whole prompt.
         separator_ids: the separator's token or tokens, at least one. Occurrences do not overlap;
             the leftmost wins.
-        namespace: as for `private`.
+        namespace, secret: as for `private`.
         kind: of all segments.
         separators: how many the prompt was made with. A tokenizer may have merged one with the text
             beside it; then there is no cut, unless the number is given and is an error.
@@ -161,7 +164,7 @@ def split_round(
     separator = as_token_ids(separator_ids, "separator_ids")
     if len(separator) == 0:
         raise ValueError("separator_ids: expected at least one token, got none")
-    key = _key(namespace)
+    key = _key(namespace, secret)
     cuts = [0]
     for end in _ends_of(tokens, separator):
         if end - len(separator) >= cuts[-1]:
@@ -199,8 +202,16 @@ def _segment(token_ids: npt.NDArray[np.int32], is_shared: bool, key: bytes) -> S
     state.update(data[: max(len(data) - 4, 0)])
     stem = state.digest()  # Leaves the state open: one pass gives both digests.
     state.update(data[max(len(data) - 4, 0) :])
-    space = hashlib.blake2b(key, digest_size=_DIGEST_SIZE, person=b"tokendance-spot").digest()
-    return Segment(token_ids, is_shared, state.digest(), stem, space)
+    return Segment(token_ids, is_shared, state.digest(), stem, _space(key))
+
+
+def space_of(namespace: bytes | str, secret: bytes) -> bytes:
+    """What `Segment.space` is of the segments that are made with these."""
+    return _space(_key(namespace, secret))
+
+
+def _space(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=_DIGEST_SIZE, person=b"tokendance-spot").digest()
 
 
 def _unpickled(token_ids: npt.NDArray[np.int32], *fields: Any) -> Segment:
@@ -208,12 +219,14 @@ def _unpickled(token_ids: npt.NDArray[np.int32], *fields: Any) -> Segment:
     return Segment(_frozen(token_ids.copy()), *fields)
 
 
-def _key(namespace: bytes | str) -> bytes:
+def _key(namespace: bytes | str, secret: bytes) -> bytes:
     if isinstance(namespace, str):
         namespace = namespace.encode()
     if not isinstance(namespace, bytes):
         raise TypeError(f"namespace: expected bytes or str, got {type(namespace).__name__}")
-    return hashlib.blake2b(namespace, digest_size=64, person=b"tokendance-space").digest()
+    return hashlib.blake2b(
+        namespace, digest_size=64, key=secret, person=b"tokendance-space"
+    ).digest()
 
 
 def _frozen(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -223,15 +236,10 @@ def _frozen(token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
     """A read-only int32 copy of the caller's token ids, checked."""
-    if hasattr(token_ids, "detach"):  # a tensor, wherever it is
-        ids: npt.NDArray[Any] = token_ids.detach().cpu().numpy()
-    elif hasattr(token_ids, "__dlpack__") and not isinstance(token_ids, np.ndarray):
-        ids = token_ids.get() if hasattr(token_ids, "get") else np.from_dlpack(token_ids)
-    else:
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError as error:
-            raise ValueError(f"{argument}: expected a flat list of ints, got {error}") from error
+    try:
+        ids: npt.NDArray[Any] = np.asarray(on_host(token_ids))
+    except ValueError as error:
+        raise ValueError(f"{argument}: expected a flat list of ints, got {error}") from error
     if ids.ndim != 1:
         raise ValueError(f"{argument}: expected shape [length], got {list(ids.shape)}")
     if ids.size == 0:
@@ -247,3 +255,12 @@ def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
         bad = low if low < 0 else high
         raise ValueError(f"{argument}: expected token ids in 0 .. {_MAX_TOKEN_ID}, got {bad}")
     return _frozen(np.array(ids, dtype=np.int32, order="C"))
+
+
+def on_host(token_ids: TokenIds) -> TokenIds:
+    """The same token ids: what lies on a device is fetched, all else is as it was."""
+    if hasattr(token_ids, "detach"):  # a tensor, wherever it is
+        return token_ids.detach().cpu().numpy()
+    if hasattr(token_ids, "__dlpack__") and not isinstance(token_ids, np.ndarray):
+        return token_ids.get() if hasattr(token_ids, "get") else np.from_dlpack(token_ids)
+    return token_ids

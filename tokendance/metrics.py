@@ -1,0 +1,77 @@
+"""What a store holds, for Prometheus: ``pip install tokendance[metrics]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tokendance.store import DiffStore, StoreStats
+
+_PAGES = ("free", "evictable", "held")
+_ROWS = ("dense", "master", "own")
+_BYTES = ("dense", "row", "stored")
+
+
+class StoreMetrics(Collector):
+    """Counts stores when it is asked: ``REGISTRY.register(StoreMetrics({"main": store}))``.
+
+    Every sample has the label ``store``, and ``tenant``, empty for what is no tenant's.
+
+    - ``tokendance_agents``, ``tokendance_masters``: Mirrors, and Masters.
+    - ``tokendance_pages``: by ``state``, free, evictable or held.
+    - ``tokendance_rows``: by ``kind``, dense, master or own.
+    - ``tokendance_bytes``: by ``kind``, dense, row or stored.
+    - ``tokendance_evictions_total``: Masters dropped to make room.
+
+    Each is documented under `StoreStats`.
+
+    Args:
+        stores: by the label ``store``; of a store its tenants are counted, too.
+    """
+
+    def __init__(self, stores: Mapping[str, DiffStore]) -> None:
+        self._stores = dict(stores)
+
+    def describe(self) -> list[Metric]:
+        """The metrics, without samples: nothing is counted for it."""
+        return list(self._families().values())
+
+    def collect(self) -> Iterator[Metric]:
+        families = self._families()
+        for name, store in self._stores.items():
+            stats = store.stats()
+            for tenant, one in {"": stats, **stats.tenants}.items():
+                self._add(families, {"store": name, "tenant": tenant}, one)
+        yield from families.values()
+
+    def _families(self) -> dict[str, Metric]:
+        labels = ["store", "tenant"]
+        return {
+            "agents": GaugeMetricFamily("tokendance_agents", "Mirrors.", labels=labels),
+            "masters": GaugeMetricFamily("tokendance_masters", "Masters.", labels=labels),
+            "pages": GaugeMetricFamily(
+                "tokendance_pages", "Pages of the pool.", labels=[*labels, "state"]
+            ),
+            "rows": GaugeMetricFamily("tokendance_rows", "Rows.", labels=[*labels, "kind"]),
+            "bytes": GaugeMetricFamily(
+                "tokendance_bytes", "Bytes of keys and values.", labels=[*labels, "kind"]
+            ),
+            "evictions": CounterMetricFamily(
+                "tokendance_evictions", "Masters dropped to make room.", labels=labels
+            ),
+        }
+
+    def _add(self, families: dict[str, Metric], of: dict[str, str], stats: StoreStats) -> None:
+        for name in ("agents", "masters"):
+            families[name].add_sample(f"tokendance_{name}", of, getattr(stats, name))
+        families["evictions"].add_sample("tokendance_evictions_total", of, stats.evictions)
+        for family, label, kinds in (
+            ("pages", "state", _PAGES),
+            ("rows", "kind", _ROWS),
+            ("bytes", "kind", _BYTES),
+        ):
+            for kind in kinds:
+                value = getattr(stats, f"{kind}_{family}")
+                families[family].add_sample(f"tokendance_{family}", {**of, label: kind}, value)
