@@ -168,10 +168,23 @@ def test_own_prefix_is_taken_over_however_it_was_cut() -> None:
     plan = collector.plan({"a": [changed]})
     assert kinds(plan, "a")[0] == (0, 20, RowKind.EARLIER)
     plan.abort()
-    # A shared segment is taken over as a whole, or not at all.
+    # A shared segment is taken over as a whole, or not at all,
     plan = collector.plan({"a": [td.private(MINE), td.shared([*A, 3, 4]), td.private(C)]})
     assert kinds(plan, "a")[0] == (0, 13, RowKind.EARLIER)
     plan.abort()
+    # unless the earlier prompt ends in it: what was said is cut as one with what stands around it.
+    for taken_over, segment in (
+        (rows, td.shared([*C, *said, *tail])),
+        (33, td.shared([*C, *said[:-2], 3, 4, *tail])),  # something else was said
+        (33, td.shared([*C, *said, *tokens(22, 40)])),  # most of it is new
+        (33, td.shared([*C, *said, *tail], namespace="another")),
+    ):
+        plan = collector.plan({"a": [td.private(MINE), td.shared(A), segment]})
+        taken = [end for _, end, kind in kinds(plan, "a") if kind is RowKind.EARLIER]
+        assert taken[-1] == taken_over
+        run_prefill(collector, plan)
+        assert plan.rows_computed == 13 + 20 + segment.length - taken_over
+        plan.abort()
 
 
 def test_tenants_never_match() -> None:

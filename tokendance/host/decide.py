@@ -506,7 +506,9 @@ def _common_rows(segments: Sequence[Segment], before: Sequence[Segment]) -> int:
     """Rows that both begin with.
 
     A private segment is compared by its tokens, however the earlier prompt was cut there: what was
-    decoded is a segment of its own, and part of a longer one in the next prompt.
+    decoded is a segment of its own, and part of a longer one in the next prompt. A shared one may
+    be there as a Master, which may have all its rows: it is compared so only where the earlier
+    prompt ends in it and has half of it at least, as what was decoded and a separator behind it.
     """
     rows, at, inside = 0, 0, 0  # `inside` tokens of the earlier segment `at` are compared
     for new in segments:
@@ -519,18 +521,22 @@ def _common_rows(segments: Sequence[Segment], before: Sequence[Segment]) -> int:
         if not inside and new.stem == old.digest:  # an output whose last token was never fed
             return rows + old.length
         if new.is_shared:
-            break
+            left = sum(one.length for one in before[at:]) - inside
+            if not left <= new.length <= 2 * left:
+                break
         compared = 0
         while compared < new.length and at < len(before) and before[at].space == new.space:
             theirs = before[at].token_ids[inside:]
             mine = new.token_ids[compared : compared + len(theirs)]
             differs = np.flatnonzero(mine != theirs[: len(mine)])
             if len(differs):
-                return rows + compared + int(differs[0])
+                return rows + (0 if new.is_shared else compared + int(differs[0]))
             compared += len(mine)
             inside += len(mine)
             if inside == before[at].length:
                 at, inside = at + 1, 0
+        if new.is_shared and at < len(before):  # of another tenant
+            break
         rows += compared
         if compared < new.length:
             break
