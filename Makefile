@@ -35,7 +35,8 @@ sanitize-gpu:
 	$(HERE) setup.py --quiet build_ext --inplace
 	$(HERE) -m tools.gpu_tests sanitize $(GPU_ARGS)
 
-# tokendance inside vLLM, in an environment of its own (3.4 GB). VLLM_ARGS: see tools/test_vllm.py.
+# tokendance inside vLLM, in an environment of its own that is kept (3.4 GB). VLLM_ARGS="--environment DIR": in another
+# one that has vLLM; --short: what CI runs; see tools/test_vllm.py.
 test-vllm: build
 	$(BIN)/python -m tools.test_vllm $(VLLM_ARGS)
 

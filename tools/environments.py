@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ print(f"{versions}: loaded; {stream}", flush=True)
 """
 
 
-class NotRunError(Exception):
+class NotRunError(RuntimeError):
     """Something that a check needs is not to be had."""
 
 
@@ -111,23 +111,45 @@ def interpreter(version: str) -> str:
 
 def python_of(environment: Environment) -> Path:
     """The interpreter of an environment, which is made unless it is kept from before."""
-    folder = cache() / f"python{environment.python}-torch{environment.torch}"
     wanted = [f"torch=={environment.torch}", *PACKAGES]
+    name = f"python{environment.python}-torch{environment.torch}"
+    return kept(name, lambda: interpreter(environment.python), wanted)
+
+
+def kept(
+    name: str, base: Callable[[], str], wanted: Sequence[str], unused: Sequence[str] = ()
+) -> Path:
+    """The interpreter of the environment of a name, made unless it has been kept.
+
+    Args:
+        name: of its folder.
+        base: gives the interpreter that makes it.
+        wanted: pip's requirements; an environment that was made of others is made anew.
+        unused: packages that these bring and that are taken out again.
+
+    Raises:
+        NotRunError: it cannot be had.
+    """
+    folder = cache() / name
     python, ready = folder / "bin" / "python", folder / "ready"
     cache().mkdir(parents=True, exist_ok=True)
     with (cache() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if ready.exists() and ready.read_text().split("\n") == wanted and python.exists():
+        if ready.exists() and ready.read_text().split("\n") == list(wanted) and python.exists():
             return python
-        base = interpreter(environment.python)
+        maker = base()
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([base, "-m", "venv", folder], check=True)
+        subprocess.run([maker, "-m", "venv", folder], check=True)
         # Not kept by pip as well: the environment is the cache.
-        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir", *wanted]
-        answer = subprocess.run(install, check=False, capture_output=True, text=True)
-        if answer.returncode != 0:
-            shutil.rmtree(folder)
-            raise NotRunError(f"pip: {last_line(answer.stderr)}")
+        commands = [["install", "--no-cache-dir", *wanted]]
+        if unused:
+            commands.append(["uninstall", "--yes", *unused])
+        for command in commands:
+            pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *command]
+            answer = subprocess.run(pip, check=False, capture_output=True, text=True)
+            if answer.returncode != 0:
+                shutil.rmtree(folder)
+                raise NotRunError(f"pip: {last_line(answer.stderr)}")
         ready.write_text("\n".join(wanted))
     return python
 

@@ -1,14 +1,16 @@
-"""Runs the tests of tokendance inside vLLM, in an environment of its own under ``build/``.
+"""Runs the tests of tokendance inside vLLM, in an environment of its own.
 
-    python -m tools.test_vllm [ARGUMENTS OF PYTEST]
+    python -m tools.test_vllm [--short] [--environment DIR] [ARGUMENTS OF PYTEST]
 
-The environment (3.4 GB, some minutes) is that of `bench.peers.vllm_cpu`, made on first use; the
-package is taken from this checkout, as it was built here. Where the environment cannot be had, it
-says NOT RUN and why.
+The environment (3.4 GB, some minutes) is that of `bench.peers.vllm_cpu`, made on first use and kept
+beside those of `tools.environments`; ``--environment`` names another one that has vLLM. The package
+is taken from this checkout, as it was built here. ``--short`` leaves slow tests out, and what has
+not begun after four minutes. Where the environment cannot be had, it says NOT RUN and why.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -18,7 +20,9 @@ from pathlib import Path
 from bench.peers.vllm_cpu import BUILD, python_of_vllm
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("pytest", "hypothesis", "ml_dtypes")  # by the tests and their conftest
+SHORT = ("-m", "not slow", "--budget", "240")
+# One that hangs is a failure, and says where.
+HANGING = ("-o", "faulthandler_timeout=600", "-o", "faulthandler_exit_on_timeout=true")
 SETTINGS = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -30,13 +34,16 @@ SETTINGS = {
 }
 
 
-def environment() -> tuple[Path, dict[str, str]]:
-    """An interpreter that has vLLM, and variables by which it finds this checkout."""
-    python = python_of_vllm()
-    installed = subprocess.run([str(python), "-c", f"import {', '.join(NEEDED)}"])
-    if installed.returncode != 0:
-        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", *NEEDED], check=True)
+def environment(given: Path | None = None) -> tuple[Path, dict[str, str]]:
+    """An interpreter that has vLLM, and variables by which it finds this checkout.
+
+    Raises:
+        FileNotFoundError: the given environment has no interpreter.
+        RuntimeError, OSError, subprocess.SubprocessError: none can be made.
+    """
+    if given is not None and not (given / "bin" / "python").exists():
+        raise FileNotFoundError(f"environment: expected one with bin/python, got {given}")
+    python = python_of_vllm() if given is None else given / "bin" / "python"
     # The package's metadata, which names the plugin, without an installation.
     metadata = BUILD / "peers" / "metadata"
     metadata.mkdir(parents=True, exist_ok=True)
@@ -46,15 +53,25 @@ def environment() -> tuple[Path, dict[str, str]]:
     return python, {**os.environ, **SETTINGS, "PYTHONPATH": paths}
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.test_vllm", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--short", action="store_true", help="what fits in some minutes")
+    parser.add_argument("--environment", type=Path, help="a virtual environment that has vLLM")
+    options, rest = parser.parse_known_args(arguments)
     try:
-        python, variables = environment()
-    except (OSError, subprocess.SubprocessError) as error:
+        python, variables = environment(options.environment)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        if options.environment is not None:
+            print(f"tools.test_vllm: {error}", file=sys.stderr)
+            return 2
         print(f"tests inside vLLM: NOT RUN: {error}")
         return 0
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/in_vllm"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=variables).returncode
+    command += [*HANGING, *(SHORT if options.short else ()), *rest]
+    return subprocess.run(command, cwd=ROOT, env=variables).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

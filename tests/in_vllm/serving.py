@@ -62,6 +62,7 @@ class Serving:
         self.engine = llm.llm_engine
         self.cached: dict[str, int] = {}
         self.done: dict[str, list[int]] = {}
+        self.reasons: dict[str, str | None] = {}
         self._counted: dict[str, int] = {}
 
     @property
@@ -88,6 +89,7 @@ class Serving:
         for one in self.engine.step():
             if one.finished:
                 self.done[one.request_id] = list(one.outputs[0].token_ids)
+                self.reasons[one.request_id] = one.outputs[0].finish_reason
                 self.cached[one.request_id] = one.num_cached_tokens or 0
 
     def run(self, most: int = 10_000) -> None:

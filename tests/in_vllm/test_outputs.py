@@ -31,7 +31,7 @@ def plain(rounds: Any) -> Outputs:
         ]
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("prefix_caching", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
     rounds: Any, plain: Outputs, prefix_caching: bool
 ) -> None:
@@ -52,6 +52,7 @@ def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
         assert stats.used_pages == 0
 
 
+@pytest.mark.slow
 def test_the_default_answers_as_the_librarys_own_engine(rounds: Any, plain: Outputs) -> None:
     from evals.models import load_model
     from tokendance.integrations.transformers import TransformersEngine, geometry_of, rope_of

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
+from server import Server, running
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n"
-)
-OPTIONS = """{"kv_connector": "TokenDanceConnector", "kv_role": "kv_both",
-  "kv_connector_extra_config": {"separator": "<|im_end|>", "block_size": 8, "patience": 0.5}}"""
+OPTIONS = {"separator": "<|im_end|>", "block_size": 8, "patience": 0.5, "max_rows": 64}
 TOLD = re.compile(r"round (\S+): (\d+) agents, (\d+) rows, (\d+) computed, (\d+) reused")
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Its address and its log."""
-    directory = tmp_path_factory.mktemp("server")
-    template, log = directory / "chatml.jinja", directory / "log"
-    template.write_text(CHATML)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny)]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
-    command += ["--chat-template", str(template), "--kv-transfer-config", OPTIONS]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        try:
-            for _ in range(240):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert process.poll() is None, log.read_text()[-4000:]
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1", log
-        finally:
-            process.terminate()
-            process.wait(30)
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tiny, tmp_path_factory.mktemp("server"), OPTIONS) as server:
+        yield server
 
 
 def ask_all(url: str, conversations: dict[str, list[dict[str, str]]], **more: Any) -> Any:
@@ -70,8 +41,8 @@ def ask_all(url: str, conversations: dict[str, list[dict[str, str]]], **more: An
         return dict(zip(conversations, pool.map(ask, conversations.values()), strict=True))
 
 
-def test_chats_that_share_messages_are_a_round(server: tuple[str, Path]) -> None:
-    url, log = server
+def test_chats_that_share_messages_are_a_round(server: Server) -> None:
+    url, log = server.url, server.log
     names = ["Ada", "Ben", "Cleo", "Dan"]
     talks = {
         name: [{"role": "system", "content": f"You are {name}, who likes {name[::-1]} best."}]
@@ -96,10 +67,10 @@ def test_chats_that_share_messages_are_a_round(server: tuple[str, Path]) -> None
         assert computed < (0.75 if turn == 0 else 0.5) * rows
 
 
-def test_the_api_takes_what_a_request_says_of_its_round(server: tuple[str, Path]) -> None:
+def test_the_api_takes_what_a_request_says_of_its_round(server: Server) -> None:
     from openai import OpenAI
 
-    url, log = server
+    url, log = server.url, server.log
     client = OpenAI(base_url=url, api_key="none")
     shared = list(range(10, 60))
 
@@ -120,13 +91,63 @@ def test_the_api_takes_what_a_request_says_of_its_round(server: tuple[str, Path]
     assert int(found[0][3]) < 110
 
 
-def test_metrics_count_rounds(server: tuple[str, Path]) -> None:
-    from urllib.request import urlopen
+def test_metrics_count_rounds(server: Server) -> None:
+    found = server.metrics()
+    assert found["vllm:tokendance_rounds_total"] == 4
+    assert found["vllm:tokendance_members_total"] == 4 * 3 + 3
+    computed = found["vllm:tokendance_rows_computed_total"]
+    assert 0 < computed < found["vllm:tokendance_rows_total"]
 
-    url, _ = server
-    with urlopen(url.removesuffix("/v1") + "/metrics") as answer:
-        text = answer.read().decode()
-    found = dict(re.findall(r"vllm:tokendance_(\w+)_total\{.*\} (\S+)", text))
-    assert float(found["rounds"]) == 4
-    assert float(found["members"]) == 4 * 3 + 3
-    assert 0 < float(found["rows_computed"]) < float(found["rows"])
+
+def leave(server: Server, body: dict[str, Any], answers: int) -> None:
+    """Asks, and goes away after so many parts of the answer, or after a moment."""
+    sent = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: {len(sent)}\r\n"
+    with socket.create_connection(("127.0.0.1", urlparse(server.url).port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + sent)
+        time.sleep(0.2)
+        got = b""
+        while got.count(b"data: ") < answers:
+            got += connection.recv(4096)
+
+
+@pytest.mark.parametrize("answers", [0, 1, 20])
+def test_a_client_that_goes_away_leaves_the_others_right(server: Server, answers: int) -> None:
+    """Before its round has begun or while it is computed, and while it decodes."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=server.url, api_key="none")
+    shared = list(range(10, 250)) * 3
+
+    def body(agent: int, **told: Any) -> dict[str, Any]:
+        spans = {"agent": f"agent {agent}", "shared": [[9, 9 + len(shared)]], **told}
+        return {
+            "model": "tiny",
+            "prompt": [*range(70 + agent, 79 + agent), *shared, 7],
+            "temperature": 0,
+            "max_tokens": 40,
+            "stream": True,
+            "ignore_eos": True,
+            "kv_transfer_params": {"tokendance": spans},
+        }
+
+    def ask(agent: int, told: Any) -> str:
+        given = body(agent, **told) | {"stream": False}
+        more = {name: given.pop(name) for name in ("ignore_eos", "kv_transfer_params")}
+        return client.completions.create(**given, extra_body=more).choices[0].text
+
+    name = f"left-{answers}"
+    # One that never comes keeps the first round from beginning before somebody has left.
+    members = {"round": name, "agents": 4 if answers else 5, "patience": 60 if answers else 1}
+    with ThreadPoolExecutor(4) as pool:
+        whole = {"round": f"whole-{answers}", "agents": 4}
+        named = [whole | {"agent": f"whole {agent}"} for agent in range(4)]
+        expected = list(pool.map(ask, range(4), named))
+        others = [pool.submit(ask, agent, members) for agent in range(3)]
+        leave(server, body(3, **members), answers)
+        found = [one.result(60) for one in others]
+    assert found[0] == expected[0]  # whose rows the others reuse
+    assert all(len(one) for one in found)
+    server.wait_until(num_requests_running=0, num_requests_waiting=0)
+    rounds = [int(one[1]) for one in TOLD.findall(server.log.read_text()) if one[0] == name]
+    assert sum(rounds) == (4 if answers else 3)
