@@ -2,12 +2,19 @@
 
     python -m evals.vllm [town_square] [--agents 6] [--rounds 1:4] [--new-tokens 12] [--repeat 1]
                          [--max-rows 512] [--threads 1] [--out build/vllm.json]
+    python -m evals.vllm untouched [--repeat 40] [--layers 30]
 
 Each system is a process with an engine of its own, on a CPU in fp32. They take turns round by
 round, so that whatever else the machine does meets all of them. A round comes at once, beside a
 request of nobody's that decodes all the time. Measured are the seconds to the first token of all
 agents, to their last, those of the processor, and the longest time that the request beside them
-waits for a token. The first run makes an environment (3.4 GB) under ``build/``.
+waits for a token.
+
+``untouched`` asks what the connector costs requests that are in no round: the same ones are served
+with and without it in turns. ``--layers`` leaves layers of the model out, so that a step is short
+and what the connector adds to it is seen.
+
+The first run makes an environment (3.4 GB); ``--environment`` names another one that has vLLM.
 """
 
 from __future__ import annotations
@@ -16,15 +23,23 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evals.vllm_worker import MARK
+from tools.test_vllm import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("first", "last", "processor", "longest_step")
+UNTOUCHED = {"requests": 16, "prompt": 64, "new_tokens": 32}
+DRAWS = 2000
+
+Prompts = dict[str, tuple[list[int], list[list[int]]]]
+"""Per agent its token ids, and where shared segments stand in them."""
 
 
 class Engine:
@@ -59,54 +74,56 @@ class Engine:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from transformers import AutoTokenizer
-
-    from evals.models import model_path
-    from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
-    from tools.test_vllm import environment
-
     parser = argparse.ArgumentParser(
         prog="python -m evals.vllm", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("workload", nargs="?", default="town_square")
+    parser.add_argument("workload", nargs="?", default="town_square", help="or `untouched`")
     parser.add_argument("--agents", type=int, default=6)
     parser.add_argument("--rounds", default="1:4", metavar="A:B", help="rounds A <= round < B")
     parser.add_argument("--new-tokens", type=int, default=12)
-    parser.add_argument("--repeat", type=int, default=1, help="the best of so many counts")
+    parser.add_argument("--repeat", type=int, help="the best of so many counts (1); pairs (40)")
     parser.add_argument("--max-rows", type=int, default=512, help="rows of an engine step at most")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="of the model, for `untouched`; others are left")
+    parser.add_argument("--environment", type=Path, help="a virtual environment that has vLLM")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "vllm.json")
     options = parser.parse_args(arguments)
-    model = model_path("smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    recorded = read_rounds(
-        find_workload(options.workload), agents=options.agents, rounds=parse_rounds(options.rounds)
-    )
-    recorded = [one for one in recorded if one.session == recorded[0].session]
-    rounds = [_prompts(tokenize_round(one, encode)) for one in recorded]
-    longest = max(len(ids) for prompts in rounds for ids, _ in prompts.values())
-    task = {
-        "model": str(model),
-        "new_tokens": options.new_tokens,
-        "max_tokens": max(longest + options.new_tokens + 16, 2048),
-        "max_rows": options.max_rows,
-    }
-    python, variables = environment()
+    python, variables = environment(options.environment)
     variables |= {
         "OMP_NUM_THREADS": str(options.threads),
         "VLLM_CPU_KVCACHE_SPACE": "3",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    start = partial(Engine, python, variables)
+    report = measure_untouched if options.workload == "untouched" else measure_rounds
+    found = {"workload": options.workload, "threads": options.threads} | report(options, start)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
+    """Serves recorded rounds by all systems in turns, and prints a table."""
+    from evals.models import smollm2_path
+
+    rounds = recorded(options.workload, options.agents, options.rounds)
+    longest = max(len(ids) for prompts in rounds for ids, _ in prompts.values())
+    task = {
+        "model": str(smollm2_path()),
+        "new_tokens": options.new_tokens,
+        "max_tokens": max(longest + options.new_tokens + 16, 2048),
+        "max_rows": options.max_rows,
     }
     systems = {
         "vllm": {"prefix_caching": False, "connector": None},
         "vllm_prefix": {"prefix_caching": True, "connector": None},
         "tokendance": {"prefix_caching": True, "connector": {"max_rows": options.max_rows}},
     }
+    repeat = options.repeat or 1
     best: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     agree = dict.fromkeys(systems, 0)
-    for _ in range(options.repeat):
-        engines = {name: Engine(python, variables, task | own) for name, own in systems.items()}
+    for _ in range(repeat):
+        engines = {name: start(task | own) for name, own in systems.items()}
         try:
             for number, prompts in enumerate(rounds):
                 tokens = {}
@@ -124,24 +141,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             for engine in engines.values():
                 engine.end()
-    count = sum(map(len, rounds)) * options.repeat
+    count = sum(map(len, rounds)) * repeat
     print(f"{options.workload}, {options.agents} agents, {len(rounds)} rounds, seconds:")
+    print("\n".join(table(best, agree, count)))
+    return {"agents": options.agents, "systems": best}
+
+
+def table(
+    best: Mapping[str, Sequence[Mapping[str, float]]], agree: Mapping[str, int], count: int
+) -> list[str]:
+    """A line for each system: sums over the rounds, the longest wait of all, and how many of the
+    ``count`` first tokens are plain vLLM's."""
+    lines = []
     for name, found in best.items():
         sums = {figure: sum(one[figure] for one in found) for figure in FIGURES[:3]}
         worst = max(one["longest_step"] for one in found)
-        print(
+        lines.append(
             f"  {name:<12} first tokens {sums['first']:7.2f}  last {sums['last']:7.2f}  "
             f"processor {sums['processor']:7.2f}  longest wait beside {worst:5.2f}  "
             f"first tokens as plain {agree[name]}/{count}"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"workload": options.workload, "agents": options.agents, "threads": options.threads}
-    options.out.write_text(json.dumps(report | {"systems": best}, indent=1) + "\n")
-    return 0
+    return lines
 
 
-def _prompts(segments: Any) -> dict[str, tuple[list[int], list[list[int]]]]:
-    """Per agent its token ids, and where shared segments stand in them."""
+def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]:
+    """Serves requests that are in no round with and without the connector, in turns."""
+    from evals.models import smollm2_path
+
+    count, length = UNTOUCHED["requests"], UNTOUCHED["prompt"]
+    ids = np.random.default_rng(0).integers(10, 40_000, (count, length)).tolist()
+    prompts = {f"request {i}": (one, []) for i, one in enumerate(ids)}
+    task = {
+        "model": str(smollm2_path()),
+        "layers": options.layers,
+        "new_tokens": UNTOUCHED["new_tokens"],
+        "max_tokens": 2048,
+        "max_rows": options.max_rows,
+        "prefix_caching": False,
+    }
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    steps = 0
+    engines = {"without": start(task | {"connector": None})}
+    try:
+        engines["with"] = start(task | {"connector": {"separator": "<|im_end|>"}})
+        for number in range(options.repeat or 40):
+            # Who comes first changes, so that whatever grows with time meets both.
+            for name in list(engines)[:: 1 if number % 2 else -1]:
+                found = engines[name].ask([f"pair {number}", prompts, False])
+                seconds[name].append(found["processor"])
+                steps = found["steps"]
+    finally:
+        for engine in engines.values():
+            engine.end()
+    print(f"{count} requests at once that are in no round, {length} tokens each:")
+    print("\n".join(compare(seconds["without"], seconds["with"], steps)))
+    return {"layers": options.layers, "steps": steps, "seconds": seconds}
+
+
+def compare(without: Sequence[float], with_it: Sequence[float], steps: int) -> list[str]:
+    """Processor seconds of pairs: the median of their ratios and of their differences a step, each
+    with the middle 95 % of what the medians of samples drawn from the pairs would be."""
+    before, after = np.array(without), np.array(with_it)
+    drawn = np.random.default_rng(0).integers(0, len(before), (DRAWS, len(before)))
+    lines = [f"  {len(before)} pairs, {np.median(before):.3f} s of the processor without it"]
+    for name, values, unit in (
+        ("with it", (after / before - 1) * 100, "%"),
+        ("a step", (after - before) / steps * 1e6, "us"),
+    ):
+        low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
+        lines.append(
+            f"  {name:<8} {np.median(values):+7.2f} {unit} (95 %: {low:+.2f} .. {high:+.2f})"
+        )
+    return lines
+
+
+def recorded(workload: str, agents: int, rounds: str) -> list[Prompts]:
+    """The rounds of a workload's first session."""
+    from transformers import AutoTokenizer
+
+    from evals.models import smollm2_path
+    from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path(), local_files_only=True)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    found = read_rounds(find_workload(workload), agents=agents, rounds=parse_rounds(rounds))
+    found = [one for one in found if one.session == found[0].session]
+    return [_prompts(tokenize_round(one, encode)) for one in found]
+
+
+def _prompts(segments: Any) -> Prompts:
     result = {}
     for agent, parts in segments.items():
         ids: list[int] = []

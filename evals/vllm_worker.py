@@ -1,6 +1,7 @@
 """One engine for `evals.vllm`, in vLLM's own environment: a line of JSON for every round, one back.
 
-The first line says what the engine is. A round is measured by driving the engine step by step, with
+The first line says what the engine is, each other one a round's name and prompts, and false if its
+requests are to be in no round. A round is measured by driving the engine step by step, with
 a request of nobody's running beside it, whose longest wait for a token is measured too.
 """
 
@@ -19,13 +20,16 @@ def made(task: dict[str, Any]) -> Any:
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
-    ours = {}
+    ours: dict[str, Any] = {}
     if task["connector"] is not None:
         ours["kv_transfer_config"] = KVTransferConfig(
             kv_connector="TokenDanceConnector",
             kv_role="kv_both",
             kv_connector_extra_config=task["connector"],
         )
+    if task.get("layers"):
+        ours["hf_overrides"] = {"num_hidden_layers": task["layers"]}
+        ours["load_format"] = "dummy"
     return LLM(
         task["model"],
         dtype="float32",
@@ -57,8 +61,9 @@ def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) ->
         engine.add_request(agent, {"prompt_token_ids": ids}, parameters)
     first: dict[str, float] = {}
     output: dict[str, list[int]] = {}
-    longest, at = 0.0, begin
+    longest, at, steps = 0.0, begin, 0
     while len(output) < len(prompts):
+        steps += 1
         for one in engine.step():
             now = time.perf_counter()
             if one.request_id == _BYSTANDER:
@@ -76,6 +81,7 @@ def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) ->
         "last": last,
         "processor": processor,
         "longest_step": longest,
+        "steps": steps,
         "tokens": output,
     }
 
@@ -86,8 +92,9 @@ def main() -> None:
     serve(engine, "warm-up", {"nobody": [[7] * 64, []]}, 2, False)
     print(MARK + "{}", flush=True)
     for line in sys.stdin:
-        name, prompts = json.loads(line)
-        found = serve(engine, name, prompts, task["new_tokens"], task["connector"] is not None)
+        name, prompts, *joins = json.loads(line)
+        joining = task["connector"] is not None and joins != [False]
+        found = serve(engine, name, prompts, task["new_tokens"], joining)
         print(MARK + json.dumps(found), flush=True)
 
 

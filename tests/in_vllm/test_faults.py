@@ -11,7 +11,7 @@ import psutil
 import pytest
 from server import running
 from serving import serving
-from small_rounds import EXACT, NEVER, a_round, alone, answers, drawn, join, nothing_left
+from small_rounds import EXACT, NEVER, a_round, alone, drawn, join, nothing_left
 
 
 @pytest.mark.slow

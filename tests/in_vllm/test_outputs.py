@@ -31,6 +31,18 @@ def plain(rounds: Any) -> Outputs:
         ]
 
 
+@pytest.fixture(scope="module")
+def society() -> tuple[Any, Outputs]:
+    """Two rounds of agentsociety, and what plain vLLM answers."""
+    rounds = recorded_rounds("agentsociety", AGENTS, "1:3")
+    with serving() as engine:
+        found = [
+            engine.serve(f"plain {i}", prompts, joining=False, new=NEW)
+            for i, prompts in enumerate(rounds)
+        ]
+    return rounds, found
+
+
 @pytest.mark.parametrize("prefix_caching", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
     rounds: Any, plain: Outputs, prefix_caching: bool
@@ -50,6 +62,39 @@ def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
         assert stats.used_pages > 0
         assert engine.rounds.reset()
         assert stats.used_pages == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_of_agents_of_thousands_of_tokens_too(society: Any, prefix_caching: bool) -> None:
+    rounds, expected = society
+    options = {"selection": "everything", "max_rows": 512}
+    with serving(options, enable_prefix_caching=prefix_caching) as engine:
+        for i, prompts in enumerate(rounds):
+            assert engine.serve(f"round {i}", prompts, new=NEW) == expected[i]
+        assert engine.counts()["members"] == 2 * AGENTS
+        assert not engine.rounds.members
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workload", "which", "prefix_caching"),
+    [("town_square", "1:4", False), ("agentsociety", "1:3", True)],
+)
+def test_three_workers_answer_as_vllm_alone(
+    workload: str, which: str, prefix_caching: bool
+) -> None:
+    """Of which each has one of the model's three KV heads; its 9 heads cannot be halved."""
+    with serving(
+        {"selection": "everything", "max_rows": 512},
+        tensor_parallel_size=3,
+        distributed_executor_backend="mp",
+        enable_prefix_caching=prefix_caching,
+    ) as engine:
+        for i, prompts in enumerate(recorded_rounds(workload, AGENTS, which)):
+            found = engine.serve(f"round {i}", prompts, new=NEW)
+            assert found == engine.serve(f"{i} alone", prompts, joining=False, new=NEW)
+            assert engine.counts()["members"] == AGENTS
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_a_client_that_goes_away_leaves_the_others_right(server: Server, answers
     client = OpenAI(base_url=server.url, api_key="none")
     shared = list(range(10, 250)) * 3
 
-    def body(agent: int, **told: Any) -> dict[str, Any]:
+    def body(agent: int, told: dict[str, Any]) -> dict[str, Any]:
         spans = {"agent": f"agent {agent}", "shared": [[9, 9 + len(shared)]], **told}
         return {
             "model": "tiny",
@@ -131,8 +131,8 @@ def test_a_client_that_goes_away_leaves_the_others_right(server: Server, answers
             "kv_transfer_params": {"tokendance": spans},
         }
 
-    def ask(agent: int, told: Any) -> str:
-        given = body(agent, **told) | {"stream": False}
+    def ask(agent: int, told: dict[str, Any]) -> str:
+        given = body(agent, told) | {"stream": False}
         more = {name: given.pop(name) for name in ("ignore_eos", "kv_transfer_params")}
         return client.completions.create(**given, extra_body=more).choices[0].text
 
@@ -144,7 +144,7 @@ def test_a_client_that_goes_away_leaves_the_others_right(server: Server, answers
         named = [whole | {"agent": f"whole {agent}"} for agent in range(4)]
         expected = list(pool.map(ask, range(4), named))
         others = [pool.submit(ask, agent, members) for agent in range(3)]
-        leave(server, body(3, **members), answers)
+        leave(server, body(3, members), answers)
         found = [one.result(60) for one in others]
     assert found[0] == expected[0]  # whose rows the others reuse
     assert all(len(one) for one in found)
