@@ -96,6 +96,7 @@ def config(**changes: Any) -> Any:
         "is_encoder_decoder": False,
         "is_hybrid": False,
         "is_attention_free": False,
+        "enable_sleep_mode": False,
         "runner_type": "generate",
     }
     parallel = {
@@ -131,6 +132,7 @@ def config(**changes: Any) -> Any:
         ({"is_encoder_decoder": True}, "model: expected a decoder"),
         ({"is_hybrid": True}, "model: expected attention in every layer"),
         ({"is_attention_free": True}, "model: expected attention in every layer"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode: expected no sleep mode"),
         ({"runner_type": "pooling"}, "runner: expected generate"),
     ],
 )

@@ -68,12 +68,17 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self.rounds.load(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return self.rounds.step(scheduler_output.total_num_scheduled_tokens)
+        orders = self.rounds.step(scheduler_output.total_num_scheduled_tokens)
+        # Loads are awaited by what vLLM computes in this step, and it knows of them. It does not
+        # know of what is read, before it writes to these blocks what it computes.
+        scheduler_output.has_sync_kv_loads |= orders.reads
+        return orders
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.rounds.end(request, block_ids), None
+        self.rounds.end(request, block_ids)
+        return False, None
 
     def update_connector_output(self, connector_output: Any) -> None:
         if connector_output.kv_connector_worker_meta is not None:
@@ -98,9 +103,6 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.worker.run(self._get_connector_metadata())
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        return self.worker.take_read() or None, None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         missing: set[int] = self.worker.take_missing()

@@ -57,11 +57,14 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
     Attributes:
         orders: run in this order.
-        read: requests whose blocks are not needed any more when the orders have been run.
     """
 
     orders: list[Order] = field(default_factory=list)
-    read: list[str] = field(default_factory=list)
+
+    @property
+    def reads(self) -> bool:
+        """Whether blocks are read, which belong to nobody any more."""
+        return any(isinstance(order, ReadBack) for order in self.orders)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tokendance.integrations.vllm.orders import Forget, Handshake, Orders, ReadB
 from tokendance.integrations.vllm.stats import RoundStats
 
 _log = logging.getLogger("vllm.tokendance")
+_NULL_BLOCK = 0  # vLLM's, in place of one that a request needs no more
 # Of max_rows: what a round computes at least in a step that vLLM has filled.
 _LEAST_SHARE = 16
 
@@ -216,6 +217,7 @@ class SchedulerSide:
         end = member.length - 1
         slots = np.full(end, -1, dtype=np.int64)
         slots[end - rows :] = self._slots(block_ids, end - rows, end)
+        slots[slots // self._block_size == _NULL_BLOCK] = -1
         self._orders.orders.append(member.plan.restore(member.agent, slots))
 
     def _slots(self, block_ids: Sequence[int], begin: int, end: int) -> NDArray[np.int64]:
@@ -223,45 +225,41 @@ class SchedulerSide:
         blocks = np.asarray(block_ids, dtype=np.int64)[at // self._block_size]
         return blocks * self._block_size + at % self._block_size
 
-    def end(self, request: Any, block_ids: Sequence[int]) -> bool:
+    def end(self, request: Any, block_ids: Sequence[int]) -> None:
         """The request has ended, in whatever phase.
 
-        Returns:
-            Whether its blocks are still to be read.
+        Its blocks are read before anything is written to them: at the start of the next step.
         """
         member = self._members.pop(request.request_id, None)
         if member is None:
-            return False
-        waits = False
+            return
         round_, plan = member.round, member.plan
         if plan is None:
             round_.gathering.remove(member)
             if round_.agents is not None:
                 round_.agents -= 1
         elif member.is_ready and member.keeps:
-            waits = self._keep_output(member, plan, block_ids)
+            self._keep_output(member, plan, block_ids)
             plan.commit(member.agent, namespace=member.namespace)
         else:
             plan.abort(member.agent)
         if member in round_.untold:
             round_.untold.remove(member)
         self._forget_empty_rounds()
-        return waits
 
-    def _keep_output(self, member: Member, plan: Plan, block_ids: Sequence[int]) -> bool:
+    def _keep_output(self, member: Member, plan: Plan, block_ids: Sequence[int]) -> None:
         request, begin = member.request, member.length
         # The last token was sampled and not fed; of a step that is still running nothing is kept.
         end = min(request.num_computed_tokens, request.num_tokens - 1)
         output = list(request.all_token_ids[begin:end])
-        if not output:
-            return False
+        blocks = block_ids[begin // self._block_size : -(-end // self._block_size)]
+        if not output or _NULL_BLOCK in blocks:
+            return  # layers that all have a window: vLLM has dropped what is in front of it
         try:
             record = plan.append({member.agent: output})
         except (OutOfPagesError, ValueError):
-            return False  # the prompt is kept without its answer
+            return  # the prompt is kept without its answer
         self._orders.orders.append(ReadBack(record, self._slots(block_ids, begin, end)))
-        self._orders.read.append(request.request_id)
-        return True
 
     # Steps ----------------------------------------------------------------------------------------
 
@@ -397,7 +395,7 @@ class SchedulerSide:
         self._members.clear()
         self._rounds.clear()
         self.host.clear()
-        self._orders = Orders([Forget()], self._orders.read)
+        self._orders = Orders([Forget()])
 
     def _forget_empty_rounds(self) -> None:
         alive = {id(member.round) for member in self._members.values()}

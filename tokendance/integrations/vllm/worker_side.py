@@ -48,7 +48,6 @@ class WorkerSide:
         self._config = vllm_config
         self._options = options
         self._num_blocks = kv_cache_config.num_blocks
-        self._read: set[str] = set()
         self._missing: set[int] = set()
         self._is_lost = False
         self._untold: Lost | None = None
@@ -120,7 +119,6 @@ class WorkerSide:
             if isinstance(order, RestoreRecord):
                 wanted = order.slots[order.slots >= 0]
                 self._missing.update((wanted // self._cache.block_size).tolist())
-        self._read.update(orders.read)
 
     def _run_one(self, order: Order) -> None:
         if isinstance(order, StepRecord):
@@ -146,11 +144,6 @@ class WorkerSide:
                     intermediate_tensors=None,
                     inputs_embeds=None,
                 )
-
-    def take_read(self) -> set[str]:
-        """Requests whose blocks have been read since the last call."""
-        taken, self._read = self._read, set()
-        return taken
 
     def take_missing(self) -> set[int]:
         """Blocks of vLLM's cache that were to be written since the last call, and were not."""
