@@ -132,7 +132,7 @@ def config(**changes: Any) -> Any:
         ({"is_encoder_decoder": True}, "model: expected a decoder"),
         ({"is_hybrid": True}, "model: expected attention in every layer"),
         ({"is_attention_free": True}, "model: expected attention in every layer"),
-        ({"enable_sleep_mode": True}, "enable_sleep_mode: expected no sleep mode"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode: expected none"),
         ({"runner_type": "pooling"}, "runner: expected generate"),
     ],
 )

@@ -204,7 +204,7 @@ def refusals(vllm_config: Any) -> list[str]:
         "model: expected attention in every layer: a state is not made of rows": (
             model.is_hybrid or model.is_attention_free
         ),
-        "enable_sleep_mode: expected no sleep mode: it takes the memory of the store's tables away": (
+        "enable_sleep_mode: expected none: it takes the memory of the store's tables away": (
             model.enable_sleep_mode
         ),
         "runner: expected generate": model.runner_type != "generate",
