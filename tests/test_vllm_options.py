@@ -37,6 +37,7 @@ def test_options_are_read() -> None:
     ("given", "wanted"),
     [
         ({"pages": 3}, r"kv_connector_extra_config: expected options among .* got \['pages'\]"),
+        ({"gate": {"kl": 0.1}}, r"gate: expected none inside vLLM, which keeps the logits"),
         ({"block_size": "8"}, r"block_size: expected a number of at least 0, got '8'"),
         ({"patience": -1}, r"patience: expected a number of at least 0, got -1"),
         ({"max_rows": 0}, r"max_rows: expected at least 1, got 0"),

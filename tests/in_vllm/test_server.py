@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +99,26 @@ def test_metrics_count_rounds(server: Server) -> None:
     assert found["vllm:tokendance_members_total"] == 4 * 3 + 3
     computed = found["vllm:tokendance_rows_computed_total"]
     assert 0 < computed < found["vllm:tokendance_rows_total"]
+
+
+@pytest.mark.slow
+def test_agents_of_autogen_know_nothing_but_the_separator(server: Server) -> None:
+    """The example, in an environment of its own: AutoGen and vLLM want other protobufs."""
+    from tools.environments import NotRunError, kept
+
+    wanted = ["autogen-agentchat==0.7.5", "autogen-ext[openai]==0.7.5"]
+    try:
+        python = kept("autogen0.7.5", lambda: sys.executable, wanted)
+    except NotRunError as error:
+        pytest.skip(f"NOT RUN: {error}")
+    example = Path(__file__).parents[2] / "examples" / "vllm_agents.py"
+    command = [str(python), str(example), "--url", server.url, "--tokens", "16"]
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    told = re.findall(r"6 agents in 1 rounds: (\d+) of (\d+) prompt rows", outcome.stdout)
+    assert len(told) == 3
+    for number, (computed, rows) in enumerate(told):
+        assert int(computed) < (0.75, 0.5, 0.5)[number] * int(rows)
 
 
 def leave(server: Server, body: dict[str, Any], answers: int) -> None:

@@ -43,6 +43,11 @@ class Options:
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
         """Raises ``ValueError`` for an unknown option, or one with a wrong value, by name."""
+        if "gate" in given:
+            raise ValueError(
+                "gate: expected none inside vLLM, which keeps the logits that an audit compares "
+                "and ends an agent before one is done; use KVCollector.audit on recorded prompts"
+            )
         known = [one.name for one in fields(cls)]
         odd = sorted(set(given) - set(known))
         if odd:
