@@ -77,7 +77,7 @@ def counted(url: str) -> dict[str, float]:
 
 async def talk(url: str, rounds: int, tokens: int) -> None:
     agents = agents_of(url, tokens)
-    said = {"The mayor": "What shall we do with the square?"}
+    said = {"Mayor": "What shall we do with the square?"}
     for number in range(rounds):
         before = counted(url)
         said = await all_gather(agents, said)

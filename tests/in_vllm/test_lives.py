@@ -150,11 +150,16 @@ def test_random_rounds_with_aborts_leak_nothing(
 ) -> None:
     random = np.random.default_rng(0)
     rounds, aborted = pytestconfig.getoption("--rounds"), 0
+    whole = [a_round(100 + which, agents=5) for which in range(5)]
+    expected = [alone(engine, f"{which}", prompts, new=8) for which, prompts in enumerate(whole)]
+    asked: dict[str, list[int]] = {}
     for number in range(rounds):
         prompts = a_round(100 + number % 5, agents=int(random.integers(1, 6)))
         name = f"random {number}"
         patience = float(random.choice([0.0, 0.01]))
-        join(engine, name, prompts, new=int(random.integers(1, 9)), patience=patience)
+        new = int(random.integers(1, 9))
+        join(engine, name, prompts, new=new, patience=patience)
+        asked |= {f"{name} {agent}": expected[number % 5][agent][:new] for agent in prompts}
         for _ in range(int(random.integers(0, 12))):
             engine.step()
         for agent in prompts:
@@ -163,7 +168,9 @@ def test_random_rounds_with_aborts_leak_nothing(
                 aborted += 1
     engine.run()
     assert aborted > rounds / 2
-    assert sum(name.startswith("random") for name in engine.done) > rounds
+    finished = {name: engine.done[name] for name in asked if name in engine.done}
+    assert finished == {name: asked[name] for name in finished}
+    assert len(finished) > rounds
 
 
 def test_an_agents_next_prompt_takes_over_its_own_rows(engine: Serving, free: int) -> None:
