@@ -16,15 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_tensor
-from tokendance.device.rounds import RoundTensors
+from tokendance.device.comparison import squared_differences
 from tokendance.host.agent import AgentState, Phase
-from tokendance.host.decide import ROW_KINDS, AgentDecision, RowKind, Source, decide, foreign_uses
-from tokendance.host.gate import AgentAudit, AuditReport, ReuseWarning, SegmentAudit
-from tokendance.host.mirror import Mirror, round_arrays, slots_of
+from tokendance.host.decide import ROW_KINDS, AgentDecision, RowKind, Source, decide
+from tokendance.host.gate import (
+    AgentAudit,
+    AuditReport,
+    ReuseWarning,
+    SegmentAudit,
+    segment_audits,
+    segments_of,
+)
+from tokendance.host.mirror import Mirror, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy
-from tokendance.host.reading import Reading
+from tokendance.host.record import pack_mirrors
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, private
 from tokendance.host.selection import Everything
@@ -290,60 +296,7 @@ def _compare_rows(
 ) -> tuple[SegmentAudit, ...]:
     """Both agents' rows, restored side by side layer by layer, those at ``positions`` summed up by
     segments."""
-    rows, device = full.length, store.device
-    lengths = [segment.length for segment in full.segments]
-    ends = np.cumsum(lengths)
-    begins = ends - lengths
-    arrays, extents = round_arrays([ours, full], store.block_size)
-    round_ = RoundTensors.from_arrays(arrays, extents, device=device)
-    slots = torch.full((2, max(ours.length, rows)), -1, dtype=torch.int64, device=device)
-    slots[:, :rows] = torch.arange(2 * rows, device=device).view(2, rows)
-    geometry = store.geometry
-    shape = (2 * rows, geometry.num_kv_heads, geometry.head_dim)
-    k, v = (torch.empty(shape, dtype=geometry.dtype, device=device) for _ in range(2))
-    of_rows = np.repeat(np.arange(len(lengths)), lengths)[positions]
-    segment = torch.from_numpy(of_rows).to(device)
-    at = torch.from_numpy(positions.astype(np.int64)).to(device)
-    sums = []
-    for layer in range(geometry.num_layers):
-        rope = store.executor.ropes[layer]
-        ops.diff_restore(
-            [store.pool.k_pools[layer]],
-            [store.pool.v_pools[layer]],
-            rope.cos,
-            rope.sin,
-            rope.interleaved,
-            round_,
-            slots,
-            [k],
-            [v],
-            *store.pool.scales_of([layer]),
-        )
-        for x in (k.double(), v.double()):
-            recomputed = x[rows + at]
-            difference = (x[at] - recomputed).square().sum((1, 2))
-            for each in (difference, recomputed.square().sum((1, 2))):
-                sums.append(each.new_zeros(len(lengths)).index_add_(0, segment, each))
-    # [layers, keys or values, difference or norm, segments]
-    found = torch.stack(sums).cpu().numpy().reshape(-1, 2, 2, len(lengths))
-    relative = np.sqrt(found[:, :, 0] / np.maximum(found[:, :, 1], np.finfo(np.float64).tiny))
-    reused = np.zeros(rows, dtype=np.int64)
-    for use in foreign_uses(ours):
-        reused[use.delta : use.delta + use.length] = 1
-        reused[use.delta + use.overridden(store.block_size)] = 0
-    before = np.concatenate([[0], np.cumsum(reused)])
-    compared = np.bincount(of_rows, minlength=len(lengths))
-    return tuple(
-        SegmentAudit(
-            agent,
-            index,
-            one.digest,
-            int(begins[index]),
-            int(ends[index]),
-            int(before[ends[index]] - before[begins[index]]),
-            int(compared[index]),
-            relative[:, 0, index],
-            relative[:, 1, index],
-        )
-        for index, one in enumerate(full.segments)
-    )
+    of_rows = segments_of(full, positions)
+    packed = pack_mirrors([ours, full], store.block_size)
+    sums = squared_differences(store.executor, packed, positions, of_rows, len(full.segments))
+    return segment_audits(agent, ours, full, positions, sums, store.block_size)

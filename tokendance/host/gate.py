@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tokendance.host.decide import foreign_uses
+from tokendance.host.mirror import Mirror
+from tokendance.host.round import IntArray
+
 ACTIONS = ("warn", "fall back")
 
 
@@ -70,6 +74,54 @@ class SegmentAudit:
     def deviation(self) -> float:
         """The greatest of ``keys`` and ``values``, over the layers."""
         return float(np.max([self.keys, self.values]))  # NaN if any is
+
+
+def segments_of(full: Mirror, positions: IntArray) -> NDArray[np.int64]:
+    """In which of its segments each of an agent's rows stands."""
+    lengths = [segment.length for segment in full.segments]
+    return np.repeat(np.arange(len(lengths)), lengths)[positions]
+
+
+def segment_audits(
+    agent: str,
+    ours: Mirror,
+    full: Mirror,
+    positions: IntArray,
+    sums: NDArray[np.float64],
+    block_size: int,
+) -> tuple[SegmentAudit, ...]:
+    """What was found of each segment.
+
+    Args:
+        agent: its name.
+        ours, full: what the round has of it, and what was recomputed.
+        positions: of the rows that were.
+        sums: as `tokendance.device.comparison.squared_differences` gives them, by segments.
+        block_size: rows of a page.
+    """
+    relative = np.sqrt(sums[:, :, 0] / np.maximum(sums[:, :, 1], np.finfo(np.float64).tiny))
+    ends = np.cumsum([segment.length for segment in full.segments])
+    begins = ends - [segment.length for segment in full.segments]
+    reused = np.zeros(full.length, dtype=np.int64)
+    for use in foreign_uses(ours):
+        reused[use.delta : use.delta + use.length] = 1
+        reused[use.delta + use.overridden(block_size)] = 0
+    before = np.concatenate([[0], np.cumsum(reused)])
+    compared = np.bincount(segments_of(full, positions), minlength=len(full.segments))
+    return tuple(
+        SegmentAudit(
+            agent,
+            index,
+            one.digest,
+            int(begins[index]),
+            int(ends[index]),
+            int(before[ends[index]] - before[begins[index]]),
+            int(compared[index]),
+            relative[:, 0, index],
+            relative[:, 1, index],
+        )
+        for index, one in enumerate(full.segments)
+    )
 
 
 @dataclass(frozen=True)
