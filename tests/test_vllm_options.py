@@ -10,7 +10,8 @@ import torch
 
 import tokendance as td
 from tokendance.host.decide import Source
-from tokendance.integrations.vllm.options import Options, joining, refusals
+from tokendance.host.gate import Gate
+from tokendance.integrations.vllm.options import AuditOptions, Options, joining, refusals
 
 
 def test_options_are_read() -> None:
@@ -28,6 +29,10 @@ def test_options_are_read() -> None:
     assert options == Options("2GiB", 8, 256, 1, td.LeadingTokens(8), Source.PRODUCER, (5, 6))
     assert options.policy.selection == td.LeadingTokens(8)
     assert options.policy.source is Source.PRODUCER
+    gate = Options.parse({"gate": {"fraction": 0.5, "deviation": 0.4, "action": "fall back"}}).gate
+    assert gate == AuditOptions(0.5, Gate(deviation=0.4, action="fall back"))
+    assert Options.parse({"gate": {}}).gate == AuditOptions(0.02, Gate())
+    assert Options.parse({"gate": None}).gate is None
     assert Options.parse({"selection": "everything", "separator": "<|im_end|>"}) == Options(
         selection=td.Everything(), separator="<|im_end|>"
     )
@@ -37,7 +42,12 @@ def test_options_are_read() -> None:
     ("given", "wanted"),
     [
         ({"pages": 3}, r"kv_connector_extra_config: expected options among .* got \['pages'\]"),
-        ({"gate": {"kl": 0.1}}, r"gate: expected none inside vLLM, which keeps the logits"),
+        ({"gate": {"kl": 0.1}}, r"gate: expected an object of .*'deviation'.* logits .* vLLM's"),
+        ({"gate": 0.5}, r"gate: expected an object of .* got 0.5"),
+        ({"gate": {"fraction": 0}}, r"gate.fraction: expected 0 < fraction <= 1, got 0"),
+        ({"gate": {"seed": -1}}, r"gate.seed: expected an int of at least 0, got -1"),
+        ({"gate": {"deviation": -1}}, r"gate.deviation: expected at least 0, got -1"),
+        ({"gate": {"action": "stop"}}, r"gate.action: expected one of .* got 'stop'"),
         ({"block_size": "8"}, r"block_size: expected a number of at least 0, got '8'"),
         ({"patience": -1}, r"patience: expected a number of at least 0, got -1"),
         ({"max_rows": 0}, r"max_rows: expected at least 1, got 0"),

@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tokendance.integrations.vllm.options import Options, refusals
-from tokendance.integrations.vllm.orders import Handshake, Lost, Orders
+from tokendance.integrations.vllm.orders import Handshake, Orders, Told
 from tokendance.integrations.vllm.scheduler_side import SchedulerSide
 from tokendance.integrations.vllm.stats import RoundMetrics, RoundStats
 
@@ -81,8 +81,13 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return False, None
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if connector_output.kv_connector_worker_meta is not None:
-            self.rounds.lose(connector_output.kv_connector_worker_meta.reason)
+        told = connector_output.kv_connector_worker_meta
+        if told is None:
+            return
+        if told.lost is not None:
+            self.rounds.lose(told.lost.reason)
+        elif told.compared:
+            self.rounds.audits.take(told.compared)
 
     def reset_cache(self) -> bool:
         return self.rounds.reset()
@@ -108,8 +113,8 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         missing: set[int] = self.worker.take_missing()
         return missing
 
-    def build_connector_worker_meta(self) -> Lost | None:
-        return None if self._worker is None else self._worker.take_lost()
+    def build_connector_worker_meta(self) -> Told | None:
+        return None if self._worker is None else self._worker.take_told()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Rows are there before the forward pass begins."""

@@ -7,12 +7,48 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tokendance.host.decide import Source
+from tokendance.host.gate import Gate
 from tokendance.host.plan import Policy
 from tokendance.host.segments import Segment, private, shared, split_round
 from tokendance.host.selection import DEFAULT, KeyDeviation, Selection, parse_selection
 
 PARAMETER = "tokendance"
 """The key in a request's ``kv_transfer_params``."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """``gate`` of the options.
+
+    Attributes:
+        fraction: of the members that reuse rows inexactly, the chance of each to be audited.
+        gate: what an audit may find; of its limits ``deviation`` alone, for logits stay in vLLM.
+        seed: of the draws.
+    """
+
+    fraction: float
+    gate: Gate
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, given: Any) -> AuditOptions:
+        """Raises ``ValueError`` by name."""
+        known = {"fraction", "deviation", "action", "seed"}
+        if not isinstance(given, Mapping) or not set(given) <= known:
+            raise ValueError(
+                f"gate: expected an object of {sorted(known)} (the logits of other limits are "
+                f"vLLM's), got {given!r}"
+            )
+        fraction, seed = given.get("fraction", 0.02), given.get("seed", 0)
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            raise ValueError(f"gate.fraction: expected 0 < fraction <= 1, got {fraction!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"gate.seed: expected an int of at least 0, got {seed!r}")
+        limits = {name: given[name] for name in ("deviation", "action") if name in given}
+        try:
+            return cls(fraction, Gate(**limits), seed)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"gate.{error}") from error
 
 
 @dataclass(frozen=True)
@@ -30,6 +66,7 @@ class Options:
         separator: text or token ids; a prompt that holds it is cut behind each, and joins the round
             that gathers at the time. Text is taken by the token ids that it has alone. None: only
             requests that say so join.
+        gate: which members are audited, and what an audit may find. None: nobody is.
     """
 
     capacity: int | str = "1GiB"
@@ -39,15 +76,11 @@ class Options:
     selection: Selection = DEFAULT
     source: Source = Source.MASTER
     separator: str | tuple[int, ...] | None = None
+    gate: AuditOptions | None = None
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
         """Raises ``ValueError`` for an unknown option, or one with a wrong value, by name."""
-        if "gate" in given:
-            raise ValueError(
-                "gate: expected none inside vLLM, which keeps the logits that an audit compares "
-                "and ends an agent before one is done; use KVCollector.audit on recorded prompts"
-            )
         known = [one.name for one in fields(cls)]
         odd = sorted(set(given) - set(known))
         if odd:
@@ -73,6 +106,8 @@ class Options:
             if taken["source"] not in sources:
                 raise ValueError(f"source: expected one of {sources}, got {taken['source']!r}")
             taken["source"] = Source(taken["source"])
+        if taken.get("gate") is not None:
+            taken["gate"] = AuditOptions.parse(taken["gate"])
         separator = taken.get("separator")
         if isinstance(separator, list):
             taken["separator"] = tuple(separator)

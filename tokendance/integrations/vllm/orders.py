@@ -12,7 +12,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from tokendance.host.record import AppendRecord, DeviceProfile, RestoreRecord, StepRecord
+from tokendance.host.record import (
+    AppendRecord,
+    DeviceProfile,
+    PackedRound,
+    RestoreRecord,
+    StepRecord,
+)
+from tokendance.host.round import IntArray
 
 
 @dataclass
@@ -33,12 +40,30 @@ class Forget:
     """The scheduler's side knows what was lost; from here on nothing of it is used."""
 
 
-Order = StepRecord | RestoreRecord | ReadBack | Forget
-"""A pass over the model, rows into vLLM's cache, rows out of it, and a new start."""
+@dataclass
+class Compare:
+    """Two agents' rows are compared; see `squared_differences`.
+
+    Attributes:
+        number: of the audit.
+        packed: both agents' KV.
+        positions: of the rows.
+        parts, num_parts: in which segment each row stands, of how many.
+    """
+
+    number: int
+    packed: PackedRound
+    positions: IntArray
+    parts: NDArray[np.int64]
+    num_parts: int
+
+
+Order = StepRecord | RestoreRecord | ReadBack | Compare | Forget
+"""A pass over the model, rows into vLLM's cache, rows out of it, an audit, and a new start."""
 
 
 @dataclass
-class Lost(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class Lost:
     """What a worker says when an order failed: no row of its store is to be trusted.
 
     Attributes:
@@ -47,8 +72,24 @@ class Lost(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     reason: str
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Lost:
-        return self
+
+@dataclass
+class Told(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What workers say after an engine step.
+
+    Attributes:
+        lost: the first that one has to say, or None.
+        compared: by audit, sums over the worker's heads, or over those of all workers.
+    """
+
+    lost: Lost | None
+    compared: dict[int, NDArray[np.float64]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Told:
+        sums = dict(self.compared)
+        for number, more in other.compared.items():
+            sums[number] = sums[number] + more if number in sums else more
+        return Told(self.lost or other.lost, sums)
 
 
 @dataclass

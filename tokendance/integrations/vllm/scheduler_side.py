@@ -16,6 +16,7 @@ from tokendance.host.books import OutOfPagesError
 from tokendance.host.plan import Plan
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
+from tokendance.integrations.vllm.audits import Audits
 from tokendance.integrations.vllm.options import PARAMETER, Joining, Options, joining
 from tokendance.integrations.vllm.orders import Forget, Handshake, Orders, ReadBack
 from tokendance.integrations.vllm.stats import RoundStats
@@ -103,6 +104,7 @@ class SchedulerSide:
 
     Attributes:
         totals: counts since the start.
+        audits: of members, if the options have a gate.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class SchedulerSide:
         self._orders = Orders()
         self._stats = RoundStats()
         self.totals = RoundStats()
+        self.audits = Audits(options.gate, lambda: self.host, self._count)
 
     def meet(self, handshakes: Sequence[Handshake]) -> None:
         """What the workers' devices are like. A page has one number on all of them."""
@@ -206,7 +209,7 @@ class SchedulerSide:
         member = self._members.get(request.request_id)
         if member is None:
             return 0
-        if not member.is_ready:
+        if not member.is_ready or self.audits.holds(request.request_id):
             return None
         return max(0, member.length - 1 - computed)  # the last row is vLLM's: it has the logits
 
@@ -233,6 +236,7 @@ class SchedulerSide:
         member = self._members.pop(request.request_id, None)
         if member is None:
             return
+        self.audits.forget(request.request_id)
         round_, plan = member.round, member.plan
         if plan is None:
             round_.gathering.remove(member)
@@ -283,6 +287,8 @@ class SchedulerSide:
         if step is not None:
             self._orders.orders.append(step.record)
             step.finish()
+            room -= step.record.num_rows
+        self._orders.orders += self.audits.step(room)
         for round_ in self._rounds:
             if round_.untold and all(member.is_ready for member in round_.untold):
                 self._tell(round_, now)
@@ -298,7 +304,8 @@ class SchedulerSide:
         while True:
             try:
                 if round_.plan is None:
-                    round_.plan = self.host.plan(prompts, self._options.policy)
+                    policy = replace(self._options.policy, opted_out=self.audits.opted_out)
+                    round_.plan = self.host.plan(prompts, policy)
                 else:
                     round_.plan.add(prompts)
             except OutOfPagesError as full:
@@ -340,6 +347,8 @@ class SchedulerSide:
         told = round_.counted
         round_.counted = round_.plan.rows, round(round_.plan.rows_computed)
         rows, computed = (new - old for new, old in zip(round_.counted, told, strict=True))
+        for member in round_.untold:
+            self.audits.consider(member.request.request_id, member.agent, round_.plan)
         members, began = len(round_.untold), min(member.since for member in round_.untold)
         round_.untold = []
         self._count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
@@ -371,6 +380,7 @@ class SchedulerSide:
         """
         from vllm.v1.request import RequestStatus
 
+        self.audits.clear()
         for name, member in list(self._members.items()):
             if member.plan is not None:
                 member.plan.abort(member.agent)
@@ -380,6 +390,8 @@ class SchedulerSide:
                 else:
                     member.round.gathering.append(member)
         for round_ in self._rounds:
+            if round_.plan is not None:
+                round_.patience = 0.0  # it had begun: those who have ended do not come again
             round_.plan, round_.untold, round_.counted = None, [], (0, 0)
         self._forget_empty_rounds()
         self.host.clear()
@@ -388,6 +400,7 @@ class SchedulerSide:
     def lose(self, reason: str) -> None:
         """A worker has lost what is stored. All members are vLLM's alone: rows that were to be in
         its cache were reported to it, and the others are not there yet."""
+        self.audits.clear()
         for member in self._members.values():
             if member.plan is not None:
                 member.plan.abort(member.agent)

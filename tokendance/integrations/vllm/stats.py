@@ -16,6 +16,9 @@ COUNTED = {
     "members": "Requests that were computed in a round.",
     "rows": "Prompt rows of these requests.",
     "rows_computed": "Prompt rows of them that were computed; the others were reused.",
+    "audits": "Members that were compared with full recompute.",
+    "rows_audited": "Prompt rows that were recomputed for it.",
+    "findings": "What was found beyond the gate's limits.",
     "alone": "Requests that wanted to join a round and were left to vLLM.",
 }
 

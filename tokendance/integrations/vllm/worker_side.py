@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 
+from tokendance.device.comparison import squared_differences
 from tokendance.device.executor import Executor, Run
 from tokendance.device.geometry import KVGeometry
 from tokendance.device.layer_ropes import layer_ropes
@@ -18,7 +21,7 @@ from tokendance.device.rope import Rope
 from tokendance.host.record import RestoreRecord, StepRecord
 from tokendance.integrations.vllm.cache import EngineCache
 from tokendance.integrations.vllm.options import Options
-from tokendance.integrations.vllm.orders import Forget, Lost, Order, Orders, ReadBack
+from tokendance.integrations.vllm.orders import Compare, Forget, Lost, Order, Orders, ReadBack, Told
 from tokendance.integrations.vllm.workers import model_of
 from tokendance.store import parse_bytes
 
@@ -51,6 +54,7 @@ class WorkerSide:
         self._missing: set[int] = set()
         self._is_lost = False
         self._untold: Lost | None = None
+        self._compared: dict[int, NDArray[np.float64]] = {}
 
     def register(self, kv_caches: dict[str, Tensor]) -> None:
         """The caches are there: makes the pool, and has vLLM's attention ask for records' steps.
@@ -125,6 +129,9 @@ class WorkerSide:
             self._compute(order)
         elif isinstance(order, RestoreRecord):
             self._cache.write(self.executor, order)
+        elif isinstance(order, Compare):
+            given = order.packed, order.positions, order.parts, order.num_parts
+            self._compared[order.number] = squared_differences(self.executor, *given)
         else:
             assert isinstance(order, ReadBack)
             rows = self._cache.read(order.slots)
@@ -150,10 +157,11 @@ class WorkerSide:
         taken, self._missing = self._missing, set()
         return taken
 
-    def take_lost(self) -> Lost | None:
-        """What is to be told of an order that failed."""
-        taken, self._untold = self._untold, None
-        return taken
+    def take_told(self) -> Told | None:
+        """What is to be told since the last call: of an order that failed, and of audits."""
+        lost, compared = self._untold, self._compared
+        self._untold, self._compared = None, {}
+        return Told(lost, compared) if lost or compared else None
 
 
 def _divert(layer: Any, index: int) -> None:
