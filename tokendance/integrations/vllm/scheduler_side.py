@@ -73,7 +73,8 @@ class Round:
         gathering: members that are not planned yet.
         plan: that whoever comes is added to, once there is one.
         last: when the last member came.
-        untold: members that were planned, until the log has told of them.
+        untold: members that were planned and are not computed yet.
+        computed: when those came whose prompts are, until the log has told of them.
         counted: rows of the plan's prompts, and of those computed, that the log has told of.
     """
 
@@ -84,6 +85,7 @@ class Round:
     plan: Plan | None = None
     last: float = 0.0
     untold: list[Member] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
     counted: tuple[int, int] = (0, 0)
 
     def is_due(self, now: float) -> bool:
@@ -249,6 +251,7 @@ class SchedulerSide:
             plan.abort(member.agent)
         if member in round_.untold:
             round_.untold.remove(member)
+            self._tell(round_, self._clock())
         self._forget_empty_rounds()
 
     def _keep_output(self, member: Member, plan: Plan, block_ids: Sequence[int]) -> None:
@@ -290,8 +293,8 @@ class SchedulerSide:
             room -= step.record.num_rows
         self._orders.orders += self.audits.step(room)
         for round_ in self._rounds:
-            if round_.untold and all(member.is_ready for member in round_.untold):
-                self._tell(round_, now)
+            self._note_computed(round_)
+            self._tell(round_, now)
         taken, self._orders = self._orders, Orders()
         return taken
 
@@ -342,15 +345,23 @@ class SchedulerSide:
         self._count(alone=len(requests))
         _log.warning("tokendance: left to vLLM alone: %s (%s)", ", ".join(requests), reason)
 
+    def _note_computed(self, round_: Round) -> None:
+        """Members whose prompts are computed count, and may be audited before vLLM gets them."""
+        for member in [one for one in round_.untold if one.is_ready]:
+            assert member.plan is not None
+            round_.untold.remove(member)
+            round_.computed.append(member.since)
+            self.audits.consider(member.request.request_id, member.agent, member.plan)
+
     def _tell(self, round_: Round, now: float) -> None:
-        assert round_.plan is not None
+        """Tells of members once all that were planned with them are computed, or gone."""
+        if round_.plan is None or round_.untold or not round_.computed:
+            return
         told = round_.counted
         round_.counted = round_.plan.rows, round(round_.plan.rows_computed)
         rows, computed = (new - old for new, old in zip(round_.counted, told, strict=True))
-        for member in round_.untold:
-            self.audits.consider(member.request.request_id, member.agent, round_.plan)
-        members, began = len(round_.untold), min(member.since for member in round_.untold)
-        round_.untold = []
+        members, began = len(round_.computed), min(round_.computed)
+        round_.computed = []
         self._count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
         _log.info(
             "tokendance: round %s: %d agents, %d rows, %d computed, %d reused, after %.2f s",
@@ -392,7 +403,7 @@ class SchedulerSide:
         for round_ in self._rounds:
             if round_.plan is not None:
                 round_.patience = 0.0  # it had begun: those who have ended do not come again
-            round_.plan, round_.untold, round_.counted = None, [], (0, 0)
+            round_.plan, round_.untold, round_.computed, round_.counted = None, [], [], (0, 0)
         self._forget_empty_rounds()
         self.host.clear()
         return True
