@@ -232,3 +232,50 @@ def test_rows_that_are_not_there_are_refused() -> None:
         executor.append(appended, keys, values, rotated=True)
     plan.abort()
     assert store.stats().held_pages == 0
+
+
+def test_the_last_row_is_computed_again_for_its_logits_and_nothing_is_written() -> None:
+    collector = td.KVCollector(make_store())
+    store, scheduler = collector.store, collector.store.scheduler
+    plan = collector.plan(PROMPTS)
+    first = run_prefill(collector, plan)  # 'a' ends in a Master that it made, 'b' in a reused one
+    before = [pool.clone() for pool in (*store.pool.k_pools, *store.pool.v_pools)]
+
+    def again(agents: Sequence[str], decode: dict[str, list[int]]) -> dict[str, list[Tensor]]:
+        planned = scheduler.step(decode, prefill=(), again=agents)
+        assert planned is not None
+        out = run_step(td.Step(store.executor, planned, None))
+        rows: dict[str, list[Tensor]] = {}
+        for agent, row in zip(planned.logit_agents, out[planned.record.logit_rows], strict=True):
+            rows.setdefault(agent, []).append(row)
+        return rows
+
+    found = again(["b", "a"], {})
+    assert {agent: len(rows) for agent, rows in found.items()} == {"a": 1, "b": 1}
+    for agent, (row,) in found.items():
+        torch.testing.assert_close(row, first[agent], rtol=1e-5, atol=1e-5)
+    for pool, old in zip((*store.pool.k_pools, *store.pool.v_pools), before, strict=True):
+        assert torch.equal(pool, old)
+    assert {agent: plan.length(agent) for agent in PROMPTS} == {"a": 63, "b": 79}
+    # Before rows that are decoded, beside an agent that decodes only.
+    mixed = again(["b"], {"a": SAID[:2], "b": SAID[:3]})
+    assert {agent: len(rows) for agent, rows in mixed.items()} == {"a": 2, "b": 4}
+    torch.testing.assert_close(mixed["b"][0], first["b"], rtol=1e-5, atol=1e-5)
+    assert plan.length("b") == 79 + 3
+    # A decoded row.
+    torch.testing.assert_close(again(["b"], {})["b"][0], mixed["b"][3], rtol=1e-5, atol=1e-5)
+    # Cancelled, it has changed nothing.
+    planned = scheduler.step({"a": [7]}, prefill=(), again=["a"])
+    assert planned is not None
+    with pytest.raises(ValueError, match="expected one that is in no open step, got 'a'"):
+        scheduler.step(prefill=(), again=["a"])
+    planned.cancel()
+    assert plan.output("a") == SAID[:2]
+    plan.add({"c": PROMPTS["a"], "d": []})
+    with pytest.raises(ValueError, match=r"again: expected agents .* got 'c' \(prefill, 63 rows\)"):
+        scheduler.step(prefill=(), again=["c"])
+    with pytest.raises(ValueError, match=r"again: expected agents .* got 'd' \(decode, 0 rows\)"):
+        scheduler.step(prefill=(), again=["d"])
+    with pytest.raises(KeyError, match=r"agent: expected one of .* got 'e'"):
+        scheduler.step(prefill=(), again=["e"])
+    plan.abort()

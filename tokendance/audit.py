@@ -30,6 +30,7 @@ from tokendance.host.gate import (
 )
 from tokendance.host.mirror import Mirror, slots_of
 from tokendance.host.plan import LivePlan, Plan, Policy
+from tokendance.host.reading import Reading
 from tokendance.host.record import pack_mirrors
 from tokendance.host.round import IntArray
 from tokendance.host.segments import Segment, private

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokendance.host.agent import AgentState
 from tokendance.host.guard import Guard, guarded
@@ -27,7 +28,8 @@ class StepPart:
     Attributes:
         plan, state: whose rows they are.
         positions: int32, ascending.
-        begin: length of the agent before a decode step; -1 for rows of a prefill.
+        begin: length of the agent before a decode step; -1 for rows of a prefill. Rows before it
+            are there already.
         is_asked: whether the agent was asked for; otherwise one that was waits for its rows.
     """
 
@@ -40,6 +42,13 @@ class StepPart:
     @property
     def is_decode(self) -> bool:
         return self.begin >= 0
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """Pool rows that keep the rows; -1 for those that nothing keeps, or that are kept."""
+        slots = self.state.slots(self.positions)
+        slots[self.positions < self.begin] = -1
+        return slots
 
 
 class PlannedStep:
@@ -90,7 +99,7 @@ class PlannedStep:
         row_agent = np.repeat(np.arange(len(states), dtype=np.int32), counts)
         self._row_agent = row_agent
         tokens = [part.state.token_ids(part.positions) for part in self._parts]
-        slots = [part.state.slots(part.positions) for part in self._parts]
+        slots = [part.slots for part in self._parts]
         first = np.array([_first_wanted(part) for part in self._parts], dtype=np.int64)
         logit_rows = np.flatnonzero(positions >= first[row_agent]).astype(np.int64)
         choices = _choices(self._parts, block)
@@ -235,7 +244,7 @@ def _counted(positions: IntArray) -> tuple[int, int]:
 def _first_wanted(part: StepPart) -> int:
     """First position whose logits are wanted."""
     if part.is_decode:
-        return part.begin
+        return int(part.positions[0])
     if part.state.agent is None:
         return int(np.iinfo(np.int32).max)
     if part.state.output is not None:  # computed again; only the last row's are of any use

@@ -270,6 +270,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         decode: Mapping[str, TokenIds | Iterator[int]] | None = None,
         prefill: Iterable[str] | None = None,
         max_rows: int = 2048,
+        again: Iterable[str] = (),
     ) -> PlannedStep | None:
         """The rows of the next forward pass, of any plans: decode rows first, then prompts' rows.
 
@@ -281,6 +282,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             prefill: agents whose prompts may be computed, with what they wait for; None: all.
             max_rows: rows of a step at most. Decode rows are always in it; with `KeyDeviation` all
                 rows of an agent are in one step, however many.
+            again: agents whose last row so far is computed once more, before what they decode,
+                for an engine that has not seen its logits. It sees what is stored, itself too, and
+                nothing is written.
 
         Returns:
             The step, or None where there is nothing to compute.
@@ -288,9 +292,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         Raises:
             KeyError: an unknown agent.
             TypeError: token ids that are no integers.
-            ValueError: ``max_rows < 1``; an agent to decode that is in an open step or not in
-                decode, has no tokens, or would grow beyond the rotation tables; a token id out of
-                range.
+            ValueError: ``max_rows < 1``; an agent to decode, or of ``again``, that is in an open
+                step or not in decode, has no tokens, no row, or would grow beyond the rotation
+                tables; a token id out of range.
             OutOfPagesError: too few pages for the decode rows; nothing has changed, but for
                 evictions.
         """
@@ -301,7 +305,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         planned = None
         try:
             with self.guard:
-                planned = self._step(given, wanted, max_rows)
+                planned = self._step(given, wanted, max_rows, list(again))
         except BaseException:
             if planned is not None:  # copies of who was admitted could not be made
                 planned.cancel()
@@ -309,12 +313,18 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         return planned
 
     def _step(
-        self, decode: Mapping[str, TokenIds], prefill: list[str] | None, max_rows: int
+        self,
+        decode: Mapping[str, TokenIds],
+        prefill: list[str] | None,
+        max_rows: int,
+        again: list[str],
     ) -> PlannedStep | None:
         self.collect()
         names = None if prefill is None else self._named(prefill)
         fed = self._fed(decode)
+        seen = self._with_rows(again)
         decoded = self._extend(fed)  # before others are admitted, who would take their pages
+        decoded = _with_last_rows(decoded, seen)
         with self._undone_by_errors(decoded):
             self._admit_waiting()
             room = max_rows - sum(len(part.positions) for part in decoded)
@@ -440,6 +450,21 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 )
             fed.append((live, state, tokens))
         return fed
+
+    def _with_rows(self, agents: Iterable[str]) -> list[tuple[LivePlan, AgentState]]:
+        """Agents in decode that have a row."""
+        found = []
+        for agent in agents:
+            self._named([agent])
+            live = self._agents[agent]
+            state = self._idle(live, agent)
+            if state.phase is not Phase.DECODE or not state.length:
+                raise ValueError(
+                    f"again: expected agents in decode with a row, got {agent!r} "
+                    f"({state.phase.value}, {state.length} rows)"
+                )
+            found.append((live, state))
+        return found
 
     def _extend(self, fed: Sequence[tuple[LivePlan, AgentState, list[int]]]) -> list[StepPart]:
         """Makes room for decoded rows, of all agents or of none."""
@@ -945,6 +970,19 @@ def _given(decode: Mapping[str, TokenIds | Iterator[int]]) -> dict[str, TokenIds
 
 def _listed(agents: Iterable[str]) -> list[str]:
     return [agents] if isinstance(agents, str) else list(agents)
+
+
+def _with_last_rows(
+    decoded: Sequence[StepPart], seen: Sequence[tuple[LivePlan, AgentState]]
+) -> list[StepPart]:
+    """Puts the rows before decoded ones, or the last rows where nothing is decoded, in front."""
+    parts = {part.state.serial: part for part in decoded}
+    for live, state in seen:
+        part = parts.get(state.serial)
+        begin = state.length if part is None else part.begin
+        positions = np.arange(begin - 1, state.length, dtype=np.int32)
+        parts[state.serial] = StepPart(live, state, positions, begin)
+    return list(parts.values())
 
 
 def _checked_prompts(prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
