@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -9,10 +10,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from tokendance.integrations.vllm import null_blocks
 from tokendance.integrations.vllm.options import Options, refusals
 from tokendance.integrations.vllm.orders import Handshake, Orders, Told
+from tokendance.integrations.vllm.scheduler_decode import SharedDecode
 from tokendance.integrations.vllm.scheduler_side import SchedulerSide
+from tokendance.integrations.vllm.sharing import obstacles
 from tokendance.integrations.vllm.stats import RoundMetrics, RoundStats
+
+_log = logging.getLogger("vllm.tokendance")
 
 
 class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -26,6 +32,7 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
+        self._options = options
         reasons = refusals(vllm_config)
         groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
         if len(groups) > 1:
@@ -34,9 +41,13 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise ValueError("TokenDanceConnector: " + "; ".join(reasons))
         self._scheduler: SchedulerSide | None = None
         self._worker: Any = None
+        self._unshared: list[str] = []  # why members' decode is not shared, if it is to be
         if role is KVConnectorRole.SCHEDULER:
             block = groups[0].kv_cache_spec.block_size
             self._scheduler = SchedulerSide(vllm_config, options, block)
+            self._unshared = obstacles(vllm_config, groups)
+            if options.shared_decode and not self._unshared:
+                null_blocks.install(groups)
         else:
             # The scheduler's process needs no kernels.
             from tokendance.integrations.vllm.worker_side import WorkerSide
@@ -52,7 +63,16 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._scheduler
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Handshake]) -> None:
-        self.rounds.meet([metadata[rank] for rank in sorted(metadata)])
+        handshakes = [metadata[rank] for rank in sorted(metadata)]
+        self.rounds.meet(handshakes)
+        if not self._options.shared_decode:
+            return
+        reasons = [*self._unshared, *(why for one in handshakes for why in one.unshared)]
+        if reasons:
+            _log.warning("tokendance: decode is not shared: %s", "; ".join(dict.fromkeys(reasons)))
+            return
+        (books,) = self._kv_cache_manager.coordinator.single_type_managers
+        self.rounds.shared = books.members = SharedDecode(self.rounds)
 
     def on_new_request(self, request: Any) -> None:
         self.rounds.arrive(request)
@@ -68,7 +88,7 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self.rounds.load(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        orders = self.rounds.step(scheduler_output.total_num_scheduled_tokens)
+        orders = self.rounds.step(scheduler_output.num_scheduled_tokens)
         # Loads are awaited by what vLLM computes in this step, and it knows of them. It does not
         # know of what is read, before it writes to these blocks what it computes.
         scheduler_output.has_sync_kv_loads |= orders.reads
@@ -104,7 +124,12 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake:
-        return Handshake(self.worker.executor.profile, self.worker.windows)
+        handshake: Handshake = self.worker.handshake
+        return handshake
+
+    def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
+        """Called before vLLM puts its batch together, whether anything was preempted or not."""
+        self.worker.begin(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self.worker.run(self._get_connector_metadata())
@@ -125,7 +150,8 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Rows are read when their request has ended."""
 
     def wait_for_save(self) -> None:
-        """Nothing is saved during a forward pass."""
+        """Nothing is saved during a forward pass, but it has ended."""
+        self.worker.finish()
 
     # Both -----------------------------------------------------------------------------------------
 

@@ -67,6 +67,8 @@ class Options:
             that gathers at the time. Text is taken by the token ids that it has alone. None: only
             requests that say so join.
         gate: which members are audited, and what an audit may find. None: nobody is.
+        shared_decode: members' rows stay in the store, where decode reads Masters once for all of
+            them, and take no blocks of vLLM's cache.
     """
 
     capacity: int | str = "1GiB"
@@ -77,6 +79,7 @@ class Options:
     source: Source = Source.MASTER
     separator: str | tuple[int, ...] | None = None
     gate: AuditOptions | None = None
+    shared_decode: bool = False
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:
@@ -92,6 +95,10 @@ class Options:
             value = taken.get(name, 1)
             if not isinstance(value, kind) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
+        if not isinstance(taken.get("shared_decode", False), bool):
+            raise ValueError(
+                f"shared_decode: expected true or false, got {taken['shared_decode']!r}"
+            )
         if taken.get("max_rows") == 0:
             raise ValueError("max_rows: expected at least 1, got 0")
         if "selection" in taken:

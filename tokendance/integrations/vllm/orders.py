@@ -58,6 +58,19 @@ class Compare:
     num_parts: int
 
 
+@dataclass
+class Decoding:
+    """Rows of members in vLLM's own pass.
+
+    Attributes:
+        record: of them.
+        requests: whose they are, in the order of the record's rows.
+    """
+
+    record: StepRecord
+    requests: list[str]
+
+
 Order = StepRecord | RestoreRecord | ReadBack | Compare | Forget
 """A pass over the model, rows into vLLM's cache, rows out of it, an audit, and a new start."""
 
@@ -98,9 +111,11 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
     Attributes:
         orders: run in this order.
+        decoding: opened before the orders are run; computed by vLLM's pass, before or after them.
     """
 
     orders: list[Order] = field(default_factory=list)
+    decoding: Decoding | None = None
 
     @property
     def reads(self) -> bool:
@@ -115,7 +130,9 @@ class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     Attributes:
         profile: of its device.
         windows: sliding windows of the model's layers, 0 for none.
+        unshared: why the worker cannot share members' decode, if it is to.
     """
 
     profile: DeviceProfile
     windows: list[int]
+    unshared: list[str] = field(default_factory=list)

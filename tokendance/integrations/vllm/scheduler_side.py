@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokendance.host.segments import Segment
 from tokendance.integrations.vllm.audits import Audits
 from tokendance.integrations.vllm.options import PARAMETER, Joining, Options, joining
 from tokendance.integrations.vllm.orders import Forget, Handshake, Orders, ReadBack
+from tokendance.integrations.vllm.scheduler_decode import SharedDecode
 from tokendance.integrations.vllm.stats import RoundStats
 
 _log = logging.getLogger("vllm.tokendance")
@@ -107,6 +108,8 @@ class SchedulerSide:
     Attributes:
         totals: counts since the start.
         audits: of members, if the options have a gate.
+        shared: where members' rows stay in the store while vLLM decodes them; None where vLLM's
+            cache gets them.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class SchedulerSide:
         self._stats = RoundStats()
         self.totals = RoundStats()
         self.audits = Audits(options.gate, lambda: self.host, self._count)
+        self.shared: SharedDecode | None = None
 
     def meet(self, handshakes: Sequence[Handshake]) -> None:
         """What the workers' devices are like. A page has one number on all of them."""
@@ -213,10 +217,15 @@ class SchedulerSide:
             return 0
         if not member.is_ready or self.audits.holds(request.request_id):
             return None
+        if self.shared is not None:
+            return self.shared.rows_for(member)
         return max(0, member.length - 1 - computed)  # the last row is vLLM's: it has the logits
 
     def load(self, request: Any, block_ids: Sequence[int], rows: int) -> None:
         """The request has blocks: the last ``rows`` before the prompt's last go there."""
+        if self.shared is not None:
+            self.shared.go_on(request.request_id)
+            return
         member = self._members[request.request_id]
         assert member.plan is not None
         end = member.length - 1
@@ -239,13 +248,16 @@ class SchedulerSide:
         if member is None:
             return
         self.audits.forget(request.request_id)
+        if self.shared is not None:
+            self.shared.forget(request.request_id)
         round_, plan = member.round, member.plan
         if plan is None:
             round_.gathering.remove(member)
             if round_.agents is not None:
                 round_.agents -= 1
         elif member.is_ready and member.keeps:
-            self._keep_output(member, plan, block_ids)
+            if self.shared is None:
+                self._keep_output(member, plan, block_ids)
             plan.commit(member.agent, namespace=member.namespace)
         else:
             plan.abort(member.agent)
@@ -270,21 +282,23 @@ class SchedulerSide:
 
     # Steps ----------------------------------------------------------------------------------------
 
-    def step(self, scheduled: int) -> Orders:
+    def step(self, scheduled: Mapping[str, int]) -> Orders:
         """The orders of an engine step.
 
         Records are run in the order in which they are made, so what a record computes counts as
         computed as soon as it is among the orders.
 
         Args:
-            scheduled: tokens that vLLM computes in this step.
+            scheduled: by request, tokens that vLLM computes in this step.
         """
         now = self._clock()
+        if self.shared is not None:  # before others are planned, who would take its pages
+            self._orders.decoding = self.shared.record(scheduled)
         for round_ in self._rounds:
             if round_.gathering and round_.is_due(now):
                 self._start(round_)
         most = self._options.max_rows
-        left = self._config.scheduler_config.max_num_batched_tokens - scheduled
+        left = self._config.scheduler_config.max_num_batched_tokens - sum(scheduled.values())
         room = min(most, max(left, most // _LEAST_SHARE, 1))
         step = self.host.step(max_rows=room) if self._members else None
         if step is not None:
@@ -312,7 +326,7 @@ class SchedulerSide:
                 else:
                     round_.plan.add(prompts)
             except OutOfPagesError as full:
-                if self._release_oldest(prompts):
+                if self.release_oldest(prompts):
                     continue
                 if any(member.plan is not None for member in self._members.values()):
                     return  # until one of those has ended
@@ -326,8 +340,8 @@ class SchedulerSide:
                 round_.untold += gathering
             return
 
-    def _release_oldest(self, wanted: dict[str, list[Segment]]) -> bool:
-        """Forgets the agent whose rows were kept the longest, of those that gather last."""
+    def release_oldest(self, wanted: Collection[str] = ()) -> bool:
+        """Forgets the agent whose rows were kept the longest, of the ``wanted`` ones last."""
         kept = list(self.host.books.mirrors)
         for agent in [*(one for one in kept if one not in wanted), *kept]:
             self.host.books.drop(agent)
@@ -340,6 +354,33 @@ class SchedulerSide:
             del self._members[member.request.request_id]
         self._leave_alone([member.request.request_id for member in members], reason)
         self._forget_empty_rounds()
+
+    def plan_again(self, member: Member) -> None:
+        """Gives a member's rows up; they are computed again when there is room."""
+        assert member.plan is not None
+        self.audits.forget(member.request.request_id)
+        member.plan.abort(member.agent)
+        member.plan = None
+        member.round.gathering.append(member)
+        if member in member.round.untold:
+            member.round.untold.remove(member)
+
+    def drop(self, member: Member, reason: str) -> None:
+        """A member with a plan is vLLM's alone."""
+        assert member.plan is not None
+        member.plan.abort(member.agent)
+        self._forget_member(member)
+        self._leave_alone([member.request.request_id], reason)
+        self._forget_empty_rounds()
+
+    def _forget_member(self, member: Member) -> None:
+        request_id = member.request.request_id
+        del self._members[request_id]
+        self.audits.forget(request_id)
+        if member in member.round.untold:
+            member.round.untold.remove(member)
+        if self.shared is not None:
+            self.shared.forget(request_id)
 
     def _leave_alone(self, requests: Sequence[str], reason: str) -> None:
         self._count(alone=len(requests))
@@ -388,18 +429,19 @@ class SchedulerSide:
         """Forgets everything that is stored: the weights have changed.
 
         Requests that vLLM runs go on in its own cache, as its alone; the others are planned again.
+        Where their rows are not in its cache they are preempted, and planned again, too.
         """
         from vllm.v1.request import RequestStatus
 
         self.audits.clear()
         for name, member in list(self._members.items()):
+            if self.shared is not None:
+                self.shared.forget(name)
             if member.plan is not None:
-                member.plan.abort(member.agent)
-                member.plan = None
-                if member.request.status == RequestStatus.RUNNING:
+                self.plan_again(member)
+                if member.request.status == RequestStatus.RUNNING and self.shared is None:
+                    member.round.gathering.remove(member)
                     del self._members[name]
-                else:
-                    member.round.gathering.append(member)
         for round_ in self._rounds:
             if round_.plan is not None:
                 round_.patience = 0.0  # it had begun: those who have ended do not come again
@@ -412,9 +454,11 @@ class SchedulerSide:
         """A worker has lost what is stored. All members are vLLM's alone: rows that were to be in
         its cache were reported to it, and the others are not there yet."""
         self.audits.clear()
-        for member in self._members.values():
+        for name, member in self._members.items():
             if member.plan is not None:
                 member.plan.abort(member.agent)
+            if self.shared is not None:
+                self.shared.forget(name)
         self._leave_alone(list(self._members), f"a worker failed: {reason}")
         self._members.clear()
         self._rounds.clear()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from tokendance.device.comparison import squared_differences
 from tokendance.device.executor import Executor, Run
@@ -21,8 +22,18 @@ from tokendance.device.rope import Rope
 from tokendance.host.record import RestoreRecord, StepRecord
 from tokendance.integrations.vllm.cache import EngineCache
 from tokendance.integrations.vllm.options import Options
-from tokendance.integrations.vllm.orders import Compare, Forget, Lost, Order, Orders, ReadBack, Told
-from tokendance.integrations.vllm.workers import model_of
+from tokendance.integrations.vllm.orders import (
+    Compare,
+    Forget,
+    Handshake,
+    Lost,
+    Order,
+    Orders,
+    ReadBack,
+    Told,
+)
+from tokendance.integrations.vllm.worker_decode import MemberRows, unwatchable
+from tokendance.integrations.vllm.workers import runner_of
 from tokendance.store import parse_bytes
 
 _log = logging.getLogger("vllm.tokendance")
@@ -41,11 +52,11 @@ class WorkerSide:
 
     Attributes:
         executor: the library's device half; there once the caches are registered.
-        windows: sliding windows of the layers.
+        handshake: what the scheduler's side is told; there then, too.
     """
 
     executor: Executor
-    windows: list[int]
+    handshake: Handshake
 
     def __init__(self, vllm_config: Any, options: Options, kv_cache_config: Any) -> None:
         self._config = vllm_config
@@ -55,6 +66,7 @@ class WorkerSide:
         self._is_lost = False
         self._untold: Lost | None = None
         self._compared: dict[int, NDArray[np.float64]] = {}
+        self._members: MemberRows | None = None
 
     def register(self, kv_caches: dict[str, Tensor]) -> None:
         """The caches are there: makes the pool, and has vLLM's attention ask for records' steps.
@@ -63,7 +75,8 @@ class WorkerSide:
             ValueError: a model or a cache of a kind that is not supported, naming what.
             RuntimeError: the worker's model cannot be found.
         """
-        self._model = model_of(self._config)
+        runner = runner_of(self._config)
+        self._model = runner.get_model()
         made = self._config.compilation_config.static_forward_context
         self._names = sorted(kv_caches, key=extract_layer_index)
         layers = [made[name] for name in self._names]
@@ -80,10 +93,14 @@ class WorkerSide:
                 f"{self._options.capacity}"
             )
         self.executor = Executor(geometry, rope, PagePool.own(geometry, pages, block, device))
-        self.windows = list(dict.fromkeys(_window_of(layer) for layer in layers))
+        windows = list(dict.fromkeys(_window_of(layer) for layer in layers))
+        unshared = unwatchable(runner) if self._options.shared_decode else []
+        self.handshake = Handshake(self.executor.profile, windows, unshared)
+        if self._options.shared_decode and not unshared:
+            self._members = MemberRows(self.executor, runner, self._lose_members)
         self._cache = EngineCache(layers, self._num_blocks)
         for index, layer in enumerate(layers):
-            _divert(layer, index)
+            _divert(layer, index, self._members)
 
     def _geometry_of(self, layers: list[Any]) -> KVGeometry:
         model = self._config.model_config
@@ -103,6 +120,23 @@ class WorkerSide:
     # A step of the engine -------------------------------------------------------------------------
 
     @torch.inference_mode()
+    def begin(self, orders: Orders) -> None:
+        """Before vLLM puts the batch of an engine step together."""
+        if self._members is None or orders.decoding is None:
+            return
+        try:
+            self._members.open(orders.decoding, self._is_lost)
+        except Exception as error:
+            self._lose_members(error)
+        if self._is_lost:
+            self._missing.add(NULL_BLOCK_ID)
+
+    def finish(self) -> None:
+        """vLLM's pass has ended."""
+        if self._members is not None:
+            self._members.close()
+
+    @torch.inference_mode()
     def run(self, orders: Orders) -> None:
         """Runs the orders of one engine step.
 
@@ -118,11 +152,19 @@ class WorkerSide:
                     self._run_one(order)
                     continue
                 except Exception as error:
-                    _log.exception("tokendance: an order failed; what is stored is lost")
-                    self._is_lost, self._untold = True, Lost(f"{type(error).__name__}: {error}")
+                    self._lose(error)
             if isinstance(order, RestoreRecord):
                 wanted = order.slots[order.slots >= 0]
                 self._missing.update((wanted // self._cache.block_size).tolist())
+
+    def _lose(self, error: Exception) -> None:
+        _log.exception("tokendance: an order failed; what is stored is lost", exc_info=error)
+        self._is_lost, self._untold = True, Lost(f"{type(error).__name__}: {error}")
+
+    def _lose_members(self, error: Exception) -> None:
+        """What the pass computes of members is void: vLLM is told so of the block they have."""
+        self._missing.add(NULL_BLOCK_ID)
+        self._lose(error)
 
     def _run_one(self, order: Order) -> None:
         if isinstance(order, StepRecord):
@@ -164,14 +206,18 @@ class WorkerSide:
         return Told(lost, compared) if lost or compared else None
 
 
-def _divert(layer: Any, index: int) -> None:
-    """Attention of a record's pass is the library's; all other stays what it is."""
+def _divert(layer: Any, index: int, members: MemberRows | None) -> None:
+    """Attention of a record's pass is the library's, and that of members' rows in vLLM's own; all
+    other stays what it is."""
     impl = layer.impl
     original = impl.forward
-    scale, window = float(impl.scale), _window_of(layer)
-    soft_cap = float(getattr(impl, "logits_soft_cap", None) or 0.0)
     sinks = getattr(impl, "sinks", None)
-    sinks = None if sinks is None else sinks.float()
+    scores: dict[str, Any] = {
+        "softmax_scale": float(impl.scale),
+        "window": _window_of(layer),
+        "soft_cap": float(getattr(impl, "logits_soft_cap", None) or 0.0),
+        "sinks": None if sinks is None else sinks.float(),
+    }
 
     def forward(
         module: Any,
@@ -184,19 +230,15 @@ def _divert(layer: Any, index: int) -> None:
         *others: Any,
         **more: Any,
     ) -> Any:
-        if not isinstance(metadata, Run):
+        if isinstance(metadata, Run):
+            attended = metadata.attend(index, query, key, value, **scores)
+            return output.copy_(attended.view(output.shape))
+        if members is None or not members.is_open:
             return original(module, query, key, value, kv_cache, metadata, output, *others, **more)
-        attended = metadata.attend(
-            index,
-            query,
-            key,
-            value,
-            softmax_scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-        )
-        return output.copy_(attended.view(output.shape))
+        if members.has_others:
+            original(module, query, key, value, kv_cache, metadata, output, *others, **more)
+        members.attend(index, query, key, value, output, **scores)
+        return output
 
     impl.forward = forward
 

@@ -30,15 +30,15 @@ def watch() -> None:
     WorkerBase.__init__ = remember
 
 
-def model_of(vllm_config: Any) -> Any:
-    """The model of this process's worker.
+def runner_of(vllm_config: Any) -> Any:
+    """The model runner of this process's worker, which has the model and the batch.
 
     Raises:
         RuntimeError: the worker was made before this package was registered with vLLM.
     """
     for worker in _workers:
         if worker.vllm_config is vllm_config:
-            return worker.get_model()
+            return worker.model_runner
     raise RuntimeError(
         "vllm.general_plugins: expected the plugin 'tokendance' to be loaded before the worker is "
         "made, got a worker without it; install tokendance into vLLM's environment, and name the "

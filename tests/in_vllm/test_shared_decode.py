@@ -1,0 +1,413 @@
+"""Decode that reads Masters once: members' rows stay in the store, and take none of vLLM's blocks.
+
+Nothing inexact is reused unless a test says so, as in test_lives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import Serving, recorded_rounds, serving, token_ids
+from small_rounds import EXACT, NEVER, a_round, alone, answers, join, nothing_left
+
+import tokendance as td
+
+SHARED = {**EXACT, "shared_decode": True}
+PAGE = 8 * 2 * 2 * 2 * 64 * 4  # rows, keys and values, layers, KV heads, elements, bytes
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Iterator[Serving]:
+    with serving(SHARED, model=str(tiny), enable_prefix_caching=True) as engine:
+        assert engine.rounds.shared is not None
+        yield engine
+
+
+@pytest.fixture
+def free(engine: Serving) -> Iterator[int]:
+    """Free blocks at the start; at the end as many are, and no page is used."""
+    engine.scheduler.reset_prefix_cache()
+    before = engine.free_blocks()
+    yield before
+    engine.scheduler.reset_prefix_cache()
+    nothing_left(engine, before)
+    assert not engine.rounds.shared._promised
+    assert not engine.rounds.shared._stopped
+
+
+def until_decoding(engine: Serving, count: int, tokens: int = 2) -> None:
+    """Steps until so many members have said so much."""
+    for _ in range(200):
+        members = engine.rounds.members.values()
+        if sum(one.request.num_output_tokens >= tokens for one in members) >= count:
+            return
+        engine.step()
+    raise AssertionError("members that do not decode")
+
+
+# Outputs ------------------------------------------------------------------------------------------
+
+ROUNDS = {"agents": 4, "which": "1:3"}
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[dict[str, list[int]]]:
+    with serving() as engine:
+        return [
+            engine.serve(f"plain {i}", prompts, joining=False, new=NEW)
+            for i, prompts in enumerate(recorded_rounds(**ROUNDS))
+        ]
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
+    plain: list[dict[str, list[int]]], prefix_caching: bool
+) -> None:
+    options = {"selection": "everything", "block_size": 8, "shared_decode": True}
+    with serving(options, enable_prefix_caching=prefix_caching) as engine:
+        free = engine.free_blocks()
+        for i, prompts in enumerate(recorded_rounds(**ROUNDS)):
+            assert engine.serve(f"round {i}", prompts, new=NEW) == plain[i]
+        assert engine.counts()["members"] == 8
+        nothing_left(engine, free)
+
+
+def test_the_default_answers_as_without_shared_decode(
+    plain: list[dict[str, list[int]]],
+) -> None:
+    found = []
+    for shared in (False, True):
+        with serving({"block_size": 8, "shared_decode": shared}) as engine:
+            found.append(
+                [
+                    engine.serve(f"round {i}", prompts, new=NEW)
+                    for i, prompts in enumerate(recorded_rounds(**ROUNDS))
+                ]
+            )
+            counts = engine.counts()
+            assert counts["rows_computed"] < counts["rows"]
+    assert found[0] == found[1]
+
+
+def test_two_workers_answer_as_vllm_alone(tiny: Path) -> None:
+    with serving(
+        SHARED,
+        model=str(tiny),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        enable_prefix_caching=True,
+    ) as engine:
+        free = engine.free_blocks()
+        for seed in (1, 2):
+            prompts = a_round(seed)
+            join(engine, f"round {seed}", prompts, agents=4)
+            until_decoding(engine, 4)
+            assert engine.free_blocks() == free
+            engine.run()
+            assert engine.counts()["members"] == len(prompts)
+            expected = alone(engine, f"round {seed}", prompts)
+            assert answers(engine, f"round {seed}", prompts) == expected
+            engine.scheduler.reset_prefix_cache()
+        nothing_left(engine, free)
+
+
+# Beside others ------------------------------------------------------------------------------------
+
+
+def test_others_in_the_same_batch_are_answered_as_ever(engine: Serving, free: int) -> None:
+    prompts, others = a_round(20, agents=3), a_round(21, agents=3)
+    expected = alone(engine, "beside", prompts, new=40), alone(engine, "others", others, new=30)
+    engine.scheduler.reset_prefix_cache()
+    # Some come before the members, some while they decode: rows stand in any order.
+    early, *late = others
+    engine.add("early", token_ids(others[early]), None, 30)
+    for _ in range(3):
+        engine.step()
+    join(engine, "beside", prompts, agents=3, new=40)
+    until_decoding(engine, 3)
+    for agent in late:
+        engine.add(f"late {agent}", token_ids(others[agent]), None, 30)
+    batches = set()
+    while engine.scheduler.has_requests():
+        engine.step()
+        rows = engine.worker._members._rows
+        if rows is not None:
+            batches.add((len(rows), engine.worker._members.has_others))
+    assert (3, True) in batches
+    assert answers(engine, "beside", prompts) == expected[0]
+    assert engine.done["early"] == expected[1][early]
+    for agent in late:
+        assert engine.done[f"late {agent}"] == expected[1][agent]
+
+
+def test_members_of_several_rounds_decode_together(engine: Serving, free: int) -> None:
+    one, two = a_round(22, agents=2), a_round(23, agents=3)
+    two = {f"other {agent}": segments for agent, segments in two.items()}
+    expected = alone(engine, "one", one, new=30), alone(engine, "two", two, new=20)
+    engine.scheduler.reset_prefix_cache()
+    join(engine, "one", one, agents=2, new=30)
+    until_decoding(engine, 2)
+    join(engine, "two", two, agents=3, new=20)
+    until_decoding(engine, 5)
+    engine.step()
+    assert len(engine.worker._members._rows) == 5
+    engine.run()
+    assert answers(engine, "one", one) == expected[0]
+    assert answers(engine, "two", two) == expected[1]
+
+
+def test_an_agents_next_prompt_takes_over_what_it_said(engine: Serving, free: int) -> None:
+    prompts = a_round(24, agents=2)
+    found = engine.serve("first", prompts)
+    longer = {
+        agent: [*segments, td.private([*found[agent], 7, 8, 9])]
+        for agent, segments in prompts.items()
+    }
+    engine.counts()
+    assert engine.serve("second", longer) == alone(engine, "second", longer)
+    # Twelve tokens were sampled, eleven of them fed.
+    assert engine.counts()["rows_computed"] == 2 * (1 + 3)
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def test_members_hold_no_blocks_and_leave_nothing_to_be_found(engine: Serving, free: int) -> None:
+    prompts = a_round(25)
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    join(engine, "empty", prompts, agents=4, new=40)
+    until_decoding(engine, 4, tokens=30)
+    assert engine.free_blocks() == free
+    assert not len(pool.cached_block_hash_to_block)
+    for request in engine.scheduler.running:
+        (blocks,) = engine.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        assert set(blocks) == {0}
+    engine.run()
+    found = answers(engine, "empty", prompts)
+    assert found == alone(engine, "empty", prompts, new=40)
+    assert {engine.cached[f"empty alone {agent}"] for agent in prompts} == {0}
+
+
+def test_more_members_run_than_would_fit_into_vllms_cache(tiny: Path) -> None:
+    few = {"block_size": 32, "num_gpu_blocks_override": 24, "max_model_len": 512}
+    prompts = a_round(26, agents=8)
+    most = {}
+    for shared in (False, True):
+        options = dict(SHARED, shared_decode=shared)
+        with serving(options, model=str(tiny), **few) as engine:
+            free = engine.free_blocks()
+            expected = alone(engine, "few", prompts, new=60)
+            running, preempted = [], 0
+            join(engine, "few", prompts, agents=8, new=60)
+            while engine.scheduler.has_requests():
+                engine.step()
+                running.append(len(engine.scheduler.running))
+                requests = engine.scheduler.requests.values()
+                preempted += any(one.num_preemptions for one in requests)
+            assert answers(engine, "few", prompts) == expected
+            most[shared] = max(running)
+            assert bool(preempted) != shared
+            nothing_left(engine, free)
+    assert most[False] < most[True] == 8
+
+
+# Ends ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5, 6, 8, 12])
+def test_an_abort_in_any_phase_leaves_the_others_right(
+    engine: Serving, free: int, steps: int
+) -> None:
+    prompts = a_round(27)
+    expected = alone(engine, f"abort {steps}", prompts)
+    engine.scheduler.reset_prefix_cache()
+    name = f"aborted {steps}"
+    join(engine, name, prompts, agents=4, patience=NEVER)
+    for _ in range(steps):
+        engine.step()
+    engine.engine.abort_request([f"{name} agent 0", f"{name} agent 2"], internal=False)
+    engine.run()
+    for agent in ("agent 1", "agent 3"):
+        assert engine.done[f"{name} {agent}"] == expected[agent]
+
+
+def test_random_rounds_with_aborts_leak_nothing(engine: Serving, free: int) -> None:
+    random = np.random.default_rng(1)
+    aborted = 0
+    for number in range(40):
+        prompts = a_round(100 + number % 5, agents=int(random.integers(1, 6)))
+        name = f"random {number}"
+        patience = float(random.choice([0.0, 0.01]))
+        join(engine, name, prompts, new=int(random.integers(1, 20)), patience=patience)
+        for _ in range(int(random.integers(0, 12))):
+            engine.step()
+        for agent in prompts:
+            if random.random() < 0.3:
+                engine.engine.abort_request([f"{name} {agent}"], internal=False)
+                aborted += 1
+    engine.run()
+    assert aborted > 20
+
+
+def test_when_weights_change_members_are_planned_again_and_say_on(
+    engine: Serving, free: int
+) -> None:
+    prompts = a_round(28)
+    expected = alone(engine, "changed", prompts, new=30)
+    for steps in (1, 4, 8, 20):
+        for running in (False, True):
+            name = f"changed {steps} {running}"
+            join(engine, name, prompts, agents=4, new=30)
+            for _ in range(steps):
+                engine.step()
+            engine.scheduler.reset_prefix_cache(
+                reset_running_requests=running, reset_connector=True
+            )
+            assert engine.rounds.host.books.used_pages == 0
+            engine.run()
+            assert answers(engine, name, prompts) == expected
+
+
+# Preemption ---------------------------------------------------------------------------------------
+
+
+def test_members_that_are_preempted_for_others_go_on_with_their_rows(tiny: Path) -> None:
+    few = {"block_size": 32, "num_gpu_blocks_override": 10, "max_model_len": 256}
+    prompts, others = a_round(29, agents=4), a_round(30, agents=2)
+    with serving(SHARED, model=str(tiny), **few) as engine:
+        free = engine.free_blocks()
+        expected = alone(engine, "few", prompts, new=60), alone(engine, "others", others, new=60)
+        # Two others have too few blocks for what they will say, and the members came last.
+        for agent, segments in others.items():
+            engine.add(f"other {agent}", token_ids(segments), None, 60)
+        engine.step()
+        join(engine, "few", prompts, agents=4, new=60)
+        engine.counts()
+        preempted: set[str] = set()
+        while engine.scheduler.has_requests():
+            engine.step()
+            for request in engine.scheduler.requests.values():
+                if request.num_preemptions and request.request_id in engine.rounds.members:
+                    preempted.add(request.request_id)
+        assert preempted
+        assert answers(engine, "few", prompts) == expected[0]
+        for agent in others:
+            assert engine.done[f"other {agent}"] == expected[1][agent]
+        # Nothing was computed twice for it.
+        counts = engine.counts()
+        assert counts["members"] == 4
+        assert counts["rows_computed"] == sum(len(token_ids(one)) for one in prompts.values())
+        nothing_left(engine, free)
+
+
+@pytest.mark.parametrize("pages", [130, 100, 60])
+def test_where_the_store_is_full_members_are_preempted_and_planned_again(
+    tiny: Path, pages: int
+) -> None:
+    prompts = a_round(31, agents=4)
+    expected = None
+    with serving(dict(SHARED, capacity=pages * PAGE), model=str(tiny)) as engine:
+        free = engine.free_blocks()
+        expected = alone(engine, "full", prompts, new=80)
+        for number in range(2):
+            name = f"full {number}"
+            preempted = 0
+            for agent, segments in prompts.items():  # rounds of their own: each fits
+                join(engine, name, {agent: segments}, new=80, patience=0.0)
+            while engine.scheduler.has_requests():
+                engine.step()
+                requests = engine.scheduler.requests.values()
+                preempted = max([preempted, *(one.num_preemptions for one in requests)])
+            assert answers(engine, name, prompts) == expected
+            assert preempted > 0
+        nothing_left(engine, free)
+
+
+def test_a_member_that_outgrows_the_store_is_left_to_vllm(tiny: Path, messages: list[str]) -> None:
+    prompts = a_round(32, agents=1)
+    rows = len(token_ids(prompts["agent 0"]))
+    pages = -(-rows // 8) + 6
+    with serving(dict(SHARED, capacity=pages * PAGE), model=str(tiny)) as engine:
+        free = engine.free_blocks()
+        expected = alone(engine, "large", prompts, new=80)
+        assert engine.serve("large", prompts, new=80) == expected
+        (left,) = [one for one in messages if "left to vLLM alone" in one]
+        assert "the store is too small for what it says" in left
+        assert engine.serve("again", prompts, new=4) == {
+            agent: said[:4] for agent, said in expected.items()
+        }
+        nothing_left(engine, free)
+
+
+# What fails, and what does not go together --------------------------------------------------------
+
+
+def fails_at(owner: Any, name: str, call: int) -> Callable[[], int]:
+    """Has one call of a method fail; returns how many there were."""
+    original = getattr(owner, name)
+    calls = []
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise MemoryError("no room for activations")
+        return original(*arguments, **more)
+
+    setattr(owner, name, fail)
+    return lambda: len(calls)
+
+
+@pytest.mark.parametrize(("where", "call"), [("open", 9), ("attend", 25), ("_compute", 3)], ids=str)
+def test_a_worker_that_fails_loses_the_store_and_no_request(
+    tiny: Path, where: str, call: int, messages: list[str]
+) -> None:
+    with serving(SHARED, model=str(tiny), kv_load_failure_policy="recompute") as engine:
+        free = engine.free_blocks()
+        first, second, third = (a_round(seed) for seed in (33, 34, 35))
+        names = ("first", "second", "third")
+        expected = [
+            alone(engine, name, prompts, new=20)
+            for name, prompts in zip(names, (first, second, third), strict=True)
+        ]
+        owner = engine.worker if where == "_compute" else engine.worker.executor
+        count = fails_at(owner, where, call)
+        join(engine, "first", first, agents=4, new=20)
+        for _ in range(3):
+            engine.step()
+        second = {f"other {agent}": segments for agent, segments in second.items()}
+        join(engine, "second", second, agents=4, new=20)
+        engine.run()
+        assert count() >= call
+        assert answers(engine, "first", first) == expected[0]
+        assert list(answers(engine, "second", second).values()) == list(expected[1].values())
+        (left,) = [one for one in messages if "left to vLLM alone" in one]
+        assert "a worker failed: MemoryError: no room for activations" in left
+        engine.counts()
+        assert engine.serve("third", third, new=20) == expected[2]
+        assert engine.counts()["members"] == 4
+        nothing_left(engine, free)
+
+
+def test_it_is_off_where_it_cannot_be(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    from tokendance.integrations.vllm import connector
+
+    reason = "async_scheduling: expected none"
+    monkeypatch.setattr(connector, "obstacles", lambda *_: [reason])
+    prompts = a_round(36)
+    with serving(SHARED, model=str(tiny)) as engine:
+        free = engine.free_blocks()
+        assert engine.rounds.shared is None
+        assert [one for one in messages if f"decode is not shared: {reason}" in one]
+        join(engine, "off", prompts, agents=4)
+        until_decoding(engine, 4)
+        assert engine.free_blocks() < free
+        engine.run()
+        assert answers(engine, "off", prompts) == alone(engine, "off", prompts)
+        nothing_left(engine, free)
