@@ -43,19 +43,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(directory, num_attention_heads=4, num_key_value_heads=2)
 
 
-class Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.text: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text.append(record.getMessage())
-
-
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What the connector logs; vLLM's settings keep it from the root logger."""
-    handler, log = Messages(), logging.getLogger("vllm.tokendance")
-    log.addHandler(handler)
-    yield handler.text
-    log.removeHandler(handler)
+    """What the connector logs.
+
+    A filter gets it: vLLM removes handlers of others when its first engine is made.
+    """
+    text: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text.append(record.getMessage())
+        return True
+
+    log = logging.getLogger("vllm.tokendance")
+    log.addFilter(keep)
+    yield text
+    log.removeFilter(keep)
