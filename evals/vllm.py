@@ -7,8 +7,10 @@
 Each system is a process with an engine of its own, on a CPU in fp32. They take turns round by
 round, so that whatever else the machine does meets all of them. A round comes at once, beside a
 request of nobody's that decodes all the time. Measured are the seconds to the first token of all
-agents, to their last, those of the processor, and the longest time that the request beside them
-waits for a token.
+agents, to their last, those of the processor, the longest time that the request beside them waits
+for a token, the most bytes of keys and values that are held, and the processor's seconds of a step
+in which all agents say another token: for that ``--new-tokens`` has to be more than the steps that
+their prompts take.
 
 ``untouched`` asks what the connector costs requests that are in no round: the same ones are served
 with and without it in turns. ``--layers`` leaves layers of the model out, so that a step is short
@@ -34,7 +36,7 @@ from evals.vllm_worker import MARK
 from tools.test_vllm import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("first", "last", "processor", "longest_step")
+FIGURES = ("first", "last", "processor", "longest_step", "decode_step", "bytes_held")
 UNTOUCHED = {"requests": 16, "prompt": 64, "new_tokens": 32}
 DRAWS = 2000
 
@@ -118,9 +120,13 @@ def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
         "vllm": {"prefix_caching": False, "connector": None},
         "vllm_prefix": {"prefix_caching": True, "connector": None},
         "tokendance": {"prefix_caching": True, "connector": {"max_rows": options.max_rows}},
+        "tokendance_shared": {
+            "prefix_caching": True,
+            "connector": {"max_rows": options.max_rows, "shared_decode": True},
+        },
     }
     repeat = options.repeat or 1
-    best: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    best: dict[str, list[dict[str, float | None]]] = {name: [] for name in systems}
     agree = dict.fromkeys(systems, 0)
     for _ in range(repeat):
         engines = {name: start(task | own) for name, own in systems.items()}
@@ -133,7 +139,8 @@ def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
                     if len(best[name]) <= number:
                         best[name].append(found)
                     best[name][number] = {
-                        figure: min(best[name][number][figure], found[figure]) for figure in FIGURES
+                        figure: _least(best[name][number][figure], found[figure])
+                        for figure in FIGURES
                     }
                     first = {agent: ids[0] for agent, ids in tokens[name].items()}
                     plain = {agent: ids[0] for agent, ids in tokens["vllm"].items()}
@@ -148,20 +155,28 @@ def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
 
 
 def table(
-    best: Mapping[str, Sequence[Mapping[str, float]]], agree: Mapping[str, int], count: int
+    best: Mapping[str, Sequence[Mapping[str, Any]]], agree: Mapping[str, int], count: int
 ) -> list[str]:
-    """A line for each system: sums over the rounds, the longest wait of all, and how many of the
-    ``count`` first tokens are plain vLLM's."""
+    """A line for each system: sums over the rounds, the longest wait of all, the most bytes and the
+    longest decode step, and how many of the ``count`` first tokens are plain vLLM's."""
     lines = []
     for name, found in best.items():
         sums = {figure: sum(one[figure] for one in found) for figure in FIGURES[:3]}
-        worst = max(one["longest_step"] for one in found)
+        longest = max(one["longest_step"] for one in found)
+        held = max(one["bytes_held"] for one in found)
+        steps = [one["decode_step"] for one in found if one["decode_step"] is not None]
+        step = f"{max(steps) * 1e3:6.1f} ms" if steps else "   none"
         lines.append(
-            f"  {name:<12} first tokens {sums['first']:7.2f}  last {sums['last']:7.2f}  "
-            f"processor {sums['processor']:7.2f}  longest wait beside {worst:5.2f}  "
+            f"  {name:<17} first tokens {sums['first']:7.2f}  last {sums['last']:7.2f}  "
+            f"processor {sums['processor']:7.2f}  longest wait beside {longest:5.2f}  "
+            f"KV held {held / 1e6:6.0f} MB  decode step {step}  "
             f"first tokens as plain {agree[name]}/{count}"
         )
     return lines
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((value for value in (one, other) if value is not None), default=None)
 
 
 def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]:

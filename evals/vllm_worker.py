@@ -8,6 +8,7 @@ a request of nobody's running beside it, whose longest wait for a token is measu
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from typing import Any
@@ -43,8 +44,24 @@ def made(task: dict[str, Any]) -> Any:
     )
 
 
+def bytes_held(engine: Any) -> int:
+    """Of keys and values that requests and agents hold: blocks of vLLM's cache and pages of the
+    store. What only lies there until its place is needed does not count."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
+    blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+    held: int = blocks * sum(one.size for one in config.kv_cache_tensors) // config.num_blocks
+    if scheduler.connector is not None:
+        host = scheduler.connector.rounds.host
+        pages = host.books.used_pages - host.books.evictable_pages
+        held += pages * host.profile.page_bytes
+    return held
+
+
 def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) -> dict[str, Any]:
-    """Serves a round. Seconds are of the wall but for those of the processor."""
+    """Serves a round. Seconds are of the wall but for those of the processor, and of a decode step:
+    of the processor too, the median of the steps in which each agent says another token; None if
+    there are none."""
     from vllm import SamplingParams
 
     def sampling(count: int, told: Any = None) -> SamplingParams:
@@ -61,10 +78,16 @@ def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) ->
         engine.add_request(agent, {"prompt_token_ids": ids}, parameters)
     first: dict[str, float] = {}
     output: dict[str, list[int]] = {}
-    longest, at, steps = 0.0, begin, 0
+    longest, at, steps, held = 0.0, begin, 0, 0
+    decode: list[float] = []
     while len(output) < len(prompts):
         steps += 1
-        for one in engine.step():
+        goes_on, began = len(first) == len(prompts), time.process_time()
+        outputs = engine.step()
+        if goes_on and len(outputs) == len(prompts) + 1:
+            decode.append(time.process_time() - began)
+        held = max(held, bytes_held(engine))
+        for one in outputs:
             now = time.perf_counter()
             if one.request_id == _BYSTANDER:
                 longest, at = max(longest, now - at), now
@@ -81,6 +104,8 @@ def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) ->
         "last": last,
         "processor": processor,
         "longest_step": longest,
+        "decode_step": statistics.median(decode) if decode else None,
+        "bytes_held": held,
         "steps": steps,
         "tokens": output,
     }

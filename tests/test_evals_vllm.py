@@ -11,7 +11,7 @@ import pytest
 from evals import vllm
 
 ROUNDS = [{"Ada": ([1, 2, 3], [[1, 3]]), "Ben": ([4, 2, 3], [[1, 3]])}] * 2
-SECONDS = {"vllm": 4.0, "vllm_prefix": 2.0, "tokendance": 1.0}
+SECONDS = {"vllm": 4.0, "vllm_prefix": 2.0, "tokendance": 1.0, "tokendance_shared": 0.5}
 
 
 class Canned:
@@ -24,7 +24,8 @@ class Canned:
         self.asked: list[Any] = []
         self.name = "vllm_prefix" if task["prefix_caching"] else "vllm"
         if task["connector"] is not None:
-            self.name = "tokendance"
+            shared = task["connector"].get("shared_decode")
+            self.name = "tokendance_shared" if shared else "tokendance"
         Canned.made.append(self)
 
     def ask(self, what: Any) -> dict[str, Any]:
@@ -37,6 +38,8 @@ class Canned:
             "last": 2 * seconds,
             "processor": 3 * seconds + len([one for one in self.asked if one[0] == name]),
             "longest_step": seconds / 10,
+            "decode_step": None if self.name == "vllm_prefix" else seconds / 100,
+            "bytes_held": int(seconds * 1e6),
             "steps": 5,
             "tokens": {agent: [first if agent == "Ben" else 7, 5] for agent in prompts},
         }
@@ -73,12 +76,18 @@ def test_systems_take_turns_and_the_best_counts(
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "agentsociety, 2 agents, 2 rounds, seconds:",
-        "  vllm         first tokens    9.00  last   18.00  processor   29.00  "
-        "longest wait beside  0.50  first tokens as plain 8/8",
-        "  vllm_prefix  first tokens    5.00  last   10.00  processor   17.00  "
-        "longest wait beside  0.30  first tokens as plain 8/8",
-        "  tokendance   first tokens    3.00  last    6.00  processor   11.00  "
-        "longest wait beside  0.20  first tokens as plain 6/8",
+        "  vllm              first tokens    9.00  last   18.00  processor   29.00  "
+        "longest wait beside  0.50  KV held      5 MB  decode step   50.0 ms  "
+        "first tokens as plain 8/8",
+        "  vllm_prefix       first tokens    5.00  last   10.00  processor   17.00  "
+        "longest wait beside  0.30  KV held      3 MB  decode step    none  "
+        "first tokens as plain 8/8",
+        "  tokendance        first tokens    3.00  last    6.00  processor   11.00  "
+        "longest wait beside  0.20  KV held      2 MB  decode step   20.0 ms  "
+        "first tokens as plain 6/8",
+        "  tokendance_shared first tokens    2.00  last    4.00  processor    8.00  "
+        "longest wait beside  0.15  KV held      2 MB  decode step   15.0 ms  "
+        "first tokens as plain 8/8",
     ]
     found = json.loads(out.read_text())
     assert (found["workload"], found["agents"], found["threads"]) == ("agentsociety", 2, 3)
