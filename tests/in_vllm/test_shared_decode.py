@@ -55,31 +55,22 @@ ROUNDS = {"agents": 4, "which": "1:3"}
 NEW = 8
 
 
-@pytest.fixture(scope="module")
-def plain() -> list[dict[str, list[int]]]:
-    with serving() as engine:
-        return [
-            engine.serve(f"plain {i}", prompts, joining=False, new=NEW)
-            for i, prompts in enumerate(recorded_rounds(**ROUNDS))
-        ]
-
-
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_where_nothing_inexact_is_reused_tokens_are_plain_vllms(
-    plain: list[dict[str, list[int]]], prefix_caching: bool
+def test_where_nothing_inexact_is_reused_tokens_are_those_of_requests_without_a_round(
+    prefix_caching: bool,
 ) -> None:
     options = {"selection": "everything", "block_size": 8, "shared_decode": True}
     with serving(options, enable_prefix_caching=prefix_caching) as engine:
         free = engine.free_blocks()
         for i, prompts in enumerate(recorded_rounds(**ROUNDS)):
-            assert engine.serve(f"round {i}", prompts, new=NEW) == plain[i]
+            found = engine.serve(f"round {i}", prompts, new=NEW)
+            assert found == alone(engine, f"round {i}", prompts, new=NEW)
         assert engine.counts()["members"] == 8
+        engine.scheduler.reset_prefix_cache()
         nothing_left(engine, free)
 
 
-def test_the_default_answers_as_without_shared_decode(
-    plain: list[dict[str, list[int]]],
-) -> None:
+def test_the_default_answers_as_without_shared_decode() -> None:
     found = []
     for shared in (False, True):
         with serving({"block_size": 8, "shared_decode": shared}) as engine:
