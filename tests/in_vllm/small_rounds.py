@@ -11,6 +11,7 @@ import tokendance as td
 
 NEVER = 1e6  # seconds of patience
 EXACT = {"selection": "everything", "block_size": 8, "capacity": "8MiB", "max_rows": 128}
+SHARED = {**EXACT, "shared_decode": True}
 
 
 def drawn(seed: int, count: int) -> list[int]:
@@ -41,6 +42,16 @@ def join(engine: Serving, name: str, prompts: Any, new: int = 12, **more: Any) -
 
 def answers(engine: Serving, name: str, prompts: Any) -> dict[str, list[int]]:
     return {agent: engine.done[f"{name} {agent}"] for agent in prompts}
+
+
+def until_decoding(engine: Serving, count: int, tokens: int = 2) -> None:
+    """Steps until so many members have said so much."""
+    for _ in range(200):
+        members = engine.rounds.members.values()
+        if sum(one.request.num_output_tokens >= tokens for one in members) >= count:
+            return
+        engine.step()
+    raise AssertionError("members that do not decode")
 
 
 def nothing_left(engine: Serving, free: int) -> None:

@@ -38,8 +38,10 @@ class SharedDecode:
         member = self._rounds.members[request_id]
         if member.plan is None or not member.is_ready:
             return False  # its rows were given up: when it is preempted, it is planned again
-        host = self._rounds.host
-        had = member.plan.length(member.agent) - member.length
+        host, rows = self._rounds.host, member.plan.length(member.agent)
+        if member.request.num_computed_tokens > rows:
+            return False  # they were planned again before it was preempted
+        had = rows - member.length
         said = length - member.length
         block = host.profile.block_size
         needed = max(0, pages_for(said, block) - pages_for(had, block))
@@ -57,6 +59,7 @@ class SharedDecode:
             if request_id != wanted_by:
                 del self._stopped[request_id]
                 self._rounds.plan_again(self._rounds.members[request_id])
+                self._rounds.count(planned_again=1)
                 return True
         return False
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tokendance.host.agent import Phase
 from tokendance.host.books import OutOfPagesError
-from tokendance.host.plan import Plan
+from tokendance.host.plan import Plan, Policy
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 from tokendance.integrations.vllm.audits import Audits
@@ -130,7 +130,7 @@ class SchedulerSide:
         self._orders = Orders()
         self._stats = RoundStats()
         self.totals = RoundStats()
-        self.audits = Audits(options.gate, lambda: self.host, self._count)
+        self.audits = Audits(options.gate, lambda: self.host, self.count)
         self.shared: SharedDecode | None = None
 
     def meet(self, handshakes: Sequence[Handshake]) -> None:
@@ -320,9 +320,9 @@ class SchedulerSide:
             round_.plan, round_.counted = None, (0, 0)  # an agent asks a second time
         while True:
             try:
+                self._check_room(round_, prompts)
                 if round_.plan is None:
-                    policy = replace(self._options.policy, opted_out=self.audits.opted_out)
-                    round_.plan = self.host.plan(prompts, policy)
+                    round_.plan = self.host.plan(prompts, self._policy)
                 else:
                     round_.plan.add(prompts)
             except OutOfPagesError as full:
@@ -339,6 +339,25 @@ class SchedulerSide:
                 round_.gathering = []
                 round_.untold += gathering
             return
+
+    @property
+    def _policy(self) -> Policy:
+        return replace(self._options.policy, opted_out=self.audits.opted_out)
+
+    def _check_room(self, round_: Round, prompts: Mapping[str, list[Segment]]) -> None:
+        """Raises ``OutOfPagesError`` where members that vLLM decodes would not have a page each
+        left, without which they are soon preempted."""
+        others = sum(member.plan is not None for member in self._members.values())
+        if self.shared is None or not others:
+            return
+        if round_.plan is None:
+            needed = self.host.pages_needed(prompts, self._policy)
+        else:
+            needed = round_.plan.pages_needed(prompts)
+        books = self.host.books
+        left = books.free_pages + books.evictable_pages - needed
+        if left < others:
+            raise OutOfPagesError(f"capacity: expected {others} pages beside, got {left}")
 
     def release_oldest(self, wanted: Collection[str] = ()) -> bool:
         """Forgets the agent whose rows were kept the longest, of the ``wanted`` ones last."""
@@ -383,7 +402,7 @@ class SchedulerSide:
             self.shared.forget(request_id)
 
     def _leave_alone(self, requests: Sequence[str], reason: str) -> None:
-        self._count(alone=len(requests))
+        self.count(alone=len(requests))
         _log.warning("tokendance: left to vLLM alone: %s (%s)", ", ".join(requests), reason)
 
     def _note_computed(self, round_: Round) -> None:
@@ -403,7 +422,7 @@ class SchedulerSide:
         rows, computed = (new - old for new, old in zip(round_.counted, told, strict=True))
         members, began = len(round_.computed), min(round_.computed)
         round_.computed = []
-        self._count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
+        self.count(rounds=int(not told[0]), members=members, rows=rows, rows_computed=computed)
         _log.info(
             "tokendance: round %s: %d agents, %d rows, %d computed, %d reused, after %.2f s",
             round_.name or "-",
@@ -414,7 +433,8 @@ class SchedulerSide:
             now - began,
         )
 
-    def _count(self, **counts: int) -> None:
+    def count(self, **counts: int) -> None:
+        """Counts for what vLLM logs and exports."""
         self._stats.add(**counts)
         self.totals.add(**counts)
 

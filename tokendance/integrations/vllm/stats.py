@@ -19,6 +19,7 @@ COUNTED = {
     "audits": "Members that were compared with full recompute.",
     "rows_audited": "Prompt rows that were recomputed for it.",
     "findings": "What was found beyond the gate's limits.",
+    "planned_again": "Members that lost their rows because the store was full.",
     "alone": "Requests that wanted to join a round and were left to vLLM.",
 }
 
