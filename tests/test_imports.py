@@ -65,7 +65,16 @@ INTEGRATIONS = frozenset({"tokendance.integrations", "transformers", "vllm"})
 # vLLM's scheduler has no device.
 VLLM_SCHEDULER = frozenset(
     f"tokendance.integrations.vllm.{name}"
-    for name in ("audits", "options", "orders", "scheduler_side", "stats")
+    for name in (
+        "audits",
+        "null_blocks",
+        "options",
+        "orders",
+        "scheduler_decode",
+        "scheduler_side",
+        "sharing",
+        "stats",
+    )
 )
 SOURCE_TREE = frozenset({"tokendance.source_tree"})  # says why compiled modules are missing
 ARRAYS = frozenset({"numpy", "torch", "typing_extensions"})

@@ -12,6 +12,7 @@ import tokendance as td
 from tokendance.host.decide import Source
 from tokendance.host.gate import Gate
 from tokendance.integrations.vllm.options import AuditOptions, Options, joining, refusals
+from tokendance.integrations.vllm.sharing import obstacles
 
 
 def test_options_are_read() -> None:
@@ -24,9 +25,11 @@ def test_options_are_read() -> None:
         "selection": "leading:8",
         "source": "producer",
         "separator": [5, 6],
+        "shared_decode": True,
     }
     options = Options.parse(given)
-    assert options == Options("2GiB", 8, 256, 1, td.LeadingTokens(8), Source.PRODUCER, (5, 6))
+    chosen = td.LeadingTokens(8), Source.PRODUCER, (5, 6)
+    assert options == Options("2GiB", 8, 256, 1, *chosen, shared_decode=True)
     assert options.policy.selection == td.LeadingTokens(8)
     assert options.policy.source is Source.PRODUCER
     gate = Options.parse({"gate": {"fraction": 0.5, "deviation": 0.4, "action": "fall back"}}).gate
@@ -51,6 +54,7 @@ def test_options_are_read() -> None:
         ({"block_size": "8"}, r"block_size: expected a number of at least 0, got '8'"),
         ({"patience": -1}, r"patience: expected a number of at least 0, got -1"),
         ({"max_rows": 0}, r"max_rows: expected at least 1, got 0"),
+        ({"shared_decode": 1}, r"shared_decode: expected true or false, got 1"),
         ({"max_rows": True}, r"max_rows: expected a number of at least 0, got True"),
         ({"selection": "some"}, r"selection: expected leading:COUNT, .* got 'some'"),
         ({"selection": "deviation:0.15"}, r"selection: expected one that is known when a round"),
@@ -153,4 +157,62 @@ def test_what_cannot_be_done_beside_it_is_refused_with_the_reason(
     assert refusals(config()) == []
     assert refusals(config(cache_dtype="float32")) == []
     (found,) = refusals(config(**changes))
+    assert found.startswith(reason)
+
+
+class FullAttentionSpec:
+    """As vLLM's is called."""
+
+
+class SlidingWindowSpec:
+    pass
+
+
+def sharing_config(**changes: Any) -> Any:
+    """Of vLLM, one in which members' decode can be shared, but for the changes."""
+    has = {
+        "graphs": None,
+        "async_scheduling": False,
+        "use_v2_model_runner": False,
+        "use_ubatching": False,
+        "kv_sharing_fast_prefill": False,
+        **changes,
+    }
+    one = SimpleNamespace(**has)
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=one.graphs),
+        scheduler_config=one,
+        parallel_config=one,
+        cache_config=one,
+        use_v2_model_runner=one.use_v2_model_runner,
+    )
+
+
+def groups(*specs: type) -> list[Any]:
+    return [SimpleNamespace(kv_cache_spec=spec()) for spec in specs]
+
+
+@pytest.mark.parametrize(
+    ("changes", "specs", "reason"),
+    [
+        ({"async_scheduling": True}, [FullAttentionSpec], "async_scheduling: expected none"),
+        ({"use_v2_model_runner": True}, [FullAttentionSpec], "model runner: expected V1"),
+        (
+            {"graphs": SimpleNamespace(has_full_cudagraphs=lambda: True)},
+            [FullAttentionSpec],
+            "cudagraph_mode: expected NONE or PIECEWISE",
+        ),
+        ({"use_ubatching": True}, [FullAttentionSpec], "ubatching: expected none"),
+        ({"kv_sharing_fast_prefill": True}, [FullAttentionSpec], "kv_sharing_fast_prefill: "),
+        ({}, [SlidingWindowSpec], "KV cache: expected one group of FullAttentionSpec, got"),
+        ({}, [FullAttentionSpec] * 2, "KV cache: expected one group of FullAttentionSpec, got"),
+    ],
+)
+def test_decode_is_not_shared_where_something_stands_in_the_way(
+    changes: dict[str, Any], specs: list[type], reason: str
+) -> None:
+    piecewise = SimpleNamespace(has_full_cudagraphs=lambda: False)
+    assert obstacles(sharing_config(), groups(FullAttentionSpec)) == []
+    assert obstacles(sharing_config(graphs=piecewise), groups(FullAttentionSpec)) == []
+    (found,) = obstacles(sharing_config(**changes), groups(*specs))
     assert found.startswith(reason)
