@@ -1,7 +1,8 @@
 """Recorded rounds through vLLM: plain, with prefix caching, and with tokendance inside.
 
     python -m evals.vllm [town_square] [--agents 6] [--rounds 1:4] [--new-tokens 12] [--repeat 1]
-                         [--max-rows 512] [--threads 1] [--out build/vllm.json]
+                         [--max-rows 512] [--threads 1] [--systems vllm,tokendance_shared]
+                         [--out build/vllm.json]
     python -m evals.vllm untouched [--repeat 40] [--layers 30]
 
 Each system is a process with an engine of its own, on a CPU in fp32. They take turns round by
@@ -37,6 +38,13 @@ from tools.test_vllm import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("first", "last", "processor", "longest_step", "decode_step", "bytes_held")
+SYSTEMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
+    "vllm": (False, None),
+    "vllm_prefix": (True, None),
+    "tokendance": (True, {}),
+    "tokendance_shared": (True, {"shared_decode": True}),
+}
+"""Whether vLLM caches prefixes, and the connector's options if it is there."""
 UNTOUCHED = {"requests": 16, "prompt": 64, "new_tokens": 32}
 DRAWS = 2000
 
@@ -86,10 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, help="the best of so many counts (1); pairs (40)")
     parser.add_argument("--max-rows", type=int, default=512, help="rows of an engine step at most")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="which, comma-separated")
     parser.add_argument("--layers", type=int, help="of the model, for `untouched`; others are left")
     parser.add_argument("--environment", type=Path, help="a virtual environment that has vLLM")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "vllm.json")
     options = parser.parse_args(arguments)
+    unknown = [one for one in options.systems.split(",") if one not in SYSTEMS]
+    if unknown:
+        parser.error(f"--systems: expected some of {list(SYSTEMS)}, got {unknown}")
     python, variables = environment(options.environment)
     variables |= {
         "OMP_NUM_THREADS": str(options.threads),
@@ -116,15 +128,11 @@ def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
         "max_tokens": max(longest + options.new_tokens + 16, 2048),
         "max_rows": options.max_rows,
     }
-    systems = {
-        "vllm": {"prefix_caching": False, "connector": None},
-        "vllm_prefix": {"prefix_caching": True, "connector": None},
-        "tokendance": {"prefix_caching": True, "connector": {"max_rows": options.max_rows}},
-        "tokendance_shared": {
-            "prefix_caching": True,
-            "connector": {"max_rows": options.max_rows, "shared_decode": True},
-        },
-    }
+    systems = {}
+    for name in options.systems.split(","):
+        caches, connector = SYSTEMS[name]
+        ours = None if connector is None else {"max_rows": options.max_rows, **connector}
+        systems[name] = {"prefix_caching": caches, "connector": ours}
     repeat = options.repeat or 1
     best: dict[str, list[dict[str, float | None]]] = {name: [] for name in systems}
     agree = dict.fromkeys(systems, 0)
@@ -143,7 +151,7 @@ def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
                         for figure in FIGURES
                     }
                     first = {agent: ids[0] for agent, ids in tokens[name].items()}
-                    plain = {agent: ids[0] for agent, ids in tokens["vllm"].items()}
+                    plain = {agent: ids[0] for agent, ids in tokens[next(iter(systems))].items()}
                     agree[name] += sum(first[agent] == plain[agent] for agent in prompts)
         finally:
             for engine in engines.values():
@@ -158,7 +166,8 @@ def table(
     best: Mapping[str, Sequence[Mapping[str, Any]]], agree: Mapping[str, int], count: int
 ) -> list[str]:
     """A line for each system: sums over the rounds, the longest wait of all, the most bytes and the
-    longest decode step, and how many of the ``count`` first tokens are plain vLLM's."""
+    longest decode step, and how many of the ``count`` first tokens are those of the first system.
+    """
     lines = []
     for name, found in best.items():
         sums = {figure: sum(one[figure] for one in found) for figure in FIGURES[:3]}
@@ -170,7 +179,7 @@ def table(
             f"  {name:<17} first tokens {sums['first']:7.2f}  last {sums['last']:7.2f}  "
             f"processor {sums['processor']:7.2f}  longest wait beside {longest:5.2f}  "
             f"KV held {held / 1e6:6.0f} MB  decode step {step}  "
-            f"first tokens as plain {agree[name]}/{count}"
+            f"first tokens as {next(iter(best))} {agree[name]}/{count}"
         )
     return lines
 

@@ -78,20 +78,32 @@ def test_systems_take_turns_and_the_best_counts(
         "agentsociety, 2 agents, 2 rounds, seconds:",
         "  vllm              first tokens    9.00  last   18.00  processor   29.00  "
         "longest wait beside  0.50  KV held      5 MB  decode step   50.0 ms  "
-        "first tokens as plain 8/8",
+        "first tokens as vllm 8/8",
         "  vllm_prefix       first tokens    5.00  last   10.00  processor   17.00  "
         "longest wait beside  0.30  KV held      3 MB  decode step    none  "
-        "first tokens as plain 8/8",
+        "first tokens as vllm 8/8",
         "  tokendance        first tokens    3.00  last    6.00  processor   11.00  "
         "longest wait beside  0.20  KV held      2 MB  decode step   20.0 ms  "
-        "first tokens as plain 6/8",
+        "first tokens as vllm 6/8",
         "  tokendance_shared first tokens    2.00  last    4.00  processor    8.00  "
         "longest wait beside  0.15  KV held      2 MB  decode step   15.0 ms  "
-        "first tokens as plain 8/8",
+        "first tokens as vllm 8/8",
     ]
     found = json.loads(out.read_text())
     assert (found["workload"], found["agents"], found["threads"]) == ("agentsociety", 2, 3)
     assert [one["first"] for one in found["systems"]["tokendance"]] == [1, 2]
+
+
+def test_some_systems_are_compared_with_the_first_of_them(
+    engines: list[Canned], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    which = ["--systems", "tokendance,tokendance_shared", "--out", str(tmp_path / "vllm.json")]
+    assert vllm.main(which) == 0
+    assert [one.name for one in engines] == ["tokendance", "tokendance_shared"]
+    assert engines[1].task["connector"] == {"max_rows": 512, "shared_decode": True}
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.endswith("first tokens as tokendance 4/4")
+    assert second.endswith("first tokens as tokendance 3/4")
 
 
 def test_what_is_in_no_round_is_served_with_and_without_in_turns(
@@ -134,7 +146,9 @@ def test_a_few_pairs_say_how_little_they_know() -> None:
     assert float(high) >= 2
 
 
-@pytest.mark.parametrize("wrong", [["--agents", "six"], ["--colour", "red"]])
+@pytest.mark.parametrize(
+    "wrong", [["--agents", "six"], ["--colour", "red"], ["--systems", "vllm,sglang"]]
+)
 def test_wrong_arguments_are_named(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         vllm.main(wrong)
