@@ -31,12 +31,15 @@ def longer(prompts: Any, said: dict[str, list[int]]) -> Any:
     }
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_layers_see_their_windows(tiny: Path, tmp_path: Path, name: str) -> None:
+def test_layers_see_their_windows(tiny: Path, tmp_path: Path, name: str, shared: bool) -> None:
     """All layers have one, or some: vLLM keeps all rows of these, and drops old ones of those."""
     model = written(name, tiny, tmp_path / name)
-    with serving(EXACT, model=model, enable_prefix_caching=True, block_size=32) as engine:
+    options = dict(EXACT, shared_decode=shared)
+    with serving(options, model=model, enable_prefix_caching=True, block_size=32) as engine:
         assert max(engine.worker.windows) == 20
+        assert (engine.rounds.shared is not None) == (shared and name == "gemma2")
         free = engine.free_blocks()
         prompts = a_round(40)
         for number in range(3):

@@ -124,8 +124,8 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake:
-        handshake: Handshake = self.worker.handshake
-        return handshake
+        worker = self.worker
+        return Handshake(worker.executor.profile, worker.windows, worker.unshared)
 
     def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
         """Called before vLLM puts its batch together, whether anything was preempted or not."""

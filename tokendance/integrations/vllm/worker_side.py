@@ -22,16 +22,7 @@ from tokendance.device.rope import Rope
 from tokendance.host.record import RestoreRecord, StepRecord
 from tokendance.integrations.vllm.cache import EngineCache
 from tokendance.integrations.vllm.options import Options
-from tokendance.integrations.vllm.orders import (
-    Compare,
-    Forget,
-    Handshake,
-    Lost,
-    Order,
-    Orders,
-    ReadBack,
-    Told,
-)
+from tokendance.integrations.vllm.orders import Compare, Forget, Lost, Order, Orders, ReadBack, Told
 from tokendance.integrations.vllm.worker_decode import MemberRows, unwatchable
 from tokendance.integrations.vllm.workers import runner_of
 from tokendance.store import parse_bytes
@@ -52,11 +43,13 @@ class WorkerSide:
 
     Attributes:
         executor: the library's device half; there once the caches are registered.
-        handshake: what the scheduler's side is told; there then, too.
+        windows: sliding windows of the layers.
+        unshared: why members' decode cannot be shared here, if it is to be.
     """
 
     executor: Executor
-    handshake: Handshake
+    windows: list[int]
+    unshared: list[str]
 
     def __init__(self, vllm_config: Any, options: Options, kv_cache_config: Any) -> None:
         self._config = vllm_config
@@ -93,10 +86,9 @@ class WorkerSide:
                 f"{self._options.capacity}"
             )
         self.executor = Executor(geometry, rope, PagePool.own(geometry, pages, block, device))
-        windows = list(dict.fromkeys(_window_of(layer) for layer in layers))
-        unshared = unwatchable(runner) if self._options.shared_decode else []
-        self.handshake = Handshake(self.executor.profile, windows, unshared)
-        if self._options.shared_decode and not unshared:
+        self.windows = list(dict.fromkeys(_window_of(layer) for layer in layers))
+        self.unshared = unwatchable(runner) if self._options.shared_decode else []
+        if self._options.shared_decode and not self.unshared:
             self._members = MemberRows(self.executor, runner, self._lose_members)
         self._cache = EngineCache(layers, self._num_blocks)
         for index, layer in enumerate(layers):
