@@ -15,6 +15,7 @@ ROUNDS = {"agents": 4, "which": "1:3"}
 NEW = 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_where_nothing_inexact_is_reused_tokens_are_those_of_requests_without_a_round(
     prefix_caching: bool,
@@ -30,6 +31,7 @@ def test_where_nothing_inexact_is_reused_tokens_are_those_of_requests_without_a_
         nothing_left(engine, free)
 
 
+@pytest.mark.slow
 def test_the_default_answers_as_without_shared_decode() -> None:
     found = []
     for shared in (False, True):
@@ -45,6 +47,7 @@ def test_the_default_answers_as_without_shared_decode() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_two_workers_answer_as_vllm_alone(tiny: Path) -> None:
     with serving(
         SHARED,
