@@ -11,13 +11,14 @@ from small_rounds import EXACT, NEVER, a_round, answers, join, nothing_left
 REUSING = EXACT | {"selection": "leading:2"}
 
 
-def test_a_member_that_is_audited_is_answered_as_without_it(tiny: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_member_that_is_audited_is_answered_as_without_it(tiny: Path, shared: bool) -> None:
     rounds = [a_round(50 + number) for number in range(3)]
     with serving(REUSING, model=str(tiny)) as engine:
         expected = [engine.serve(f"{i}", prompts) for i, prompts in enumerate(rounds)]
     for fraction in (0.4, 1.0):
         gate = {"fraction": fraction, "deviation": 1e-6}
-        with serving(REUSING | {"gate": gate}, model=str(tiny)) as engine:
+        with serving(REUSING | {"gate": gate, "shared_decode": shared}, model=str(tiny)) as engine:
             free = engine.free_blocks()
             found = [engine.serve(f"{i}", prompts) for i, prompts in enumerate(rounds)]
             assert found == expected
