@@ -118,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure_rounds(options: argparse.Namespace, start: Any) -> dict[str, Any]:
     """Serves recorded rounds by all systems in turns, and prints a table."""
-    from evals.models import smollm2_path
+    from evals.models import model_path
 
     rounds = recorded(options.workload, options.agents, options.rounds)
     longest = max(len(ids) for prompts in rounds for ids, _ in prompts.values())
     task = {
-        "model": str(smollm2_path()),
+        "model": str(model_path("smollm2")),
         "new_tokens": options.new_tokens,
         "max_tokens": max(longest + options.new_tokens + 16, 2048),
         "max_rows": options.max_rows,
@@ -190,13 +190,13 @@ def _least(one: float | None, other: float | None) -> float | None:
 
 def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]:
     """Serves requests that are in no round with and without the connector, in turns."""
-    from evals.models import smollm2_path
+    from evals.models import model_path
 
     count, length = UNTOUCHED["requests"], UNTOUCHED["prompt"]
     ids = np.random.default_rng(0).integers(10, 40_000, (count, length)).tolist()
     prompts = {f"request {i}": (one, []) for i, one in enumerate(ids)}
     task = {
-        "model": str(smollm2_path()),
+        "model": str(model_path("smollm2")),
         "layers": options.layers,
         "new_tokens": UNTOUCHED["new_tokens"],
         "max_tokens": 2048,
@@ -243,10 +243,10 @@ def recorded(workload: str, agents: int, rounds: str) -> list[Prompts]:
     """The rounds of a workload's first session."""
     from transformers import AutoTokenizer
 
-    from evals.models import smollm2_path
+    from evals.models import model_path
     from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("smollm2"), local_files_only=True)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     found = read_rounds(find_workload(workload), agents=agents, rounds=parse_rounds(rounds))
     found = [one for one in found if one.session == found[0].session]

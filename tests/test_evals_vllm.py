@@ -54,7 +54,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Canned]:
     monkeypatch.setattr(vllm, "Engine", Canned)
     monkeypatch.setattr(vllm, "environment", lambda given: (Path("python"), {"GIVEN": str(given)}))
     monkeypatch.setattr(vllm, "recorded", lambda *asked: ROUNDS)
-    monkeypatch.setattr("evals.models.smollm2_path", lambda: Path("model"))
+    monkeypatch.setattr("evals.models.model_path", lambda name: Path("model"))
     return Canned.made
 
 

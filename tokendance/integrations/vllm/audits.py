@@ -83,7 +83,7 @@ class Audits:
         """The member has ended, or its rows are gone."""
         audit = self._all.pop(request, None)
         if audit is not None and audit.reference is not None:
-            self.host().abort_open(audit.reference._live)
+            audit.reference.abort()
 
     def clear(self) -> None:
         """What is stored is forgotten, and so is what was found of it."""
