@@ -14,7 +14,7 @@ in which all agents say another token: for that ``--new-tokens`` has to be more 
 their prompts take.
 
 ``untouched`` asks what the connector costs requests that are in no round: the same ones are served
-with and without it in turns. ``--layers`` leaves layers of the model out, so that a step is short
+with it, without it, and without it by a third engine, which says what nothing differs by. ``--layers`` leaves layers of the model out, so that a step is short
 and what the connector adds to it is seen.
 
 The first run makes an environment (3.4 GB); ``--environment`` names another one that has vLLM.
@@ -189,52 +189,58 @@ def _least(one: float | None, other: float | None) -> float | None:
 
 
 def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]:
-    """Serves requests that are in no round with and without the connector, in turns."""
+    """Serves requests that are in no round without the connector, with it, and without it by a
+    third engine, in turns. What the first and the third differ by is what nothing differs by."""
     from evals.models import model_path
 
     count, length = UNTOUCHED["requests"], UNTOUCHED["prompt"]
-    ids = np.random.default_rng(0).integers(10, 40_000, (count, length)).tolist()
-    prompts = {f"request {i}": (one, []) for i, one in enumerate(ids)}
+    random = np.random.default_rng(0)
     task = {
         "model": str(model_path("smollm2")),
         "layers": options.layers,
         "new_tokens": UNTOUCHED["new_tokens"],
         "max_tokens": 2048,
         "max_rows": options.max_rows,
-        "prefix_caching": False,
+        "prefix_caching": True,
     }
-    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    connectors = {"without": None, "with": {"separator": "<|im_end|>"}, "control": None}
+    seconds: dict[str, list[float]] = {name: [] for name in connectors}
+    engines: dict[str, Any] = {}
     steps = 0
-    engines = {"without": start(task | {"connector": None})}
     try:
-        engines["with"] = start(task | {"connector": {"separator": "<|im_end|>"}})
+        for name, connector in connectors.items():
+            engines[name] = start(task | {"connector": connector})
         for number in range(options.repeat or 40):
-            # Who comes first changes, so that whatever grows with time meets both.
-            for name in list(engines)[:: 1 if number % 2 else -1]:
-                found = engines[name].ask([f"pair {number}", prompts, False])
+            ids = random.integers(10, 40_000, (count, length)).tolist()
+            prompts = {f"request {i}": (one, []) for i, one in enumerate(ids)}
+            # Who comes first changes, so that whatever grows with time meets all.
+            order = [*connectors][number % 3 :] + [*connectors][: number % 3]
+            for name in order:
+                found = engines[name].ask([f"turn {number}", prompts, False])
                 seconds[name].append(found["processor"])
                 steps = found["steps"]
     finally:
         for engine in engines.values():
             engine.end()
     print(f"{count} requests at once that are in no round, {length} tokens each:")
-    print("\n".join(compare(seconds["without"], seconds["with"], steps)))
+    for name in ("with", "control"):
+        print("\n".join(compare(name, seconds["without"], seconds[name], steps)))
     return {"layers": options.layers, "steps": steps, "seconds": seconds}
 
 
-def compare(without: Sequence[float], with_it: Sequence[float], steps: int) -> list[str]:
+def compare(name: str, before: Sequence[float], after: Sequence[float], steps: int) -> list[str]:
     """Processor seconds of pairs: the median of their ratios and of their differences a step, each
     with the middle 95 % of what the medians of samples drawn from the pairs would be."""
-    before, after = np.array(without), np.array(with_it)
-    drawn = np.random.default_rng(0).integers(0, len(before), (DRAWS, len(before)))
-    lines = [f"  {len(before)} pairs, {np.median(before):.3f} s of the processor without it"]
-    for name, values, unit in (
-        ("with it", (after / before - 1) * 100, "%"),
-        ("a step", (after - before) / steps * 1e6, "us"),
+    one, other = np.array(before), np.array(after)
+    drawn = np.random.default_rng(0).integers(0, len(one), (DRAWS, len(one)))
+    lines = [f"  {name}: {len(one)} pairs, {np.median(one):.3f} s of the processor without it"]
+    for what, values, unit in (
+        ("more", (other / one - 1) * 100, "%"),
+        ("a step", (other - one) / steps * 1e6, "us"),
     ):
         low, high = np.percentile(np.median(values[drawn], axis=1), [2.5, 97.5])
         lines.append(
-            f"  {name:<8} {np.median(values):+7.2f} {unit} (95 %: {low:+.2f} .. {high:+.2f})"
+            f"    {what:<7} {np.median(values):+7.2f} {unit} (95 %: {low:+.2f} .. {high:+.2f})"
         )
     return lines
 

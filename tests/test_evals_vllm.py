@@ -111,19 +111,24 @@ def test_what_is_in_no_round_is_served_with_and_without_in_turns(
 ) -> None:
     out = tmp_path / "vllm.json"
     assert vllm.main(["untouched", "--repeat", "3", "--layers", "1", "--out", str(out)]) == 0
-    without, with_it = engines
+    without, with_it, control = engines
     assert without.task["connector"] is None
+    assert control.task == without.task
     assert with_it.task["connector"] == {"separator": "<|im_end|>"}
     assert without.task | {"connector": 0} == with_it.task | {"connector": 0}
     assert without.task["layers"] == 1
-    assert [one[0] for one in with_it.asked] == ["pair 0", "pair 1", "pair 2"]
-    assert all(joins is False for *_, joins in without.asked + with_it.asked)
+    assert [one[0] for one in with_it.asked] == ["turn 0", "turn 1", "turn 2"]
+    assert with_it.asked == without.asked == control.asked
+    assert all(joins is False for *_, joins in with_it.asked)
+    assert with_it.asked[0][1] != with_it.asked[1][1]  # which would be in vLLM's prefix cache
     said = capsys.readouterr().out
-    # 13 seconds without it and 4 with it, in five steps.
-    assert "3 pairs, 13.000 s of the processor without it" in said
-    assert "with it   -69.23 % (95 %: -69.23 .. -69.23)" in said
-    assert "a step   -1800000.00 us" in said
-    assert json.loads(out.read_text())["seconds"] == {"without": [13.0] * 3, "with": [4.0] * 3}
+    # 7 seconds without it and 4 with it, in five steps.
+    assert "with: 3 pairs, 7.000 s of the processor without it" in said
+    assert "more     -42.86 % (95 %: -42.86 .. -42.86)" in said
+    assert "a step  -600000.00 us" in said
+    assert "control: 3 pairs" in said
+    assert "more      +0.00 % (95 %: +0.00 .. +0.00)" in said
+    assert json.loads(out.read_text())["seconds"]["with"] == [4.0] * 3
 
 
 def test_an_engine_that_fails_ends_the_others(engines: list[Canned], tmp_path: Path) -> None:
@@ -139,8 +144,8 @@ def test_an_engine_that_fails_ends_the_others(engines: list[Canned], tmp_path: P
 
 def test_a_few_pairs_say_how_little_they_know() -> None:
     without = [1.0, 1.0, 1.0, 1.0, 1.0]
-    lines = vllm.compare(without, [1.01, 1.02, 1.00, 1.05, 0.99], 10)
-    assert lines[1].split("(")[0].strip() == "with it    +1.00 %"
+    lines = vllm.compare("with", without, [1.01, 1.02, 1.00, 1.05, 0.99], 10)
+    assert lines[1].split("(")[0].split() == ["more", "+1.00", "%"]
     low, high = lines[1].split("95 %: ")[1].rstrip(")").split(" .. ")
     assert float(low) <= -0.5
     assert float(high) >= 2
