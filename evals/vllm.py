@@ -14,8 +14,9 @@ in which all agents say another token: for that ``--new-tokens`` has to be more 
 their prompts take.
 
 ``untouched`` asks what the connector costs requests that are in no round: the same ones are served
-with it, without it, and without it by a third engine, which says what nothing differs by. ``--layers`` leaves layers of the model out, so that a step is short
-and what the connector adds to it is seen.
+with it, without it, and without it by a third engine, which says what nothing differs by.
+``--layers`` leaves layers of the model out, so that a step is short and what the connector adds to
+it is seen.
 
 The first run makes an environment (3.4 GB); ``--environment`` names another one that has vLLM.
 """
