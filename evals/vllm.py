@@ -104,13 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--systems: expected some of {list(SYSTEMS)}, got {unknown}")
     python, variables = environment(options.environment)
+    is_untouched = options.workload == "untouched"
     variables |= {
         "OMP_NUM_THREADS": str(options.threads),
-        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_KVCACHE_SPACE": "1" if is_untouched else "3",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     start = partial(Engine, python, variables)
-    report = measure_untouched if options.workload == "untouched" else measure_rounds
+    report = measure_untouched if is_untouched else measure_rounds
     found = {"workload": options.workload, "threads": options.threads} | report(options, start)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
