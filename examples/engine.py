@@ -1,8 +1,7 @@
 """A serving engine to be read: continuous batching of rounds of agents over `KVCollector`.
 
-Requests come at any time. A step is one forward pass: the next token of every agent that decodes,
-and as many rows of prompts as there is room for. When pages run short, the KV of agents without a
-request goes first, then the youngest requests are suspended. To run: engine.py MODEL_DIRECTORY
+A step is one forward pass: a token of every agent that decodes, and prompts' rows. Short of pages,
+idle agents' KV goes first, then the youngest are suspended. Run: engine.py MODEL_DIRECTORY
 """
 
 import asyncio
@@ -51,8 +50,7 @@ class Model:
             x = self._norm(f"{at}input_layernorm", hidden)
             q, k, v = (self._linear(f"{at}self_attn.{n}_proj", x).unflatten(1, size) for n in "qkv")
             x = rows.attend(number, q, k, v)  # rotates, writes keys and values, attends
-            (hidden,) = rows.keep(hidden)
-            hidden = hidden + self._linear(f"{at}self_attn.o_proj", x.flatten(1))
+            hidden = rows.keep(hidden)[0] + self._linear(f"{at}self_attn.o_proj", x.flatten(1))
             x = self._norm(f"{at}post_attention_layernorm", hidden)
             gate, up = (self._linear(f"{at}mlp.{n}_proj", x) for n in ("gate", "up"))
             hidden = hidden + self._linear(f"{at}mlp.down_proj", F.silu(gate) * up)
@@ -184,28 +182,31 @@ class Engine:
                 self._make_room(error)
 
     def _admit(self) -> None:
-        """Starts and resumes requests as far as pages are there."""
+        """Starts and resumes requests as far as pages are there; those of a round together."""
+        most = len(self._requests)
         while queue := self._in(td.Phase.WAITING, td.Phase.SUSPENDED):
             first, stats = queue[0], self.store.stats()
             running = self._in(td.Phase.PREFILL, td.Phase.DECODE)
-            plan, prompt = self._rounds.get(first.round), {first.agent: first.prompt}
-            joins = plan is not None and first.agent not in plan.agents
-            if first.plan:
-                needed = first.plan.pages_to_resume(first.agent)
-            else:
-                needed = (plan if joins else self.collector).pages_needed(prompt)
-            spare = len(running) + 1 if running else 0  # for what each decodes next
-            if needed + spare > stats.free_pages + stats.evictable_pages:
+            plan = first.plan or self._rounds.get(first.round)
+            if plan is None or (first.plan is None and first.agent in plan.agents):
+                plan = self._rounds[first.round] = self.collector.plan({})
+            alike = [o for o in queue[:most] if o.plan is first.plan and o.round == first.round]
+            prompts = {o.agent: o.prompt for o in alike if o.agent not in plan.agents}
+            needed = plan.pages_to_resume(first.agent) if first.plan else plan.pages_needed(prompts)
+            spare = len(running) + max(len(prompts), 1)  # for what each decodes next
+            fits = needed + spare * (spare > 1) <= stats.free_pages + stats.evictable_pages
+            if not fits and len(prompts) > 1:
+                most = len(prompts) // 2
+            elif not fits:
                 if running and self._requests.keys() >= set(self.store.agents):
                     return
                 self._make_room(td.OutOfPagesError(f"prompt: too few pages for {first.agent!r}"))
             elif first.plan:
-                first.plan.resume(first.agent)
-            elif joins:
-                plan.add(prompt)
-                first.plan = plan
+                plan.resume(first.agent)
             else:
-                first.plan = self._rounds[first.round] = self.collector.plan(prompt)
+                plan.add(prompts)
+                for agent in prompts:
+                    self._requests[agent].plan = plan
 
     def _make_room(self, error: td.OutOfPagesError) -> None:
         """Lets one agent's KV go; if there is none but that of one request, ends it."""
@@ -224,7 +225,7 @@ class Engine:
         del self._requests[request.agent]
         if request.phase not in (td.Phase.WAITING, td.Phase.ENDED):
             request.plan.abort(request.agent)
-        if request.plan and request.plan.ended and self._rounds.get(request.round) is request.plan:
+        if (plan := self._rounds.get(request.round)) and plan.ended:
             del self._rounds[request.round]
         request.news.put_nowait(error)
 

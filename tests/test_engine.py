@@ -207,34 +207,45 @@ def round_of(agents: int, seed: int = 0) -> dict[str, list[td.Segment]]:
 
 
 async def serve_round(
-    engine: Engine, prompts: dict[str, list[td.Segment]], number: int, pause: float, count: int = 8
+    engine: Engine,
+    prompts: dict[str, list[td.Segment]],
+    number: int,
+    trickles: bool,
+    count: int = 8,
 ) -> dict[str, list[int]]:
-    requests = []
+    """All together, or each as soon as the former has its first token."""
+    requests, output = [], {}
     for agent, prompt in prompts.items():
         requests.append(engine.submit(agent, prompt, number, count))
-        if pause:
-            await asyncio.sleep(pause)
-    return {request.agent: await all_of(request) for request in requests}
+        output[agent] = [await anext(aiter(requests[-1]))] if trickles else []
+    for request in requests:
+        output[request.agent] += await all_of(request)
+    return output
 
 
 @pytest.mark.parametrize("source", ["master", "producer"])
 @pytest.mark.parametrize(
-    ("selection", "pause"),
+    ("selection", "trickles"),
     [
-        (None, 0.02),
-        (td.Nothing(), 0.02),
+        (None, False),
+        (None, True),
+        (td.Nothing(), True),
         # Which rows deviate is asked of the agents that are there.
-        (td.KeyDeviation(0.15, layer=0), 0),
+        (td.KeyDeviation(0.15, layer=0), False),
     ],
     ids=str,
 )
-def test_a_trickling_round_equals_the_round_at_once(
-    llama: tuple[Any, Model], selection: Any, source: str, pause: float
+def test_a_round_equals_the_same_plan_by_hand(
+    llama: tuple[Any, Model], selection: Any, source: str, trickles: bool
 ) -> None:
-    """And the rounds after it, that hear what all have said."""
+    """And the rounds after it, that hear what all have said.
+
+    Requests that wait together are planned at once. Of a round that trickles in, whoever comes
+    knows only those before it, so that other agents may make the Masters.
+    """
     reference, model = llama
     watched, mine = Watched(model), collector(model, selection, source=source)
-    at_once = TransformersEngine(reference, collector(model, selection, source=source))
+    by_hand = TransformersEngine(reference, collector(model, selection, source=source))
 
     async def serve() -> None:
         said: list[td.Segment] = []
@@ -242,12 +253,18 @@ def test_a_trickling_round_equals_the_round_at_once(
             for number in (1, 2):
                 watched.logits.clear()
                 prompts = {a: [one[0], *said, *one[1:]] for a, one in round_of(5).items()}
-                output = await serve_round(engine, prompts, number, pause)
-                plan = at_once.collector.plan(prompts)
-                logits = at_once.prefill(plan)
+                output = await serve_round(engine, prompts, number, trickles)
+                if trickles:
+                    plan, logits = by_hand.collector.plan({}), {}
+                    for agent, prompt in prompts.items():
+                        plan.add({agent: prompt})
+                        logits |= by_hand.prefill(plan)
+                else:
+                    plan = by_hand.collector.plan(prompts)
+                    logits = by_hand.prefill(plan)
                 for agent, row in logits.items():
                     torch.testing.assert_close(watched.logits[agent][0], row, **CLOSE)
-                assert at_once.generate(plan, logits, 8) == output
+                assert by_hand.generate(plan, logits, 8) == output
                 plan.commit()
                 said = [td.shared(tokens) for tokens in output.values()]
 
@@ -265,8 +282,8 @@ def test_a_decoder_gives_the_same_tokens(llama: tuple[Any, Model]) -> None:
             prepare = decoder.prepare
             decoder.prepare = lambda ids: prepared.append(len(ids)) or prepare(ids)
         async with Engine(llama[1], mine, decoder=decoder) as engine:
-            few = await serve_round(engine, dict(list(prompts.items())[:4]), 1, 0)
-            return few | await serve_round(engine, prompts, 2, 0), len(prepared)
+            few = await serve_round(engine, dict(list(prompts.items())[:4]), 1, False)
+            return few | await serve_round(engine, prompts, 2, False), len(prepared)
 
     eager, _ = run(serve(False))
     found, prepared = run(serve(True))
@@ -418,12 +435,12 @@ def test_a_later_round_computes_what_is_new(llama: tuple[Any, Model]) -> None:
 
     async def serve() -> tuple[int, int]:
         async with Engine(watched, collector(model, source="producer")) as engine:
-            said = await serve_round(engine, prompts, 1, 0)
+            said = await serve_round(engine, prompts, 1, False)
             rows = sum(map(len, watched.steps))
             watched.steps.clear()
             heard = [td.shared(one) for one in said.values()]
             later = {agent: [*prompt, *heard] for agent, prompt in prompts.items()}
-            await serve_round(engine, later, 2, 0, count=1)
+            await serve_round(engine, later, 2, False, count=1)
             return rows, sum(map(len, watched.steps))
 
     rows, later = run(serve())
@@ -570,7 +587,7 @@ def test_smollm2_says_what_transformers_says(smollm2: tuple[Any, Any]) -> None:
 
     async def serve() -> dict[str, list[int]]:
         async with Engine(model, collector(model.model, td.Everything())) as engine:
-            return await serve_round(engine, prompts, 1, pause=0.01, count=6)
+            return await serve_round(engine, prompts, 1, trickles=True, count=6)
 
     output = run(serve())
     for name, prompt in prompts.items():
