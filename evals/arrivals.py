@@ -34,14 +34,34 @@ class WayResult:
         forwards: forward passes until every agent has its tokens, prefill and decode.
         kl: KL(full recompute || ours) in nats, mean over agents and tokens, teacher-forced on full
             recompute's greedy continuation.
-        kl_siblings: the same without the agents that computed Masters for others; None when every
-            agent is one.
+        kl_siblings: the same without the agents that computed Masters for others in one way or the
+            other, so that both ways are averaged over the same agents; None when every agent is
+            one.
     """
 
     rows: float
     forwards: int
     kl: float
     kl_siblings: float | None
+
+
+@dataclass
+class _Way:
+    """What one way gave, by agent."""
+
+    rows: float
+    forwards: int
+    divergence: dict[str, Tensor]
+    master_agents: list[str]
+
+    def result(self, siblings: Iterable[str]) -> WayResult:
+        of_siblings = [self.divergence[agent] for agent in siblings]
+        return WayResult(
+            self.rows,
+            self.forwards,
+            _mean(self.divergence.values()),
+            _mean(of_siblings) if of_siblings else None,
+        )
 
 
 @dataclass
@@ -108,14 +128,14 @@ class Arrivals:
     ) -> ArrivalsResult:
         """Runs a round in both ways; afterwards its agents are committed without their output."""
         fed, reference = self._recompute(prompts)
-        return ArrivalsResult(
-            session,
-            number,
-            len(prompts),
-            sum(one.length for prompt in prompts.values() for one in prompt),
+        ways = [
             self._run(self._at_once, prompts, fed, reference, None),
             self._run(self._one_by_one, prompts, fed, reference, self._interval),
-        )
+        ]
+        siblings = set(prompts).difference(*[way.master_agents for way in ways])
+        at_once, one_by_one = [way.result(siblings) for way in ways]
+        tokens = sum(one.length for prompt in prompts.values() for one in prompt)
+        return ArrivalsResult(session, number, len(prompts), tokens, at_once, one_by_one)
 
     def _recompute(
         self, prompts: Mapping[str, Sequence[Segment]]
@@ -138,7 +158,7 @@ class Arrivals:
         fed: Mapping[str, Sequence[int]],
         reference: Mapping[str, Tensor],
         interval: int | None,
-    ) -> WayResult:
+    ) -> _Way:
         """Agents arrive every ``interval`` forward passes; None: all at once."""
         collector = engine.collector
         arriving = list(prompts)
@@ -161,13 +181,7 @@ class Arrivals:
             agent: divergence_of(reference[agent], torch.stack(rows))
             for agent, rows in found.items()
         }
-        siblings = [agent for agent in prompts if agent not in plan.master_agents]
-        result = WayResult(
-            plan.rows_computed,
-            forwards,
-            _mean(divergence.values()),
-            _mean(divergence[agent] for agent in siblings) if siblings else None,
-        )
+        result = _Way(plan.rows_computed, forwards, divergence, plan.master_agents)
         for agent in prompts:
             plan.truncate(agent, plan.length(agent) - len(plan.output(agent)))
         plan.commit()

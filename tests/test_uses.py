@@ -171,6 +171,8 @@ def test_wrong_numbers_are_named() -> None:
         "master_context": ints(),
         "master_is_exact": flags(),
         "master_has_seen": flags(),
+        "known": flags(0),
+        "replaceable": flags(0),
         "shortest": 1,
         "alone": False,
         "informed": False,

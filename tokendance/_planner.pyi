@@ -58,6 +58,8 @@ class RoundDecision:
         master_context: _Ints,  # by Master
         master_is_exact: _Flags,
         master_has_seen: _Flags,  # [masters, segments]
+        known: _Flags,  # by segment
+        replaceable: _Flags,
         shortest: int,
         alone: _Flags,  # by segment
         informed: bool,

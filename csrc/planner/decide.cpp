@@ -9,6 +9,9 @@ namespace {
 
 constexpr double kRounding = 1e-6;  // of shares that are compared
 
+// A Master that misses more than this share of what its users have in front is worth making anew.
+constexpr double kMissesMuch = 0.25 + kRounding;
+
 // Contexts by what they continue.
 class Contexts {
  public:
@@ -199,7 +202,7 @@ class MasterAgents {
         // Means over the users but the maker, who has seen all that it has in front.
         const double others = static_cast<double>(users - 1);
         const double now = (unseen_by_first - unseen[maker]) / others;
-        if (now <= 0.25 + kRounding) continue;
+        if (now <= kMissesMuch) continue;
         const std::vector<int32_t>& mine = places.segments(maker);
         double seen = 0;
         for (int32_t i = 0; i < places.order(maker, segment); ++i) seen += weight[mine[i]];
@@ -346,7 +349,7 @@ class Matcher {
       if (begin < prefix) {
         if (in_.earlier_context[place] >= 0) run.restart(in_.earlier_context[place]);
       } else if (may_share(place)) {
-        if (made_[segment] < 0 && masters.makes(agent, segment)) {
+        if (made_[segment] < 0 && (masters.makes(agent, segment) || replaces(agent, segment))) {
           const int32_t context = left.get(contexts_);
           const int32_t master = make({agent, segment, begin, context, place, exact});
           uint8_t* const seen =
@@ -364,6 +367,39 @@ class Matcher {
       left.append(segment);
       run.append(segment);
     }
+  }
+
+  // Whether the agent, who joins the round, makes a Master again that one before it has made.
+  //
+  // As in MasterAgents::take_over, but nobody knows who comes later. The agent itself stands for
+  // them in what the Master that is there misses: more than a quarter of what is in front. In what
+  // its own Master would miss it cannot. There any order is as likely as any other: both Masters
+  // miss what they have not seen of all that the round shares, and the new one must miss half as
+  // much.
+  bool replaces(int32_t agent, int32_t segment) {
+    if (!in_.informed || !in_.replaceable[segment] || in_.alone[segment]) return false;
+    if (in_.stored[segment] < 0 || computes(agent, segment)) return false;
+    const uint8_t* const seen = has_seen(in_.stored[segment]);
+    enum : uint8_t { kElsewhere, kInFront, kCounted };
+    where_.assign(p_.num_segments, kElsewhere);
+    where_[segment] = kCounted;
+    for (const int32_t other : left_) {
+      if (where_[other] != kCounted) where_[other] = kInFront;
+    }
+    int64_t front = 0, front_missed = 0, all = 0, all_missed = 0;
+    for (int32_t place = p_.place_indptr[agent]; place < p_.place_indptr[agent + 1]; ++place) {
+      const int32_t other = p_.segment[place], length = p_.segment_length[other];
+      if (!p_.is_shared[place] || !in_.known[other] || where_[other] == kCounted) continue;
+      all += length;
+      all_missed += seen[other] ? 0 : length;
+      if (where_[other] == kInFront) {
+        front += length;
+        front_missed += seen[other] ? 0 : length;
+      }
+      where_[other] = kCounted;
+    }
+    return static_cast<double>(front_missed) > kMissesMuch * static_cast<double>(front) &&
+           2 * (all - front) <= all_missed;
   }
 
   // Takes a Master over, if there is one that may be; whether the place is exact if all before is.
@@ -400,7 +436,8 @@ class Matcher {
   std::vector<int32_t> made_;  // by segment: its Master, -1: none
   std::vector<uint8_t> made_has_seen_;
   std::vector<bool> lone_;
-  std::vector<int32_t> left_;  // shared segments in front of the place
+  std::vector<uint8_t> where_;  // by segment; of one call
+  std::vector<int32_t> left_;   // shared segments in front of the place
 };
 
 class Tiler {

@@ -41,6 +41,8 @@ struct MatchInput {
   const int32_t* master_context;    // [masters]
   const uint8_t* master_is_exact;   // [masters]
   const uint8_t* master_has_seen;   // [masters, segments] shared segments left of it
+  const uint8_t* known;             // [segments] agents of the round that came before have it
+  const uint8_t* replaceable;       // [segments] its Master is one of theirs, and may be replaced
   int32_t shortest;                 // a shorter segment is not shared
   const uint8_t* alone;  // [segments] its Master is computed without a context, by no agent
   bool informed;  // it matters what a Master has seen, so a second agent may make Masters too

@@ -180,8 +180,9 @@ class RoundDecision {
   void match(const Array& exact_prefix, const Array& earlier_context, const Flags& agent_computes,
              const Flags& segment_computes, const Array& stored, const Array& stored_rows,
              const Array& master_context, const Flags& master_is_exact,
-             const Flags& master_has_seen, int32_t shortest, const Flags& alone, bool informed,
-             bool lone, std::function<int32_t(int32_t, int32_t)> chain) {
+             const Flags& master_has_seen, const Flags& known, const Flags& replaceable,
+             int32_t shortest, const Flags& alone, bool informed, bool lone,
+             std::function<int32_t(int32_t, int32_t)> chain) {
     const int64_t agents = prompts_.num_agents, segments = prompts_.num_segments;
     MatchInput input;
     input.prompts = prompts_;
@@ -197,6 +198,8 @@ class RoundDecision {
     input.master_is_exact = flag_data("master_is_exact", master_is_exact, input.num_masters);
     input.master_has_seen =
         flag_data("master_has_seen", master_has_seen, input.num_masters * segments);
+    input.known = flag_data("known", known, segments);
+    input.replaceable = flag_data("replaceable", replaceable, segments);
     input.shortest = shortest;
     input.alone = flag_data("alone", alone, segments);
     input.informed = informed;
@@ -266,8 +269,9 @@ PYBIND11_MODULE(_planner, m) {
       .def("match", &RoundDecision::match, py::kw_only(), py::arg("exact_prefix"),
            py::arg("earlier_context"), py::arg("agent_computes"), py::arg("segment_computes"),
            py::arg("stored"), py::arg("stored_rows"), py::arg("master_context"),
-           py::arg("master_is_exact"), py::arg("master_has_seen"), py::arg("shortest"),
-           py::arg("alone"), py::arg("informed"), py::arg("lone"), py::arg("chain"))
+           py::arg("master_is_exact"), py::arg("master_has_seen"), py::arg("known"),
+           py::arg("replaceable"), py::arg("shortest"), py::arg("alone"), py::arg("informed"),
+           py::arg("lone"), py::arg("chain"))
       .def_property_readonly("order", &RoundDecision::order)
       .def_property_readonly("made", &RoundDecision::made)
       .def_property_readonly("unseen", &RoundDecision::unseen)

@@ -376,9 +376,21 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         del self._idle[master.serial]
         self._idle_pages -= len(master.pages)
 
+    def find(self, digest: bytes) -> Master | None:
+        """The Master of a digest that is stored, or is being computed."""
+        making = self.making.get(digest)
+        if making is not None and making.replaces:
+            return making
+        return self.masters.get(digest) or making
+
     def announce(self, master: Master) -> None:
-        """Lets later plans find a Master that is going to be computed; the first one stays."""
-        if master.digest not in self.masters:
+        """Lets later plans find a Master that is going to be computed.
+
+        The first one of a digest stays, unless this one replaces it.
+        """
+        if master.replaces:
+            self.making[master.digest] = master
+        elif master.digest not in self.masters:
             self.making.setdefault(master.digest, master)
 
     def withdraw(self, master: Master) -> None:
@@ -387,14 +399,27 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             del self.making[master.digest]
 
     def publish(self, master: Master) -> None:
-        """Lets later rounds find a finished Master by its digest; the first one of a digest stays.
+        """Lets later rounds find a finished Master by its digest.
 
-        The Master is held by whoever computed it.
+        The first one of a digest stays, unless this one replaces it. The Master is held by whoever
+        computed it.
         """
         self.withdraw(master)
+        if master.replaces and not master.stored:
+            self._forget(master.digest)
         if not master.stored and master.digest not in self.masters:
             self.masters[master.digest] = master
             master.stored = True
+
+    def _forget(self, digest: bytes) -> None:
+        """Lets nobody find the stored Master of a digest any more, if there is one."""
+        master = self.masters.pop(digest, None)
+        if master is None:
+            return
+        master.stored = False
+        if not master.holders:
+            self._no_longer_idle(master)
+            self.drop_pages(master.pages)
 
     def take_over(self, masters: Sequence[Master]) -> None:
         """Masters that are new here, the longest idle first, whose pages have been taken.

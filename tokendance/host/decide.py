@@ -69,6 +69,21 @@ class RowKind(Enum):
 
 
 @dataclass(frozen=True)
+class Company:
+    """What agents that join a round know of those that came before.
+
+    Attributes:
+        segments: digests, of those among the joining agents' segments that agents before have.
+        replaceable: digests of segments whose Master one of them made, in no other's place, and
+            that no other takes over exactly. An agent that has more in front may make such a Master
+            again.
+    """
+
+    segments: Set[bytes]
+    replaceable: Set[bytes]
+
+
+@dataclass(frozen=True)
 class OptedOut:
     """Agents and segments restricted to exact reuse, as under `Everything`.
 
@@ -152,7 +167,7 @@ def decide(
     block_size: int,
     max_length: int = _MAX_LENGTH,
     opted_out: OptedOut = OptedOut(),
-    company: Set[bytes] | None = None,
+    company: Company | None = None,
 ) -> list[AgentDecision]:
     """Decides a round. The decisions come in the order in which they must be computed.
 
@@ -166,8 +181,7 @@ def decide(
             its own: every agent computes it.
         max_length: of a prompt, in tokens.
         opted_out: who and what is computed whatever the selection.
-        company: digests of the segments of the round's agents that came before; None where these
-            are the first.
+        company: the round's agents that came before; None where these are the first.
 
     Raises:
         ValueError: a prompt is longer than that, or an unknown source of a segment.
@@ -214,7 +228,7 @@ def _match(
     source: Sources,
     block_size: int,
     opted_out: OptedOut,
-    company: Set[bytes] | None,
+    company: Company | None,
 ) -> list[Master]:
     """Finds what the round reuses and makes; returns all Masters, by number."""
     context = np.full(len(numbers.segment), -1, dtype=np.int32)
@@ -233,7 +247,7 @@ def _match(
     computed = opted_out.segments
     chooses_lone = isinstance(selection, LeadingTokens)
     if chooses_lone and company is not None:
-        computed |= numbers.lone(company, (alone == 0) & (stored >= 0))
+        computed |= numbers.lone(company.segments, (alone == 0) & (stored >= 0))
     round_.match(
         exact_prefix=np.array(
             [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
@@ -241,14 +255,14 @@ def _match(
         ),
         earlier_context=context,
         agent_computes=np.array([a in opted_out.agents for a in numbers.agents], dtype=np.uint8),
-        segment_computes=np.array(
-            [one.digest in computed for one in numbers.segments], dtype=np.uint8
-        ),
+        segment_computes=numbers.among(computed),
         stored=stored,
         stored_rows=np.array([one[1] if one else 0 for one in found], dtype=np.int32),
         master_context=np.array([numbers.context(m.context) for m in masters], dtype=np.int32),
         master_is_exact=np.array([m.exact for m in masters], dtype=np.uint8),
         master_has_seen=numbers.seen_by(masters),
+        known=numbers.among(company.segments if company else frozenset()),
+        replaceable=numbers.among(company.replaceable if company else frozenset()),
         shortest=block_size // 2,
         alone=alone,
         # Only where inexact rows are reused does it matter what a Master has seen.
@@ -259,7 +273,9 @@ def _match(
     for agent, segment, origin, number, place, is_exact in round_.made:
         digest, length = numbers.segments[segment].digest, int(numbers.length[segment])
         seen = numbers.shared_before(agent, place)
-        masters.append(Master(digest, length, origin, numbers.digests[number], is_exact, seen))
+        made = Master(digest, length, origin, numbers.digests[number], is_exact, seen)
+        made.replaces = bool(stored[segment] >= 0)
+        masters.append(made)
     return masters
 
 
@@ -435,11 +451,15 @@ class _Numbers:
             line[[self.number[digest] for digest in master.seen if digest in self.number]] = 1
         return seen
 
+    def among(self, digests: Set[bytes]) -> NDArray[np.uint8]:
+        """Which segments are among these, as 0 and 1."""
+        return np.array([one.digest in digests for one in self.segments], dtype=np.uint8)
+
     def lone(self, company: Set[bytes], among: NDArray[np.bool_]) -> frozenset[bytes]:
         """Digests of the segments that one of these agents has, and none that came before.
 
         Args:
-            company: see `decide`.
+            company: digests of the segments that agents have who came before.
             among: which segments are asked for: those that have a Master of another context. One
                 that is computed alone carries nothing of any context, and a new one is the agent's
                 own.

@@ -43,7 +43,7 @@ class Leases:
         found by the segment's stem.
         """
         books = self._books
-        master = books.masters.get(segment.digest) or books.making.get(segment.digest)
+        master = books.find(segment.digest)
         if master is not None:
             return master, master.length
         master = books.masters.get(segment.stem)

@@ -61,6 +61,7 @@ class Master:
         holders: Mirrors and plans that use it.
         stored: whether the store can find it by its digest.
         last_used: the store's clock when it was last used.
+        replaces: whether later rounds find it instead of another Master of the segment.
     """
 
     digest: bytes
@@ -75,6 +76,7 @@ class Master:
     holders: int = 0
     stored: bool = False
     last_used: int = 0
+    replaces: bool = False
 
     @property
     def is_computed(self) -> bool:

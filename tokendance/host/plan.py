@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tokendance.host.agent import AgentState, Phase
-from tokendance.host.decide import AgentDecision, OptedOut, Source, Sources, Span
+from tokendance.host.decide import AgentDecision, Company, OptedOut, Source, Sources, Span
 from tokendance.host.guard import Guard, guarded
 from tokendance.host.mirror import no_pages
 from tokendance.host.record import AppendRecord, RestoreRecord
@@ -70,6 +70,7 @@ class LivePlan:
         agents: all names, in the order in which they were given, as a dict's keys.
         decisions: by name, what was decided.
         users: how many agents' prompts hold a segment, by digest.
+        replaceable: see `Company`.
         states: what is or was computed, in the order of computing.
         by_name: the states of agents that have not ended.
         waiting: prompts that have no pages yet, in the order in which they came.
@@ -83,6 +84,7 @@ class LivePlan:
     agents: dict[str, None] = field(default_factory=dict)
     decisions: dict[str, AgentDecision] = field(default_factory=dict)
     users: Counter[bytes] = field(default_factory=Counter)
+    replaceable: set[bytes] = field(default_factory=set)
     states: list[AgentState] = field(default_factory=list)
     by_name: dict[str, AgentState] = field(default_factory=dict)
     waiting: list[dict[str, tuple[Segment, ...]]] = field(default_factory=list)
@@ -91,15 +93,34 @@ class LivePlan:
     row_layers: int = 0
     pair_layers: int = 0
 
-    def company_of(self, prompts: Prompts) -> set[bytes] | None:
-        """Digests of the prompts' segments that agents have who came before; None where nobody
-        did."""
+    def company_of(self, prompts: Prompts) -> Company | None:
+        """The agents that came before these; None where nobody did."""
         again = [self.decisions[agent] for agent in prompts if agent in self.decisions]
         if len(self.decisions) == len(again):
             return None
         mine = Counter(digest for one in again for digest in {s.digest for s in one.segments})
         digests = {segment.digest for segments in prompts.values() for segment in segments}
-        return {digest for digest in digests if self.users[digest] > mine[digest]}
+        known = {digest for digest in digests if self.users[digest] > mine[digest]}
+        # Who is resumed has had its rows once, and makes no Master again.
+        return Company(known, frozenset() if again else self.replaceable & known)
+
+    def take(self, decision: AgentDecision) -> None:
+        """Keeps what was decided of an agent."""
+        assert decision.agent is not None
+        if decision.agent not in self.decisions:
+            self.users.update({one.digest for one in decision.segments})
+        self.decisions[decision.agent] = decision
+        made = {use.master.serial for use in decision.made}
+        for use in decision.made:
+            if use.master.replaces:
+                self.replaceable.discard(use.master.digest)
+            else:
+                self.replaceable.add(use.master.digest)
+        uses = decision.uses
+        exact = np.flatnonzero(uses.delta + uses.length <= decision.exact_length)
+        for master in [uses.masters[i] for i in exact.tolist()]:
+            if master.serial not in made:
+                self.replaceable.discard(master.digest)
 
     def phase(self, agent: str) -> Phase:
         """Raises ``KeyError`` for an unknown agent."""

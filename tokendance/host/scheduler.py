@@ -251,9 +251,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self._plans[state.serial] = live
             if state.agent is not None:
                 live.by_name[state.agent] = state
-                if state.agent not in live.decisions:
-                    live.users.update({one.digest for one in state.segments})
-                live.decisions[state.agent] = state.decision
+                live.take(state.decision)
             for use in state.made:
                 self._makers[use.master.serial] = state
             if not live.is_probe:
