@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokendance.device.rope import _STYLES, Rope
+from tokendance.device.rope import Rope
+from tokendance.device.rope_config import _STYLES
 
 transformers = pytest.importorskip("transformers")
 
