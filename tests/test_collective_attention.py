@@ -72,7 +72,7 @@ def check(
     """Compares with the reference; nothing but rows that are not padding may be written.
 
     A round without query rows compares nothing: it has to be meant (``empty``). The operator gets
-    what ``damage`` makes of a copy of the case.
+    what ``damage`` makes of a copy of the case; rows that are there in it alone see nothing.
     """
     assert empty or len(case.real_rows) > 0, "the round has no query rows"
     dtype, (rows, num_q_heads, head_dim) = case.q.dtype, case.q.shape
@@ -112,10 +112,13 @@ def check(
     assert workspace[partials * num_q_heads * (head_dim + 1) :].isnan().all()
     out, lse, real = out.cpu(), lse.cpu(), case.real_rows
     written = torch.zeros(out.shape, dtype=torch.bool)
-    written[real, :num_q_heads, :head_dim] = True
+    written[given.real_rows, :num_q_heads, :head_dim] = True
     assert out[~written].isnan().all(), "something beside the rows was written"
-    padding = case.round.row_agent < 0
+    padding = given.round.row_agent < 0
     assert lse[padding].isnan().all(), "the LSE of a padding row was written"
+    damaged = (case.round.row_agent < 0) & ~padding
+    assert (out[damaged, :num_q_heads, :head_dim] == 0).all(), "a damaged row saw something"
+    assert (lse[damaged] == -torch.inf).all(), "a damaged row saw something"
     rows_of = out[real, :num_q_heads, :head_dim]
     testing.assert_close(rows_of, expected[real], dtype, "out")
     tolerance = lse_tolerance or testing.tolerance(dtype)

@@ -5,6 +5,8 @@
 // of a lane are known without its products, and a row's maximum is one over four lanes.
 #pragma once
 
+#include <string.h>
+
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_core.cuh"
 
@@ -12,11 +14,31 @@ namespace tokendance::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// On tensor cores. Weights are rounded to T, sums are fp32.
+// Weights as operands of a product: rounded to T, and half of the registers that scores take.
+template <typename T, int kKeys>
+struct PackedWeights {
+  uint32_t pairs[kKeys / 8][2];  // of adjacent keys, of rows lane / 4 and lane / 4 + 8
+
+  __device__ __forceinline__ void operator=(const float (&scores)[kKeys / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        pairs[n][j] = pack_pair<T>(scores[n][2 * j], scores[n][2 * j + 1]);
+      }
+    }
+  }
+};
+
+// On tensor cores. Sums are fp32.
 template <typename T, int kHeadDim, int kKeys>
 struct AttentionProducts {
   using Query = T;  // elements of the queries in shared memory
   using Rows = SwizzledRows<T, kHeadDim>;
+
+  // Where a dim of the queries lies: in its place.
+  static constexpr bool kPartsQueries = false;
+  static __device__ __forceinline__ uint32_t query_place(uint32_t dim) { return dim; }
 
   // scores = queries [16, kHeadDim] * keys [kKeys, kHeadDim]^T
   static __device__ __forceinline__ void score(const T* queries, const T* keys, int32_t lane,
@@ -42,17 +64,16 @@ struct AttentionProducts {
     }
   }
 
+  using Weights = PackedWeights<T, kKeys>;
+
   // sums [16, kHeadDim] += weights [16, kKeys] * values [kKeys, kHeadDim]
-  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
-                                                    const T* values, int32_t lane,
-                                                    float (&sums)[kHeadDim / 8][4]) {
+  static __device__ __forceinline__ void add_values(const Weights& weights, const T* values,
+                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
     const uint32_t value_row = lane % 16, value_piece = lane / 16;
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const uint32_t weight[4] = {pack_pair<T>(weights[2 * k][0], weights[2 * k][1]),
-                                  pack_pair<T>(weights[2 * k][2], weights[2 * k][3]),
-                                  pack_pair<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
-                                  pack_pair<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+      const uint32_t weight[4] = {weights.pairs[2 * k][0], weights.pairs[2 * k][1],
+                                  weights.pairs[2 * k + 1][0], weights.pairs[2 * k + 1][1]};
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t value[4];
@@ -81,8 +102,10 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
   using Rows = SwizzledRows<Float8, kHeadDim>;
   using QueryRows = SwizzledRows<__half, kHeadDim>;
 
-  // Where a dim of the queries lies among the 16: those of a lane's register are those of its keys.
-  static __device__ __forceinline__ int32_t query_place(int32_t dim) {
+  // Where a dim of the queries lies among the 16, the even ones before the odd ones: those of a
+  // lane's register are those of its keys.
+  static constexpr bool kPartsQueries = true;
+  static __device__ __forceinline__ uint32_t query_place(uint32_t dim) {
     return dim / 16 * 16 + dim % 2 * 8 + dim % 16 / 4 * 2 + dim % 4 / 2;
   }
 
@@ -110,20 +133,18 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
     }
   }
 
+  using Weights = PackedWeights<__half, kKeys>;
+
   // sums[2 * n] are even dims of 16, sums[2 * n + 1] odd ones, until arrange().
-  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
-                                                    const Float8* values, int32_t lane,
-                                                    float (&sums)[kHeadDim / 8][4]) {
+  static __device__ __forceinline__ void add_values(const Weights& weights, const Float8* values,
+                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
     if constexpr (kHeadDim == 256) {
       // 16 keys at a time, for the sums take half of the registers.
       const uint32_t value_row = lane % 16, value_piece = lane / 16;
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
-        const uint32_t weight[4] = {
-            pack_pair<__half>(weights[2 * k][0], weights[2 * k][1]),
-            pack_pair<__half>(weights[2 * k][2], weights[2 * k][3]),
-            pack_pair<__half>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
-            pack_pair<__half>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+        const uint32_t weight[4] = {weights.pairs[2 * k][0], weights.pairs[2 * k][1],
+                                    weights.pairs[2 * k + 1][0], weights.pairs[2 * k + 1][1]};
 #pragma unroll
         for (int n = 0; n < kHeadDim / 32; ++n) {
           uint32_t value[4];  // of 8 keys each, twice 16 dims
@@ -131,7 +152,8 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
                                                          Rows::piece(value_row, n, value_piece)));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+            const HalfPairs first = widen_to_numbers(value[2 * i]);
+            const HalfPairs second = widen_to_numbers(value[2 * i + 1]);
             multiply_add<__half>(sums[4 * n + 2 * i], weight, first.even, second.even);
             multiply_add<__half>(sums[4 * n + 2 * i + 1], weight, first.odd, second.odd);
           }
@@ -142,10 +164,7 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
       for (int k = 0; k < kKeys / 32; ++k) {
         uint32_t weight[2][4];  // of 16 keys each
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float (&pair)[4] = weights[4 * k + i / 2];
-          weight[i / 4][i % 4] = pack_pair<__half>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-        }
+        for (int i = 0; i < 8; ++i) weight[i / 4][i % 4] = weights.pairs[4 * k + i / 2][i % 2];
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t value[4];  // of 8 keys each
@@ -153,7 +172,8 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
               value, shared_address(values + 32 * k * kHeadDim + Rows::piece(lane, n)));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const HalfPairs first = widen(value[2 * i]), second = widen(value[2 * i + 1]);
+            const HalfPairs first = widen_to_numbers(value[2 * i]);
+            const HalfPairs second = widen_to_numbers(value[2 * i + 1]);
             multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
             multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
           }
@@ -186,6 +206,9 @@ struct AttentionProducts<float, kHeadDim, kKeys> {
   using Query = float;
   using Rows = SwizzledRows<float, kHeadDim>;
 
+  static constexpr bool kPartsQueries = false;
+  static __device__ __forceinline__ uint32_t query_place(uint32_t dim) { return dim; }
+
   static __device__ __forceinline__ float4 load(const float* rows, int32_t row, int32_t piece) {
     return *reinterpret_cast<const float4*>(rows + Rows::piece(row, piece));
   }
@@ -215,17 +238,24 @@ struct AttentionProducts<float, kHeadDim, kKeys> {
     }
   }
 
-  static __device__ __forceinline__ void add_values(const float (&weights)[kKeys / 8][4],
-                                                    const float* values, int32_t lane,
-                                                    float (&sums)[kHeadDim / 8][4]) {
+  struct Weights {
+    float of[kKeys / 8][4];
+
+    __device__ __forceinline__ void operator=(const float (&scores)[kKeys / 8][4]) {
+      memcpy(of, scores, sizeof(of));
+    }
+  };
+
+  static __device__ __forceinline__ void add_values(const Weights& weights, const float* values,
+                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
     // The weights of a key are in one lane of the four that share its row.
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) {
 #pragma unroll 1
       for (int32_t owner = 0; owner < 4; ++owner) {
         const float weight[2] = {
-            __shfl_sync(kAllLanes, weights[i / 2][i % 2], lane / 4 * 4 + owner),
-            __shfl_sync(kAllLanes, weights[i / 2][2 + i % 2], lane / 4 * 4 + owner)};
+            __shfl_sync(kAllLanes, weights.of[i / 2][i % 2], lane / 4 * 4 + owner),
+            __shfl_sync(kAllLanes, weights.of[i / 2][2 + i % 2], lane / 4 * 4 + owner)};
         const int32_t row = i / 2 * 8 + owner * 2 + i % 2;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {

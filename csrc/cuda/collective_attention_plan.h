@@ -84,7 +84,7 @@ struct AttentionShape {
   int32_t blocks;  // on a multiprocessor, that registers are to suffice for
   int32_t query_bytes;
   int32_t stage_bytes;
-  int32_t row_bytes;  // of what is known of the query rows, once and for a chunk
+  int32_t row_bytes;  // of one of four things that are known of each query row
   int32_t shared_bytes;
 
   // `element_bytes` of queries and outputs, `pool_bytes` of keys and values.
@@ -100,7 +100,7 @@ struct AttentionShape {
         query_bytes(rows * head_dim * element_bytes),
         stage_bytes(keys * head_dim * pool_bytes),
         row_bytes(rows * 4 * static_cast<int32_t>(sizeof(int32_t))),
-        shared_bytes(query_bytes + kAttentionStages * stage_bytes + 2 * row_bytes +
+        shared_bytes(query_bytes + kAttentionStages * stage_bytes + 4 * row_bytes +
                      2 * warps * 2 * static_cast<int32_t>(sizeof(int32_t))) {}
 };
 

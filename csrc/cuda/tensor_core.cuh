@@ -15,32 +15,33 @@ namespace tokendance::cuda {
 // cp.async writes. Rows of 2^n pieces would otherwise all start at the same bank.
 template <typename T, int kHeadDim>
 struct SwizzledRows {
-  static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));  // elements
-  static constexpr int kPieces = kHeadDim / kPiece;                // of a row
+  static constexpr uint32_t kPiece = 16 / sizeof(T);      // elements
+  static constexpr uint32_t kPieces = kHeadDim / kPiece;  // of a row
   // Pieces change places within groups of the largest power of two, up to 8, that divides a row.
   // Rows of an odd number of pieces start at different banks anyhow.
-  static constexpr int kGroup = kPieces % 8 == 0   ? 8
-                                : kPieces % 4 == 0 ? 4
-                                : kPieces % 2 == 0 ? 2
-                                                   : 1;
+  static constexpr uint32_t kGroup = kPieces % 8 == 0   ? 8
+                                     : kPieces % 4 == 0 ? 4
+                                     : kPieces % 2 == 0 ? 2
+                                                        : 1;
   static_assert(kPieces % kGroup == 0, "rows consist of groups");
 
   // Elements from the start of row 0 to piece `index` of a row.
-  static __device__ __forceinline__ int32_t piece(int32_t row, int32_t index) {
+  static __device__ __forceinline__ uint32_t piece(uint32_t row, uint32_t index) {
     return (row * kPieces + index / kGroup * kGroup + (index % kGroup ^ order(row))) * kPiece;
   }
   // To piece 2 * pair + second: for constant pairs, few distinct addresses and constant distances.
-  static __device__ __forceinline__ int32_t piece(int32_t row, int32_t pair, int32_t second) {
-    const int32_t index = 2 * pair;
+  static __device__ __forceinline__ uint32_t piece(uint32_t row, uint32_t pair, uint32_t second) {
+    const uint32_t index = 2 * pair;
     return (row * kPieces + (second ^ order(row) ^ index % kGroup)) * kPiece +
            index / kGroup * kGroup * kPiece;
   }
-  static __device__ __forceinline__ int32_t element(int32_t row, int32_t dim) {
+  static __device__ __forceinline__ uint32_t element(uint32_t row, uint32_t dim) {
     return piece(row, dim / kPiece) + dim % kPiece;
   }
-
- private:
-  static __device__ __forceinline__ int32_t order(int32_t row) { return row % 8 / (8 / kGroup); }
+  // What the places of a row's pieces in their group differ by from those of row 0.
+  static __device__ __forceinline__ constexpr uint32_t order(uint32_t row) {
+    return row % 8 / (8 / kGroup);
+  }
 };
 
 // Four 8 x 8 matrices of 16-bit elements: lane i gives the address of row i % 8 of matrix i / 8,
@@ -113,6 +114,18 @@ __device__ __forceinline__ HalfPairs widen(uint32_t word) {
   return {(word << 7 & 0x3f803f80) | (word << 8 & 0x80008000),
           (word >> 1 & 0x3f803f80) | (word & 0x80008000)};
 #endif
+}
+
+// The same, with NaN as a number on every architecture: +-480 over the unit, or 480. So a value of
+// no weight adds nothing, whatever it is.
+__device__ __forceinline__ HalfPairs widen_to_numbers(uint32_t word) {
+  HalfPairs pairs = widen(word);
+#if TOKENDANCE_CONVERTS_FLOAT8
+  constexpr uint32_t k480 = 0x5f805f80;
+  asm("min.f16x2 %0, %0, %1;" : "+r"(pairs.even) : "r"(k480));
+  asm("min.f16x2 %0, %0, %1;" : "+r"(pairs.odd) : "r"(k480));
+#endif
+  return pairs;
 }
 
 // Two elements of a register of an mma, the first in the low half.

@@ -1,0 +1,130 @@
+// What a warp writes of its query rows: rows of the output, or partials that another launch merges.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include "cuda/attention_block.cuh"
+#include "cuda/attention_sight.cuh"
+#include "cuda/attention_softmax.cuh"
+#include "cuda/ptx.cuh"
+#include "tokendance/params.h"
+
+namespace tokendance::cuda {
+
+// A lane's part of a row: whole sectors, together with its three neighbours.
+template <typename Block>
+__device__ __forceinline__ void write_partial(const Weighted<Block::kHeadDim>& state, int j,
+                                              float factor, int32_t lane, float* to) {
+  using Products = typename Block::Products;
+  const auto& sums = state.sums;
+  if constexpr (!Block::kWide) {
+#pragma unroll
+    for (int n = 0; n < Block::kHeadDim / 8; ++n) {
+      to[Products::dim(n, lane)] = sums[n][2 * j] * factor;
+      to[Products::dim(n, lane) + 1] = sums[n][2 * j + 1] * factor;
+    }
+  } else if constexpr (sizeof(typename Block::T) == 4 || kIsQuantized<typename Block::Pool>) {
+#pragma unroll
+    for (int n = 0; n < Block::kHeadDim / 8; n += 2) {
+      *reinterpret_cast<float4*>(to + Products::dim(n, lane)) =
+          make_float4(sums[n][2 * j] * factor, sums[n][2 * j + 1] * factor,
+                      sums[n + 1][2 * j] * factor, sums[n + 1][2 * j + 1] * factor);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < Block::kHeadDim / 8; ++n) {
+      *reinterpret_cast<float2*>(to + Products::dim(n, lane)) =
+          make_float2(sums[n][2 * j] * factor, sums[n][2 * j + 1] * factor);
+    }
+  }
+}
+
+// By way of the shared memory of the warp's queries, for stores of whole rows.
+template <typename Block>
+__device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
+                                             const Weighted<Block::kHeadDim>& state,
+                                             const float (&factor)[2], int32_t lane, int32_t warp) {
+  using T = typename Block::T;
+  using Rows = typename Block::QueryRows;
+  T* const rows = Block::template queries<T>(warp);
+  __syncwarp();  // all lanes are done with the queries
+#pragma unroll
+  for (int n = 0; n < Block::kHeadDim / 8; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      T* const to = rows + Rows::element(lane / 4 + 8 * j, Block::Products::dim(n, lane));
+      const float x = state.sums[n][2 * j] * factor[j], y = state.sums[n][2 * j + 1] * factor[j];
+      if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<float2*>(to) = make_float2(x, y);
+      } else {
+        *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(x, y);
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kVector = Block::kWide ? Rows::kPiece : 1;
+  constexpr int kVectors = Block::kHeadDim / kVector;  // of a row
+#pragma unroll 4
+  for (int i = 0; i < kAttentionWarpRows * kVectors / kWarpSize; ++i) {
+    const int32_t index = i * kWarpSize + lane;
+    const int32_t query = index / kVectors, dim = index % kVectors * kVector;
+    const QueryRow written = Block::query_rows(warp)[query];
+    if (written.agent == kNoRow) continue;
+    T* const to = static_cast<T*>(p.out) + written.row * p.out_row_stride +
+                  written.head * p.out_head_stride + dim;
+    const T* const from = rows + Rows::element(query, dim);
+    if constexpr (Block::kWide) {
+      store_global_16(to, load_shared_16(from));
+    } else {
+      *to = *from;
+    }
+  }
+}
+
+// Divides by the weights and writes; rows that have seen nothing become zeros, with an LSE of -inf.
+template <typename Block>
+__device__ __forceinline__ void write_results(const CollectiveAttentionParams& p,
+                                              int32_t first_query, const Place& here,
+                                              Weighted<Block::kHeadDim>& state) {
+  const int32_t lane = recomputed<kWarpSize>(here.lane);
+  const int32_t partial_begin = item_of_block(p).partial_begin;
+  float factor[2], lses[2];
+  float value_scale = 1.0f;
+  if constexpr (kIsQuantized<typename Block::Pool>) {
+    value_scale = scale_of_head(p.v_scale, here.kv_head);
+    Block::Products::arrange(state.sums);
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    float sum = state.total[j];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    lses[j] = sum == 0.0f ? -INFINITY : fmaf(state.highest[j], kLn2, logf(sum));
+    factor[j] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    if constexpr (kIsQuantized<typename Block::Pool>) factor[j] *= value_scale;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int32_t index = lane / 4 + 8 * j;
+    const QueryRow query = load_whole(Block::query_rows(here.warp) + index);
+    if (query.agent == kNoRow) continue;
+    if (partial_begin >= 0) {
+      const int32_t slot =
+          (first_query + here.warp * kAttentionWarpRows + index) / (p.num_q_heads / p.num_kv_heads);
+      const int64_t at = int64_t{partial_begin + slot} * p.num_q_heads + query.head;
+      write_partial<Block>(state, j, factor[j], lane, p.workspace + at * Block::kHeadDim);
+      float* const partial_lse =
+          p.workspace + p.round.extents.partials * p.num_q_heads * Block::kHeadDim;
+      if (lane % 4 == 0) partial_lse[at] = lses[j];
+    } else {
+      if (p.sinks && factor[j] != 0.0f) {
+        factor[j] /= 1.0f + expf(__ldg(p.sinks + query.head) - lses[j]);
+      }
+      if (lane % 4 == 0) p.lse[int64_t{query.row} * p.num_q_heads + query.head] = lses[j];
+    }
+  }
+  if (partial_begin < 0) write_output<Block>(p, state, factor, lane, here.warp);
+}
+
+}  // namespace tokendance::cuda
