@@ -296,6 +296,52 @@ def test_masks_of_small_pages(backend, dtype):
     check(backend, case)
 
 
+@pytest.mark.parametrize("cap", [30.0, 50.0])
+def test_soft_caps_in_fp32(backend, cap):
+    """The LSE of a row that sees one key is its capped score; the product is exact here."""
+    case = testing.random_round(
+        1, agents=1, masters=0, private_length=1, rows=1, num_q_heads=64, num_kv_heads=1,
+        rotary_dim=0, slack=False,
+    )  # fmt: skip
+    case.q.zero_()
+    case.k_pool[0].zero_()
+    scores = torch.logspace(-3, 2.5, 32)
+    case.q[0, :, 5] = torch.cat((scores, -scores))
+    case.k_pool[0][int(case.round.own_pages[0]), 0, 0, 5] = 1.0
+    _, lse = check(backend, case, soft_cap=cap, scale=1.0)
+    expected = cap * torch.tanh(case.q[0, :, 5].double() / cap)
+    torch.testing.assert_close(lse[0].double(), expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("query_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_nan_in_hidden_rows_of_e4m3(backend, query_dtype):
+    check_nan_in_hidden_rows(backend, query_dtype)
+
+
+def check_nan_in_hidden_rows(backend, query_dtype):
+    """Rows that no row sees, between others that are seen."""
+    case = attention_round(
+        19, agents=1, masters=(70, 40), masks="half", rows=4, dtype=E4M3, query_dtype=query_dtype
+    )
+    size, hidden = case.filled.block_size, 0
+
+    def damage(given):
+        nonlocal hidden
+        for use in range(case.filled.uses):
+            master = int(case.round.use_master[use])
+            first_page = int(case.round.master_page_indptr[master])
+            masks = case.round.use_masks[int(case.round.use_page_indptr[use]) :]
+            for row in range(int(case.round.use_length[use])):
+                if int(masks[row // size]) >> row % size & 1:
+                    page = int(case.round.master_pages[first_page + row // size])
+                    for pool in (given.k_pool[0], given.v_pool[0]):
+                        pool[page, row % size].view(torch.uint8).fill_(0x7F + 0x80 * (row % 2))
+                    hidden += 1
+
+    check(backend, case, damage=damage)
+    assert hidden > 20
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_windows_of_one_row(backend, dtype):
     check(backend, attention_round(15, masters=(40, 20), dtype=dtype, work="planned"), window=1)

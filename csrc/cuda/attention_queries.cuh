@@ -55,18 +55,23 @@ class QueryTurn {
   // Sums and queries of these dims leave registers for half of a vector's angles at a time.
   static constexpr bool kFewRegisters = kHeadDim == 96 || kHeadDim == 256;
 
-  // The rows of a group of lanes: first, first + step, ..
+  // The rows of a group of lanes are first ^ i. Where even and odd dims lie apart 16 lanes store 8
+  // bytes each: to two rows that are not both even or odd, for one group begins at its last row.
   struct RowsOfGroup {
     uint32_t first;
-    int32_t step;
+    uint32_t wanted;  // bit i: the i-th turns
   };
-  static __device__ __forceinline__ RowsOfGroup rows_of(uint32_t group) {
+  static __device__ __forceinline__ RowsOfGroup rows_of(uint32_t lane, uint32_t turning) {
+    const uint32_t group = lane / kLanes;
     const uint32_t lowest =
         kLanes == 8 ? group * kRows : group / 4 * 8 + group % 2 * 4 + group / 2 % 2 * 2;
-    // Where even and odd dims lie apart 16 lanes store 8 bytes each: to two rows that are not both
-    // even or odd, for one group goes down while the other goes up.
-    const bool descends = Products::kPartsQueries && (kLanes == 8 ? group : group / 2) % 2;
-    return {descends ? lowest + kRows - 1 : lowest, descends ? -1 : 1};
+    // Lanes without columns have no rows.
+    if (kColumnsOfPass < kLanes && lane % kLanes >= kColumnsOfPass) turning = 0;
+    if (Products::kPartsQueries && (kLanes == 8 ? group : group / 2) % 2) {
+      const uint32_t last = lowest + kRows - 1;
+      return {last, __brev(turning) >> (31 - last)};
+    }
+    return {lowest, turning >> lowest};
   }
 
   // Whether queries and tables consist of aligned vectors.
@@ -86,18 +91,12 @@ class QueryTurn {
 
   // By vectors ----------------------------------------------------------------------------------
 
-  static __device__ __forceinline__ bool turns_row(uint32_t turning, const RowsOfGroup& rows,
-                                                   uint32_t i) {
-    return turning >> (rows.first + static_cast<int32_t>(i) * rows.step) & 1;
-  }
-
   // The two vectors of a row that a lane has, and the pairs whose angles it needs. Interleaved
   // pairs, and dims that stay as they are, make them adjacent.
   struct Share {
     uint32_t x, y;  // vectors of the row
     uint32_t pair;
     bool rotates;
-    bool exists;  // there are fewer than lanes where columns are 5 or 6
   };
   static __device__ __forceinline__ Share share_of(const RopeTables& rope, uint32_t pass,
                                                    uint32_t lane) {
@@ -106,49 +105,53 @@ class QueryTurn {
     const bool rotates = column * kVector < half;
     const bool adjacent = rope.interleaved || !rotates;
     return {adjacent ? 2 * column : column, adjacent ? 2 * column + 1 : column + half / kVector,
-            column * kVector, rotates, kColumnsOfPass == kLanes || lane % kLanes < kColumnsOfPass};
+            column * kVector, rotates};
   }
 
-  // Where piece `index` of a group's i-th row stands: its place in the first row, but for the order
-  // of pieces. Rows of a group ascend or descend within so many that orders add up.
-  static __device__ __forceinline__ Query* place(Query* queries, const RowsOfGroup& rows,
-                                                 uint32_t i, uint32_t index) {
-    return queries + (Rows::piece(rows.first, index) ^ Rows::order(i) * Rows::kPiece) +
-           static_cast<int32_t>(i * kHeadDim) * rows.step;
+  // Where piece `index` of a group's i-th row stands: in the place of the first row's, but for the
+  // row and the order of its pieces, both of which are numbers of bits.
+  static __device__ __forceinline__ Query* place(Query* queries, uint32_t first, uint32_t i,
+                                                 uint32_t index) {
+    constexpr uint32_t kRow = kHeadDim * sizeof(Query);
+    const uint32_t of_first = Rows::piece(first, index) * static_cast<uint32_t>(sizeof(Query));
+    uint32_t offset;
+    if constexpr ((kRow & (kRow - 1)) == 0) {
+      offset = of_first ^ (i * kRow + Rows::order(i) * 16);
+    } else {
+      offset = (of_first ^ Rows::order(i) * 16) + ((first ^ i) - first) * kRow;
+    }
+    return reinterpret_cast<Query*>(reinterpret_cast<char*>(queries) + offset);
   }
 
   static __device__ __forceinline__ void turn_vectors(const CollectiveAttentionParams& p,
                                                       const Turn* turns, uint32_t turning,
                                                       Query* queries, uint32_t lane) {
-    const RowsOfGroup rows = rows_of(lane / kLanes);
-    turns += rows.first;
+    const RowsOfGroup rows = rows_of(lane, turning);
     Share share = share_of(p.rope, 0, lane);
 #pragma unroll 1
     for (uint32_t pass = 0; pass < kPasses; ++pass) {
       if (pass > 0) share = share_of(p.rope, pass, lane);
-      start_copies(p.q, turns, turning, queries, rows, share);
+      start_copies(p.q, turns, queries, rows, share);
     }
     if (kPasses > 1) share = share_of(p.rope, 0, lane);
 #pragma unroll 1
     for (uint32_t pass = 0; pass < kPasses; ++pass) {
       if (pass > 0) share = share_of(p.rope, pass, lane);
-      turn_rows(p, turns, turning, queries, rows, share);
+      turn_rows(p, turns, queries, rows, share);
     }
   }
 
   static __device__ __forceinline__ void start_copies(const void* q, const Turn* turns,
-                                                      uint32_t turning, Query* queries,
-                                                      const RowsOfGroup& rows, const Share& share) {
-    const T *const x_of = static_cast<const T*>(q) + share.x * kVector, *const y_of =
-                                                                            static_cast<const T*>(
-                                                                                q) +
-                                                                            share.y * kVector;
+                                                      Query* queries, const RowsOfGroup& rows,
+                                                      const Share& share) {
+    const T* const x = static_cast<const T*>(q) + share.x * kVector;
+    const T* const y = static_cast<const T*>(q) + share.y * kVector;
 #pragma unroll
     for (uint32_t i = 0; i < kRows; ++i) {
-      if (!share.exists || !turns_row(turning, rows, i)) continue;
-      const Turn turn = load_whole(turns + static_cast<int32_t>(i) * rows.step);
-      cp_async_16(place(queries, rows, i, share.x), query(x_of, turn));
-      cp_async_16(place(queries, rows, i, share.y), query(y_of, turn));
+      const Turn turn = load_whole(turns + (rows.first ^ i));
+      if ((rows.wanted >> i & 1) == 0) continue;
+      cp_async_16(place(queries, rows.first, i, share.x), query(x, turn));
+      cp_async_16(place(queries, rows.first, i, share.y), query(y, turn));
     }
     cp_async_commit();
   }
@@ -176,42 +179,47 @@ class QueryTurn {
       for (uint32_t i = 0; i < kStep; ++i) {
         const Angle back = {back_cos[i], rounded_product(back_sin[i], sign)};
         const Angle angle = counter_rotation({cos[i], sin[i]}, back);
-        angles.cos[first + i] = rounded_product(angle.cos, p.attention_factor);
-        angles.sin[first + i] = rounded_product(angle.sin, p.attention_factor);
+        angles.cos[first + i] = angle.cos;
+        angles.sin[first + i] = angle.sin;
       }
+    }
+    if (p.attention_factor == 1.0f) return;
+#pragma unroll
+    for (uint32_t i = 0; i < kVector; ++i) {
+      angles.cos[i] = rounded_product(angles.cos[i], p.attention_factor);
+      angles.sin[i] = rounded_product(angles.sin[i], p.attention_factor);
     }
   }
 
   // One row after the other, as soon as the copies are there. Others' dims that stay as they are
   // are in their places already, but for their type and their parts.
   static __device__ __forceinline__ void turn_rows(const CollectiveAttentionParams& p,
-                                                   const Turn* turns, uint32_t turning,
-                                                   Query* queries, const RowsOfGroup& rows,
-                                                   const Share& share) {
+                                                   const Turn* turns, Query* queries,
+                                                   const RowsOfGroup& rows, const Share& share) {
     Angles angles;
     int32_t position = -1, shift = kNoShift;  // that these are of
 #pragma unroll
     for (uint32_t i = 0; i < kRows; ++i) {
-      const Turn turn = load_whole(turns + static_cast<int32_t>(i) * rows.step);
-      const bool is_wanted = share.exists && turns_row(turning, rows, i);
-      if (is_wanted && share.rotates && (turn.position != position || turn.shift != shift)) {
+      const Turn turn = load_whole(turns + (rows.first ^ i));
+      const bool turns_row = rows.wanted >> i & 1;
+      if (turns_row && share.rotates && (turn.position != position || turn.shift != shift)) {
         position = turn.position;
         shift = turn.shift;
         find_angles(p, turn, share.pair, angles);
       }
       cp_async_wait<0>();
-      turn_row(p.rope.interleaved, angles, queries, rows, i, share, is_wanted);
+      turn_row(p.rope.interleaved, angles, queries, rows.first, i, share, turns_row);
     }
   }
 
   static __device__ __forceinline__ void turn_row(bool interleaved, const Angles& angles,
-                                                  Query* queries, const RowsOfGroup& rows,
-                                                  uint32_t i, const Share& share, bool turns) {
+                                                  Query* queries, uint32_t first, uint32_t i,
+                                                  const Share& share, bool turns) {
     float values[2][kVector];
     if constexpr (Products::kPartsQueries) {
       if (turns) {
-        load(place(queries, rows, i, share.x), values[0]);
-        load(place(queries, rows, i, share.y), values[1]);
+        load(place(queries, first, i, share.x), values[0]);
+        load(place(queries, first, i, share.y), values[1]);
       }
       __syncwarp();  // neighbours have their shares: parts of this one's go there
       if (!turns) return;
@@ -219,12 +227,12 @@ class QueryTurn {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint32_t vector = j == 0 ? share.x : share.y;
-        store_parted(place(queries, rows, i, vector & ~1u), place(queries, rows, i, vector | 1),
+        store_parted(place(queries, first, i, vector & ~1u), place(queries, first, i, vector | 1),
                      vector % 2 * 4, values[j]);
       }
     } else if (turns && share.rotates) {
-      Query* const x = place(queries, rows, i, share.x);
-      Query* const y = place(queries, rows, i, share.y);
+      Query* const x = place(queries, first, i, share.x);
+      Query* const y = place(queries, first, i, share.y);
       load(x, values[0]);
       load(y, values[1]);
       rotate(interleaved, angles, values);

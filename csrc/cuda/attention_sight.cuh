@@ -111,12 +111,14 @@ __device__ __forceinline__ Sight sight_of_master(const CollectiveAttentionParams
   const Sight nothing = {0, -1, -1, kNoShift};
   const int32_t use = use_of_master(round, query.agent, master);
   if (use < 0 || use >= round.extents.uses) return nothing;
-  const int64_t reach = int64_t{query.position} - __ldg(round.use_delta + use);
-  high = min(min(high, reach), int64_t{__ldg(round.use_length + use)} - 1);
+  // All at once, so that their latencies overlap.
+  const int32_t delta = __ldg(round.use_delta + use), length = __ldg(round.use_length + use);
+  const int32_t shift = __ldg(round.use_shift + use), masks = __ldg(round.use_page_indptr + use);
+  const int64_t reach = int64_t{query.position} - delta;
+  high = min(min(high, reach), int64_t{length} - 1);
   if (p.window > 0) low = max(low, reach - p.window + 1);
-  const int32_t shift = __ldg(round.use_shift + use);
   if (!has_angles(p.rope, shift) || low > high) return nothing;
-  return {static_cast<int32_t>(low), static_cast<int32_t>(high), __ldg(round.use_page_indptr + use),
+  return {static_cast<int32_t>(low), static_cast<int32_t>(high), masks,
           p.rope.rotary_dim == 0 ? 0 : shift};
 }
 
@@ -145,29 +147,37 @@ __device__ __forceinline__ Sight sight_of_own_rows(const CollectiveAttentionPara
   return sight;
 }
 
-__device__ __forceinline__ Sight sight_of(const CollectiveAttentionParams& p, const QueryRow& query,
-                                          const int4& chunk, const Place& here) {
-  if (query.agent < 0) return {0, -1, -1, kNoShift};
-  const int64_t low = int64_t{chunk.y} << here.page_shift;
-  const int64_t high = (int64_t{chunk.z} << here.page_shift) - 1;
-  return chunk.x >= 0 ? sight_of_master(p, query, chunk.x, low, high)
-                      : sight_of_own_rows(p, query, -1 - chunk.x, low, high, here);
-}
+// A chunk of the work list, and the pages of its source.
+struct Chunk {
+  int32_t source;
+  int32_t page_begin, page_end;  // none, if the round does not have them
+  const int32_t* pages;
 
-// The pages of a chunk's source.
-struct PageList {
-  const int32_t* ids;
-  int32_t count;
+  __device__ __forceinline__ Chunk(const RoundView& round, int32_t index) {
+    const int4 fields = __ldg(reinterpret_cast<const int4*>(round.work_chunks) + index);
+    source = fields.x;
+    page_begin = page_end = 0;
+    pages = nullptr;
+    const bool is_master = source >= 0;
+    const int32_t list = is_master ? source : -1 - source;
+    if (list >= (is_master ? round.extents.masters : round.extents.agents)) return;
+    const int32_t* const indptr = is_master ? round.master_page_indptr : round.own_page_indptr;
+    const int64_t capacity = is_master ? round.extents.master_pages : round.extents.own_pages;
+    const int32_t begin = __ldg(indptr + list), end = __ldg(indptr + list + 1);
+    if (begin < 0 || end > capacity || fields.y < 0 || fields.z > end - begin) return;
+    page_begin = fields.y;
+    page_end = fields.z;
+    pages = (is_master ? round.master_pages : round.own_pages) + begin;
+  }
 };
-__device__ __forceinline__ PageList pages_of(const RoundView& round, int32_t source) {
-  const bool is_master = source >= 0;
-  const int32_t index = is_master ? source : -1 - source;
-  if (index >= (is_master ? round.extents.masters : round.extents.agents)) return {nullptr, 0};
-  const int32_t* const indptr = is_master ? round.master_page_indptr : round.own_page_indptr;
-  const int64_t capacity = is_master ? round.extents.master_pages : round.extents.own_pages;
-  const int32_t begin = __ldg(indptr + index), end = __ldg(indptr + index + 1);
-  if (begin < 0 || end > capacity) return {nullptr, 0};
-  return {(is_master ? round.master_pages : round.own_pages) + begin, end - begin};
+
+__device__ __forceinline__ Sight sight_of(const CollectiveAttentionParams& p, const QueryRow& query,
+                                          const Chunk& chunk, const Place& here) {
+  if (query.agent < 0 || chunk.page_begin >= chunk.page_end) return {0, -1, -1, kNoShift};
+  const int64_t low = int64_t{chunk.page_begin} << here.page_shift;
+  const int64_t high = (int64_t{chunk.page_end} << here.page_shift) - 1;
+  return chunk.source >= 0 ? sight_of_master(p, query, chunk.source, low, high)
+                           : sight_of_own_rows(p, query, -1 - chunk.source, low, high, here);
 }
 
 // The first tile of the first chunk, from chunk `index` on, that any query row of the block sees;
@@ -176,13 +186,9 @@ template <typename Block>
 __device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p, int32_t index,
                                              int32_t chunk_end, int32_t set, const Place& here) {
   for (; index < chunk_end; ++index) {
-    const int4 chunk = __ldg(reinterpret_cast<const int4*>(p.round.work_chunks) + index);
-    const PageList pages = pages_of(p.round, chunk.x);
+    const Chunk chunk(p.round, index);
     const int32_t query = here.lane % kAttentionWarpRows;
-    Sight sight = {0, -1, -1, kNoShift};
-    if (pages.count > 0 && chunk.y >= 0 && chunk.z <= pages.count) {
-      sight = sight_of(p, load_whole(Block::query_rows(here.warp) + query), chunk, here);
-    }
+    const Sight sight = sight_of(p, load_whole(Block::query_rows(here.warp) + query), chunk, here);
     if (here.lane < kAttentionWarpRows) Block::sights(set, here.warp)[query] = sight;
     const bool sees = sight.low <= sight.high;
     const int32_t low = __reduce_min_sync(kAllLanes, sees ? sight.low : INT32_MAX);
@@ -200,7 +206,7 @@ __device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p,
     }
     if (first > last) continue;
     const int32_t alignment = min(1 << here.page_shift, Block::kKeys);
-    return {index, first / alignment * alignment, last, set, pages.ids};
+    return {index, first / alignment * alignment, last, set, chunk.pages};
   }
   return {chunk_end, 0, -1, set, nullptr};
 }
