@@ -9,7 +9,7 @@
 // use and window leave, without the overridden rows.
 //
 // Bytes, per item and KV head: 2 * D elements for every stored row that any of the query rows sees,
-// once; queries and two rows of the tables per query row and source; outputs, or partials in fp32.
+// once; queries and two rows of the tables per query row and shift; outputs, or partials in fp32.
 // FLOPs: 4 * D per query row and key, so at 16 bits one FLOP per byte and query row of the tile: up
 // to 64, against 153 (A100: 312 TFLOPS, 2039 GB/s) and 295 (H100: 989 TFLOPS, 3350 GB/s;
 // datasheets). Decode is bound by memory. Prefill, whose tiles find their keys in L2, is bound by
@@ -30,8 +30,8 @@
 // 2 FLOPs per byte and query row. Every warp widens the tile for itself: before sm_89 by seven
 // integer instructions for four elements. With four warps at work an A100, of 64 integer lanes a
 // clock and multiprocessor, widens 64 / 7 bytes a clock, at 1.41 GHz 1.4 TB/s of 2.0: tiles of more
-// than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions.
-// Queries and weights are fp16.
+// than 32 query rows are bound by that, others by memory. From sm_89 on it is three instructions,
+// and five for values, where NaN becomes a number. Queries and weights are fp16.
 #pragma once
 
 #include "cuda/attention_block.cuh"
