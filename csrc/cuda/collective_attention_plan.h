@@ -81,7 +81,7 @@ struct AttentionShape {
   int32_t rows;  // query rows that meet one tile of keys
   int32_t keys;  // keys of a tile: a stage is 16 KB, or less
   int32_t threads;
-  int32_t blocks;  // on a multiprocessor, that registers are to suffice for
+  int32_t blocks;  // on a multiprocessor, that registers are to suffice for without spills
   int32_t query_bytes;
   int32_t stage_bytes;
   int32_t row_bytes;  // of one of four things that are known of each query row
@@ -94,9 +94,9 @@ struct AttentionShape {
         rows(warps * kAttentionWarpRows),
         keys((head_dim > 128 ? 128 : 256) / element_bytes / 2),
         threads(warps * kWarpSize),
-        blocks(head_dim * element_bytes <= 192 ? 3
-               : head_dim <= 128               ? 2
-                                               : 1),
+        blocks(head_dim * element_bytes <= (pool_bytes == element_bytes ? 192 : 128) ? 3
+               : head_dim <= 128                                                     ? 2
+                                                                                     : 1),
         query_bytes(rows * head_dim * element_bytes),
         stage_bytes(keys * head_dim * pool_bytes),
         row_bytes(rows * 4 * static_cast<int32_t>(sizeof(int32_t))),
