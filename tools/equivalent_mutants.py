@@ -61,12 +61,6 @@ EQUIVALENT = (
         r"|if \(item < items\) load|uint32_t live = page_exists",
     ),
     Equivalent(
-        "a tile of no query rows finds no chunk that one sees, and writes nothing",
-        change=r"setp\.lt\.s32 \S+ \S+, 1 -> setp\.lt\.s32 \S+ \S+, 0$"
-        r"|setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
-        source=r"for \(int32_t first = 0; first < work\.queries;",
-    ),
-    Equivalent(
         "one more round, whose rows are beyond the page",
         change=r"setp\.lt\.s32 \S+ \S+ %\w+ -> setp\.le",
         source=r"pass < shape\.passes",
@@ -150,13 +144,6 @@ EQUIVALENT = (
         r"|shifts\[agent\] == 0|source\.num_agents == 0",
     ),
     Equivalent(
-        "saves work for rows that are not wanted for the source",
-        kernel="collective_attention",
-        change=r"setp\.eq\.s32 .*, -2147483648 -> .*, -214748364[79]$",
-        source=r"any \|= shift\[i\] != kNoShift",
-        uses=r"and\.pred ",
-    ),
-    Equivalent(
         "a barrier more, before the first tile",
         kernel="collective_attention",
         change=r"setp\.eq\.s32 .*, 0 -> .*, -?1$",
@@ -176,16 +163,10 @@ EQUIVALENT = (
         source=r"__syncwarp\(\);  // all lanes are done with the queries",
     ),
     Equivalent(
-        "rows are counted by two or four: 15 is never reached, and 16 ends the loop either way",
-        kernel="collective_attention",
-        change=r"setp\.lt\.u32 .*, 16 -> .*, 15$",
-        source=r"row < kAttentionWarpRows; row \+= kBatch",
-    ),
-    Equivalent(
         "a row of the tile before is done again, with the same result",
         kernel="collective_attention",
         change=r"add\.s32 .*, (64 -> .*, 63|32 -> .*, 31|128 -> .*, 127)$",
-        source=r"first < work\.queries; first \+= kShape\.rows",
+        source=r"for \(int32_t first = 0;; first \+= Block::kShape\.rows\)",
     ),
     Equivalent(
         "what an item of partials writes as its output, the merge writes over",
@@ -205,19 +186,13 @@ EQUIVALENT = (
         "a tile that begins where the warp sees nothing yet changes neither sums nor maximum",
         kernel="collective_attention",
         change=r"add\.s32 .*, (63 -> .*, 64|31 -> .*, 32|15 -> .*, 16)$",
-        source=r"const bool sees = low <= min\(tile\.last, tile\.first \+ kKeys - 1\)",
+        source=r"sight\.low <= min\(tile\.last, tile\.first \+ Block::kKeys - 1\)",
     ),
     Equivalent(
         "one key more is read, whose scores are hidden; of values the test is another instruction",
         kernel="collective_attention",
         change=r"setp\.lt\.s32 .* -> setp\.le",
         source=r"tile_row \+ j < count",
-    ),
-    Equivalent(
-        "after the last tile its keys are read once more, to where nobody looks",
-        kernel="collective_attention",
-        change=r"setp\.ge\.s32 .* -> setp\.gt",
-        source=r"const bool more = next\.chunk < chunk_end",
     ),
     Equivalent(
         "a head has 64 dims at least: of pairs of single elements every lane has one",
@@ -301,12 +276,6 @@ EQUIVALENT = (
         operands=r"^(sub|and)\.[sb]32 ",
     ),
     Equivalent(
-        "of a dim modulo 4 a half is taken, and its last bit is lost",
-        kernel="collective_attention.*e4m3",
-        change=r"and\.b32 \S+ \S+, -4 -> and\.b32 \S+ \S+, -3$",
-        source=r"const int32_t y_dim = split \?",  # its place among the queries of e4m3
-    ),
-    Equivalent(
         "every lane of a row has its LSE, and any other than the first may write it",
         kernel="collective_attention",
         change=OTHER_THAN_0,
@@ -324,7 +293,7 @@ EQUIVALENT = (
         "the upper lanes have the sights of the lower ones",
         kernel="collective_attention",
         change=r"flip predicate|setp\.gt\.u32 .*, 15 -> .*, 16$",
-        source=r"if \(lane < kAttentionWarpRows\) sights\(\)\[query\] = sight",
+        source=r"if \(here\.lane < kAttentionWarpRows\) Block::sights\(.*\)\[query\] = sight",
     ),
     Equivalent(
         "asks whether this is lane 0, and after the sum over the warp any lane may write it",
@@ -343,7 +312,7 @@ EQUIVALENT = (
         "pages have 8, 16 or 32 rows",
         kernel="collective_attention",
         change=r"setp\.gt\.s64 .*, (8 -> .*, 9|16 -> .*, 17)$",
-        source=r"thread\(static_cast<int32_t>\(threadIdx\.x\)\),|block_shift\(3",
+        source=r"page_shift\(3 \+",
     ),
     Equivalent(
         "a shift by 32 or more leaves no bit either way, and pages begin at multiples of 8 keys",
