@@ -330,11 +330,13 @@ __device__ __forceinline__ void turn_queries(const CollectiveAttentionParams& p,
   const int32_t row = here.lane % kAttentionWarpRows;
   Turn* const turns = Block::turns(here.warp);
   const int32_t shift = load_whole(Block::sights(set, here.warp) + row).shift;
-  const bool turn = shift != kNoShift && shift != load_whole(turns + row).shift;
+  Turn stands = load_whole(turns + row);
+  const bool turn = shift != kNoShift && shift != stands.shift;
   const uint32_t turning = __ballot_sync(kAllLanes, turn);
   if (turning == 0) return;
   __syncwarp();  // all lanes have compared
-  if (turn && here.lane < kAttentionWarpRows) turns[row].shift = shift;
+  stands.shift = shift;
+  if (turn && here.lane < kAttentionWarpRows) turns[row] = stands;
   __syncwarp();  // all lanes see how, and are done with the queries
   QueryTurn<typename Block::T, typename Block::Products, Block::kHeadDim>::run(
       p, turns, turning, Block::queries(here.warp), recomputed<kWarpSize>(here.lane));
