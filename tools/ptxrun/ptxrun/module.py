@@ -194,6 +194,7 @@ class Module:
         max_steps: int = 20_000_000,
         smem_limit: int = 227 * 1024,
         last_block_first: bool = False,
+        follow: int | None = None,
     ) -> Stats:
         """Run a kernel to its end.
 
@@ -207,7 +208,8 @@ class Module:
         False leaves traffic uncounted, which is faster. `max_lanes` threads run together (whole
         blocks, at least one). `max_steps` blocks of code are executed before the kernel is taken
         to loop for ever. Blocks run in ascending order, `last_block_first` in descending order:
-        results that differ depend on an order that a GPU does not promise.
+        results that differ depend on an order that a GPU does not promise. `follow` is the number
+        of a thread of block 0, whose way through the kernel becomes `Stats.path`.
 
         Raises PtxError, with kernel, PTX line, instruction, thread and address, for accesses out
         of bounds or misaligned, deadlocks, divergent barriers and traps, and UnsupportedError for
@@ -237,7 +239,11 @@ class Module:
                 if race:
                     chunk.watch_races(lanes=race == "warp")
                 scheduler = Scheduler(chunk, max_steps)
+                if follow is not None and 0 in here:
+                    scheduler.followed = here.index(0) * math.prod(block) + follow
                 scheduler.run()
+                for index in scheduler.path:
+                    result.path += [each.position for each in code.blocks[index].instructions]
                 warps += scheduler.warp_executions
                 threads += scheduler.thread_executions
                 result.steps = max(result.steps, scheduler.steps)

@@ -45,6 +45,7 @@ class Scheduler:
         self.groups, self.waiting = {}, {}
         self.warp_executions = np.zeros(len(chunk.code.blocks), i64)
         self.thread_executions = np.zeros(len(chunk.code.blocks), i64)
+        self.followed, self.path = None, []  # a thread's slot, and the blocks it has executed
         self._stamps = {}  # step at which a group came to its block
         self._step = self._spins = 0
         self._live = chunk.thread_count
@@ -111,8 +112,7 @@ class Scheduler:
                 lanes = self._meet(lanes, block)
                 if lanes is None:
                     return
-            self.warp_executions[index] += lanes.warp_count()
-            self.thread_executions[index] += lanes.count
+            self._count_executions(index, lanes)
             following = self._continue(block, lanes, self._execute(block, lanes))
             if following is None:
                 return
@@ -137,6 +137,12 @@ class Scheduler:
                 f" PTX line {block.instructions[0].line} thread"
                 f" {self.chunk.thread_name(int(lanes.slots[0]))}"
             )
+
+    def _count_executions(self, index, lanes):
+        self.warp_executions[index] += lanes.warp_count()
+        self.thread_executions[index] += lanes.count
+        if self.followed is not None and self.followed in lanes.slots:
+            self.path.append(index)
 
     # ---- registers ----
     def _allocate_registers(self, count):
@@ -299,8 +305,7 @@ class Scheduler:
             ready = np.flatnonzero(missing == 0)
             if ready.size:
                 leaving = arrived if ready.size == arrived.count else arrived.subset(ready)
-                self.warp_executions[index] += leaving.warp_count()
-                self.thread_executions[index] += leaving.count
+                self._count_executions(index, leaving)
                 leaving.warp_barrier()
                 self._push(index + 1, leaving)
             if ready.size < arrived.count:

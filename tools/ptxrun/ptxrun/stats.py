@@ -15,7 +15,8 @@ class Stats:
     Sectors are 32 bytes. Traffic is 0 when it was not counted. `executed` are the positions of the
     instructions that some thread reached, `branches` those of conditional jumps with whether some
     thread jumped (True) or went on (False). `steps` counts what `max_steps` limits: blocks of code
-    that sets of threads executed, of the thread blocks that ran together and took the most.
+    that sets of threads executed, of the thread blocks that ran together and took the most. `path`
+    holds the positions of the instructions that one thread executed, in order, if it was followed.
     """
 
     warp_instructions: int = 0
@@ -31,6 +32,7 @@ class Stats:
     executed: set[int] = field(default_factory=set)
     branches: set[tuple[int, bool]] = field(default_factory=set)
     steps: int = 0
+    path: list[int] = field(default_factory=list)
     barriers: int = 0
     races: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -5,7 +5,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from ptxrun import PtxError
+from ptxrun import Module, PtxError
 
 bf16 = ml_dtypes.bfloat16
 rng = np.random.default_rng
@@ -174,3 +174,37 @@ def test_bank_conflicts_of_16_bytes(kernels, stride, degree):
     for counters in stats.shared_instr.values():
         assert counters["phases"] == 4
         assert counters["wavefronts"] == 4 * degree
+
+
+def test_a_thread_is_followed(kernels):
+    """The ways of all threads together are what all threads executed."""
+    n = 40
+    x, steps = rng(4).integers(1, 500, n).astype("i4"), np.zeros(n, "i4")
+    stats = [
+        kernels.launch("collatz", 1, n, [x, steps, n, 1], follow=thread) for thread in range(n)
+    ]
+    assert sum(len(each.path) for each in stats) == stats[0].thread_instructions
+    instructions = kernels.instructions("collatz")
+    assert instructions[stats[0].path[-1]].opcode in ("ret", "exit")
+    longest = np.argsort([len(each.path) for each in stats], kind="stable")
+    assert (np.diff(steps[longest]) >= 0).all()
+
+
+def test_a_launch_that_waits_for_the_one_before():
+    """Launches follow one another here, so there is nothing to wait for."""
+    text = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry dependent(.param .u64 out) {
+  .reg .b64 %rd<2>;
+  ld.param.u64 %rd1, [out];
+  griddepcontrol.wait;
+  st.global.u32 [%rd1], 7;
+  griddepcontrol.launch_dependents;
+  ret;
+}
+"""
+    out = np.zeros(1, "u4")
+    Module(text).launch("dependent", 1, 1, [out])
+    assert out[0] == 7
