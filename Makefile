@@ -71,7 +71,7 @@ sanitize: $(VENV)/ready
 coverage: coverage-python coverage-cpp
 
 # Without the tests that execute PTX or run a model, which reach no line of their own.
-PTX_TESTS := cuda_attention cuda_launches cuda_traffic coverage mutants sass
+PTX_TESTS := cuda_attention cuda_launches cuda_traffic coverage mutants paths sass
 coverage-python: build
 	$(BIN)/python -m pytest -q -n 2 --backend cpu -m "not slow and not model" --cov \
 	  $(PTX_TESTS:%=--ignore=tests/test_%.py) tests

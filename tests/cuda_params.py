@@ -164,7 +164,23 @@ MergeStatesParams = _struct(
     head_dim=_INT,
     dtype=_INT,
 )
-Tile = _struct("Tile", rows=_INT, heads=_INT, agents=_INT, layers=_INT)
+Divisor = _struct(
+    "Divisor",
+    value=ctypes.c_uint32,
+    multiplier=ctypes.c_uint32,
+    first_shift=ctypes.c_uint32,
+    second_shift=ctypes.c_uint32,
+)
+Tile = _struct(
+    "Tile",
+    rows=_INT,
+    heads=_INT,
+    agents=_INT,
+    layers=_INT,
+    in_page=Divisor,
+    other_page=Divisor,
+    head=Divisor,
+)
 KernelLaunch = _struct(
     "KernelLaunch",
     name=ctypes.c_char_p,
@@ -173,6 +189,7 @@ KernelLaunch = _struct(
     block=ctypes.c_uint32 * 3,
     shared_bytes=_INT,
     tile=Tile,
+    waits=_BOOL,
 )
 MAX_LAUNCHES = 2
 LaunchPlan = _struct("LaunchPlan", num_launches=_INT, launches=KernelLaunch * MAX_LAUNCHES)
@@ -188,7 +205,7 @@ OPERATORS = {
 }
 MIRRORS = (
     *(RowLayout, RopeTables, Extents, RoundView, LayerPointers),
-    *(Tile, KernelLaunch, LaunchPlan),
+    *(Divisor, Tile, KernelLaunch, LaunchPlan),
     *OPERATORS.values(),
 )
 

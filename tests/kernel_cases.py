@@ -69,7 +69,7 @@ class Case:
 
 def checked(module: ModuleType, name: str, *arguments: Any, **options: Any) -> Case:
     """The check of an operator's test module, with the reference's results known beforehand."""
-    of_check = ("lse_tolerance", "damage")
+    of_check = ("lse_tolerance", "damage", "place")
     tolerances = {name: options.pop(name) for name in of_check if name in options}
     expected = module.expectation(*arguments, **options)
     return Case(
@@ -203,10 +203,10 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
     some = module.random_keys(1, rotary_dim=32, heads=6 if variant.wide else 2, scale=1.3, **sizes)
     yield checked(module, "some agents", some)
     many = module.random_keys(
-        2, agents=4, tokens=19, head_dim=128, heads=6, block_size=16, lacking=0.0, **sizes
+        2, agents=7, tokens=19, head_dim=128, heads=6, block_size=16, lacking=0.0, **sizes
     )
     yield checked(module, "many heads", many)
-    fresh = module.random_keys(3, agents=2, tokens=3, fresh_position=False, **sizes)
+    fresh = module.random_keys(3, agents=7, tokens=3, fresh_position=False, **sizes)
     yield checked(module, "fresh keys", fresh)
     near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
@@ -229,27 +229,36 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
 def merge_states(variant: Variant) -> Iterator[Case]:
     module = test_merge_states
     sinks = torch.tensor([0.5, -2.0, 4.0])
-    aligned = (lambda tensor: tensor) if variant.wide else module.unaligned
-    for count in (0, 1, 2, 3, 4, 7, 9):
+    place = torch.clone if variant.wide else module.unaligned
+    for count in (0, 1, 2, 3, 4, 7, 9, 130):
         for spread in (3.0, 200.0):
+            rows = 7 if count < 10 else 2
             out, lse = module.partials(
-                count, count, 7, 3, 80, variant.dtype, blind=0.3, spread=spread
+                count, count, rows, 3, 80, variant.dtype, blind=0.3, spread=spread
             )
             few = sinks if spread == 3.0 else None
-            yield checked(module, f"{count} partials, spread {spread}", aligned(out), lse, few)
+            yield checked(module, f"{count} partials, spread {spread}", out, lse, few, place=place)
     for count in (5, 9):
         out, lse = module.partials(count, count, 3, 3, 80, variant.dtype)
         lse[-1] += 500
-        yield checked(module, f"the last of {count} far above", aligned(out), lse)
+        yield checked(module, f"the last of {count} far above", out, lse, place=place)
     broken = functools.partial(
-        module.check_broken, dtype=variant.dtype, broken=torch.nan, others=0.0, place=aligned
+        module.check_broken, dtype=variant.dtype, broken=torch.nan, others=0.0, place=place
     )
     yield Case("LSEs of NaN", broken)
-    out, lse = module.partials(1, 3, 5, 2, 80, variant.dtype)
-    yield checked(module, "a last block of few heads", aligned(out), lse)
-    out, lse, mean = module.halfway_partials(variant.dtype)
-    halfway = aligned(out), lse, mean
-    yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway))
+    outputs = module.broken_outputs(variant.dtype, torch.nan)
+    yield Case(
+        "outputs of NaN",
+        lambda backend: module.check_broken_outputs(backend, *outputs, place=place),
+    )
+    other_place = module.unaligned if variant.wide else torch.clone
+    out, lse = module.partials(4, 3, 7, 3, 80, variant.dtype, blind=0.3)
+    yield checked(module, "results elsewhere", out, lse, sinks, place=other_place)
+    # So many heads that a block has several, of which the last has one.
+    out, lse = module.partials(1, 3, 1411, 3, 64, variant.dtype, blind=0.3)
+    yield checked(module, "heads of many rows", out, lse, sinks, place=place)
+    halfway = module.halfway_partials(variant.dtype)
+    yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway, place=place))
 
 
 def _round_options(variant: Variant) -> dict[str, Any]:
@@ -429,6 +438,10 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**_round_options(variant))
     yield _known("bad indices", module, blank, dense, expected)
     yield checked(module, "tolerances", near, altered(small, 3), atol=0.02, rtol=0.5)
+    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(near, master_pages=600))
+    dense = altered(small, 3)
+    yield checked(module, "tolerances in a tile", in_a_tile, dense, atol=0.02, rtol=0.5)
+    yield checked(module, "a relative tolerance in a tile", in_a_tile, dense, rtol=0.5)
     plain = testing.random_round(
         4, agents=1, masters=(130,), whole_uses=True, masks="none", private_length=0, slack=False,
         num_kv_heads=1,
@@ -439,6 +452,11 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     yield checked(module, "by one position", module.forget_mirrors(near), dense)
     blank, dense = module.rows_at_the_tolerance(**_round_options(variant))
     yield checked(module, "at the tolerance", blank, dense, atol=0.5)
+    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(blank, master_pages=600))
+    yield checked(module, "at the tolerance in a tile", in_a_tile, dense, atol=0.5)
+    blank, dense = module.one_element_each(**_round_options(variant))
+    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(blank, master_pages=600))
+    yield checked(module, "an element of each row", in_a_tile, dense, atol=0.5)
     blank, same, changed = module.zeros_and_nans(**_round_options(variant))
     yield checked(module, "bits", blank, same)
     yield checked(module, "bits of a zero", blank, changed)

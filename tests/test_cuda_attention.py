@@ -74,16 +74,22 @@ def names(launches):
 
 def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
     attention, merge = plan()
-    assert names([attention, merge]) == ["bf16_d128_wide", "merge_bf16_wide"]
+    assert names([attention, merge]) == ["bf16_d128_wide", "merge_bf16"]
     assert (list(attention.grid), list(attention.block)) == ([20, 1, 1], [128, 1, 1])
-    # 24 rows of 16 heads of 16 vectors.
-    assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [256, 1, 1])
-    [_, merge] = plan(num_q_heads=20)
-    assert (list(merge.grid), list(merge.block)) == ([24, 2, 1], [256, 1, 1])
+    # 24 rows of 16 heads are few: a block each, of eight groups of 32 vectors.
+    assert (list(merge.grid), list(merge.block)) == ([24, 16, 1], [32, 8, 1])
+    assert (attention.waits, merge.waits) == (False, True)
+    # Of 20 vectors 12 groups would fit; they are doubled.
     [_, merge] = plan(num_q_heads=4, head_dim=80)
-    assert (list(merge.grid), list(merge.block)) == ([24, 1, 1], [64, 1, 1])
+    assert (list(merge.grid), list(merge.block)) == ([24, 4, 1], [20, 8, 1])
+    # No more groups than partials, and none where there are blocks enough.
+    [_, merge] = plan(extents={"partials": 3})
+    assert (list(merge.grid), list(merge.block)) == ([24, 8, 1], [32, 4, 2])
+    [_, merge] = plan(num_q_heads=20, extents={"rows": 300})
+    assert (list(merge.grid), list(merge.block)) == ([300, 3, 1], [32, 1, 8])
     assert names(plan(extents={"partials": 0})) == ["bf16_d128_wide"]
-    assert names(plan(extents={"work": 0})) == ["merge_bf16_wide"]
+    [merge] = plan(extents={"work": 0})
+    assert (names([merge]), merge.waits) == (["merge_bf16"], False)
     assert names(plan(extents={"rows": 0})) == []
 
 
@@ -103,7 +109,7 @@ def test_every_kernel_has_its_name_and_fits(dtype, head_dim):
     short = ("f32", "f16", "bf16")[dtype]
     for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 4}, "narrow")):
         attention, merge = plan(head_dim, dtype, **changes)
-        assert names([attention, merge]) == [f"{short}_d{head_dim}_{width}", f"merge_{short}_wide"]
+        assert names([attention, merge]) == [f"{short}_d{head_dim}_{width}", f"merge_{short}"]
         assert attention.shared_bytes <= 99 * 1024
 
 
@@ -113,7 +119,7 @@ def test_kernels_of_e4m3_pools(dtype, head_dim):
     short = ("f32", "f16", "bf16")[dtype]
     for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 8}, "narrow")):
         attention, merge = plan(head_dim, dtype, pool_dtype=3, **changes)
-        expected = [f"{short}_e4m3_d{head_dim}_{width}", f"merge_{short}_wide"]
+        expected = [f"{short}_e4m3_d{head_dim}_{width}", f"merge_{short}"]
         assert names([attention, merge]) == expected
         assert attention.shared_bytes <= 99 * 1024
         [plain, _] = plan(head_dim, dtype)
@@ -125,16 +131,16 @@ def test_kernels_of_e4m3_pools(dtype, head_dim):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"v_pool": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16_wide"]),
-        ({"out": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
-        ({"workspace": ALIGNED + 4}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
-        ({"out_head_stride": 129}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
-        ({"out_row_stride": 2050}, ["bf16_d128_narrow", "merge_bf16_narrow"]),
-        ({"q": ALIGNED + 2}, ["bf16_d128_wide", "merge_bf16_wide"]),
-        ({"q_head_stride": 129}, ["bf16_d128_wide", "merge_bf16_wide"]),
+        ({"v_pool": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16"]),
+        ({"out": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16"]),
+        ({"workspace": ALIGNED + 4}, ["bf16_d128_narrow", "merge_bf16"]),
+        ({"out_head_stride": 129}, ["bf16_d128_narrow", "merge_bf16"]),
+        ({"out_row_stride": 2050}, ["bf16_d128_narrow", "merge_bf16"]),
+        ({"q": ALIGNED + 2}, ["bf16_d128_wide", "merge_bf16"]),
+        ({"q_head_stride": 129}, ["bf16_d128_wide", "merge_bf16"]),
         (
             {"k_layout": cuda_params.RowLayout(1 << 16, 16 * 513, 513, 128, 16)},
-            ["bf16_d128_narrow", "merge_bf16_wide"],
+            ["bf16_d128_narrow", "merge_bf16"],
         ),
     ],
 )

@@ -7,7 +7,9 @@ blocks beyond its content have nothing to do.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import test_diff_encode
@@ -16,17 +18,24 @@ import test_key_deviation
 import test_merge_states
 import test_rope_rotate
 import torch
-from ptx_backend import PtxBackend
+from ptx_backend import CUDA_SOURCES, PtxBackend, ptx_of_source
 
 from tokendance import testing
 from tokendance.device.rounds import RoundTensors
 from tokendance.testing import reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import paths
+
+import ptxrun  # isort: skip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(PtxBackend.missing() is not None, reason=PtxBackend.missing() or ""),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LAST = 2**31 - 1
 for_all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 all_kernels = [
     for_all_dtypes,
@@ -159,10 +168,15 @@ def moves_with_bad_indices(**options):
     moves.position_from[5:7] = torch.tensor([0, limit])
     moves.position_to[5, 0], moves.position_to[6, 1] = limit, 0
     moves.position_to[5, 1], moves.position_to[6, 0] = 1, limit + 1
+    # Shifts that 32 bits take for 1 and -1; of the same rows others stay where they are.
+    moves.position_from[7], moves.position_to[7] = LAST, torch.tensor([-LAST - 1, LAST])
+    moves.position_from[8], moves.position_to[8] = -LAST - 1, torch.tensor([LAST, -LAST - 1])
     skipped = moves.copy()
     skipped.row_in[0] = skipped.row_in[3] = 0
     skipped.row_out[0] = skipped.row_out[3] = -1
     skipped.row_out[4, 1] = skipped.row_out[5, 0] = skipped.row_out[6, 1] = -1
+    skipped.row_out[7:, 0] = -1
+    skipped.position_from[7:] = skipped.position_to[7:] = 0
     return moves, test_rope_rotate.expectation(skipped)
 
 
@@ -176,7 +190,7 @@ def test_rotation_skips_indices_out_of_range(ptx, dtype):
 def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     """Keys of which some are not there or have no angles, and the deviation of the others."""
     arguments = test_key_deviation.random_keys(
-        1, agents=3, tokens=9, dtype=dtype, interleaved=interleaved, lacking=0.0, layout=layout,
+        1, agents=5, tokens=9, dtype=dtype, interleaved=interleaved, lacking=0.0, layout=layout,
         cached_layout=layout,
     )  # fmt: skip
     fresh, fresh_row, fresh_position, cached, cached_row, cached_position, cos = arguments[:7]
@@ -189,15 +203,18 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
     cached_position[1:] = torch.tensor([3, 5, 0, limit, limit - 1, 8, 0, 1])
     fresh_position[0, 3:6] = torch.tensor([limit, 0, 0])
     fresh_position[1, 3:6] = torch.tensor([limit, 0, 0])
-    fresh_position[2, 3:6] = torch.tensor([1, limit, 3])
+    fresh_position[2:, 3:6] = torch.tensor([1, limit, 3])
     known = [item.clone() if isinstance(item, torch.Tensor) else item for item in arguments]
+    # A shift that 32 bits take for -1.
+    cached_position[0], fresh_position[:4, 0], fresh_position[4, 0] = LAST, -LAST - 1, LAST
+    known[1][:4, 0], known[2][:, 0] = -1, known[5][0]
     known[1][1, 3] = -1
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
     known[1][0, 3] = known[1][:2, 4] = known[1][:, 6] = known[1][0, 7] = -1
     beyond = fresh.shape[0] * fresh.shape[1]
-    fresh_row[:, 6] = torch.tensor([-1, beyond, beyond])
+    fresh_row[:, 6] = torch.tensor([-1, beyond, beyond, beyond, beyond])
     fresh_row[0, 7] = beyond
     expected = test_key_deviation.expectation(known)
     return arguments, expected
@@ -463,6 +480,24 @@ def test_sm_90():
     newer.merge_states_out(partial, lse, None, out, merged_lse)
     for got, want in zip((out, merged_lse), reference.merge_states(partial, lse), strict=True):
         testing.assert_close(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("counts", [[5, 3], [0, 3], [70]])
+def test_a_merge_that_begins_early_waits_before_it_reads_partials(counts):
+    """What it reads before is what attention does not write; what it reads then is not kept in the
+    read-only cache. A row without partials waits, too."""
+    merge = ptxrun.Module(ptx_of_source(CUDA_SOURCES / "collective_attention_merge.cu", "90"))
+    newer = PtxBackend("90", modules={"collective_attention": merge}, follow=0)
+    paths.merge_partials(newer, counts)
+    name = newer.launched.launches[0].name.decode()
+    instructions = [merge.instructions(name)[position] for position in newer.stats[0].path]
+    [wait] = [i for i, each in enumerate(instructions) if each.opcode == "griddepcontrol"]
+    loads = [i for i, each in enumerate(instructions) if each.text.startswith("ld.global")]
+    read_only = {i for i in loads if "nc" in instructions[i].modifiers}
+    assert read_only >= {i for i in loads if i < wait}
+    vectors = {i for i in loads if "v4" in instructions[i].modifiers}
+    assert bool(vectors) == (counts[0] > 0)
+    assert not vectors & read_only
 
 
 def test_quantized_rows_on_sm_90():

@@ -28,14 +28,14 @@ def test_without_a_gpu_it_compiles_and_checks_and_says_so(capsys):
     assert cupy_kernels.main(["--kernel", "rope_rotate", "collective_attention"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "rope_rotate: 40 kernels take their structs by value"
-    assert "tokendance_rope_rotate_f16_half_wide (8192, 1, 1) x (256, 1, 1)" in lines[1]
+    assert "tokendance_rope_rotate_f16_half_wide (8192, 1, 1) x (8, 8, 4)" in lines[1]
     assert "tokendance_collective_attention_f16_d128_wide" in lines[3]
     assert lines[-1] == f"Nothing was launched: {NO_CUPY}."
 
 
 def test_a_kernel_that_takes_something_else_is_noticed(monkeypatch):
     monkeypatch.setitem(ptx_backend.OPERATORS, "merge_states", cuda_params.RopeTables)
-    with pytest.raises(ValueError, match="expected parameters of \\[32, 16\\] bytes, got \\["):
+    with pytest.raises(ValueError, match="expected parameters of \\[32, 64\\] bytes, got \\["):
         cupy_kernels.check_signatures("merge_states", "80")
 
 
@@ -43,7 +43,7 @@ def test_a_struct_is_one_element_with_its_bytes():
     """CuPy passes NumPy arrays of one element by value, and no others."""
     struct = cuda_params.Tile(1, 2, 3, 4)
     value = cupy_kernels.by_value(struct)
-    assert (value.size, value.itemsize) == (1, 16)
+    assert (value.size, value.itemsize) == (1, 64)
     assert value.tobytes() == bytes(struct)
 
 

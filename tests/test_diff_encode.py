@@ -212,6 +212,32 @@ def test_rows_at_the_tolerance_are_the_same(backend, dtype):
     assert int(got.round.own_length[0]) == 0
 
 
+def one_element_each(dtype, **options):
+    """Two agents of which each row differs from its Master's in one element: the first eight of
+    either half of a key, of either half of a row of values."""
+    case = testing.random_round(
+        22, agents=2, masters=(40,), whole_uses=True, masks="none", private_length=0,
+        room_for_all=True, dtype=dtype, **options,
+    )  # fmt: skip
+    dense = restored(case)
+    places = [(dense.k, 0, dim) for dim in (*range(8), *range(32, 40))]
+    places += [(dense.v, head, dim) for head in (0, 1) for dim in range(8)]
+    for agent, delta in zip(case.arrays["use_agent"], case.arrays["use_delta"], strict=True):
+        for row, (rows, head, dim) in enumerate(places):
+            slots = dense.slot_mapping[agent, delta + row].view(1)
+            changed = reference.gather_rows(rows[0], slots).float()
+            changed[0, head, dim] = -400.0 if changed[0, head, dim] > 0 else 400.0
+            reference.scatter_rows(rows[0], slots, changed.to(dtype))
+    return forget_mirrors(case), dense
+
+
+@pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half_split", "interleaved"])
+def test_any_element_makes_a_row_differ(backend, dtype, interleaved):
+    got = check(backend, *one_element_each(dtype, interleaved=interleaved), atol=0.5)
+    assert got.round.own_length[:2].tolist() == [32, 32]
+
+
 def zeros_and_nans(dtype, **options):
     """A Master with both zeros, NaN and infinity, the same as dense rows, and those with the sign
     of a zero changed."""

@@ -69,7 +69,7 @@ READ = """========= Uninitialized __global__ memory read of size 4 bytes
         (
             "initcheck_rest",
             0,
-            READ.format(kernel="tokendance_merge_states_f32_wide"),
+            READ.format(kernel="tokendance_merge_states_f32"),
             False,
             "4 passed in 3.2s; 1 reads of what nobody wrote",
         ),

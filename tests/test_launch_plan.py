@@ -44,15 +44,13 @@ def test_nothing_to_do_is_no_launch():
 def test_grid_covers_every_task():
     # 8 tasks of two 16-byte vectors in each of 4 heads: 8 rows fill a block.
     launch = rope_rotate().launches[0]
-    assert (list(launch.grid), list(launch.block)) == ([2, 1, 1], [256, 1, 1])
-    assert launch.tile.rows == 8
+    assert (list(launch.grid), list(launch.block)) == ([2, 1, 1], [8, 4, 8])
     # 40 heads: 320 tasks, more than a block has threads.
     launch = rope_rotate(num_heads=40).launches[0]
-    assert (list(launch.grid), list(launch.block)) == ([10, 2, 1], [256, 1, 1])
+    assert (list(launch.grid), list(launch.block)) == ([10, 2, 1], [8, 20, 1])
     # 5 heads: 40 tasks, 6 rows make 240.
     launch = rope_rotate(num_heads=5).launches[0]
-    assert (list(launch.grid), list(launch.block)) == ([2, 1, 1], [256, 1, 1])
-    assert launch.tile.rows == 6
+    assert (list(launch.grid), list(launch.block)) == ([2, 1, 1], [8, 5, 6])
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,12 @@ def expectation(partial_out, partial_lse, sinks=None):
     return reference.merge_states(partial_out, partial_lse, sinks)
 
 
-def check(backend, partial_out, partial_lse, sinks=None, expected=None):
-    """Compares with the reference; the output is aligned as the partials are."""
+def check(backend, partial_out, partial_lse, sinks=None, expected=None, place=torch.clone):
+    """Compares with the reference; ``place`` puts the output somewhere."""
     expected_out, expected_lse = expected or expectation(partial_out, partial_lse, sinks)
     to = testing.StorageCopies(backend.device)
     out = torch.full(partial_out.shape[1:], torch.nan, dtype=partial_out.dtype)
-    out = to(unaligned(out) if partial_out.storage_offset() else out)
+    out = to(place(out))
     lse = to(torch.full(partial_lse.shape[1:], torch.nan))
     sinks = None if sinks is None else to(sinks)
     backend.merge_states_out(to(partial_out), to(partial_lse), sinks, out, lse)
@@ -66,9 +66,24 @@ def test_merging(backend, dtype, head_dim, with_sinks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["no_sinks", "sinks"])
-def test_tensors_that_are_not_aligned(backend, dtype, with_sinks):
+def test_results_that_are_not_aligned(backend, dtype, with_sinks):
     out, lse = partials(7, 4, 6, 3, 80, dtype, blind=0.3)
-    check(backend, unaligned(out), lse, torch.tensor([0.5, -2.0, 4.0]) if with_sinks else None)
+    sinks = torch.tensor([0.5, -2.0, 4.0]) if with_sinks else None
+    check(backend, out, lse, sinks, place=unaligned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_partials_that_are_not_aligned_are_for_the_cpu(backend, dtype):
+    out, lse = partials(7, 4, 6, 3, 80, dtype, blind=0.3)
+    if backend.name == "cpu":
+        check(backend, unaligned(out), lse)
+        return
+    if backend.name == "ptx":
+        backend.merge_states_out(unaligned(out), lse, None, out[0].clone(), lse[0].clone())
+        assert backend.launched.num_launches == 0
+        return
+    with pytest.raises(RuntimeError, match="partial_out: expected memory at a multiple of 16"):
+        check(backend, unaligned(out), lse)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 33])
@@ -84,14 +99,14 @@ def test_rows_that_nothing_was_seen_for(backend, sinks):
     assert (lse == -torch.inf).all()
 
 
-def check_broken(backend, dtype, broken, others, place=lambda tensor: tensor):
+def check_broken(backend, dtype, broken, others, place=torch.clone):
     """Rows with one such LSE are not rows that nothing was seen for."""
     lse = torch.full((5, 5, 1), others)
     lse[torch.arange(5), torch.arange(5)] = broken
     to = testing.StorageCopies(backend.device)
     out = to(place(torch.zeros(5, 1, 64, dtype=dtype)))
     merged_lse = to(torch.zeros(5, 1))
-    partial_out = to(place(torch.ones(5, 5, 1, 64, dtype=dtype)))
+    partial_out = to(torch.ones(5, 5, 1, 64, dtype=dtype))
     backend.merge_states_out(partial_out, to(lse), None, out, merged_lse)
     assert out.isnan().all()
     assert merged_lse.isnan().all()
@@ -125,8 +140,8 @@ def halfway_partials(dtype):
     return out.nan_to_num(0.0).to(dtype), lse, out.nanmean(dim=0).to(dtype)
 
 
-def check_halfway(backend, partial_out, partial_lse, mean):
-    merged, _ = check(backend, partial_out, partial_lse)
+def check_halfway(backend, partial_out, partial_lse, mean, place=torch.clone):
+    merged, _ = check(backend, partial_out, partial_lse, place=place)
     testing.assert_same_bits(merged, mean)
 
 
@@ -135,10 +150,37 @@ def test_halfway_values_go_to_the_even_neighbour(backend, dtype):
     check_halfway(backend, *halfway_partials(dtype))
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 9])
+def broken_outputs(dtype, broken):
+    """Five partials, of which another is broken in each row: one that saw nothing, then one that
+    did, and one so far below the others that it weighs nothing. With it, whether it counts."""
+    out, lse = partials(9, 5, 15, 2, 64, dtype)
+    rows = torch.arange(15)
+    out[rows % 5, rows] = broken
+    lse[rows[:5] % 5, rows[:5]] = -torch.inf
+    lse[rows[10:] % 5, rows[10:]] = -500.0
+    return out, lse, rows >= 5
+
+
+def check_broken_outputs(backend, partial_out, partial_lse, counts, place=torch.clone):
+    to = testing.StorageCopies(backend.device)
+    out = to(place(torch.zeros(partial_out.shape[1:], dtype=partial_out.dtype)))
+    lse = to(torch.zeros(partial_lse.shape[1:]))
+    backend.merge_states_out(to(partial_out), to(partial_lse), None, out, lse)
+    assert torch.equal(out.cpu().isnan().all(-1).all(-1), counts)
+    assert torch.equal(out.cpu().isnan().any(-1).any(-1), counts)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_broken_output_counts_unless_it_saw_nothing(backend, dtype):
+    check_broken_outputs(backend, *broken_outputs(dtype, torch.nan))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 9, 64, 65, 200])
 def test_any_partial_may_be_the_highest(backend, count):
     """Far above the others: the exponential of anything but the difference would overflow."""
-    check(backend, *partials(8, count, 40, 3, 64, torch.float32, blind=0.2, spread=200.0))
+    rows = 40 if count < 60 else 3
+    check(backend, *partials(8, count, rows, 3, 64, torch.float32, blind=0.2, spread=200.0))
 
 
 @pytest.mark.parametrize("middle", [-500.0, 0.0, 500.0])

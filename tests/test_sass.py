@@ -24,8 +24,8 @@ ptxas info    : Used 32 registers, used 0 barriers, 560 bytes cmem[0]
 SASS = """\
 	.section	.text.one_wide,"ax",@progbits
 .text.one_wide:
-        /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
-        /*0020*/                   LDG.E R4, [R2.64] ;
+        /*0010*/                   LDG.E R4, [R2.64] ;
+        /*0020*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
         /*0030*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64] ;
         /*0040*/                   HMMA.16816.F32 R8, R4, R2, R8 ;
 .text.two:
@@ -41,7 +41,7 @@ def test_reads_ptxas():
 def test_reads_sass():
     counts = {
         name: dict(zip(sass.INSTRUCTIONS, found, strict=True))
-        for name, found in sass.parse_sass(SASS).items()
+        for name, (found, _) in sass.parse_sass(SASS).items()
     }
     assert {k: n for k, n in counts["one_wide"].items() if n} == {
         "HMMA": 1,
@@ -49,6 +49,10 @@ def test_reads_sass():
         "LDG.128": 1,
     }
     assert {k: n for k, n in counts["two"].items() if n} == {"STG.128": 1, "LDL": 1}
+    assert {name: before for name, (_, before) in sass.parse_sass(SASS).items()} == {
+        "one_wide": 1,
+        "two": 0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,13 +74,17 @@ def test_occupancy(arch, threads, registers, shared, blocks):
 
 def test_complaints():
     counts = tuple(1 if name in ("LDG.128", "STG.128") else 0 for name in sass.INSTRUCTIONS)
-    good = sass.Kernel("rope_rotate_wide", "80", 256, 64, 0, 0, 4, 32, counts)
+    good = sass.Kernel("rope_rotate_wide", "80", 256, 64, 0, 0, 4, 32, counts, 9)
     assert sass.complaints(good) == []
     for bad, complaint in [
         (replace(good, spills=4), "uses local memory"),
         (replace(good, shared=100 * 1024), "shared memory"),
         (replace(good, blocks=0), "does not fit"),
         (replace(good, counts=(0,) * len(counts)), "no loads of 16 bytes"),
+        (
+            replace(good, name="merge_states_f32", counts=(0,) * len(counts)),
+            "no loads of 16 bytes",
+        ),
         (replace(good, name="collective_attention_f16_d64_wide"), "tensor cores"),
     ]:
         assert any(complaint in found for found in sass.complaints(bad))
@@ -90,7 +98,7 @@ def test_plans_give_every_kernel_a_block():
         "tokendance_diff_encode_compare_f16_interleaved_wide",
         "tokendance_diff_encode_compact_b32_narrow",
         "tokendance_diff_restore_f32_interleaved_wide",
-        "tokendance_merge_states_f16_narrow",
+        "tokendance_merge_states_f16",
         "tokendance_rope_rotate_e4m3_half_wide",
         "tokendance_rope_rotate_f32_to_e4m3_interleaved_narrow",
         "tokendance_diff_restore_e4m3_to_bf16_half_wide",
@@ -107,14 +115,14 @@ IN_DOCS = {
     "diff_encode, compare": "diff_encode_compare_bf16_half_wide",
     "diff_encode, compact": "diff_encode_compact_b16_wide",
     "diff_restore": "diff_restore_bf16_half_wide",
-    "merge_states": "merge_states_bf16_wide",
+    "merge_states": "merge_states_bf16",
     "collective_attention": "collective_attention_bf16_d128_wide",
     "rope_rotate, bf16 to e4m3": "rope_rotate_bf16_to_e4m3_half_wide",
     "rope_rotate, e4m3": "rope_rotate_e4m3_half_wide",
     "diff_encode, compare, e4m3": "diff_encode_compare_e4m3_half_wide",
     "diff_restore, e4m3": "diff_restore_e4m3_half_wide",
     "collective_attention, e4m3": "collective_attention_bf16_e4m3_d128_wide",
-    "collective_attention, merge": "collective_attention_merge_bf16_wide",
+    "collective_attention, merge": "collective_attention_merge_bf16",
 }
 
 

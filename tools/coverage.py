@@ -47,14 +47,9 @@ UNREACHABLE = (
         source=r"int32_t (row = thread / kWarp|index = lane|vector = thread % columns|item = 2)",
     ),
     Unreachable(
-        "the first agent of two: the loop has asked for it (asking once costs more registers)",
-        text=r"setp\.ge\.s32 .*always goes on",
-        source=r"if \(!has_token\[i\]\) continue",
-    ),
-    Unreachable(
-        "the first of a batch of partials: the loop has asked for it",
-        text=r"setp\.ge\.s32 .*always goes on",
-        source=r"i \+ j < end \? expf",
+        "rows that go to their own places have one destination",
+        text=r"setp\.eq\.s64 %\w+, %\w+, 0;.*always goes on",
+        source=r"p\.row_out \? __ldg",
     ),
     Unreachable(
         "a search among no agents: without agents nothing is launched",

@@ -118,24 +118,6 @@ EQUIVALENT = (
         change=r"add\.s32 .*, -1 -> .*, 0$",
         source=r"int32_t low = 0, high = count - 1;",
     ),
-    Equivalent(
-        "of two equal numbers the other one is taken",
-        kernel="merge",
-        change=r"setp\.gt\.s32 .* -> setp\.ge",
-        source=r"min\((first|k|i) \+ j, (partials|end) - 1\)",
-    ),
-    Equivalent(
-        "looks for the highest among some partials again",
-        kernel="merge",
-        change=r"add\.s32 .*, (4 -> .*, 3|1 -> .*, 0)$|setp\.lt\.s32 .* -> setp\.le",
-        source=r"for \(int32_t (k = 0; k < partials; k|i = begin; i < end; i) \+= kBatch\)",
-    ),
-    Equivalent(
-        "one more round, of partials beyond the last, which weigh nothing",
-        kernel="merge",
-        change=r"add\.s32 .*, 1 -> .*, 0$|setp\.lt\.s32 .* -> setp\.le",
-        source=r"for \(int32_t first = \w+; first < (partials|end); first \+= kBatch\)",
-    ),
     # What only saves work
     Equivalent(
         "saves work for rows that nobody needs, for agents without any and for shifts of nothing",
@@ -375,13 +357,6 @@ EQUIVALENT = (
         " base and is taken off again",
         change=r"and\.b32 .*, 2139095040 -> .*, 2139095041$",
         source=r"uint32_t power = .* & 0x7f800000;",
-    ),
-    Equivalent(
-        "threads left over would move a row of the next block as well, and rows that change their"
-        " type are not moved in place",
-        kernel="rope_rotate_.*_to_",
-        change=r"setp\.ge\.s32 .* -> setp\.gt",
-        source=r"row_of_block >= tile\.rows",
     ),
     Equivalent(
         "there is a layer at least",

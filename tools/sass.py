@@ -10,7 +10,8 @@
 Whatever the compiler's version, a kernel must not spill or use local memory, must fit on every
 architecture, and a wide one must access memory 16 bytes at a time (but for e4m3 that is moved).
 Registers and instruction counts are compared with the table only where nvcc is of the version that
-made it. nvdisasm comes from PyPI (nvidia-cuda-nvdisasm) or from a CUDA installation.
+made it. Below stands what a thread executes (tools/paths.py), which has a table of its own.
+nvdisasm comes from PyPI (nvidia-cuda-nvdisasm) or from a CUDA installation.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import ptx_backend  # noqa: E402
 from ptxrun.nvcc import find_nvcc  # noqa: E402
+
+from tools import paths  # noqa: E402
 
 TABLE = Path(__file__).with_name("sass_table.txt")
 RELEASE_ARCHS = ("80", "86", "89", "90", "100", "120")
@@ -68,6 +71,10 @@ INSTRUCTIONS = {
     "LDL": r"LDL\b",
     "STL": r"STL\b",
 }
+# The first of these is how a wide kernel begins to read rows; the column "before" counts the
+# instructions that the listing has before it, or is 0 where there is none.
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*)", re.M)
+_FIRST_COPY = re.compile(r"LDGSTS\b|LDG\.\S*\b128\b|LDG\.E\.64 ")
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,18 @@ class Kernel:
     blocks: int
     warps: int
     counts: tuple[int, ...]
+    before: int
 
     def line(self) -> str:
         limits = MULTIPROCESSORS[self.arch]
         numbers = (self.threads, self.registers, self.spills, self.shared, self.blocks)
         text = f"{self.name:48} {self.arch:>4}" + "".join(f" {n:7}" for n in numbers)
         text += f" {f'{self.warps}/{limits.warps}':>7}"
-        return text + "".join(f" {n:7}" for n in self.counts)
+        return text + "".join(f" {n:7}" for n in (*self.counts, self.before))
 
 
 def header() -> str:
-    columns = ("threads", "regs", "spills", "shared", "blocks", "warps", *INSTRUCTIONS)
+    columns = ("threads", "regs", "spills", "shared", "blocks", "warps", *INSTRUCTIONS, "before")
     return f"{'kernel':48} {'arch':>4}" + "".join(f" {column:>7}" for column in columns)
 
 
@@ -290,13 +298,17 @@ def parse_resources(messages: str) -> dict[str, tuple[int, int, int]]:
     return resources
 
 
-def parse_sass(listing: str) -> dict[str, tuple[int, ...]]:
-    """Counts of ``INSTRUCTIONS`` per kernel, from ``nvdisasm -c``."""
-    counts = {}
+def parse_sass(listing: str) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Counts of ``INSTRUCTIONS`` per kernel, and the instructions before the first copy, from
+    ``nvdisasm -c``."""
+    found = {}
     for section in listing.split("\n.text.")[1:]:
         name, code = section.split(":", 1)
-        counts[name] = tuple(len(re.findall(p, code)) for p in INSTRUCTIONS.values())
-    return counts
+        counts = tuple(len(re.findall(p, code)) for p in INSTRUCTIONS.values())
+        instructions = _INSTRUCTION.findall(code)
+        copies = (i for i, text in enumerate(instructions) if _FIRST_COPY.search(text))
+        found[name] = counts, next(copies, 0)
+    return found
 
 
 def compile_kernels(source: Path, arch: str, wanted: dict[str, Demand]) -> list[Kernel]:
@@ -310,7 +322,7 @@ def compile_kernels(source: Path, arch: str, wanted: dict[str, Demand]) -> list[
             raise RuntimeError(f"{' '.join(command)}\n{compiled.stdout}{compiled.stderr}")
         command = [find_nvdisasm(), "-c", str(cubin)]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    counts = parse_sass(listing)
+    listed = parse_sass(listing)
     kernels = []
     for name, (registers, spills, static) in parse_resources(compiled.stderr).items():
         if name not in wanted:
@@ -328,7 +340,7 @@ def compile_kernels(source: Path, arch: str, wanted: dict[str, Demand]) -> list[
                 shared,
                 blocks,
                 warps,
-                counts[name],
+                *listed[name],
             )
         )
     return kernels
@@ -349,11 +361,12 @@ def complaints(kernel: Kernel) -> list[str]:
     reads_wide = (
         counts["LDG.128"] or counts["LDGSTS"] or (moves_less and "_to_e4m3" not in kernel.name)
     )
-    if kernel.name.endswith("_wide") and not reads_wide:
+    is_wide = kernel.name.endswith("_wide")
+    if (is_wide or "merge" in kernel.name) and not reads_wide:
         found.append("has no loads of 16 bytes")
     writes_rows = not kernel.name.startswith(("key_deviation", "diff_encode_compare"))
     writes_wide = counts["STG.128"] or (moves_less and "e4m3_to_" not in kernel.name)
-    if kernel.name.endswith("_wide") and writes_rows and not writes_wide:
+    if is_wide and writes_rows and not writes_wide:
         found.append("has no stores of 16 bytes")
     is_attention = kernel.name.startswith(("collective_attention_f16", "collective_attention_bf16"))
     if is_attention and not (counts["HMMA"] and counts["LDSM"]):
@@ -374,8 +387,8 @@ def kernels_of(archs: list[str], jobs: int) -> list[Kernel]:
 
 
 def differences(table: str, lines: list[str]) -> list[str]:
-    """Lines of the table that are not the compiler's, or of another compiler: none."""
-    version, _, *expected = table.splitlines()
+    """Lines of a table that are not the compiler's, or of another compiler: none."""
+    version, *expected = table.splitlines()
     if version != f"nvcc {nvcc_version()}":
         return []
     return [f"- {line}" for line in expected if line not in lines] + [
@@ -399,9 +412,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(header(), *lines, sep="\n")
     wrong = [complaint for kernel in kernels for complaint in complaints(kernel)]
     if options.check:
-        wrong += differences(TABLE.read_text(), lines)
+        wrong += differences(TABLE.read_text(), [header(), *lines])
     if options.write:
         TABLE.write_text("\n".join([f"nvcc {nvcc_version()}", header(), *lines]) + "\n")
+    executed = paths.lines()  # which looks blocks up in the table that has just been written
+    print("", *executed, sep="\n")
+    if options.check:
+        wrong += differences(paths.TABLE.read_text(), executed)
+    if options.write:
+        paths.write(executed, nvcc_version())
     print(*wrong, sep="\n")
     return 1 if wrong else 0
 

@@ -85,16 +85,14 @@ class AttentionResults {
     for (const int32_t* partial = begin; partial < end; ++partial) {
       max = std::max(max, *partial_lse(*partial, head));
     }
-    float& lse = params_.lse[row * params_.num_q_heads + head];
-    if (max == -kInfinity) {
-      lse = -kInfinity;
-      return write_empty(row, head);
-    }
+    // As in merge_states: what saw nothing is left out, and a NaN is nobody's maximum, but a
+    // weight.
+    const float base = max == -kInfinity ? 0.0f : max;
     alignas(kCacheLine) float sums[kMaxHeadDim] = {};
     float sum = 0.0f;
     for (const int32_t* partial = begin; partial < end; ++partial) {
-      const float weight = expf(*partial_lse(*partial, head) - max);
-      if (weight == 0.0f) continue;
+      if (*partial_lse(*partial, head) == -kInfinity) continue;
+      const float weight = expf(*partial_lse(*partial, head) - base);
       sum += weight;
       const float* part = partial_out(*partial, head);
       const F32 factor = broadcast(weight);
@@ -102,13 +100,9 @@ class AttentionResults {
         store(sums + i, narrow<float>(fma_add(load(part + i), factor, load(sums + i))));
       }
     }
-    lse = max + logf(sum);
-    write_row(row, head, sums, sink_factor(head, lse) / sum);
-  }
-
-  void write_empty(int64_t row, int head) const {
-    alignas(kCacheLine) const float zeros[kMaxHeadDim] = {};
-    write_row(row, head, zeros, 1.0f);
+    float& lse = params_.lse[row * params_.num_q_heads + head];
+    lse = base + logf(sum);  // log(0) = -inf
+    write_row(row, head, sums, sum == 0.0f ? 0.0f : sink_factor(head, lse) / sum);
   }
 
   const CollectiveAttentionParams& params_;

@@ -1,7 +1,10 @@
 // Defines the kernels of one head dim: ten to a source, so that compilers can share the work.
+//
+// What merges may begin as soon as every block of this launch has: it waits for them itself.
 #pragma once
 
 #include "cuda/collective_attention.cuh"
+#include "cuda/ptx.cuh"
 
 #define TOKENDANCE_DEFINE_ATTENTION(variant, T, Pool, head_dim, wide)        \
   extern "C" __global__ void __launch_bounds__(                              \
@@ -10,6 +13,7 @@
       tokendance_collective_attention_##variant(                             \
           const __grid_constant__ tokendance::CollectiveAttentionParams p,   \
           const __grid_constant__ tokendance::Tile) {                        \
+    tokendance::cuda::let_next_launch_begin();                               \
     tokendance::cuda::collective_attention<T, Pool, head_dim, wide>(p);      \
   }
 #define TOKENDANCE_DEFINE_ATTENTION_OF_ONE_TYPE(variant, T, head_dim, wide) \

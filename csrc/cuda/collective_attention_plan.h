@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch_plan.h"
+#include "cuda/merge_plan.h"
 #include "tokendance/params.h"
 #include "tokendance/rope.h"
 
@@ -35,14 +36,11 @@
   TOKENDANCE_ATTENTION_KERNELS_OF(X, 128) \
   TOKENDANCE_ATTENTION_KERNELS_OF(X, 256)
 
-// The kernels that merge; calls X(variant, element type, elements of a vector).
+// The kernels that merge; calls X(variant, element type) in the order of DType.
 #define TOKENDANCE_ATTENTION_MERGE_KERNELS(X) \
-  X(f32_wide, float, 4)                       \
-  X(f32_narrow, float, 1)                     \
-  X(f16_wide, __half, 8)                      \
-  X(f16_narrow, __half, 1)                    \
-  X(bf16_wide, __nv_bfloat16, 8)              \
-  X(bf16_narrow, __nv_bfloat16, 1)
+  X(f32, float)                               \
+  X(f16, __half)                              \
+  X(bf16, __nv_bfloat16)
 
 namespace tokendance {
 
@@ -59,7 +57,6 @@ constexpr int kFirstE4m3AttentionKernel = 5 * 6;
 constexpr int kNumAttentionKernels = 5 * (6 + 4);
 constexpr int kAttentionWarpRows = 16;  // query rows of a warp: the M of an mma
 constexpr int kAttentionStages = 3;     // tiles of keys or values: one in use, two on their way
-constexpr int kAttentionMergeThreads = 256;
 
 inline int attention_kernel(DType dtype, DType pool_dtype, int32_t head_dim, bool wide) {
   int dim = 0;
@@ -122,12 +119,12 @@ inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) 
                shape.threads, shape.shared_bytes, {});
   }
   if (e.partials > 0) {
-    const int kernel = kNumAttentionKernels + static_cast<int>(p.dtype) * 2 + !out_aligned;
-    const int64_t vectors = p.num_q_heads * (p.head_dim / (out_aligned ? vector : 1));
-    const int64_t threads =
-        vectors < kAttentionMergeThreads ? round_up(vectors, kWarpSize) : kAttentionMergeThreads;
+    const int kernel = kNumAttentionKernels + static_cast<int>(p.dtype);
+    const MergeShape shape =
+        merge_shape(e.rows * p.num_q_heads, e.partials, p.head_dim, sizeof(float));
     add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.rows,
-               ceil_div(vectors, threads), 1, threads, 0, {});
+               ceil_div(p.num_q_heads, shape.heads), 1, shape.threads(), 0, {});
+    plan.launches[plan.num_launches - 1].waits = e.work > 0;  // for the launch above alone
   }
   return plan;
 }

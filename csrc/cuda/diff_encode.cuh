@@ -9,16 +9,14 @@
 // Bytes of N agents with S shared tokens, in rows of 4 * L * Hk * D bytes at 16 bits, where every
 // row is the Master's: S * (tiles + N) read by the comparison; a row that differs is read up to the
 // layer that shows it, and read and written once by the compaction. FLOPs: 3 per element of a key
-// and agent: below 0.75 FLOP/byte, against 9.6 (A100: 19.5 TFLOPS fp32, 2039 GB/s) and 20 (H100: 67
-// TFLOPS, 3350 GB/s; datasheets): bound by memory.
+// and agent: below 0.75 FLOP/byte, against 9.6 (A100: 19.5 TFLOPS fp32, 2039 GB/s) and 14 (H200: 67
+// TFLOPS, 4800 GB/s; datasheets): bound by memory.
 //
 // A tile has up to 16 agents, fewer where there would be less than four blocks for each of 132
 // multiprocessors: then a Master page is read again out of L2. With 16 the Master's rows are a
-// seventeenth of what is read. Registers of the comparison: 106 at most on sm_80 and 110 on sm_90,
-// no spills: two blocks of 256 threads, 16 of 64 warps, each with 2 KB of an agent's K and V under
-// way, 32 KB in all. With a latency of 700 ns (assumed) H100's share of 25 bytes/ns needs 18 KB.
-// Shared memory for 10 agents, pages of 16 rows and 128 rotary dims: 8 KB. The compaction: 56
-// registers, 8 KB: four blocks, with up to four accesses of 16 bytes under way per thread.
+// seventeenth of what is read. In the comparison a thread has 64 bytes of each of two agents' K and
+// V under way, 64 KB in two blocks of 256 threads. With a latency of 700 ns (assumed) an H200's
+// share of 36 bytes/ns needs 25 KB. In the compaction a thread has up to four accesses of 16 bytes.
 //
 // e4m3 rows are compared 8 bytes at a time and copied 16: a thread has as many elements as of
 // 16-bit types, and so as many registers or fewer.
@@ -72,9 +70,20 @@ __device__ __forceinline__ int64_t encode_source(const DiffEncodeParams& p, int3
   return exists ? slot : kDiffers;
 }
 
+// Rows of agents that are under way. Each has registers of its own: to hand a row from one to the
+// next would be to wait for it.
+constexpr int kRowsAhead = 2;
+
+// A lane's share of an agent's row in a layer. Agent -1: none.
+template <typename T, int V>
+struct AgentRow {
+  int32_t agent;
+  Vector<T, V> k_x, k_y, v_x, v_y;
+};
+
 // A block has one Master page and a tile of agents; a warp has rows of the page, holds a share of
-// the Master row in registers and compares it with each agent's row. An agent whose row differs is
-// left out of the layers that follow.
+// the Master row in registers and compares it with each agent's row, while the next ones are under
+// way. An agent whose row differs is left out of the layers that follow.
 template <typename T, int V, bool kInterleaved>
 __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, const Tile& tile) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -134,9 +143,9 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
   const int64_t end_of_page = (page + 1) * block_size;
   const bool page_exists = page >= 0 && end_of_page <= p.pool_k_layout.num_rows &&
                            end_of_page <= p.pool_v_layout.num_rows;
-  const int32_t tasks_of_head = move_tasks_of_head(p.head_dim, V);
+  const auto tasks_of_head = static_cast<int32_t>(tile.head.value);
   const int32_t tasks = p.num_heads * tasks_of_head;
-  const int32_t vectors = p.head_dim / V;
+  const int32_t vectors = 2 * tasks_of_head;
 #pragma unroll 1
   for (int32_t row = thread / kWarpSize; row < block_size; row += kEncodeThreads / kWarpSize) {
     // Agents whose row is the Master's so far; none where there is no Master.
@@ -149,12 +158,15 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
 #pragma unroll 1
       for (int32_t index = lane; index < tasks; index += kWarpSize) {
         // Keys: both vectors of pairs. Values: the vectors of the row in two halves.
-        const auto task =
-            MoveTask<V, kInterleaved>::make(index % tasks_of_head, p.head_dim, p.rope.rotary_dim);
-        const int32_t head = index / tasks_of_head;
         const int32_t second = index + tasks;
-        const int32_t first_head = index / vectors, first_dim = index % vectors * V;
-        const int32_t second_head = second / vectors, second_dim = second % vectors * V;
+        const auto head = static_cast<int32_t>(quotient(static_cast<uint32_t>(index), tile.head));
+        const auto task = MoveTask<V, kInterleaved>::make(index - head * tasks_of_head, p.head_dim,
+                                                          p.rope.rotary_dim);
+        const int32_t first_head = head / 2;  // a head has twice as many vectors as tasks
+        const int32_t first_dim = (index - first_head * vectors) * V;
+        const int32_t second_head =
+            static_cast<int32_t>(quotient(static_cast<uint32_t>(second), tile.head)) / 2;
+        const int32_t second_dim = (second - second_head * vectors) * V;
 
         const T* const k_pool =
             static_cast<const T*>(p.pool.k[layer]) + k_row + head * p.pool_k_layout.head_stride;
@@ -165,40 +177,52 @@ __device__ __forceinline__ void diff_encode_compare(const DiffEncodeParams& p, c
         const auto value_x = load_vector<T, V>(v_pool + first_head * v_stride + first_dim);
         const auto value_y = load_vector<T, V>(v_pool + second_head * v_stride + second_dim);
 
-#pragma unroll 1
-        for (uint32_t rest = live; rest != 0; rest &= rest - 1) {
-          const int32_t agent = __ffs(static_cast<int>(rest)) - 1;
-          const T* const k = static_cast<const T*>(p.in.k[layer]) + k_in[agent * block_size + row] +
-                             head * p.in_k_layout.head_stride;
-          const T* const v = static_cast<const T*>(p.in.v[layer]) + v_in[agent * block_size + row];
+        uint32_t rest = live;  // whose rows have not been asked for
+        auto load_next = [&]() {
+          AgentRow<T, V> next;
+          next.agent = __ffs(static_cast<int>(rest)) - 1;
+          if (rest == 0) return next;
+          rest &= rest - 1;
+          const T* const k = static_cast<const T*>(p.in.k[layer]) +
+                             k_in[next.agent * block_size + row] + head * p.in_k_layout.head_stride;
+          const T* const v =
+              static_cast<const T*>(p.in.v[layer]) + v_in[next.agent * block_size + row];
           const int64_t stride = p.in_v_layout.head_stride;
-          const Vector<T, V> k_x = load_vector<T, V>(k + task.first);
-          const Vector<T, V> k_y = load_vector<T, V>(k + task.second);
-          const Vector<T, V> v_x = load_vector<T, V>(v + first_head * stride + first_dim);
-          const Vector<T, V> v_y = load_vector<T, V>(v + second_head * stride + second_dim);
-
-          Vector<T, V> x = key_x, y = key_y;
-          if (task.rotates && shifts[agent] != 0) {
-            const float* const stored = angles + agent * angle_stride;
-            task.move(SharedAngles<V, kInterleaved>::load(stored, p.rope.rotary_dim, task), &x, &y);
-          }
-          if constexpr (kIsQuantized<T>) {
-            auto atol = [&](const float* scales, int32_t of_head) {
-              return atol_of(p, scales, layer, of_head);
-            };
-            if (differs(k_x, x, atol(p.k_scale, head), p.rtol) ||
-                differs(k_y, y, atol(p.k_scale, head), p.rtol) ||
-                differs(v_x, value_x, atol(p.v_scale, first_head), p.rtol) ||
-                differs(v_y, value_y, atol(p.v_scale, second_head), p.rtol)) {
-              found |= 1u << agent;
+          next.k_x = load_vector<T, V>(k + task.first);
+          next.k_y = load_vector<T, V>(k + task.second);
+          next.v_x = load_vector<T, V>(v + first_head * stride + first_dim);
+          next.v_y = load_vector<T, V>(v + second_head * stride + second_dim);
+          return next;
+        };
+        AgentRow<T, V> ahead[kRowsAhead];
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) ahead[i] = load_next();
+#pragma unroll 1
+        do {  // there is an agent
+#pragma unroll
+          for (int i = 0; i < kRowsAhead; ++i) {
+            const AgentRow<T, V>& in = ahead[i];
+            if (i > 0 && in.agent < 0) break;
+            Vector<T, V> x = key_x, y = key_y;
+            if (task.rotates && shifts[in.agent] != 0) {
+              const float* const stored = angles + in.agent * angle_stride;
+              task.move(SharedAngles<V, kInterleaved>::load(stored, p.rope.rotary_dim, task), &x,
+                        &y);
             }
-          } else {
-            if (differs(k_x, x, p.atol, p.rtol) || differs(k_y, y, p.atol, p.rtol) ||
-                differs(v_x, value_x, p.atol, p.rtol) || differs(v_y, value_y, p.atol, p.rtol)) {
-              found |= 1u << agent;
+            float k_atol = p.atol, first_atol = p.atol, second_atol = p.atol;
+            if constexpr (kIsQuantized<T>) {
+              k_atol = atol_of(p, p.k_scale, layer, head);
+              first_atol = atol_of(p, p.v_scale, layer, first_head);
+              second_atol = atol_of(p, p.v_scale, layer, second_head);
             }
+            if (differs(in.k_x, x, k_atol, p.rtol) || differs(in.k_y, y, k_atol, p.rtol) ||
+                differs(in.v_x, value_x, first_atol, p.rtol) ||
+                differs(in.v_y, value_y, second_atol, p.rtol)) {
+              found |= 1u << in.agent;
+            }
+            ahead[i] = load_next();
           }
-        }
+        } while (ahead[0].agent >= 0);
       }
       live &= ~__reduce_or_sync(0xffffffffu, found);
     }

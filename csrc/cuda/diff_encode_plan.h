@@ -28,10 +28,19 @@ constexpr int64_t kEncodeLayers = 8;   // that a block of the compaction copies,
 
 constexpr int kNumCompareKernels = kNumMovingKernels + 4;
 
-inline int compact_kernel(DType dtype, bool wide) {
+constexpr int compact_kernel(DType dtype, bool wide) {
   const int64_t bytes = element_bytes(dtype);
   return kNumCompareKernels + (bytes == 4 ? 0 : bytes == 2 ? 2 : 4) + !wide;
 }
+
+static_assert(are_in_order(kDiffEncodeKernels, "tokendance_diff_encode_compare_", false, false));
+static_assert(
+    is_named(kDiffEncodeKernels[moving_kernel(DType::kFloat8, DType::kFloat8, true, false)],
+             "tokendance_diff_encode_compare_", "e4m3_interleaved_narrow"));
+static_assert(is_named(kDiffEncodeKernels[compact_kernel(DType::kFloat32, true)],
+                       "tokendance_diff_encode_compact_", "b32_wide"));
+static_assert(is_named(kDiffEncodeKernels[compact_kernel(DType::kFloat8, false)],
+                       "tokendance_diff_encode_compact_", "b8_narrow"));
 
 // Whether the rows can be accessed by vectors of so many elements.
 inline bool rows_are_aligned(const DiffEncodeParams& p, int64_t elements) {
@@ -54,6 +63,8 @@ inline LaunchPlan plan_diff_encode(const DiffEncodeParams& p) {
     if (agent_tiles < wanted) agent_tiles = wanted < e.agents ? wanted : e.agents;
     Tile tile = {};
     tile.agents = static_cast<int32_t>(ceil_div(e.agents, agent_tiles));
+    tile.head =
+        make_divisor(move_tasks_of_head(p.head_dim, vector_elements(p.dtype, p.dtype, wide)));
     agent_tiles = ceil_div(e.agents, tile.agents);
     const int64_t shared =
         tile.agents * (2 * e.block_size * int64_t{sizeof(int64_t)} + 2 * int64_t{sizeof(int32_t)} +

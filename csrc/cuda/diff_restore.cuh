@@ -14,20 +14,15 @@
 // Bytes of N agents with S shared and P private tokens, in rows of 4 * L * Hk * D bytes at 16 bits:
 // S * ceil(N / 16) + N * P read, N * (S + P) written; beside them 8 bytes of slot mapping per row
 // and block of layers. FLOPs: 3 per element of K that moves: below 0.75 FLOP/byte, against 9.6
-// (A100: 19.5 TFLOPS fp32, 2039 GB/s) and 20 (H100: 67 TFLOPS, 3350 GB/s; datasheets): bound by
+// (A100: 19.5 TFLOPS fp32, 2039 GB/s) and 14 (H200: 67 TFLOPS, 4800 GB/s; datasheets): bound by
 // memory, and with many agents by its writes.
-//
-// Registers: at most 80 on sm_80 and sm_90, no spills: three blocks of 256 threads, 24 of 64 warps.
-// Shared memory for pages of 16 rows of 4 heads of 128 at 16 bits and 10 agents: two stages of
-// 16 KB, targets and angles 7.6 KB: three blocks take 121 of A100's 164 KB, and have 48 KB of loads
-// under way. A head of a page may be more than a stage is to hold (fp32, D = 256, pages of 32
-// rows): 79 KB then, and two blocks.
 //
 // Why 16 agents: reading a Master page is then a seventeenth of the bytes that it costs, and more
 // agents would take the angles' shared memory from the stages. Why two stages of 16 KB: a block has
 // one under way while it writes the other to all of its agents, and three blocks' 48 KB are more
-// than the 18 KB that H100's share of 25 bytes/ns holds under way for a latency of 700 ns
-// (assumed).
+// than the 25 KB that an H200's share of 36 bytes/ns, half of it writes, holds under way for a
+// latency of 700 ns (assumed). A head of a page may be more than a stage is to hold (fp32, D = 256,
+// pages of 32 rows): then fewer blocks fit.
 //
 // Of e4m3 a thread has 8 elements at a time, 4 where they become fp32: cp.async of 8 or 4 bytes, by
 // way of L1. Values of e4m3 are copied, and keys that do not move; those that do are bound by their

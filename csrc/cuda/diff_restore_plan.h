@@ -10,6 +10,7 @@ constexpr const char* kDiffRestoreKernels[] = {
     TOKENDANCE_MOVING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)
         TOKENDANCE_QUANTIZED_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)
             TOKENDANCE_DEQUANTIZING_KERNELS(TOKENDANCE_KERNEL_NAME, diff_restore)};
+static_assert(are_in_order(kDiffRestoreKernels, "tokendance_diff_restore_", true, false));
 constexpr int kRestoreThreads = 256;
 constexpr int kRestoreStages = 2;
 constexpr int64_t kRestoreStageBytes = 16 * 1024;  // wanted; one head may need more

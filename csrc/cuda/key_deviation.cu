@@ -5,11 +5,19 @@
 
 namespace tokendance {
 
+// Blocks of a multiprocessor that registers are to suffice for. From sm_100 on, whose products are
+// of pairs of registers, two blocks would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kDeviationBlocks = 1;
+#else
+constexpr int kDeviationBlocks = 2;
+#endif
+
 #define TOKENDANCE_DEFINE(op, variant, T, V, interleaved)                              \
-  extern "C" __global__ void __launch_bounds__(kDeviationThreads, 2)                   \
+  extern "C" __global__ void __launch_bounds__(kDeviationThreads, kDeviationBlocks)    \
       tokendance_key_deviation_##variant(const __grid_constant__ KeyDeviationParams p, \
-                                         const __grid_constant__ Tile) {               \
-    cuda::key_deviation<T, V, interleaved>(p);                                         \
+                                         const __grid_constant__ Tile tile) {          \
+    cuda::key_deviation<T, V, interleaved>(p, tile);                                   \
   }
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE, key_deviation)
 

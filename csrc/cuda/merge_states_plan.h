@@ -1,35 +1,36 @@
 // How merge_states is launched.
 #pragma once
 
-#include "cuda/launch_plan.h"
+#include "cuda/merge_plan.h"
 
-// One kernel per dtype and width of accesses; calls X(variant, element type, elements of a vector)
-// in the order in which the plan counts them.
+// One kernel per dtype; calls X(variant, element type) in the order of DType.
 #define TOKENDANCE_MERGE_STATES_KERNELS(X) \
-  X(f32_wide, float, 4)                    \
-  X(f32_narrow, float, 1)                  \
-  X(f16_wide, __half, 8)                   \
-  X(f16_narrow, __half, 1)                 \
-  X(bf16_wide, __nv_bfloat16, 8)           \
-  X(bf16_narrow, __nv_bfloat16, 1)
+  X(f32, float)                            \
+  X(f16, __half)                           \
+  X(bf16, __nv_bfloat16)
 
 namespace tokendance {
 
-#define TOKENDANCE_MERGE_STATES_NAME(variant, T, V) "tokendance_merge_states_" #variant,
+#define TOKENDANCE_MERGE_STATES_NAME(variant, T) "tokendance_merge_states_" #variant,
 constexpr const char* kMergeStatesKernels[] = {
     TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_MERGE_STATES_NAME)};
-constexpr int kMergeStatesThreads = 256;
+
+static_assert(is_named(kMergeStatesKernels[static_cast<int>(DType::kBFloat16)],
+                       "tokendance_merge_states_", "bf16"));
+
+// Whether there is such a kernel: partials are read 16 bytes at a time.
+inline bool can_merge_states(const MergeStatesParams& p) {
+  return !is_quantized(p.dtype) && is_aligned(p.partial_out);
+}
 
 inline LaunchPlan plan_merge_states(const MergeStatesParams& p) {
   LaunchPlan plan = {};
-  if (p.num_rows == 0 || p.num_heads == 0) return plan;
-  const bool wide = is_aligned(p.partial_out) && is_aligned(p.out);
-  const int64_t vector = wide ? kVectorBytes / element_bytes(p.dtype) : 1;
-  const int kernel = static_cast<int>(p.dtype) * 2 + !wide;
-  Tile tile = {};
-  tile.heads = static_cast<int32_t>(kMergeStatesThreads / (p.head_dim / vector));  // of all rows
-  add_launch(&plan, kMergeStatesKernels[kernel], kernel,
-             ceil_div(p.num_rows * p.num_heads, tile.heads), 1, 1, kMergeStatesThreads, 0, tile);
+  const int64_t heads = p.num_rows * p.num_heads;
+  if (heads == 0 || !can_merge_states(p)) return plan;
+  const MergeShape shape = merge_shape(heads, p.num_partials, p.head_dim, element_bytes(p.dtype));
+  const int kernel = static_cast<int>(p.dtype);
+  add_launch(&plan, kMergeStatesKernels[kernel], kernel, ceil_div(heads, shape.heads), 1, 1,
+             shape.threads(), 0, {});
   return plan;
 }
 

@@ -9,10 +9,32 @@
 
 namespace tokendance::cuda {
 
+// The shift between two positions; false where the tables have no row for it, and something
+// rotates. In 32 bits: to widen a position that has just been asked for would be to wait for it.
+__device__ __forceinline__ bool make_shift(const RopeTables& rope, int32_t to, int32_t from,
+                                           int32_t* shift) {
+  *shift = static_cast<int32_t>(static_cast<uint32_t>(to) - static_cast<uint32_t>(from));
+  const bool overflows = ((to ^ from) & (to ^ *shift)) < 0;
+  return rope.rotary_dim == 0 || (!overflows && in_tables(rope, *shift));
+}
+
 template <int N>
 struct Angles {
   float cos[N];
   float sin[N];
+
+  // Of a row of the tables: those of a shift of that magnitude. Apart from the load, which nothing
+  // then has to wait for.
+  __device__ __forceinline__ Angles of_shift(int32_t shift) const {
+    Angles angles;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Angle angle = angle_of_shift(cos[i], sin[i], shift);
+      angles.cos[i] = angle.cos;
+      angles.sin[i] = angle.sin;
+    }
+    return angles;
+  }
 };
 
 // Which dims of a head a thread holds: vectors of V elements at `first` and at `second`. Half-split
@@ -49,9 +71,8 @@ struct MoveTask {
   __device__ __forceinline__ int32_t first_pair() const { return kInterleaved ? first / 2 : first; }
   __device__ __forceinline__ int32_t second_pair() const { return second / 2; }
 
-  // The angles of a shift whose magnitude is row `row` of the tables. Only if it rotates.
-  __device__ __forceinline__ Angles<V> load_angles(const RopeTables& rope, int64_t row,
-                                                   bool negative) const {
+  // Row `row` of the tables. Only if it rotates.
+  __device__ __forceinline__ Angles<V> load_angles(const RopeTables& rope, int64_t row) const {
     Angles<V> angles;
     const float* const cos = rope.cos + row * (rope.rotary_dim / 2);
     const float* const sin = rope.sin + row * (rope.rotary_dim / 2);
@@ -63,10 +84,6 @@ struct MoveTask {
     } else {
       load_floats<V>(cos + first_pair(), angles.cos);
       load_floats<V>(sin + first_pair(), angles.sin);
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      angles.sin[i] = angle_of_shift(angles.cos[i], angles.sin[i], negative ? -1 : 1).sin;
     }
     return angles;
   }

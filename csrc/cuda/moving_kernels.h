@@ -57,11 +57,35 @@ constexpr int kNumMovingKernels = 12;
 
 // Of rows of one dtype that become rows of another, or of the same: which kernel of an operator
 // that has all of them, in the order above.
-inline int moving_kernel(DType from, DType to, bool interleaved, bool wide) {
+constexpr int moving_kernel(DType from, DType to, bool interleaved, bool wide) {
   int types = static_cast<int>(from);
   if (from == DType::kFloat8) types = to == DType::kFloat8 ? 3 : 4 + static_cast<int>(to);
   if (from != DType::kFloat8 && to == DType::kFloat8) types = 7 + static_cast<int>(from);
   return types * 4 + interleaved * 2 + !wide;
+}
+
+// Whether the first kernels of a list, or all, are in the order of moving_kernel(): those of rows
+// that stay what they are, then those that become another dtype, if there are any.
+constexpr bool are_in_order(const char* const* kernels, const char* prefix, bool reads_out,
+                            bool quantizes) {
+  constexpr DType kF32 = DType::kFloat32, kBf16 = DType::kBFloat16, kE4m3 = DType::kFloat8;
+  auto is = [=](DType from, DType to, bool interleaved, bool wide, const char* variant) {
+    return is_named(kernels[moving_kernel(from, to, interleaved, wide)], prefix, variant);
+  };
+  bool right = is(kF32, kF32, false, true, "f32_half_wide") &&
+               is(kF32, kF32, true, false, "f32_interleaved_narrow") &&
+               is(DType::kFloat16, DType::kFloat16, true, true, "f16_interleaved_wide") &&
+               is(kBf16, kBf16, false, false, "bf16_half_narrow");
+  if (reads_out) {
+    right = right && is(kE4m3, kE4m3, true, true, "e4m3_interleaved_wide") &&
+            is(kE4m3, kF32, false, true, "e4m3_to_f32_half_wide") &&
+            is(kE4m3, kBf16, true, false, "e4m3_to_bf16_interleaved_narrow");
+  }
+  if (quantizes) {
+    right = right && is(kF32, kE4m3, false, true, "f32_to_e4m3_half_wide") &&
+            is(kBf16, kE4m3, true, false, "bf16_to_e4m3_interleaved_narrow");
+  }
+  return right;
 }
 
 // Whether there is such a kernel.

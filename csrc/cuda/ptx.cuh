@@ -61,6 +61,24 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Waits until the launch before this one in its stream has ended, and what it wrote is there. Only
+// a kernel that is launched to begin earlier has anything to wait for (KernelLaunch::waits); what
+// it reads before must not be what that launch writes, nor be read through the read-only cache
+// later.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets a launch that waits for this one begin where there is room for its blocks. It sees what this
+// one writes nevertheless.
+__device__ __forceinline__ void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The same value, which is below kBound, unknown to the compiler: addresses that are made of it are
 // made where they are used, instead of occupying registers from before the loop around them on.
 template <uint32_t kBound>

@@ -5,11 +5,12 @@
 
 namespace tokendance {
 
-#define TOKENDANCE_DEFINE(op, variant, In, Out, V, interleaved)                    \
-  extern "C" __global__ void __launch_bounds__(kRopeRotateThreads)                 \
-      tokendance_rope_rotate_##variant(const __grid_constant__ RopeRotateParams p, \
-                                       const __grid_constant__ Tile tile) {        \
-    cuda::rope_rotate<In, Out, V, interleaved>(p, tile);                           \
+#define TOKENDANCE_DEFINE(op, variant, In, Out, V, interleaved)                                \
+  extern "C" __global__ void __launch_bounds__(kRopeRotateThreads,                             \
+                                               cuda::rope_rotate_blocks<In, Out>(interleaved)) \
+      tokendance_rope_rotate_##variant(const __grid_constant__ RopeRotateParams p,             \
+                                       const __grid_constant__ Tile tile) {                    \
+    cuda::rope_rotate<In, Out, V, interleaved>(p, tile);                                       \
   }
 using cuda::Float8;
 TOKENDANCE_MOVING_KERNELS(TOKENDANCE_DEFINE_OF_ONE_TYPE, rope_rotate)

@@ -6,16 +6,17 @@
 #include <stdint.h>
 
 #include "cuda/float8.cuh"
+#include "cuda/launch_plan.h"
 #include "tokendance/params.h"
 
 namespace tokendance::cuda {
 
-// N elements of T in registers: 16 bytes, one element (then N is 1), or as many quantized ones as
-// elements of another type make 16 bytes.
+// N elements of T in registers: 16 bytes, one element (then N is 1), or as many as elements of
+// another, larger type make 16 bytes.
 template <typename T, int N>
 struct Vector {
   static constexpr int kBytes = N * static_cast<int>(sizeof(T));
-  static_assert(kBytes == 16 || N == 1 || (kIsQuantized<T> && (N == 8 || N == 4)),
+  static_assert(kBytes == 16 || N == 1 || N == 8 || N == 4,
                 "a vector is 16 bytes, one element, or goes with 16 bytes");
   static constexpr int kWords = kBytes < 4 ? 1 : kBytes / 4;
 
@@ -173,8 +174,16 @@ __device__ __forceinline__ void load_floats(const float* pointer, float* value) 
   }
 }
 
-// Elements from the start of a tensor to head 0 of a row. Rows are counted in 32 bits: 2^32 of the
-// smallest (one head of 64 bytes) are 256 GiB.
+// Elements from the start of a tensor to head 0 of a row; `page` divides by the block size. Rows
+// are counted in 32 bits: 2^32 of the smallest (one head of 64 bytes) are 256 GiB.
+__device__ __forceinline__ int64_t row_offset(const RowLayout& layout, const Divisor& page,
+                                              int64_t row) {
+  const uint32_t number = quotient(static_cast<uint32_t>(row), page);
+  const uint32_t row_of_page = static_cast<uint32_t>(row) - number * page.value;
+  return number * layout.page_stride + row_of_page * layout.row_stride;
+}
+
+// The same where the division is not on the way to what matters.
 __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int64_t row) {
   const uint32_t size = static_cast<uint32_t>(layout.block_size);
   const uint32_t page = static_cast<uint32_t>(row) / size;

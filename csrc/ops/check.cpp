@@ -158,6 +158,15 @@ const Argument& Argument::not_expanded() const {
   return *this;
 }
 
+const Argument& Argument::aligned() const {
+  const auto address = reinterpret_cast<uintptr_t>(tensor_.const_data_ptr());
+  if (!tensor_.is_cpu() && address % 16 != 0) {
+    fail(name_, ": expected memory at a multiple of 16 bytes, got ", address % 16,
+         " bytes behind one");
+  }
+  return *this;
+}
+
 RowLayout Argument::rows(Dimensions& dims, Dimension heads, Dimension head_dim) const {
   if (tensor_.dim() == 3) {
     shape(dims, {tensor_.size(0), heads, head_dim}).innermost_stride_1();

@@ -93,6 +93,8 @@ class Argument {
   const Argument& innermost_stride_1() const;
   // No two elements in the same place, as in an expanded tensor: required of what is written.
   const Argument& not_expanded() const;
+  // At a multiple of 16 bytes on CUDA, whose kernels read whole vectors of it.
+  const Argument& aligned() const;
   // Rows as operators take them: [rows, heads, head_dim] (then block_size 1) or
   // [pages, block_size, heads, head_dim]; innermost stride 1.
   RowLayout rows(Dimensions& dims, Dimension heads, Dimension head_dim) const;

@@ -126,7 +126,8 @@ void collective_attention_out(const Tensor& q, const Tensor& k_pool, const Tenso
       .device_of(q)
       .dtype(ScalarType::Float)
       .shape(dims, {"size"})
-      .contiguous();
+      .contiguous()
+      .aligned();
   expect(dims["size"] >= call.workspace_size(), "workspace",
          "at least " + std::to_string(call.workspace_size()) + " elements", dims["size"]);
   Argument("out", out)

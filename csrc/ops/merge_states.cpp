@@ -16,7 +16,8 @@ MergeStatesParams make_params(const Tensor& partial_out, const Tensor& partial_l
   params.dtype = plain_dtype("partial_out", partial_out);
   Argument("partial_out", partial_out)
       .shape(dims, {"partials", "rows", "heads", "head_dim"})
-      .contiguous();
+      .contiguous()
+      .aligned();
   params.num_partials = dims["partials"];
   params.num_rows = dims["rows"];
   params.num_heads = static_cast<int32_t>(dims["heads"]);

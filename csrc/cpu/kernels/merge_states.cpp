@@ -52,7 +52,8 @@ void merge_head(const MergeStatesParams& params, int64_t index, float* weights) 
     const int end = std::min(begin + kStep, head_dim);
     F32 sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
     for (int64_t k = 0; k < params.num_partials; ++k) {
-      if (weights[k] == 0.0f) continue;  // a partial that saw nothing may hold anything
+      // A partial that saw nothing may hold anything.
+      if (params.partial_lse[k * heads + index] == -kInfinity) continue;
       const F32 weight = broadcast(weights[k] * factor);
       const T* part = static_cast<const T*>(params.partial_out) + (k * heads + index) * head_dim;
       for (int i = 0, dim = begin; dim < end; ++i, dim += kLanes) {
