@@ -230,7 +230,7 @@ def merge_states(variant: Variant) -> Iterator[Case]:
     module = test_merge_states
     sinks = torch.tensor([0.5, -2.0, 4.0])
     place = torch.clone if variant.wide else module.unaligned
-    for count in (0, 1, 2, 3, 4, 7, 9, 130):
+    for count in (0, 1, 2, 3, 4, 7, 9, 17, 25, 33, 41, 49, 57, 130):
         for spread in (3.0, 200.0):
             rows = 7 if count < 10 else 2
             out, lse = module.partials(
@@ -257,8 +257,19 @@ def merge_states(variant: Variant) -> Iterator[Case]:
     # So many heads that a block has several, of which the last has one.
     out, lse = module.partials(1, 3, 1411, 3, 64, variant.dtype, blind=0.3)
     yield checked(module, "heads of many rows", out, lse, sinks, place=place)
-    halfway = module.halfway_partials(variant.dtype)
-    yield Case("halfway", lambda backend: module.check_halfway(backend, *halfway, place=place))
+    for count in (5, 64):
+        check = functools.partial(
+            module.check_halfway,
+            **dict(
+                zip(
+                    ("partial_out", "partial_lse", "mean"),
+                    module.halfway_partials(variant.dtype, count),
+                    strict=True,
+                )
+            ),
+            place=place,
+        )
+        yield Case(f"halfway of {count}", check)
 
 
 def _round_options(variant: Variant) -> dict[str, Any]:

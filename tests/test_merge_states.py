@@ -126,12 +126,15 @@ def test_one_partial_passes_through(backend):
     torch.testing.assert_close(merged_lse, lse[0], rtol=1e-6, atol=1e-6)
 
 
-def halfway_partials(dtype):
-    """In each row two of five partials saw something, and with equal weight. Their mean lies
-    halfway between neighbours of the dtype: it is the even one."""
+def halfway_partials(dtype, count=5):
+    """In each row two partials saw something, and with equal weight: any two of five, or of more
+    each with the eighth after it. Their mean lies halfway between neighbours of the dtype: it is
+    the even one."""
     pairs = [(a, b) for a in range(5) for b in range(5) if a != b]
-    out = torch.full((5, len(pairs), 1, 64), torch.nan, dtype=torch.float64)
-    lse = torch.full((5, len(pairs), 1), -torch.inf)
+    if count > 5:
+        pairs = [(a, (a + 8) % count) for a in range(count)]
+    out = torch.full((count, len(pairs), 1, 64), torch.nan, dtype=torch.float64)
+    lse = torch.full((count, len(pairs), 1), -torch.inf)
     steps = torch.arange(1, 65).double()
     for row, (a, b) in enumerate(pairs):
         out[a, row] = 1 + steps * torch.finfo(dtype).eps
@@ -146,8 +149,9 @@ def check_halfway(backend, partial_out, partial_lse, mean, place=torch.clone):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_halfway_values_go_to_the_even_neighbour(backend, dtype):
-    check_halfway(backend, *halfway_partials(dtype))
+@pytest.mark.parametrize("count", [5, 64])
+def test_halfway_values_go_to_the_even_neighbour(backend, dtype, count):
+    check_halfway(backend, *halfway_partials(dtype, count))
 
 
 def broken_outputs(dtype, broken):
