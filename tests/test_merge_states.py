@@ -128,11 +128,11 @@ def test_one_partial_passes_through(backend):
 
 def halfway_partials(dtype, count=5):
     """In each row two partials saw something, and with equal weight: any two of five, or of more
-    each with the eighth after it. Their mean lies halfway between neighbours of the dtype: it is
+    each with the 32nd after it. Their mean lies halfway between neighbours of the dtype: it is
     the even one."""
     pairs = [(a, b) for a in range(5) for b in range(5) if a != b]
     if count > 5:
-        pairs = [(a, (a + 8) % count) for a in range(count)]
+        pairs = [(a, (a + 32) % count) for a in range(count)]
     out = torch.full((count, len(pairs), 1, 64), torch.nan, dtype=torch.float64)
     lse = torch.full((count, len(pairs), 1), -torch.inf)
     steps = torch.arange(1, 65).double()
@@ -149,7 +149,7 @@ def check_halfway(backend, partial_out, partial_lse, mean, place=torch.clone):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [5, 64])
+@pytest.mark.parametrize("count", [5, 256])
 def test_halfway_values_go_to_the_even_neighbour(backend, dtype, count):
     check_halfway(backend, *halfway_partials(dtype, count))
 
