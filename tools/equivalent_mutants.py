@@ -3,7 +3,7 @@
 ``tools/mutate.py`` asks about mutants that survived. An entry matches by kernel, change and line of
 the source, never by a number of a line or a register, so that it holds when the code around it
 changes. What the mutated instruction works on is looked up in the PTX: ``operands`` are the
-instructions that define its registers, ``uses`` those that read what it computes.
+instructions that define its registers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class Equivalent:
     source: str
     kernel: str = ""
     operands: str = ""
-    uses: str = ""  # of each instruction that reads the result
     only_compared_with_0: bool = False  # the result; other uses do not read what a mask changes
 
 
@@ -51,6 +50,12 @@ EQUIVALENT = (
         kernel="diff_restore",
         change=r"setp\.lt\.s32 \S+ \S+, 0 -> setp\.lt\.s32 \S+ \S+, -1$",
         source=r"source\.master < 0",
+    ),
+    Equivalent(
+        "without rotary dims a query that turns stands as it stood",
+        kernel="collective_attention",
+        change=r"setp\.(eq|ne)\.s32 (\S+ \S+), 0 -> setp\.\1\.s32\s+\2, (-1|1)$",
+        source=r"p\.rope\.rotary_dim == 0 \? 0 : shift",
     ),
     # Loops and bounds
     Equivalent(
@@ -385,7 +390,6 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
             and (not entry.operands or re.search(entry.operands, code.operands()))
-            and (not entry.uses or code.are_uses(entry.uses))
             and (not entry.only_compared_with_0 or code.is_only_compared_with_0(changed))
         ):
             return entry.reason
@@ -428,9 +432,6 @@ class _Code:
             return False
         named = re.compile(rf"{re.escape(result)}\b")
         return not any(named.search(line) for i, line in enumerate(self._lines) if i != self._here)
-
-    def are_uses(self, pattern: str) -> bool:
-        return all(re.match(pattern, use) for use in self._uses(self.statement))
 
     def is_only_compared_with_0(self, changed: int = -1) -> bool:
         """Whether its result is, or a difference that it is a part of; other uses may read bits
