@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import attention_rounds
+import illegal_rounds
 import test_collective_attention
 import test_cuda_launches
 import test_diff_encode
@@ -608,6 +609,24 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         case = attention_rounds.neighbours_round(work=work, **sizes)
         yield checked(module, "a head for each agent", case)
         yield checked(module, "by one position", attention_rounds.by_one_position(case))
+    for interleaved in (True, False):
+        yield attention(
+            "a factor of angles", 2, masters=(40, 70), rows=4, interleaved=interleaved,
+            num_q_heads=2, work="planned", check={"attention_factor": 1.2},
+        )  # fmt: skip
+    case, damage = illegal_rounds.illegal_items(**sizes)
+    yield checked(module, "items that there are not", case, damage=damage)
+    for legal in (0, 2, 5):
+        for block_size in (8, 16):
+            case, damage = illegal_rounds.missing_pages(
+                -1 if legal else 1 << 20, legal, block_size=block_size, **sizes
+            )
+            yield checked(module, "pages that there are not", case, damage=damage)
+    for field, value in illegal_rounds.INDICES:
+        check_index = functools.partial(
+            illegal_rounds.check_illegal_index, field=field, value=value, block_size=8, **sizes
+        )
+        yield Case(f"{field} {value}", check_index)
     yield attention(
         "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), check={},

@@ -3,14 +3,13 @@ tiles and pages that those are too small for, and what is launched at all."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import cuda_params
+import illegal_rounds
 import ptx_backend
 import pytest
 import test_collective_attention
-import test_cuda_launches
 import torch
 from attention_rounds import attention_round, beyond_the_tables_round, demanding_round
 from ptx_backend import PtxBackend
@@ -197,96 +196,23 @@ def test_nan_in_hidden_rows_of_e4m3_on_sm_90():
     test_collective_attention.check_nan_in_hidden_rows(PtxBackend("90"), torch.bfloat16)
 
 
-def illegal_items(case):
-    """Puts items that the round does not have into the work list's slack."""
-    extents, round = case.round.extents, case.round
-    free = range(case.filled.work, extents.work)
-    last_row, last_chunk = extents.work_rows, extents.work_chunks
-    round.work_rows[last_row - 2 :] = torch.tensor([extents.rows, -1])
-    for item, fields in zip(
-        free,
-        (
-            [0, last_row + 1, 0, 1, -1],
-            [-1, 1, 0, 1, -1],
-            [0, 1, 0, last_chunk + 1, -1],
-            [0, 1, -1, 1, -1],
-            [0, 2, 0, 1, extents.partials - 1],
-            [last_row - 2, last_row, 0, 1, -1],
-        ),
-        strict=False,
-    ):
-        round.work[item, :5] = torch.tensor(fields, dtype=torch.int32)
-    return len(free)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_items_that_the_round_does_not_have(ptx, dtype):
-    case = attention_round(25, dtype=dtype, masters=(150, 20))
-    case = test_cuda_launches.with_capacity(
-        case,
-        work=case.filled.work + 6,
-        work_rows=case.filled.work_rows + 2,
-        work_chunks=case.filled.work_chunks + 1,
-        partials=case.filled.partials + 1,
-    )
-    check(ptx, case, damage=lambda given: illegal_items(given))
+    case, damage = illegal_rounds.illegal_items(dtype=dtype)
+    check(ptx, case, damage=damage)
 
 
 @pytest.mark.parametrize("missing", [-1, 1 << 20])
 @pytest.mark.parametrize("layout", ["padded", "unaligned"])
 def test_pages_that_the_pool_does_not_have(ptx, layout, missing):
     """Nothing of them is seen: as if uses, and own rows, had ended before."""
-    case = attention_round(
-        25, dtype=torch.bfloat16, masters=(150, 20), masks="none", layout=layout, work="planned"
-    )
-    size = case.filled.block_size
-    known = case.copy()
-    for use in range(case.filled.uses):
-        known.round.use_length[use] = min(int(case.round.use_length[use]), 2 * size)
-    known.round.own_length[: case.filled.agents].clamp_(max=size)
-
-    def damage(given):
-        given.round.use_length.copy_(case.round.use_length)
-        given.round.own_length.copy_(case.round.own_length)
-        for indptr, pages, legal in (
-            (case.round.master_page_indptr, given.round.master_pages, 2),
-            (case.round.own_page_indptr, given.round.own_pages, 1),
-        ):
-            for first, end in itertools.pairwise(indptr.tolist()):
-                pages[first + legal : end] = missing
-
-    check(ptx, known, damage=damage)
+    case, damage = illegal_rounds.missing_pages(missing, dtype=torch.bfloat16, layout=layout)
+    check(ptx, case, damage=damage)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("source", 1 << 20), ("source", -(1 << 20)), ("pages", 1 << 20), ("pages", -1),
-        ("use", 1 << 20), ("agent", 1 << 20), ("own page", 1 << 20), ("own page", -1),
-        ("master page", 1 << 20), ("master page", -1), ("masks", 1 << 20),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("field", "value"), illegal_rounds.INDICES)
 def test_indices_that_the_round_does_not_have(ptx, field, value):
-    """Nothing is read for them: the interpreter checks every access. What is computed is finite."""
-    case = attention_round(25, dtype=torch.bfloat16, masters=(150, 20))
-    round = case.round
-    if field == "source":
-        round.work_chunks[:, 0] = value
-    elif field == "pages":
-        round.work_chunks[:, 1 if value < 0 else 2] = value
-    elif field == "use":
-        round.agent_use[:, 1] = value
-    elif field == "agent":
-        round.row_agent[case.real_rows] = value
-    elif field == "own page":
-        round.own_page_indptr[:] = value
-    elif field == "master page":
-        round.master_page_indptr[:] = value
-    else:
-        round.use_page_indptr[:] = value
-    out = torch.zeros(case.q.shape, dtype=case.q.dtype)
-    run(ptx, case, out)
-    assert out.isfinite().all()
+    illegal_rounds.check_illegal_index(ptx, field, value, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("layout", ["separate", "unaligned"])

@@ -498,7 +498,7 @@ def test_the_command_writes_page_numbers_and_a_recording_that_replays(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/nowhere/at/all"], "name_or_path: expected 'smollm2' or a local directory"),
+        (["--model", "/nowhere/at/all"], "name_or_path: expected one of smollm2, "),
         (["--agents", "0"], r"--agents: expected 1\.\.14, got 0"),
         (["--agents", "99"], r"--agents: expected 1\.\.14, got 99"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),

@@ -27,11 +27,12 @@ import ptx_backend  # isort: skip
 
 @dataclass(frozen=True)
 class Unreachable:
-    """Patterns that a text and a line of the source are searched for, and the reason."""
+    """Patterns that a text, a line of the source and a kernel are searched for, and the reason."""
 
     reason: str
     text: str = ""
     source: str = ""
+    kernel: str = ""
 
 
 UNREACHABLE = (
@@ -55,6 +56,22 @@ UNREACHABLE = (
         "a search among no agents: without agents nothing is launched",
         text=r"setp\.eq\.s32 %\w+, %\w+, 0;.*always goes on",
         source=r"if \(count == 0",
+    ),
+    Unreachable(
+        "the first of a thread's rows, which finds its angles: there are none before",
+        text=r"and\.pred %\w+, %\w+, %\w+;.*always goes on",
+        source=r"if \(turns_row && share\.rotates",
+    ),
+    Unreachable(
+        "own pages that begin before the first: their chunk was refused with its page list",
+        text=r"setp\.lt\.s32 %\w+, %\w+, 0;.*always goes on",
+        source=r"if \(page < 0 \|\| \(int64_t\{page\}",
+    ),
+    Unreachable(
+        "more partials than a thread asks for at once, and results that are not aligned: the cases"
+        " of merge_states reach these lines of the function that both share",
+        source=r"^(merge|vector_io|ptx)\.cuh",
+        kernel="collective_attention_merge",
     ),
     Unreachable(
         "logf of less than a normal number, of infinity or NaN: the sum is 1 at least and finite",
@@ -103,10 +120,14 @@ def header() -> str:
     return f"{'kernel':46}" + "".join(f" {column:>12}" for column in columns)
 
 
-def explanation(text: str, source: str) -> str:
+def explanation(text: str, source: str, kernel: str = "") -> str:
     """Why nothing can get there; "" if that is not known."""
     for entry in UNREACHABLE:
-        if re.search(entry.text, text) and re.search(entry.source, source):
+        if (
+            re.search(entry.text, text)
+            and re.search(entry.source, source)
+            and re.search(entry.kernel, kernel)
+        ):
             return entry.reason
     return ""
 
@@ -121,8 +142,8 @@ def coverage(operator: str, variants: Iterable[kernel_cases.Variant]) -> list[Co
     for name, reached in sorted(backend.reached.items()):
         instructions = backend.module(operator).instructions(name)
 
-        def missing(what: str, line: int) -> Missing:
-            return Missing(what, lines(line), explanation(what, lines(line)))
+        def missing(what: str, line: int, kernel: str = name) -> Missing:
+            return Missing(what, lines(line), explanation(what, lines(line), kernel))
 
         conditions = _conditions(instructions)
         jumps = [each for each in instructions if each.opcode == "bra" and each.predicate]
