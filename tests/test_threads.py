@@ -6,8 +6,11 @@ import gc
 import os
 import sys
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dense_rows
@@ -241,6 +244,60 @@ def test_rows_that_are_written_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     loaded = td.DiffStore.open(tmp_path / "store", stress.GEOMETRY, stress.ROPE, "1MiB")
     found = dense_rows.of_store(loaded, "a", loaded.length("a"))
     assert dense_rows.same(found, dense_rows.computed(np.concatenate([MINE, A, B])))
+
+
+def test_threads_flush_rest_plan_and_restore_one_store(
+    tmp_path: Any, busy_interpreter: None
+) -> None:
+    """Whoever waits for files holds no lock, and whoever holds the lock waits for no file."""
+    page = 8 * stress.GEOMETRY.row_bytes
+    names = ["a", "b", "c"]
+    with td.DiffStore.open(
+        tmp_path / "store", stress.GEOMETRY, stress.ROPE, 60 * page, block_size=8
+    ) as store:
+        collector = td.KVCollector(store, selection=td.Everything())
+        given = {name: [td.private(tokens(i, 9)), td.shared(A)] for i, name in enumerate(names)}
+        ids = {name: np.concatenate([one.token_ids for one in given[name]]) for name in names}
+        run_round(collector, given)
+        end = time.monotonic() + 1.5
+        done: Counter[str] = Counter()
+
+        def repeat(act: Callable[[], object], what: str) -> None:
+            while time.monotonic() < end:
+                act()
+                done[what] += 1
+
+        def plan_again() -> None:
+            with collector.plan({"a": [*given["a"], td.private([5])]}) as plan:
+                while plan.prefilling:
+                    step = collector.step(prefill=["a"], timeout=10)
+                    if step is not None:
+                        run_step(step)
+                plan.abort()
+
+        def restore() -> None:
+            found = dense_rows.of_store(store, "b", len(ids["b"]))
+            assert dense_rows.same(found, dense_rows.computed(ids["b"]))
+
+        acts = {
+            "rest": lambda: store.rest(["b", "c"]),
+            "prefetch": lambda: store.prefetch(names),
+            "flush": store.flush,
+            "restore": restore,
+            "plan": plan_again,
+            "look": lambda: (store.stats(), store.agents, store.resting, store.damaged),
+        }
+        with ThreadPoolExecutor(len(acts)) as pool:
+            waiting = [pool.submit(repeat, act, what) for what, act in acts.items()]
+            for one in waiting:
+                one.result(timeout=60)
+        assert set(done) == set(acts)
+        assert store.verify() == {}
+        check_books(store.scheduler)
+    again = td.DiffStore.open(tmp_path / "store", stress.GEOMETRY, stress.ROPE, 60 * page)
+    for name in names:
+        found = dense_rows.of_store(again, name, len(ids[name]))
+        assert dense_rows.same(found, dense_rows.computed(ids[name]))
 
 
 def test_an_agent_whose_rows_are_carried_over_is_in_no_step_before_they_are_there(

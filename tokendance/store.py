@@ -257,16 +257,18 @@ class DiffStore(
                 self._unknown(agent)
 
     def _mirror(self, agent: str) -> Mirror:
-        """An agent that rests is brought up. Whoever holds the lock uses `_mirror_there`."""
-        if agent in self.resting:
-            self.prefetch(agent)
-        return self._mirror_there(agent)
+        """An agent that rests is brought up: not to be called by who holds the lock."""
+        while True:
+            with self.lock:
+                if agent in self.books.mirrors:
+                    return self.books.mirrors[agent]
+                self._check_known(agent)
+            self.prefetch(agent)  # and another thread may put it to rest again
 
-    def _mirror_there(self, agent: str) -> Mirror:
+    def _check_known(self, agent: str) -> None:
         with self.lock:
-            if agent not in self.books.mirrors:
+            if agent not in self.books.mirrors and agent not in self.resting:
                 self._unknown(agent)
-            return self.books.mirrors[agent]
 
     def _unknown(self, agent: str) -> NoReturn:
         if agent in self.damaged:
@@ -405,14 +407,17 @@ class DiffStore(
         values = [v_cache] if is_array(v_cache) else list(v_cache)
         slots = as_tensor(slot_mapping)
         slots = slots if slots.dim() == 2 else slots[None]
-        if plan is None and self._durability is not None:
-            for name in names:
-                self._mirror(name)
         with ExitStack() as stack:
             stack.enter_context(marked(self.device, "tokendance restore"))
-            with self.lock:
-                found = self._restorable_of(names, plan)
-                stack.enter_context(found.reading)  # others may let go of the rows meanwhile
+            found = None
+            while found is None:
+                if plan is None and self._durability is not None:
+                    for name in names:
+                        self._mirror(name)
+                with self.lock:
+                    if plan is not None or not set(names) & set(self.resting):
+                        found = self._restorable_of(names, plan)
+                        stack.enter_context(found.reading)  # others may let go of the rows
             self.executor.restore(found.record, which, keys, values, slots)
 
     def _restorable_of(self, names: list[str], plan: Plan | None) -> _Restorable:
@@ -593,7 +598,7 @@ class DiffStore(
         if self._durability is not None:
             self._durability.prefetch(self.books, names)
         for name in names:
-            self._mirror_there(name)
+            self._check_known(name)
 
     def flush(self) -> None:
         """Returns when all that is committed is on disk, and what was released is not any more.
@@ -674,18 +679,26 @@ class DiffStore(
             OutOfPagesError: there are too few pages for agents that were at rest.
         """
         names = None if agents is None else list(agents)
-        self.prefetch([one for one in self.resting if names is None or one in names])
 
         def chosen() -> tuple[Mapping[str, Mirror], list[Master]]:
             books = self.books
+            if any(names is None or name in names for name in self.resting):
+                raise _AtRestError
             if names is None:
                 return books.mirrors, list(books.masters.values())
-            mirrors = {name: self._mirror_there(name) for name in names}
+            for name in names:
+                self._check_known(name)
+            mirrors = {name: books.mirrors[name] for name in names}
             used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
             return mirrors, [one for one in used.values() if one.stored]
 
         made = (self._identity, self.pool, self.executor.ropes, self.max_position)
-        transfer.export_agents(path, *made, self.books, self.lock, chosen)
+        while True:
+            for name in self.resting if names is None else names:
+                self._mirror(name)
+            with suppress(_AtRestError):  # put to rest by another thread since
+                transfer.export_agents(path, *made, self.books, self.lock, chosen)
+                return
 
     def import_agents(
         self,
@@ -765,6 +778,10 @@ def _fetch(kept: Durability, books: Books, prompts: Mapping[str, Sequence[Segmen
     segments = [one for given in prompts.values() for one in given if one.is_shared]
     with suppress(OutOfPagesError):  # what does not fit is computed again
         kept.prefetch(books, prompts, segments)
+
+
+class _AtRestError(Exception):
+    """An agent that is wanted in the pool is on disk alone."""
 
 
 class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):

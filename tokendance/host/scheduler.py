@@ -144,9 +144,14 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     ) -> None:
         """Adds agents to a plan; see `plan`."""
         checked = self.checked(prompts)
-        if self.fetch is not None:
-            self.fetch(checked)
+        self._bring_up(checked)
         self._add(live, checked, wait)
+
+    def _bring_up(self, prompts: Prompts) -> None:
+        """Reads files, and so nobody who is let in by the guard does it."""
+        fetch = self.fetch  # another thread may close the store
+        if fetch is not None:
+            fetch(prompts)
 
     def checked(self, prompts: Mapping[str, Iterable[Segment]]) -> dict[str, tuple[Segment, ...]]:
         """Prompts that have been read once; raises what `plan` does for others."""
@@ -232,8 +237,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
     def pages_to_add(self, live: LivePlan, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """The same for `add`."""
         checked = self.checked(prompts)
-        if self.fetch is not None:
-            self.fetch(checked)
+        self._bring_up(checked)
         with self.guard:
             self.collect()
             return self._leases.pages_to_lease(live, checked)
