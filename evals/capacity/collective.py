@@ -69,7 +69,7 @@ class Collective:
         self.host_seconds = 0.0
         self.plan_seconds = 0.0
         self.uses = 0
-        self.peak_pages = 0
+        self._peak_pages = 0
         self._waiting: deque[Request] = deque()
         self._plans: dict[str, Plan] = {}
         self._running: dict[str, Request] = {}
@@ -77,13 +77,8 @@ class Collective:
         self._kept: OrderedDict[str, None] = OrderedDict()  # committed, longest ago first
 
     @property
-    def held_rows(self) -> int:
-        books = self.scheduler.books
-        return (books.used_pages - books.evictable_pages) * BLOCK
-
-    @property
     def peak_rows(self) -> int:
-        return self.peak_pages * BLOCK
+        return self._peak_pages * BLOCK
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._waiting.extend(requests)
@@ -111,7 +106,8 @@ class Collective:
             self._sampled[agent] += 1
             if self._sampled[agent] == self._running[agent].output:
                 self._end(agent)
-        self.peak_pages = max(self.peak_pages, self.held_rows // BLOCK)
+        books = self.scheduler.books
+        self._peak_pages = max(self._peak_pages, books.used_pages - books.evictable_pages)
         self.host_seconds += time.perf_counter() - began
         return made
 

@@ -35,14 +35,10 @@ class System(Protocol):
 
     Attributes:
         name: as on the command line.
-        held_rows: rows of keys and values in the pool now, padding included.
-        peak_rows: the most there have been.
+        peak_rows: the most rows of keys and values that were in the pool, padding included.
     """
 
     name: str
-
-    @property
-    def held_rows(self) -> int: ...
 
     @property
     def peak_rows(self) -> int: ...
@@ -145,10 +141,6 @@ class Dense:
         self.max_rows = max_rows
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []
-
-    @property
-    def held_rows(self) -> int:
-        return self.cache.held * BLOCK
 
     @property
     def peak_rows(self) -> int:
