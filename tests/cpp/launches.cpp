@@ -410,7 +410,8 @@ void lay_out(uint32_t seed) {
   }
   std::vector<int32_t> stored(segments, -1), stored_rows(segments, 0), earlier(segment.size(), -1);
   std::vector<int32_t> contexts;
-  std::vector<uint8_t> is_exact, has_seen, agent_computes, segment_computes, alone;
+  std::vector<uint8_t> is_exact, has_seen, agent_computes, segment_computes, alone, came_before,
+      replaceable;
   for (int32_t m = 0; m < masters; ++m) {
     const int32_t of = below(segments);
     stored[of] = m;
@@ -422,7 +423,11 @@ void lay_out(uint32_t seed) {
   for (int32_t a = 0; a < agents; ++a) agent_computes.push_back(below(6) == 0);
   for (int32_t s = 0; s < segments; ++s) segment_computes.push_back(below(6) == 0);
   const int32_t alone_of_three = below(4);
-  for (int32_t s = 0; s < segments; ++s) alone.push_back(below(3) < alone_of_three);
+  for (int32_t s = 0; s < segments; ++s) {
+    alone.push_back(below(3) < alone_of_three);
+    came_before.push_back(below(3) > 0);
+    replaceable.push_back(below(2));
+  }
   std::map<std::pair<int32_t, int32_t>, int32_t> known;
   MatchInput input = {};
   input.prompts = {agents,           segments,      place_indptr.data(), segment.data(),
@@ -437,6 +442,8 @@ void lay_out(uint32_t seed) {
   input.master_context = contexts.data();
   input.master_is_exact = is_exact.data();
   input.master_has_seen = has_seen.data();
+  input.known = came_before.data();
+  input.replaceable = replaceable.data();
   input.shortest = block_size / 2;
   input.alone = alone.data();
   input.informed = below(2);
