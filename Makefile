@@ -10,11 +10,11 @@ export TOKENDANCE_WERROR ?= 1
 .PHONY: build test test-gpu test-vllm soak demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml tools/ptxrun/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 numpy
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,bench,dev,docs,transformers]"
+	$(BIN)/pip install --quiet --no-build-isolation -e tools/ptxrun -e ".[test,bench,dev,docs,transformers]"
 	touch $@
 
 build: $(VENV)/ready

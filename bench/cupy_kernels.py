@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,7 @@ import numpy as np
 from bench.mirrors import make_round
 from tokendance.device import operators as ops
 from tokendance.host.round import RoundExtents
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import cuda_params  # isort: skip
-import ptx_backend  # isort: skip
+from tools.kernel_ptx import cuda_params, ptx_backend
 
 HEADS, HEAD_DIM = 8, 128
 _PARAMS = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)")

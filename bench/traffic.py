@@ -18,10 +18,8 @@ and layers as it would have there. Instructions of blocks that find nothing to d
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -29,10 +27,9 @@ from tokendance import testing
 from tokendance.device.rounds import RoundTensors
 from tokendance.host.round import RoundExtents
 from tokendance.testing import reference
+from tools.kernel_ptx import ptx_backend
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from ptx_backend import PtxBackend, Traffic
+PtxBackend, Traffic = ptx_backend.PtxBackend, ptx_backend.Traffic
 
 ROWS = ("rows", "pool", "partials", "q")
 OTHERS = {

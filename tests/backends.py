@@ -10,6 +10,7 @@ large cases are cheap. A test that is parametrized with a dtype runs where there
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -87,6 +88,8 @@ def missing(name: str) -> str | None:
 
         return None if ops.registered("CUDA") else "the library was built without CUDA kernels"
     if name == "ptx":
+        if importlib.util.find_spec("ptxrun") is None:
+            return "ptxrun (tools/ptxrun) is not installed"
         from ptx_backend import PtxBackend
 
         return PtxBackend.missing()

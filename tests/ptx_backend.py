@@ -14,12 +14,12 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ptxrun
 import torch
 from cuda_params import (
     DTYPES,
@@ -38,16 +38,12 @@ from cuda_params import (
     RowLayout,
     static_asserts,
 )
+from ptxrun.nvcc import compile_ptx, find_nvcc
 from torch import Tensor
 
 from tokendance.host.round import RoundExtents
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools" / "ptxrun"))
-
-import ptxrun  # noqa: E402
-from ptxrun.nvcc import compile_ptx, find_nvcc  # noqa: E402
-
 CACHE = ROOT / "build" / "ptx"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 INCLUDES = (f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", "-std=c++17")

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import gpu, gpu_model, gpu_peers, gpu_shapes, mirrors
 from tokendance.device import operators as ops
 from tokendance.testing import reference

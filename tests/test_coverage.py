@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-from ptx_backend import CUDA_SOURCES, OPERATORS, PtxBackend, sources_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import backends
 import kernel_cases
+import pytest
+from ptx_backend import CUDA_SOURCES, OPERATORS, PtxBackend, sources_of
 
 from tools import coverage, kernel_ptx
 

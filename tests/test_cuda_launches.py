@@ -7,10 +7,9 @@ blocks beyond its content have nothing to do.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import ptxrun
 import pytest
 import test_diff_encode
 import test_diff_restore
@@ -23,12 +22,7 @@ from ptx_backend import CUDA_SOURCES, PtxBackend, ptx_of_source
 from tokendance import testing
 from tokendance.device.rounds import RoundTensors
 from tokendance.testing import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools import paths
-
-import ptxrun  # isort: skip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

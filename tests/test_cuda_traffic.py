@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from ptx_backend import PtxBackend
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import traffic
 

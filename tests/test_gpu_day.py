@@ -12,12 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from ptxrun.nvcc import find_nvcc
 
 from tools import gpu_day
 from tools.gpu_tests import TOOLS
-from tools.ptxrun.ptxrun.nvcc import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 # As of the programs' command lines: options, each with a value, then a command that is run.

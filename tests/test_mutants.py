@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-from ptx_backend import PtxBackend
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kernel_cases
+import pytest
+from ptx_backend import PtxBackend
 from ptxrun.mutate import Mutation
 
 from tools import equivalent_mutants, kernel_ptx, mutate

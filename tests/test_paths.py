@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
+import ptxrun
 import pytest
 from ptx_backend import PtxBackend
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools import paths, sass
 
-import ptxrun  # isort: skip
-
+ROOT = Path(__file__).resolve().parent.parent
 PTX = """\
 .version 8.0
 .target sm_80
@@ -99,7 +96,7 @@ def test_the_table_is_what_is_executed():
 
 
 def test_docs_say_what_the_table_says():
-    page = (sass.ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "kernels.md").read_text()
     ways, _, expected = paths.TABLE.read_text().partition("\n")[2].strip("\n").split("\n\n")
 
     def written(title):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools import sass
 
+ROOT = Path(__file__).resolve().parent.parent
 PTXAS = """\
 ptxas info    : Compiling entry function 'one_wide' for 'sm_80'
 ptxas info    : Function properties for one_wide
@@ -133,7 +131,7 @@ def table() -> dict[tuple[str, str], list[str]]:
 
 
 def test_docs_say_what_the_table_says():
-    page = (sass.ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "kernels.md").read_text()
     _, _, after = page.partition("| kernel | threads | registers | shared memory |")
     rows = [line.strip("| ").split(" | ") for line in after.partition("\n\n")[0].splitlines()[2:]]
     assert {name for name, *_ in rows} == set(IN_DOCS)

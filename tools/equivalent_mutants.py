@@ -13,10 +13,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tools import kernel_ptx
+from ptxrun.lexer import parse_literal
+from ptxrun.program import Integer
 
-from ptxrun.lexer import parse_literal  # isort: skip
-from ptxrun.program import Integer  # isort: skip
+from tools import kernel_ptx
 
 
 @dataclass(frozen=True)

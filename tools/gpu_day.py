@@ -135,7 +135,8 @@ def run(
     command: Sequence[str | Path], file: object, seconds: float, environment: Mapping[str, str]
 ) -> int:
     """The exit status; 124 where the time was over, 127 where there is no such program."""
-    paths = [environment.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH")]
+    ptxrun = str(ROOT / "tools" / "ptxrun" / "src")
+    paths = [environment.get("PYTHONPATH"), str(ROOT), ptxrun, os.environ.get("PYTHONPATH")]
     merged = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",

@@ -52,7 +52,14 @@ SUBJECTS = {"attention": "collective_attention", "rest": "not collective_attenti
 # A rehearsal takes one of so many cases of these files.
 REHEARSED, REHEARSED_FILES = 60, ("test_rope_rotate", "test_gpu_calls", "test_checks")
 TRIAGED = 4
-ENVIRONMENT = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "2",
+    # A machine with a GPU may have no .venv.
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(ROOT / "tools" / "ptxrun" / "src"), os.environ.get("PYTHONPATH")])
+    ),
+}
 # Two sanitizers that start at once may choose the same port.
 _START = threading.Lock()
 

@@ -9,10 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-for directory in (ROOT, ROOT / "tests", ROOT / "tools" / "ptxrun"):
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
+# The cases of kernels and what executes them belong to the tests, which are no package.
+if str(ROOT / "tests") not in sys.path:
+    sys.path.insert(0, str(ROOT / "tests"))
 
+import cuda_params  # noqa: E402, F401
 import ptx_backend  # noqa: E402
 
 PREFIX = "tokendance_"

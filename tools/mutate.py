@@ -39,8 +39,8 @@ from tools.equivalent_mutants import explanation
 
 import kernel_cases  # isort: skip
 import ptx_backend  # isort: skip
-from ptxrun import Module  # isort: skip
-from ptxrun.mutate import Mutation, Mutations, mutations  # isort: skip
+from ptxrun import Module
+from ptxrun.mutate import Mutation, Mutations, mutations
 
 WANTED = 0.95
 FEW = 3  # cases of a mutant that is explained

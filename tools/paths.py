@@ -35,7 +35,7 @@ import torch
 from tools import kernel_ptx
 
 import ptx_backend  # isort: skip
-from ptxrun import program  # isort: skip
+from ptxrun import program
 
 from bench import traffic
 from tokendance import testing

@@ -28,13 +28,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+from ptxrun.nvcc import find_nvcc
 
-import ptx_backend  # noqa: E402
-from ptxrun.nvcc import find_nvcc  # noqa: E402
-
-from tools import paths  # noqa: E402
+from tools import paths
+from tools.kernel_ptx import ptx_backend
 
 TABLE = Path(__file__).with_name("sass_table.txt")
 RELEASE_ARCHS = ("80", "86", "89", "90", "100", "120")

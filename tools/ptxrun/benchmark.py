@@ -1,16 +1,13 @@
 """Speed of the interpreter on its own test kernels: `python tools/ptxrun/benchmark.py`."""
 
-import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from ptxrun import Module
+from ptxrun.nvcc import compile_ptx
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from ptxrun import Module  # noqa: E402
-from ptxrun.nvcc import compile_ptx  # noqa: E402
 
 
 def launches():

@@ -1,16 +1,13 @@
 """Kernels under test: every `cu/*.cu` is compiled once a run for each architecture."""
 
 import functools
-import sys
 from pathlib import Path
 
 import pytest
+from ptxrun import Module
+from ptxrun.nvcc import compile_ptx, find_nvcc
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from ptxrun import Module  # noqa: E402
-from ptxrun.nvcc import compile_ptx, find_nvcc  # noqa: E402
 
 
 @functools.cache
