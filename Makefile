@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A warning ends the build here, not that of whoever installs with another compiler.
 export TOKENDANCE_WERROR ?= 1
 
-.PHONY: build test test-gpu test-vllm soak demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
+.PHONY: build test test-all test-gpu test-vllm soak demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
 $(VENV)/ready: pyproject.toml tools/ptxrun/pyproject.toml
@@ -20,9 +20,14 @@ $(VENV)/ready: pyproject.toml tools/ptxrun/pyproject.toml
 build: $(VENV)/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# In two processes: most tests take one core.
-test: build
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_ARGS)
+# What a change can break in minutes: lint, types, documentation, and the tests but for the slow ones, those that run a
+# model, and most of those that execute PTX (tests/check_tiers.py). In two processes: most tests take one core.
+test: build lint typecheck docs
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not rest" $(PYTEST_ARGS)
+
+# All else, part by part. CHECKS="ptx_movement models": these parts; see tools/checks.py.
+test-all: build
+	$(BIN)/python -m tools.checks $(CHECKS)
 
 # What needs a GPU, then a few cases under compute-sanitizer, without which this fails: GPU_ARGS=--without-sanitizer
 # goes without. Nothing is installed: where there is no .venv, PYTHON has what is needed, torch and pytest.

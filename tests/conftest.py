@@ -6,6 +6,7 @@ import argparse
 import os
 
 import backends
+import check_tiers
 import pytest
 import torch
 
@@ -64,10 +65,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(fixture, marked, indirect=True, scope="session")
 
 
-@pytest.hookimpl(trylast=True)  # so that parts are those of what -k and -m leave
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """Tests that no chosen backend runs are left out, not skipped, and dtypes that it lacks."""
-    without = {item for item in items if getattr(item, "callspec", None) and _lacks_backend(item)}
+    """Tiers are marked before -m looks at the marks; parts are of what -k and -m leave.
+
+    Tests that no chosen backend runs are left out, not skipped, and dtypes that it lacks.
+    """
+    check_tiers.mark([item for item in items if not _lacks_backend(item)])
+    yield
+    without = {item for item in items if _lacks_backend(item)}
     if config.getoption("--part"):
         this, parts = config.getoption("--part")
         left = [item for item in items if item not in without]
@@ -76,11 +82,11 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=list(without))
         items[:] = [item for item in items if item not in without]
     if IS_WORKER:  # what takes long comes first, so that no process ends long after the others
-        items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "model"))))
+        items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "model", "ptx"))))
 
 
 def _lacks_backend(item):
-    params = item.callspec.params
+    params = item.callspec.params if getattr(item, "callspec", None) else {}
     chosen = [params[name] for name in ("backend", "fast_backend") if name in params]
     if not all(isinstance(name, str) for name in chosen):  # a placeholder for an empty list
         return True

@@ -171,6 +171,7 @@ def test_narrow_kernels_of_e4m3_pools(ptx, query_dtype, head_dim):
     assert ptx.launched.launches[0].name.decode().endswith(f"_e4m3_d{head_dim}_narrow")
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_e4m3_pools_on_sm_90(head_dim):
     """Where there are instructions that convert."""
@@ -191,6 +192,7 @@ def test_rows_and_uses_beyond_the_tables_are_left_out(ptx, beyond):
     check(ptx, case, damage=damage)
 
 
+@pytest.mark.ptx
 def test_nan_in_hidden_rows_of_e4m3_on_sm_90():
     """Where conversions keep NaN."""
     test_collective_attention.check_nan_in_hidden_rows(PtxBackend("90"), torch.bfloat16)
@@ -335,6 +337,7 @@ def test_twice_gives_the_same_bits(ptx):
     testing.assert_same_bits(outputs[0], outputs[1])
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sm_90(dtype):
     """nvcc's PTX for another architecture does the same; a subset, for the source is one."""

@@ -451,6 +451,7 @@ def test_encode_of_pages_that_lie_far_apart(ptx, dtype, interleaved, stride):
 # Other architectures -------------------------------------------------------------------------
 
 
+@pytest.mark.ptx
 def test_sm_90():
     """nvcc's PTX for another architecture does the same; a subset, for the source is one."""
     newer = PtxBackend("90")
@@ -476,6 +477,7 @@ def test_sm_90():
         testing.assert_close(got, want, torch.float32)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("counts", [[5, 3], [0, 3], [70]])
 def test_a_merge_that_begins_early_waits_before_it_reads_partials(counts):
     """What it reads before is what attention does not write; what it reads then is not kept in the
@@ -494,6 +496,7 @@ def test_a_merge_that_begins_early_waits_before_it_reads_partials(counts):
     assert not vectors & read_only
 
 
+@pytest.mark.ptx
 def test_quantized_rows_on_sm_90():
     """Where there are instructions that convert."""
     newer = PtxBackend("90")

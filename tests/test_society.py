@@ -20,8 +20,6 @@ import tokendance as td
 from evals.cli import main
 from evals.models import load_model
 from evals.society import (
-    PERSONAS,
-    TOPICS,
     Meeting,
     Options,
     Persona,
@@ -91,18 +89,6 @@ def without_times(report: RoundReport) -> dict[str, Any]:
 
 
 # The meeting -------------------------------------------------------------------------------------
-
-
-def test_the_town_is_varied_and_its_names_are_labels() -> None:
-    assert len(PERSONAS) >= 12
-    assert len({person.name for person in PERSONAS}) == len(PERSONAS)
-    assert len({person.role for person in PERSONAS}) == len(PERSONAS)
-    for person in PERSONAS:
-        assert person.name.isalpha()
-        assert person.biography.startswith(f"You are {person.name}, ")
-    lengths = [len(person.biography) for person in PERSONAS]
-    assert max(lengths) > 2 * min(lengths)
-    assert len(TOPICS) >= 3
 
 
 def test_prompts_are_persona_scene_history_messages_task() -> None:
