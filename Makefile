@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A warning ends the build here, not that of whoever installs with another compiler.
 export TOKENDANCE_WERROR ?= 1
 
-.PHONY: build test test-all test-gpu test-vllm soak demo bench lint format typecheck docs wheel sanitize sanitize-gpu coverage \
+.PHONY: build test test-all test-gpu test-vllm soak demo bench measurements lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
 $(VENV)/ready: pyproject.toml tools/ptxrun/pyproject.toml
@@ -56,6 +56,11 @@ demo: build
 # Every operator against what this machine can do, measured in the same run; bench/compare.py compares two.
 bench: build
 	$(BIN)/python -m pytest -q -c bench/pytest.ini bench --benchmark-json build/bench.json $(BENCH_ARGS)
+
+# Runs what measures the tables of docs/, keeps its JSON and renders the tables: hours. MEASUREMENTS="smollm2_rows": some;
+# see tools/measurements.py.
+measurements: build
+	$(BIN)/python -m tools.measurements $(MEASUREMENTS)
 
 # Stores whose process is killed at random instants, then at every file operation, by the process's end, by errors
 # and by the loss of power. CRASH_ARGS: see tests/kill_stores.py.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from evals.fidelity import __main__ as fidelity
 from evals.fidelity import document, front, replays, samples, token_kinds
 from tokendance.host import leases
 from tokendance.host.decide import RowKind, Source
-
-MEASUREMENTS = Path(__file__).resolve().parent.parent / "docs" / "measurements"
 
 
 def figures(number, rows, kl, makers=()):
@@ -295,11 +292,3 @@ def test_reused_rows_of_some_tokens_are_repaired():
     assert sibling.own.tolist() == [0, 1, 2, 3, 8, 10, 11, 13, 17, 19, 20, 21]
     overridden = [use.delta + use.overridden(8) for use in sibling.uses]
     assert np.concatenate(overridden).tolist() == [2, 3, 8, 10, 11, 13, 17, 19]
-
-
-@pytest.mark.parametrize("path", sorted(MEASUREMENTS.glob("*.json")), ids=lambda path: path.stem)
-def test_pages_show_the_figures_that_are_kept(path, capsys):
-    """Whoever measures again renders again."""
-    assert fidelity.main(["render", str(path)]) == 0
-    text = capsys.readouterr().out
-    assert [page.name for page in MEASUREMENTS.glob("*.md") if text in page.read_text()]
