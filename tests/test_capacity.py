@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from evals.capacity.systems import BLOCK, Dense, PerRequestBlend, PrefixCache, h
 from evals.cli import main
 from tokendance.host.plan import Policy
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHAPE = Shape(system=64, own=96, output=32, board=0, tail=16)
 SETTING = Setting(MACHINES["a100"], MODELS["qwen2.5-7b"], SHAPE, rate=0.5, rounds=2)
 PLAIN = Machine("plain", 80 * 10**9, 1e12, 1e14, 1e11)

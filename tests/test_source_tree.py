@@ -29,10 +29,10 @@ def site(tmp_path: Path) -> Path:
     """A folder of installed packages, with this one in it."""
     directory = tmp_path / "site"
     shutil.copytree(PACKAGE, directory / "tokendance", ignore=shutil.ignore_patterns("__pycache__"))
-    information = directory / "tokendance-0.1.0.dist-info"
+    information = directory / "tokendance-0.2.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: tokendance\nVersion: 0.1.0\n"
+        "Metadata-Version: 2.1\nName: tokendance\nVersion: 0.2.0\n"
     )
     return directory
 

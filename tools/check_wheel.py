@@ -3,13 +3,15 @@
     python -m tools.check_wheel                                 in the torch of this environment
     python -m tools.check_wheel --torch "torch==2.13.0"         in one that pip fetches
 
-Its size and contents are checked; then it is installed into an environment that is thrown away,
-without compiler or CUDA toolkit on the path, and runs ``tokendance info`` and an operator there.
+Its size, its contents and its version (that of CHANGELOG.md, where it has its date) are checked;
+then it is installed into an environment that is thrown away, without compiler or CUDA toolkit on
+the path, and runs ``tokendance info`` and an operator there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import site
 import subprocess
@@ -35,6 +37,8 @@ moved = ops.rope_rotate(x, None, None, positions, rope.cos, rope.sin)
 back = ops.rope_rotate(moved, None, positions, torch.zeros_like(positions), rope.cos, rope.sin)
 torch.testing.assert_close(back, x)
 facts = report()
+installed, built = facts["versions"]["tokendance"], facts["build"]["version"]
+assert installed == built, f"version: expected operators of {installed}, got those of {built}"
 print("torch", torch.__version__, "CUDA", torch.version.cuda)
 print("CUDA compiler", facts["build"]["CUDA compiler"])
 print("operators on CPU", facts["build"]["operators on CPU"])
@@ -54,6 +58,22 @@ def check_contents(wheel: Path) -> None:
     for needed in ("tokendance/py.typed", "tokendance/_planner.pyi"):
         if needed not in names:
             sys.exit(f"contents: expected {needed}, got a wheel without")
+
+
+def version_of_the_changelog() -> str:
+    """Of its first release."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest = text[text.find("\n## ") + 1 :].partition("\n")[0]
+    found = re.fullmatch(r"## ([\d.]+) \(\d{4}-\d\d-\d\d\)", newest)
+    if found is None:
+        sys.exit(f"CHANGELOG.md: expected a heading with a version and its date, got {newest!r}")
+    return found[1]
+
+
+def check_version(wheel: Path) -> None:
+    wanted, found = version_of_the_changelog(), wheel.name.split("-")[1]
+    if found != wanted:
+        sys.exit(f"version: expected {wanted}, as in CHANGELOG.md, got {found}")
 
 
 def try_out(wheel: Path, torch: str | None) -> None:
@@ -84,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not wheels:
         parser.error(f"dist/: expected a wheel for {tag}, got none; `make wheel` builds it")
     check_contents(wheels[-1])
+    check_version(wheels[-1])
     try_out(wheels[-1], options.torch)
     return 0
 
