@@ -44,11 +44,11 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
     """Recompute of some agents of a plan, or of some of their rows; made by `KVCollector.audit`.
 
     Run `steps`, hand every step's logits to `add`, then ask for the `report`. Agents are recomputed
-    one after the other; the pages of one prompt are leased at a time and given back. The plan must
-    not be committed before that.
+    one after the other, so that the pages of only one prompt are leased at a time. Commit the plan
+    only after the report.
 
     Attributes:
-        agents: who is recomputed; may be nobody.
+        agents: names of those that are recomputed; may be empty.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Audit(Uncopied, instead="make another by KVCollector.audit; its report can
         draw_rows: Callable[[str, int], NDArray[np.bool_]] | None,
         finish: Callable[[AuditReport], AuditReport],
     ) -> None:
-        """``draw_rows`` says of an agent and its length which rows are recomputed; None: all."""
+        """``draw_rows`` returns the rows to recompute, by an agent's name and length; None: all."""
         self.agents = list(agents)
         self._store = store
         self._plan = plan

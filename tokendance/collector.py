@@ -47,10 +47,11 @@ class KVCollector(
             segments is kept. ``"alone"``: it is computed without any context, as
             position-independent caching does (EPIC, CacheBlend); no trace of an agent's private
             context reaches another. ``"producer"``: as ``"master"``, and decoded outputs become
-            Masters as their agents computed them. Or a function that says so of each segment: of
-            the shared ones of a round that is planned, and of decoded outputs when they are
-            committed. One that answers ``"producer"`` for outputs and ``"alone"`` for the rest has
-            what agents wrote as they wrote it, and what they were given without a context.
+            Masters as their agents computed them. A function of a segment that returns one of these
+            names is taken, too. It is asked about the shared segments of each planned round, and
+            about decoded outputs when they are committed. If it returns ``"producer"`` for outputs
+            and ``"alone"`` for the rest, what agents wrote is kept as they wrote it, and what they
+            were given is computed without a context.
         selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=96)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
@@ -102,8 +103,8 @@ class KVCollector(
             prompts: per agent the segments of its prompt, made by `private` and `shared`. Any
                 number of agents; any lengths, orders, subsets and repeats. An agent's own earlier
                 KV is taken over as far as the prompt begins with the same tokens.
-            wait: prompts for which there are too few pages now get them by a later `step`, in the
-                order in which they came.
+            wait: prompts that do not fit now get their pages in a later `step`, in the order in
+                which they came.
 
         Raises:
             TypeError: something else than segments.
@@ -118,8 +119,9 @@ class KVCollector(
     def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """Pages that planning these prompts now needs.
 
-        Fresh pages, and those of idle Masters that would be held from then on: `plan` succeeds
-        exactly if they are at most ``stats().free_pages + stats().evictable_pages`` of the store.
+        Fresh pages count, and pages of idle Masters that the plan would hold. `plan` succeeds
+        exactly if the number is at most ``stats().free_pages + stats().evictable_pages`` of the
+        store.
 
         Raises:
             TypeError, ValueError: as `plan`.
@@ -135,21 +137,21 @@ class KVCollector(
         reduce: Reduce | None = None,
         timeout: float = 0.0,
     ) -> Step | None:
-        """The next forward pass, of any live plans of the store: decode rows, then prompts' rows.
+        """The next forward pass of any live plans of the store: decode rows, then prompts' rows.
 
-        A row's visible keys lie in this step or in an earlier one. The step's agents can be in no
-        other step until it ends.
+        Every key that a row sees is computed in this step or in an earlier one. Until the step
+        ends, its agents can be in no other one.
 
         Args:
             decode: per agent the tokens to feed; several are a draft, see `Plan.truncate`.
             prefill: agents whose prompts may be computed, together with what they wait for; None:
                 all.
-            max_rows: rows of a step at most. Decode rows are in it whatever their number; with
-                `KeyDeviation` all rows of an agent are in one step, however many.
-            reduce: adds fp32 key deviations up over the ranks of a tensor-parallel engine, for
-                `KeyDeviation`: without it ranks would keep different rows.
-            timeout: seconds to wait, at most, where rows that are wanted are in a step that another
-                thread runs, or see rows of such a step.
+            max_rows: rows of a step at most. Decode rows are never left out, and with
+                `KeyDeviation` all rows of an agent are in one step; both may exceed it.
+            reduce: sums fp32 key deviations over the ranks of a tensor-parallel engine.
+                `KeyDeviation` needs it there: without it the ranks would keep different rows.
+            timeout: seconds to wait at most for a step that another thread runs, if wanted rows are
+                in it or see rows of it.
 
         Returns:
             The step, or None where there is nothing to compute.
@@ -193,7 +195,8 @@ class KVCollector(
 
         Args:
             max_agents, max_rows: of a step.
-            max_pages: pages of all Masters in a step, outputs among them; as many of own rows.
+            max_pages: pages of all Masters in a step, outputs included. Own rows may take as many
+                again.
             max_masters: Masters in a step, each agent's output among them; default 64 besides the
                 outputs.
             max_uses: uses of Masters in a step, of all agents together; default 32 of each agent.
@@ -209,16 +212,16 @@ class KVCollector(
     def opt_out(
         self, agents: str | Iterable[str] = (), segments: Iterable[Segment | bytes] = ()
     ) -> None:
-        """From the next plan on, computes agents or segments as `Everything` does.
+        """From the next plan on, restricts agents or segments to exact reuse, as `Everything` does.
 
-        An agent that has opted out takes over only exact rows, its own earlier ones too; a segment
-        is computed in every prompt in which it would not be reused exactly. What such an agent
-        computes may still become a Master that others reuse: an agent that must not give either
-        has its segments made by `private`.
+        An agent that has opted out takes over only exact rows, also of its own earlier KV. A
+        segment that has opted out is computed in every prompt where its reuse would not be exact.
+        What such an agent computes may still become a Master that others reuse. To prevent that,
+        make the agent's segments by `private`.
 
         Args:
-            agents: names, known or not yet.
-            segments: or their digests.
+            agents: names; they need not be known yet.
+            segments: segments or their digests.
         """
         names, digests = _names_and_digests(agents, segments)
         with self.store.lock:
@@ -228,7 +231,7 @@ class KVCollector(
     def opt_in(
         self, agents: str | Iterable[str] = (), segments: Iterable[Segment | bytes] = ()
     ) -> None:
-        """Ends `opt_out`, also where the gate has called it; who has not opted out stays in."""
+        """Ends `opt_out`, whether a caller or the gate has asked for it."""
         names, digests = _names_and_digests(agents, segments)
         with self.store.lock:
             opted = self._opted_out
@@ -236,7 +239,7 @@ class KVCollector(
 
     @property
     def opted_out(self) -> OptedOut:
-        """The agents and the segments' digests that are computed."""
+        """The agents, and the digests of the segments, that have opted out."""
         with self.store.lock:
             return self._opted_out
 
@@ -255,10 +258,11 @@ class KVCollector(
         on average, and leases the pages of one prompt at a time. Neither the plan nor the store
         changes, but for evictions.
 
-        With ``rows < 1`` it computes a sample of each prompt's rows, for that share of the cost,
-        and its last row and decoded tokens. They attend to the round's rows wherever no row is
-        sampled: what is found is how far the sampled rows are from their own repair, and how much
-        the distributions would move by it; both are less than what full recompute shows.
+        With ``rows < 1`` it computes only a sample of each prompt's rows, for that share of the
+        cost, and besides them the last row and the decoded tokens. Where no row is sampled, they
+        attend to the round's own rows. The audit then finds how far the sampled rows are from their
+        repair, and how much that repair would move the distributions. Both are less than what full
+        recompute would show.
 
         Args:
             plan: prefilled before the audit is run, and not committed or aborted.
@@ -306,7 +310,7 @@ class KVCollector(
         return report
 
     def stats(self) -> CollectorStats:
-        """What audits have cost and found, and who is computed because of it."""
+        """What audits have cost and found, and how many agents and segments have opted out."""
         with self.store.lock:
             opted = self._opted_out
             return self._accounts.stats(len(opted.agents), len(opted.segments))

@@ -22,11 +22,11 @@ class Step(Uncopied, instead="ask the collector for the next step"):
 
     Use it as a context manager; inside, call `attend` once per layer, in order, and `keep` after
     it. Leaving it by an exception aborts the plans that it was asked for. Leaving it before the
-    last layer is an error. From the moment that it is made until it ends, its agents can be in no
-    other step, nor committed, suspended or truncated. Who is aborted meanwhile has its pages until
-    the step ends. A step that is not entered is given back by `cancel`, or when it is dropped.
+    last layer is an error. Until it ends, its agents can be in no other step, and cannot be
+    committed, suspended or truncated. An agent that is aborted meanwhile keeps its pages until the
+    step ends. A step that is never entered is given back by `cancel`, or when it is dropped.
 
-    One thread at a time may use it, another one than made it, too.
+    One thread at a time may use it; it need not be the one that made it.
 
     Attributes:
         agents: name of every row's agent; None for what is computed for no agent.
@@ -101,7 +101,7 @@ class Step(Uncopied, instead="ask the collector for the next step"):
         self._planned.cancel()
 
     def abandon(self) -> None:
-        """Has a step that has not been entered given back by the scheduler's next call."""
+        """Lets the scheduler's next call give back a step that was never entered."""
         if self._run is None and not self._is_over:
             self._end()
             self._planned.abandon()

@@ -27,8 +27,9 @@ class Gate:
         kl: nats, KL(full || reuse) of an agent, mean over its compared tokens.
         top1: least share of an agent's compared tokens whose likeliest token is full recompute's.
         deviation: see `SegmentAudit.deviation`.
-        action: ``"warn"``: a `ReuseWarning` says what was found. ``"fall back"``: besides, the
-            agent, or the segment in all prompts, is computed from then on, as by `Everything`.
+        action: ``"warn"``: a `ReuseWarning` says what was found. ``"fall back"``: it warns, too,
+            and from then on the agent, or the segment in all prompts, is reused only where that is
+            exact, as under `Everything`.
     """
 
     kl: float | None = None
@@ -149,8 +150,8 @@ class AuditReport:
 
     Attributes:
         agents: by name, in the order of the plan.
-        findings: a sentence for everything beyond the gate's limits.
-        fallen_agents, fallen_segments: names and digests that have fallen back because of it.
+        findings: a sentence for each limit of the gate that was exceeded.
+        fallen_agents, fallen_segments: names and digests that fall back because of this report.
     """
 
     agents: Mapping[str, AgentAudit]

@@ -156,9 +156,9 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
 
     It holds the Masters that it uses and leases the pages that it fills. A Master serves others
     from the moment its last row is computed; an agent's own rows are visible to nobody before it is
-    committed. After `abort` the store is as it was, finished Masters aside. As a context manager it
-    aborts the agents that have not ended when the block is left. A plan that is dropped with agents
-    that have not ended aborts them, with a ``ResourceWarning``.
+    committed. After `abort` the store is as it was, except for finished Masters. As a context
+    manager, a plan aborts the agents that have not ended when the block is left. A plan that is
+    dropped before all its agents have ended aborts the others, with a ``ResourceWarning``.
     """
 
     def __init__(self, scheduler: Scheduler, live: LivePlan) -> None:
@@ -227,8 +227,8 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     def pages_needed(self, prompts: Mapping[str, Iterable[Segment]]) -> int:
         """Pages that `add` of these prompts now needs; see `KVCollector.pages_needed`.
 
-        It may be another number than of a plan of their own: with `LeadingTokens` a segment that
-        no other agent of the round has is computed.
+        The number may differ from that of a separate plan, because `LeadingTokens` computes a
+        segment that no other agent of the round has.
         """
         return self._scheduler.pages_to_add(self._live, prompts)
 
@@ -279,11 +279,11 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     def append(self, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
         """Decoded tokens whose rows an engine has computed with attention of its own.
 
-        They count as fed from now on, as if a step had computed them: `commit` keeps them, and they
-        are exact where all that they saw is.
+        They count as fed from now on, as if a step had computed them, and `commit` keeps them. A
+        row is exact if all rows that it saw are.
 
         Args:
-            rows: per agent the tokens, whose rows follow those that the agent has.
+            rows: per agent the tokens; their rows follow those that the agent has.
 
         Returns:
             The record that `tokendance.device.Executor.append` runs, before any later one, with the
@@ -301,8 +301,8 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
 
         Args:
             agents: one or several.
-            to: ``"nowhere"``: everything is let go of, and `resume` plans and computes the agent's
-                prompt and output again; finished Masters stay in the store as long as there is
+            to: ``"nowhere"``: the rows are given up, and `resume` plans and computes the agent's
+                prompt and output again. Finished Masters stay in the store as long as there is
                 room. ``"host"``: own rows are copied to host memory, and the Masters stay held.
                 An agent whose rows lie in host memory may be suspended again to ``"nowhere"``.
 
@@ -317,9 +317,9 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
     def resume(self, agents: str | Iterable[str]) -> None:
         """Takes pages for suspended agents again.
 
-        Rows that were given up are computed again by the next steps; the last of them has its
-        logits again. There must be room for one more decoded row, too: an agent that had none
-        would be suspended again, and get nowhere.
+        The next steps compute again the rows that were given up; the last of them gives logits
+        again. There must also be room for one more decoded row. Without it the agent would be
+        suspended again before it gets on.
 
         Raises:
             KeyError: an unknown agent.
@@ -367,8 +367,8 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
         """Gives back what the agents (default: all that have not ended) leased.
 
         If an aborted agent was computing a Master that others need, that Master is still completed,
-        for no agent, and its pages are kept until then. Those of an agent in an open step are kept
-        until the step has ended, which goes on for the others in it.
+        and its pages are kept until then. Pages of an agent in an open step are kept until the step
+        has ended; it goes on for its other agents.
 
         Raises:
             KeyError, ValueError: an unknown agent, or one that has ended; then nothing is given

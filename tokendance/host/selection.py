@@ -26,18 +26,19 @@ def _check_integer(name: str, value: object, least: int) -> None:
 class LeadingTokens:
     """The first rows of every run of reused segments (the rule of EPIC, arXiv 2410.15332).
 
-    ``count`` of them, and with ``unseen`` more, up to ``most`` rows, in proportion to the share of
-    the prompt that its Master has not seen: the tokens of shared segments that stand left of the
-    run and never stood left of its Master, over all tokens of the prompt. ``unseen=96`` is one more
-    row for every 96th of the prompt. What a Master has not seen is missing from it; in a long
-    prompt, where a row looks at many others, the same tokens are missed less.
-
     A run is a sequence of segments that stood next to each other, in this order, where their
-    Masters were computed: inside it the context does not break. A segment that no other agent of
-    the round has (an agent's own history) is computed as a whole, unless it is exact: whoever
-    shares it with nobody would save its rows once and carry another context's traces from then on.
-    In a round that grows, agents that came before count. The first one cannot tell, and reuses all
-    that is stored.
+    Masters were computed. Inside a run the context does not break.
+
+    ``count`` rows of each run are computed. With ``unseen`` there are more, up to ``most``, in
+    proportion to what the Master has not seen: the tokens of shared segments that stand left of the
+    run and never stood left of its Master, over all tokens of the prompt. ``unseen=96`` means one
+    more row for every 96th of the prompt. In a long prompt a row looks at many others, so that the
+    same missing tokens matter less.
+
+    A segment that no other agent of the round has, such as an agent's own history, is computed as a
+    whole, unless it is exact. Reusing it would save its rows once, and leave traces of another
+    context in the agent's KV from then on. In a round that grows, agents that came before count as
+    others. The first agent has none, and reuses all that is stored.
     """
 
     count: int = 8
