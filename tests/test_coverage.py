@@ -5,6 +5,7 @@ from __future__ import annotations
 import backends
 import kernel_cases
 import pytest
+import row_cases
 from ptx_backend import CUDA_SOURCES, OPERATORS, PtxBackend, sources_of
 
 from tools import coverage, kernel_ptx
@@ -51,7 +52,7 @@ def test_every_instruction_and_way_is_reached(operator):
 @needs_nvcc
 def test_what_is_not_reached_is_reported(monkeypatch):
     """Cases of other variants leave out code of these."""
-    monkeypatch.setitem(kernel_cases.CASES, "rope_rotate", kernel_cases.copies)
+    monkeypatch.setitem(kernel_cases.CASES, "rope_rotate", row_cases.copies)
     [kernel] = coverage.coverage("rope_rotate", kernel_cases.REPRESENTATIVE[:1])
     assert kernel.kernel == "rope_rotate_bf16_half_wide"
     assert any("fma.rn.f32" in missing.what for missing in kernel.never_executed)

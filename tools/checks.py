@@ -31,6 +31,7 @@ PYTHON = shlex.quote(sys.executable)
 PYTEST = f"{PYTHON} -m pytest -q -n 2 --dist worksteal"
 CUDA = ("csrc/cuda/", "csrc/include/", "tests/ptx_backend.py", "tests/cuda_params.py")
 CPU = ("csrc/cpu/", "csrc/include/", "csrc/planner/")
+CASES = tuple(f"tests/{name}_cases.py" for name in ("kernel", "mirror", "row"))
 MOVEMENT = ("rope_rotate", "key_deviation", "diff_encode", "diff_restore", "merge_states")
 MAINS = ("origin/main", "main")
 
@@ -101,7 +102,7 @@ PARTS = (
         f'{PYTEST} -m "rest and ptx" '
         + ptx_tests("cuda_launches", "cuda_traffic", "cuda_rotation", "coverage", "mutants"),
         5,
-        (*CUDA, "bench/traffic.py", "tests/kernel_cases.py", "tests/test_cuda_launches.py"),
+        (*CUDA, "bench/traffic.py", *CASES, "tests/test_cuda_launches.py"),
         needs_nvcc=True,
     ),
     Part("ptxrun", f"{PYTEST} -m rest tools/ptxrun/tests", 3, ("tools/ptxrun/",)),
@@ -134,7 +135,7 @@ PARTS = (
     Part("sass_release", "make sass", 15, ("csrc/cuda/", "csrc/include/"), needs_nvcc=True),
     Part("vllm", "make test-vllm", 40, ("tokendance/integrations/vllm/", "tests/in_vllm/")),
     Part("fuzz", "make fuzz", 60, ("tokendance/files/",)),
-    Part("mutants", "make mutate", 600, ("csrc/cuda/", "tests/kernel_cases.py"), needs_nvcc=True),
+    Part("mutants", "make mutate", 600, ("csrc/cuda/", *CASES), needs_nvcc=True),
 )
 
 
