@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import by_torch, compare, loops, mirrors, rounds, scaling
+from bench import by_torch, compare, mirrors, rounds, scaling
 from bench.ceilings import Ceiling
 from bench.rounds import Cell, table
 from evals.fidelity import __main__ as fidelity
@@ -133,39 +133,6 @@ def test_encoding_by_torch_is_the_operator(dtype):
             first = int(mirror.own_pages[0]) * case.block_size
             got, want = (each[first : first + len(position)] for each in rows)
             assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("resident", [False, True])
-def test_loops_encode_compares_rows_to_the_end(monkeypatch, resident):
-    """No dense row differs from its Master's: else the comparison would end with the first line."""
-    made = []
-
-    def make_round(**options):
-        made.append(mirrors.make_round(**options))
-        return made[-1]
-
-    monkeypatch.setattr(loops, "make_round", make_round)
-    monkeypatch.setattr(loops, "FOOTPRINT", 5 << 20)
-    for operator in loops.OPERATORS:
-        call = operator(torch.bfloat16, resident)
-        call.run()
-        assert call.floor(dict.fromkeys(call.ceilings, 1e9)) > 0
-    assert len(made) == 2
-    for case in made:
-        assert case.length > loops.PRIVATE
-        assert (case.round.own_length == loops.PRIVATE).all()
-
-
-def test_loops_compare_a_decode_step_with_a_matrix_product(monkeypatch):
-    def seconds(call):
-        call()
-        return 2.0
-
-    monkeypatch.setattr(loops, "DECODE", (((2, 3, 64), 4, 100, 28),))
-    monkeypatch.setattr(loops.ceilings, "gemm", lambda: Ceiling("FLOP/s", 1e6, [lambda: None]))
-    monkeypatch.setattr(loops.ceilings, "seconds", seconds)
-    flops = 4 * 4 * (100 + 28) * 2 * 3 * 64
-    assert loops.attention_of_gemm(0.01) == pytest.approx(loops.STEPS * flops / 1e6)
 
 
 def test_growth_is_drawn(tmp_path):

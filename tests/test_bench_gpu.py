@@ -68,12 +68,6 @@ def test_a_difference_from_the_cpu_is_found():
     assert replace(shape, operator=not_a_number).difference() == float("inf")
 
 
-def test_what_is_too_large_is_not_compared(monkeypatch):
-    shape = gpu_shapes.merge_states(CPU, dtype=torch.float32, rows=3)
-    monkeypatch.setattr(gpu_shapes, "MOST_BYTES", 100)
-    assert shape.difference() is None
-
-
 def test_shifts_differ_from_use_to_use():
     case = mirrors.make_round(agents=16, shared=4096, private=64, segments=8, shuffled=True)
     shifts = [
@@ -85,17 +79,6 @@ def test_shifts_differ_from_use_to_use():
     assert len(set(shifts)) > 64
     assert {mirror.length for mirror in case.mirrors} == {4096 + 64}
     assert len({use.length for use in case.mirrors[0].uses}) > 4
-
-
-def test_rows_move_by_shifts_of_their_own():
-    origin = torch.arange(2000, dtype=torch.int32) + 9000
-    to = gpu_shapes._moved(origin, 3, 32768)
-    shifts = (to - origin[:, None]).view(-1, 3)
-    assert len(shifts.unique()) > 15  # of 8 runs and 3 parts
-    assert (shifts[:256] == shifts[0]).all()
-    fresh = gpu_shapes.rope_rotate(CPU, dtype=torch.float32, rows=100, fresh=True)
-    assert fresh.arguments[3] is None
-    assert len(fresh.arguments[4].unique()) == 100
 
 
 def test_bytes_of_rows_that_move():
