@@ -40,9 +40,9 @@ class Reuse:
         selection: which rows were recomputed.
         rows: computed, whole rows, Masters included.
         kl: KL(full recompute || reuse) in nats of each sibling of each round, mean over its tokens.
-            Siblings are the agents that share segments and are Master agents, which compute all
-            rows themselves, under none of the selections.
-        top1: of the siblings' tokens the share where both have the same likeliest one.
+            Siblings are the agents that share segments and are Master agents under none of the
+            selections: a Master agent computes all of its rows itself.
+        top1: share of the siblings' tokens for which both have the same likeliest token.
     """
 
     selection: Selection

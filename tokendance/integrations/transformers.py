@@ -70,10 +70,11 @@ def rope_of(model: Any, max_position: int | None = None) -> Rope | list[Rope | N
 def fingerprint_of(model: Any) -> str:
     """What tells a model's weights from others', for `DiffStore`: 32 hexadecimal digits.
 
-    Of the name, shape, dtype and up to 256 elements of every parameter and buffer: another model, a
-    fine-tuned one, one cast to another dtype or quantized (GPTQ, AWQ) has another fingerprint, and
-    large models are not read through. Of PEFT's adapters it knows those in use, merged or not, and
-    how they are scaled; adapters that are loaded and not in use change nothing.
+    It is a digest of the name, shape, dtype and up to 256 elements of every parameter and buffer.
+    Another model, a fine-tuned one, one that is cast to another dtype or quantized (GPTQ, AWQ) has
+    another fingerprint. Large models are not read through. PEFT's adapters count if they are in
+    use, merged or not, and so does their scale. Adapters that are loaded but not in use change
+    nothing.
 
     Args:
         model: of transformers, wrapped by PEFT or not.
