@@ -37,22 +37,6 @@ def test_the_ptx_backend_has_every_cuda_operator():
 
 @needs_nvcc
 @pytest.mark.ptx
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", kernel_ptx.operators())
-def test_every_instruction_and_way_is_reached(operator):
-    found = coverage.coverage(operator, kernel_cases.REPRESENTATIVE)
-    variants = [v for v in kernel_cases.REPRESENTATIVE if kernel_cases.has_kernels(operator, v)]
-    assert len(found) >= len(variants)
-    unexplained = [
-        f"{kernel.kernel}: {missing.what} ({missing.source})"
-        for kernel in found
-        for missing in kernel.unexplained
-    ]
-    assert not unexplained, "\n".join(unexplained)
-
-
-@needs_nvcc
-@pytest.mark.ptx
 def test_what_is_not_reached_is_reported(monkeypatch):
     """Cases of other variants leave out code of these."""
     monkeypatch.setitem(kernel_cases.CASES, "rope_rotate", row_cases.copies)

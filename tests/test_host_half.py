@@ -262,9 +262,15 @@ def run_record(
     return out
 
 
-def work(pipe: Connection, heads: slice, reduces: bool) -> None:
-    """A worker process: it knows records and its heads, and nothing else."""
+def work(pipe: Connection, heads: slice) -> None:
+    """A worker process: it knows records and its heads, and nothing else. One life follows another,
+    each with an executor of its own."""
     torch.set_num_threads(1)
+    while (reduces := pipe.recv()) is not None:
+        live(pipe, heads, reduces)
+
+
+def live(pipe: Connection, heads: slice, reduces: bool) -> None:
     executor = make_executor(heads)
 
     def reduce(deviation: Tensor) -> Tensor:
@@ -283,33 +289,36 @@ def work(pipe: Connection, heads: slice, reduces: bool) -> None:
     pipe.send(("pools", keys))
 
 
+@pytest.fixture(scope="module")
+def pipes() -> Iterator[list[Connection]]:
+    """To two processes, each with one of the two KV heads."""
+    context = multiprocessing.get_context("spawn")
+    pairs = [context.Pipe() for _ in range(HEADS)]
+    processes = [
+        context.Process(target=work, args=(theirs, slice(head, head + 1)))
+        for head, (_, theirs) in enumerate(pairs)
+    ]
+    for process in processes:
+        process.start()
+    yield [mine for mine, _ in pairs]
+    for process, (mine, _) in zip(processes, pairs, strict=True):
+        mine.send(None)
+        process.join(30)
+        if process.is_alive():  # in the middle of a life that a test has not ended
+            process.kill()
+
+
 class Workers:
-    """Two processes, each with one of the two KV heads; this process is their scheduler's.
+    """A life of the two processes; this process is their scheduler's.
 
     Attributes:
         chosen: for each choice, what each worker chose.
     """
 
-    def __init__(self, reduces: bool = True) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, pipes: list[Connection], reduces: bool = True) -> None:
         self.chosen: list[list[Any]] = []
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for head in range(HEADS):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, slice(head, head + 1), reduces))
-            process.start()
-            self.pipes.append(mine)
-            self.processes.append(process)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.join(30)
-            if process.is_alive():
-                process.kill()
+        self.pipes = pipes
+        self.send(reduces)
 
     def run(self, step: PlannedStep) -> Tensor:
         self.send(step.record)
@@ -329,6 +338,7 @@ class Workers:
             pipe.send(value)
 
     def pools(self) -> list[np.ndarray]:
+        """Ends the life."""
         self.send(None)
         both = [pipe.recv()[1] for pipe in self.pipes]
         return [np.concatenate(pools, axis=2) for pools in zip(*both, strict=True)]
@@ -393,16 +403,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("selection", [td.LeadingTokens(4, unseen=96), td.KeyDeviation(0.3)])
-def test_a_scheduler_and_two_workers_are_one_process_bit_for_bit(selection: Any) -> None:
+def test_a_scheduler_and_two_workers_are_one_process_bit_for_bit(
+    selection: Any, pipes: list[Connection]
+) -> None:
     policy = Policy(selection)
     one = OneProcess()
     scheduler = Scheduler(one.executor.profile)
     expected = drive(scheduler, one, policy)
     profile_of_one_rank = make_executor(slice(0, 1)).profile
-    with Workers() as workers:
-        split = Scheduler(profile_of_one_rank)
-        found = drive(split, workers, policy)
-        pools = workers.pools()
+    workers = Workers(pipes)
+    split = Scheduler(profile_of_one_rank)
+    found = drive(split, workers, policy)
+    pools = workers.pools()
     assert len(found) == len(expected) > 8
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine, other)
@@ -435,16 +447,16 @@ def stored_rows(scheduler: Scheduler) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_without_a_reduce_ranks_choose_each_by_its_own_heads() -> None:
+def test_without_a_reduce_ranks_choose_each_by_its_own_heads(pipes: list[Connection]) -> None:
     """Why `reduce` is there: what the first rank chose is not what the second would keep."""
-    with Workers(reduces=False) as workers:
-        scheduler = Scheduler(make_executor(slice(0, 1)).profile)
-        plan = scheduler.plan(prompts(), Policy(td.KeyDeviation(0.3)))
-        while step := scheduler.step():
-            workers.run(step)
-            step.finish()
-        plan.abort()
-        workers.pools()
+    workers = Workers(pipes, reduces=False)
+    scheduler = Scheduler(make_executor(slice(0, 1)).profile)
+    plan = scheduler.plan(prompts(), Policy(td.KeyDeviation(0.3)))
+    while step := scheduler.step():
+        workers.run(step)
+        step.finish()
+    plan.abort()
+    workers.pools()
     ((first, second),) = workers.chosen
     assert [len(rows) for rows in first] == [len(rows) for rows in second]
     assert any(a.tolist() != b.tolist() for a, b in zip(first, second, strict=True))

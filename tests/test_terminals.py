@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,19 +30,15 @@ def simulate(tiny: Path, *options: str) -> list[str]:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
 def test_a_demo_writes_its_report_whatever_the_terminal_lacks(
-    tiny: Path, tmp_path: Path, encoding: str
+    tiny: Path, tmp_path: Path, encoding: str, monkeypatch: Any
 ) -> None:
     files = {name: tmp_path / f"said.{name}" for name in ("html", "json", "record")}
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
-    result = subprocess.run(
-        [sys.executable, "-m", "evals", *simulate(tiny, "--topic", TOPIC, *options)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-        capture_output=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    printed = result.stdout.decode(encoding)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)  # strict, as Python's own
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(simulate(tiny, "--topic", TOPIC, *options)) == 0
+    stream.flush()
+    printed = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert "\\u6a4b" in printed  # what the terminal lacks
     assert ("Größe" in printed) == (encoding != "ascii")
     assert json.loads(files["json"].read_text(encoding="utf-8"))["topic"] == TOPIC

@@ -100,12 +100,12 @@ PARTS = (
     Part(
         "ptx_launches",
         f'{PYTEST} -m "rest and ptx" '
-        + ptx_tests("cuda_launches", "cuda_traffic", "cuda_rotation", "coverage", "mutants"),
+        + ptx_tests("cuda_launches", "cuda_traffic", "cuda_rotation"),
         5,
         (*CUDA, "bench/traffic.py", *CASES, "tests/test_cuda_launches.py"),
         needs_nvcc=True,
     ),
-    Part("ptxrun", f"{PYTEST} -m rest tools/ptxrun/tests", 3, ("tools/ptxrun/",)),
+    Part("ptxrun", f"{PYTEST} -m slow tools/ptxrun/tests", 3, ("tools/ptxrun/",), needs_nvcc=True),
     Part(
         "slow_tests",
         f'{PYTEST} -m "rest and not ptx and not model" tests',

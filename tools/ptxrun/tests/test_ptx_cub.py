@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("-lineinfo",), ("-G",)])
 def test_cub(load, arch, options):
     module = load("cub", arch, options)
