@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-SAMPLE = 20
+SAMPLE = 40
 """Tests of a file that execute PTX and are not left out."""
 
 
