@@ -1,7 +1,7 @@
 """Decode steps of a real model: a round's agents together against transformers' dense cache.
 
     python -m bench.decode [--model smollm2] [--agents 8,16,32] [--context 4096] [--share 0.8]
-                           [--steps 5] [--threads 2] [--out build/decode.json]
+                           [--steps 5] [--threads 2] [--json build/decode.json]
 
 All agents hold ``--share`` of their context in common, in orders of their own. The dense cache that
 transformers decodes from is restored out of the store, so that both start from the same KV; steps
@@ -140,6 +140,27 @@ def measure(model: Any, agents: int, context: int, share: float, steps: int) -> 
     }
 
 
+def text(report: dict[str, Any]) -> str:
+    """Markdown of the JSON."""
+    lines = [
+        f"{report['model']}, {report['threads']} threads, best of {report['steps']} steps",
+        "",
+        "| agents | transformers' DynamicCache, tokens/s | StaticCache | tokendance "
+        "| over the faster | bytes would give | linear layers, of the step | besides them "
+        "| dense KV, MiB | stored |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in report["found"]:
+        lines.append(
+            f"| {one['agents']} | {one['dynamic_tokens_per_s']:.1f} "
+            f"| {one['static_tokens_per_s']:.1f} | {one['tokendance_tokens_per_s']:.1f} "
+            f"| {one['over_dense']:.2f}x | {one['bytes_bound']:.2f}x | {one['linear_share']:.2f} "
+            f"| {one['over_dense_besides']:.2f}x | {one['dense_bytes'] / 2**20:.0f} "
+            f"| {one['stored_bytes'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decode", description=__doc__.split("\n")[0]
@@ -150,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=0.8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("build/decode.json"))
+    parser.add_argument("--json", type=Path, default=Path("build/decode.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
@@ -158,24 +179,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"bench.decode: {error}", file=sys.stderr)
         return 2
-    print(f"{options.model}, {options.threads} threads, best of {options.steps} steps")
-    results = []
-    for agents in options.agents.split(","):
-        found = measure(model, int(agents), options.context, options.share, options.steps)
-        results.append(found)
-        print(
-            f"{found['agents']:>3} agents, context {found['context']}: "
-            f"transformers {found['dynamic_tokens_per_s']:.1f} (DynamicCache) and "
-            f"{found['static_tokens_per_s']:.1f} (StaticCache) tokens/s, "
-            f"tokendance {found['tokendance_tokens_per_s']:.1f} tokens/s, "
-            f"{found['over_dense']:.2f}x (bytes would give {found['bytes_bound']:.2f}x); linear "
-            f"layers are {found['linear_share']:.2f} of its step, the rest is "
-            f"{found['over_dense_besides']:.2f}x; KV "
-            f"{found['dense_bytes'] / 2**20:.0f} MiB dense, "
-            f"{found['stored_bytes'] / 2**20:.0f} MiB stored"
-        )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    found = [
+        measure(model, int(agents), options.context, options.share, options.steps)
+        for agents in options.agents.split(",")
+    ]
+    names = ("model", "context", "share", "steps", "threads")
+    report: dict[str, Any] = {"bench": "decode"} | {one: getattr(options, one) for one in names}
+    report["found"] = found
+    print(text(report))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

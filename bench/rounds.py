@@ -1,15 +1,15 @@
 """Recorded rounds through all systems: prefill, decode, bytes and divergence, against agents.
 
     python -m bench.rounds [town_square agentsociety ...] [--agents 2,4,6] [--rounds 1:2]
-                           [--repeat 3] [--threads 2] [--out build/rounds]
+                           [--repeat 3] [--threads 2] [--out build/rounds] [--json PATH]
 
 Every number of agents is replayed ``--repeat`` times by fresh systems, one system after the other,
 so that all meet the same noise; times are the best of them. Beside the times stand the ratios that
 rows and FLOPs promise (those of linear layers and attention together, and of each), and what part
 of them was reached.
 
-Writes ``rounds.json`` and, with the extra ``bench``, one picture per workload into the output
-directory.
+Writes JSON (``--json``, or ``rounds.json`` in ``--out``) and, with the extra ``bench``, one picture
+per workload into ``--out``.
 """
 
 from __future__ import annotations
@@ -130,6 +130,16 @@ def table(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def text(report: dict[str, Any]) -> str:
+    """Markdown of the JSON."""
+    cells = [
+        Cell(**{**one, "systems": {k: SystemResult(**v) for k, v in one["systems"].items()}})
+        for one in report["cells"]
+    ]
+    head = f"{report['model']}, {report['threads']} threads, best of {report['repeat']}"
+    return f"{head}\n\n{table(cells)}"
+
+
 def draw(cells: Sequence[Cell], path: Path) -> None:
     """Prefill time and stored bytes against agents, of one workload."""
 
@@ -163,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/rounds"))
+    parser.add_argument("--json", type=Path, help="where the figures go instead")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     try:
@@ -184,12 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"bench.rounds: {error}", file=sys.stderr)
         return 2
-    print(f"{options.model}, {options.threads} threads, best of {options.repeat}\n")
-    print(table(cells))
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {"model": options.model, "threads": options.threads, "repeat": options.repeat}
+    names = ("model", "threads", "repeat")
+    report: dict[str, Any] = {"bench": "rounds"} | {one: getattr(options, one) for one in names}
     report["cells"] = [asdict(cell) for cell in cells]
-    (options.out / "rounds.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(text(report))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.json or options.out / "rounds.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
     try:
         for workload in options.workloads:
             own = [cell for cell in cells if cell.workload == workload]

@@ -1,13 +1,13 @@
 """What one more agent costs, from 2 agents to 64: seconds of a decode step's attention, and bytes.
 
     python -m bench.scaling [--shared 4096] [--private 256] [--dtype fp32] [--calls 9]
-                            [--threads 2] [--out build/scaling]
+                            [--threads 2] [--out build/scaling] [--json PATH]
 
 Beside `collective_attention` over Masters and own rows stands the same kernel over a dense cache
 per agent, and what an agent's own rows cost alone. The shared part's bytes do not grow with the
 agents; its FLOPs do, so that where arithmetic binds, as on CPUs, one more agent costs what they
-take at the rate of matrix products, which is printed beside. Writes ``scaling.json`` and, with
-the extra ``bench``, ``scaling.png``.
+take at the rate of matrix products, which is printed beside. Writes JSON (``--json``, or
+``scaling.json`` in ``--out``) and, with the extra ``bench``, ``scaling.png`` in ``--out``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,38 @@ def measure(
     return {way: {"seconds": best[way], "bytes": stored_bytes(cases[way])} for way in WAYS}
 
 
+def text(report: dict[str, Any]) -> str:
+    """Markdown of the JSON."""
+    lines = [
+        f"S = {report['shared']}, P = {report['private']}, {report['dtype']}, {HEADS}, "
+        f"{report['threads']} threads, best of {report['calls'] + 1}",
+        "",
+        "| agents | ms | dense | own rows alone | MiB | dense | own rows alone |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    found = report["found"]
+    for one in found:
+        cells = [f"{one[way]['seconds'] * 1e3:.2f}" for way in WAYS]
+        cells += [f"{one[way]['bytes'] / 2**20:.1f}" for way in WAYS]
+        lines.append(f"| {one['agents']} | {' | '.join(cells)} |")
+    few, many = found[0], found[-1]
+    lines += [
+        "",
+        f"The FLOPs of one agent take {report['flops_s'] * 1e6:.1f} us in matrix products. "
+        "One more agent costs, between these numbers of agents:",
+        "",
+    ]
+    for what, unit, name in (("seconds", 1e-6, "us"), ("bytes", 2**10, "KiB")):
+        agents = many["agents"] - few["agents"]
+        cost = [(many[way][what] - few[way][what]) / agents for way in WAYS]
+        lines.append(
+            f"- {cost[0] / unit:.1f} {name} (dense {cost[1] / unit:.1f}, own rows alone "
+            f"{cost[2] / unit:.1f}): {cost[0] / cost[2]:.2f} of its own rows, "
+            f"{cost[1] / cost[0]:.1f}x less than dense"
+        )
+    return "\n".join(lines)
+
+
 def draw(found: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
     """Time and bytes against agents."""
 
@@ -85,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/scaling"))
+    parser.add_argument("--json", type=Path, help="where the figures go instead")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     dtype = FLOATS[options.dtype]
@@ -92,33 +125,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         agents: measure(agents, options.shared, options.private, dtype, options.calls)
         for agents in AGENTS
     }
-    print(
-        f"S = {options.shared}, P = {options.private}, {options.dtype}, {HEADS}, "
-        f"{options.threads} threads, best of {options.calls + 1}\n"
-    )
-    print("| agents | ms | dense | own rows alone | MiB | dense | own rows alone |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for agents, ways in found.items():
-        cells = [f"{ways[way]['seconds'] * 1e3:.2f}" for way in WAYS]
-        cells += [f"{ways[way]['bytes'] / 2**20:.1f}" for way in WAYS]
-        print(f"| {agents} | {' | '.join(cells)} |")
-    few, many = AGENTS[0], AGENTS[-1]
     gemm = ceilings.gemm()
     for _ in range(options.calls):
         gemm.sample()
     heads = HEADS["num_kv_heads"] * HEADS["group"] * HEADS["head_dim"]
     flops = 4 * (options.shared + options.private) * heads
-    print(f"\nThe FLOPs of one agent take {flops / gemm.rate * 1e6:.1f} us in matrix products.")
-    print("One more agent costs, between these numbers of agents:")
-    for what, unit, name in (("seconds", 1e-6, "us"), ("bytes", 2**10, "KiB")):
-        cost = [(found[many][way][what] - found[few][way][what]) / (many - few) for way in WAYS]
-        print(
-            f"{cost[0] / unit:.1f} {name} (dense {cost[1] / unit:.1f}, own rows alone "
-            f"{cost[2] / unit:.1f}): {cost[0] / cost[2]:.2f} of its own rows, "
-            f"{cost[1] / cost[0]:.1f}x less than dense"
-        )
+    names = ("shared", "private", "dtype", "threads", "calls")
+    report: dict[str, Any] = {"bench": "scaling"} | {one: getattr(options, one) for one in names}
+    report["flops_s"] = flops / gemm.rate
+    report["found"] = [{"agents": agents, **ways} for agents, ways in found.items()]
+    print(text(report))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
+    path = options.json or options.out / "scaling.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
     try:
         draw(found, options.out / "scaling.png")
     except ImportError:

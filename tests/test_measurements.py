@@ -70,6 +70,18 @@ def test_a_new_measurement_takes_the_place_of_the_one_before(docs, monkeypatch):
     assert measurements.main(["--check"]) == 0
 
 
-def test_commands_measure_what_is_kept():
-    names = {f"{path.parent.name}/{path.stem}" for path in measurements.kept()}
-    assert set(measurements.COMMANDS) <= names
+def test_benchmarks_render_their_own_json(docs):
+    ways = {way: {"seconds": 1e-3, "bytes": 1 << 20} for way in ("dense", "own rows alone")}
+    found = [
+        {"agents": n, "shared": {"seconds": n * 1e-3, "bytes": n << 20}, **ways} for n in (2, 4)
+    ]
+    for one in found:
+        for way in ways:
+            one[way] = {"seconds": 2 * one["shared"]["seconds"], "bytes": one["agents"] << 21}
+    report = {"bench": "scaling", "shared": 64, "private": 8, "dtype": "fp32", "threads": 1}
+    path = docs / "measurements" / "one.json"
+    path.write_text(json.dumps({**report, "calls": 2, "flops_s": 5e-6, "found": found}))
+    lines = measurements.rendered(path).splitlines()
+    assert "| 2 | 2.00 | 4.00 | 4.00 | 2.0 | 4.0 | 4.0 |" in lines
+    assert "The FLOPs of one agent take 5.0 us in matrix products." in lines[7]
+    assert lines[-1].startswith("- 1024.0 KiB (dense 2048.0, own rows alone 2048.0): 0.50 of its")

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from evals.cli.capacity import print_table
@@ -48,8 +49,14 @@ COMMANDS = {
     "--shape board-2k --rates 0.2,1 --limit 3",
     "serving/prefill_7b": "evals capacity prefill --agents 2,4,8,16,32",
     "serving/bytes_14b": "evals capacity bytes --model qwen2.5-14b --agents 2,10,50",
+    "measurements/cpu_scaling": "bench.scaling",
+    "measurements/cpu_decode": "bench.decode",
+    "measurements/cpu_town_square": "bench.rounds town_square --rounds 1:3 --repeat 2",
+    "measurements/cpu_agentsociety": "bench.rounds agentsociety --agents 4,8 --repeat 1 "
+    "--new-tokens 6",
 }
-"""By the name of the JSON in docs/ what measures it: ``python -m`` this."""
+"""By the name of the JSON in docs/ what measures it: ``python -m`` this. Of a new one somebody puts
+the table on a page."""
 
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.M)
 _FIGURE = re.compile(r"[-+*]*\d")
@@ -66,6 +73,8 @@ def rendered(path: Path) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as written:
         if "question" in made:
             print_table(made["rows"])
+        elif "bench" in made:
+            print(import_module(f"bench.{made['bench']}").text(made))
         elif fidelity.main(["render", str(path)]) != 0:
             raise ValueError(f"{path}: expected a measurement, got another file")
     return written.getvalue()
