@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from evals.capacity.collective import Collective
@@ -73,22 +73,34 @@ def make(name: str, setting: Setting) -> System:
     raise ValueError(f"system: expected one of {SYSTEMS}, got {name!r}")
 
 
-def agents_within(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which ``holds`` is true, found by doubling and halving.
+def searching(most: int) -> Generator[int, bool, int]:
+    """The largest number up to ``most`` that holds, by doubling and halving.
 
-    It is taken to be true below the number that is found, and false above.
+    Yields a number, is sent whether it holds, and returns what it has found. It is taken that all
+    numbers below hold, and none above.
     """
     below, above = 0, 1
-    while above <= most and holds(above):
+    while above <= most and (yield above):
         below, above = above, 2 * above
     above = min(above, most + 1)
     while above - below > 1:
         middle = (below + above) // 2
-        if holds(middle):
+        if (yield middle):
             below = middle
         else:
             above = middle
     return below
+
+
+def agents_within(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` for which ``holds`` is true, as `searching` finds it."""
+    search, answer = searching(most), None
+    while True:
+        try:
+            asked = search.send(answer)  # type: ignore[arg-type]
+        except StopIteration as found:
+            return int(found.value)
+        answer = holds(asked)
 
 
 def agents_under(setting: Setting, name: str, limit: float, most: int = 256) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokendance.host.segments import Segment, private, shared
 
@@ -14,8 +15,8 @@ from tokendance.host.segments import Segment, private, shared
 class Shape:
     """What the prompts of a round hold, in tokens.
 
-    A prompt is a system prompt that all agents have, the agent's own persona and memory, the last
-    round's outputs of all agents in one order, and a tail.
+    A prompt is a system prompt that all agents have, the agent's own persona and memory, what is
+    handed to everybody, the last round's outputs of all agents in one order, and a tail.
 
     Attributes:
         system: at the front of every prompt of a society.
@@ -30,6 +31,10 @@ class Shape:
     output: int = 64
     board: int = 0
     tail: int = 16
+
+    def scaled(self, factor: float) -> Shape:
+        """All lengths divided by ``factor``, rounded, what is there to one token at least."""
+        return Shape(*(max(round(one / factor), min(one, 1)) for one in astuple(self)))
 
 
 SHAPES = {
@@ -100,13 +105,24 @@ class Round:
 
 
 class Society:
-    """Makes the prompts of one society's rounds. Every token id stands for a text of its own."""
+    """Makes the prompts of one society's rounds.
+
+    Args:
+        index: of the society.
+        agents: how many.
+        shape: of the prompts.
+        text: token ids that prompts are cut out of, one piece after the other; without it every
+            token is another one, and stands for a text of its own.
+    """
 
     _PERIOD = 1 << 30  # of token ids that are told apart
 
-    def __init__(self, index: int, agents: int, shape: Shape) -> None:
+    def __init__(
+        self, index: int, agents: int, shape: Shape, text: NDArray[np.int32] | None = None
+    ) -> None:
         self.index = index
         self.shape = shape
+        self._text = text
         self.names = [f"{index}/{agent}" for agent in range(agents)]
         self._next = index * 7_368_787  # societies share no text
         self._system = shared(self._tokens(shape.system))
@@ -116,11 +132,19 @@ class Society:
     def _tokens(self, count: int) -> np.ndarray:
         ids = (self._next + np.arange(count, dtype=np.int64)) % self._PERIOD
         self._next = (self._next + count) % self._PERIOD
-        return ids.astype(np.int32)
+        return ids.astype(np.int32) if self._text is None else self._text[ids % len(self._text)]
 
-    def round(self, number: int, arrival: float) -> Round:
-        """The next round; rounds are asked for in order."""
+    def round(
+        self, number: int, arrival: float, said: Mapping[str, Sequence[int]] | None = None
+    ) -> Round:
+        """The next round; rounds are asked for in order.
+
+        Args:
+            said: token ids that each agent wrote in the round before; made up by default.
+        """
         shape = self.shape
+        if said is not None:
+            self._said = [shared(said[name]) for name in self.names if len(said[name])]
         board = [shared(self._tokens(shape.board))] if shape.board else []
         made = Round(self.index, number, arrival)
         for name, own in zip(self.names, self._own, strict=True):

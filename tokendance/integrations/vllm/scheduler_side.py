@@ -106,7 +106,7 @@ class SchedulerSide:
         clock: seconds.
 
     Attributes:
-        totals: counts since the start.
+        totals: counts since the start, and the bytes that are held.
         audits: of members, if the options have a gate.
         shared: where members' rows stay in the store while vLLM decodes them; None where vLLM's
             cache gets them.
@@ -439,7 +439,12 @@ class SchedulerSide:
         self.totals.add(**counts)
 
     def take_stats(self) -> RoundStats | None:
-        """Counts since the last call, or None if there are none."""
+        """Counts since the last call and the bytes that are held, or None if nothing is new."""
+        if self._host is not None:
+            books = self._host.books
+            held = (books.used_pages - books.evictable_pages) * self._host.profile.page_bytes
+            if held != self.totals.data.get("bytes_held", 0):
+                self.count(bytes_held=held)
         if self._stats.is_empty():
             return None
         taken, self._stats = self._stats, RoundStats()

@@ -22,15 +22,19 @@ COUNTED = {
     "planned_again": "Members that lost their rows because the store was full.",
     "alone": "Requests that wanted to join a round and were left to vLLM.",
 }
+MEASURED = {
+    "bytes_held": "Bytes of keys and values that members and agents hold in a worker's store.",
+}
 
 
 @dataclass
 class RoundStats(KVConnectorStats):  # type: ignore[misc]
-    """How often each of `COUNTED` came since they were taken last."""
+    """How often each of `COUNTED` came since they were taken last, and the last `MEASURED`."""
 
     def add(self, **counts: int) -> None:
         for name, count in counts.items():
-            self.data[name] = self.data.get(name, 0) + count
+            before = self.data.get(name, 0) if name in COUNTED else 0
+            self.data[name] = before + count
 
     def reset(self) -> None:
         self.data.clear()
@@ -47,17 +51,25 @@ class RoundStats(KVConnectorStats):  # type: ignore[misc]
 
 
 class RoundMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """The same as Prometheus counters, ``vllm:tokendance_rounds`` and so on."""
+    """The same as Prometheus counters and gauges, ``vllm:tokendance_rounds`` and so on."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._counters = {}
-        for name, what in COUNTED.items():
-            counter = self._counter_cls(
+        self._counters = self._made(self._counter_cls, COUNTED)
+        self._gauges = self._made(self._gauge_cls, MEASURED)
+
+    def _made(self, kind: Any, names: dict[str, str]) -> dict[str, Any]:
+        found = {}
+        for name, what in names.items():
+            metric = kind(
                 name=f"vllm:tokendance_{name}", documentation=what, labelnames=self._labelnames
             )
-            self._counters[name] = create_metric_per_engine(counter, self.per_engine_labelvalues)
+            found[name] = create_metric_per_engine(metric, self.per_engine_labelvalues)
+        return found
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, count in transfer_stats_data.items():
-            self._counters[name][engine_idx].inc(count)
+            if name in MEASURED:
+                self._gauges[name][engine_idx].set(count)
+            else:
+                self._counters[name][engine_idx].inc(count)
