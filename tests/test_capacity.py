@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from evals.capacity.calibration import Fitted, at, predict
 from evals.capacity.collective import Collective, work_of
 from evals.capacity.cost import CostModel, Shares, Work
-from evals.capacity.limits import SYSTEMS, Setting, agents_within, make
+from evals.capacity.limits import SYSTEMS, Setting, agents_within, make, together
 from evals.capacity.machines import MACHINES, MODELS, Machine, kv_bytes
-from evals.capacity.rounds import Shape, Society, arrivals
+from evals.capacity.rounds import SHAPES, Shape, Society, arrivals
 from evals.capacity.serve import serve
 from evals.capacity.systems import BLOCK, Dense, PerRequestBlend, PrefixCache, hashes_of
 from evals.cli import main
+from evals.cli.capacity import machines
 from tokendance.host.plan import Policy
 
 SHAPE = Shape(system=64, own=96, output=32, board=0, tail=16)
@@ -109,6 +112,16 @@ def test_prefix_caching_computes_what_follows_the_prefix():
     assert second == agents * (length - 160)
 
 
+def test_plain_paged_caches_compute_all():
+    society = Society(0, 4, SHAPE)
+    length = 64 + 96 + 4 * 32 + 16
+    rounds = [society.round(0, 0.0), society.round(1, 0.0)]
+    assert rows_of(Dense(10**5, SETTING.model.num_layers, 8192, caches=False), rounds) == [
+        4 * length,
+        4 * length,
+    ]
+
+
 def test_blend_computes_a_share_of_what_it_reuses():
     agents, society = 4, Society(0, 4, SHAPE)
     layers = SETTING.model.num_layers
@@ -184,7 +197,7 @@ def _arguments(system):
         return SETTING.model, 8192, 1 << 17, system.policy.selection
     if isinstance(system, PerRequestBlend):
         return system.num_layers, 8192, system.ratio
-    return system.num_layers, 8192
+    return system.num_layers, 8192, system.caches
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -222,13 +235,79 @@ def test_the_largest_number_that_holds_is_found(most):
 def test_command_writes_what_it_prints(tmp_path, capsys):
     path = tmp_path / "found.json"
     arguments = ["--agents", "2", "--rates", "0.5", "--most", "4", "--rounds", "1"]
-    for question in ("agents", "bytes", "prefill", "host"):
+    for question in ("agents", "bytes", "prefill", "machines", "host"):
         assert main(["capacity", question, *arguments, "--json", str(path)]) == 0
         report = json.loads(path.read_text())
         lines = capsys.readouterr().out.splitlines()
         assert report["question"] == question
         assert lines[0] == "| " + " | ".join(report["rows"][0]) + " |"
         assert len(lines) == 2 + len(report["rows"])
+
+
+def test_a_machine_is_found_in_its_plain_runs():
+    """Runs of a machine whose figures are known, and of ours on a machine that is slower."""
+    known = Fitted(flops=8e10, bandwidth=9e9, step_seconds=4e-3)
+    setting = Setting(PLAIN, MODELS["smollm2"], SHAPES["all-gather"].scaled(8), rate=1e-4, rounds=1)
+    runs = []
+    for name, system, slower in (("vllm", "plain", 1), ("tokendance", "tokendance", 1.5)):
+        for agents in (1, 8):
+            served, _ = at(setting, known).run(system, agents)
+            seconds = {
+                "round p50, s": slower * served.ended[0],
+                "all first tokens p50, s": slower * served.first[0],
+            }
+            runs.append({"rounds/s": "closed", "agents": agents, "system": name, **seconds})
+    given = {"workload": "all-gather", "societies": 1, "scale": 8, "rounds": 1}
+    report = {"setting": given | {"max_rows": 8192, "cache_gib": 4}, "runs": runs}
+    fitted, rows = predict(report)
+    assert fitted.flops == pytest.approx(known.flops, rel=0.02)
+    # A step of few rows takes its weights' bytes and what is neither: only their sum is seen.
+    step = [4 * setting.model.weights / one.bandwidth + one.step_seconds for one in (known, fitted)]
+    assert step[1] == pytest.approx(step[0], rel=0.02)
+    assert [row["off"] for row in rows[2:]] == ["-33%"] * 2
+    assert [row["round off"] for row in rows[2:]] == ["-33%"] * 2
+    with pytest.raises(ValueError, match="report: expected closed rounds"):
+        predict({"setting": given, "runs": runs[2:]})
+
+
+def test_real_runs_are_predicted_by_the_command(tmp_path, capsys):
+    path, written = tmp_path / "report.json", tmp_path / "found.json"
+    run = {"rounds/s": "closed", "agents": 2, "system": "vllm"}
+    seconds = {"round p50, s": 2.0, "all first tokens p50, s": 1.0}
+    given = {"workload": "all-gather", "societies": 1, "scale": 8, "rounds": 1, "max_rows": 64}
+    report = {"setting": given | {"cache_gib": 4}, "runs": [run | seconds]}
+    path.write_text(json.dumps(report))
+    given = ["capacity", "predict", "--report", str(path), "--json", str(written)]
+    assert main(given) == 0
+    found = json.loads(written.read_text())
+    assert found["setting"].keys() == {"flops", "bandwidth", "step_seconds"}
+    assert [row["round off"] for row in found["rows"]] == ["+0%"]  # three figures for two
+    assert "| 2 | vllm | 1 | 1 |" in capsys.readouterr().out
+    assert main(["capacity", "predict"]) == 2
+    assert "report: expected JSON" in capsys.readouterr().err
+
+
+def test_machines_are_replicas_of_one():
+    """One society of 50 takes a while; as many fit an interval as its rounds leave room for."""
+    setting = replace(SETTING, rounds=1)
+    served, _ = replace(setting, rate=1e-3).run("prefix", 50)
+    seconds = served.ended[0]
+    limit, interval = 1.5 * seconds, 3.2 * seconds
+    rows = machines(setting, ["prefix"], [50, 1000], limit, interval, 8)
+    agents = rows[0]["agents of a machine"]
+    assert 50 <= agents <= 200
+    assert rows[0]["machines for 1,000"] == -(-1000 // agents)
+    none = machines(setting, ["prefix"], [50], seconds / 2, interval, 8)
+    assert none == [{"system": "prefix", "agents of a machine": 0, "machines for 50": "none"}]
+
+
+def test_the_scheduler_is_measured_with_room_for_all():
+    served, system = together(replace(SETTING, rounds=1), 3, 4)
+    assert (len(served.ended), served.late) == (4, 0)
+    assert system.plans >= 2  # first rounds, and those that are measured
+    assert system.uses == 2 * 4 * 3 * (3 + 3)
+    # All of a time are served at once: their decode steps are one another's.
+    assert served.steps < 2 * (SHAPE.output + 4)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +320,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
         (["--agents", "2,x"], "agents: expected positive numbers"),
         (["--rates", "0"], "rates: expected positive numbers"),
         (["--limit", "0"], "limit: expected more than 0"),
+        (["--scale", "-1"], "scale: expected more than 0"),
     ],
 )
 def test_command_names_what_is_wrong(arguments, message, capsys):

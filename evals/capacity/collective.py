@@ -41,6 +41,7 @@ class Collective:
     Attributes:
         host_seconds: real seconds spent in the scheduler.
         plan_seconds: of them, in plans of rounds.
+        plans: rounds, or parts of rounds, that were planned.
         uses: segments of all prompts that were planned.
     """
 
@@ -68,6 +69,7 @@ class Collective:
         self.policy = Policy(selection=selection)
         self.host_seconds = 0.0
         self.plan_seconds = 0.0
+        self.plans = 0
         self.uses = 0
         self._peak_pages = 0
         self._waiting: deque[Request] = deque()
@@ -139,6 +141,7 @@ class Collective:
             plan = self.scheduler.plan(prompts, self.policy)
         except OutOfPagesError:
             return False
+        self.plans += 1
         for one in requests:
             self._waiting.remove(one)
             self._plans[one.agent] = plan

@@ -86,11 +86,11 @@ class CostModel:
         """Of the products with the weights, and of the two sums over ranks in each layer."""
         model, machine, shares, ranks = self.model, self.machine, self.shares, self.model.ranks
         flops = model.flops.row * work.row_layers + model.flops.head * work.logit_rows
-        read = 2 * model.weights / (machine.bandwidth * shares.stream)
+        read = model.element * model.weights / (machine.bandwidth * shares.stream)
         seconds = max(read, flops / (machine.flops * shares.gemm)) / ranks
         if ranks > 1:
-            # A ring sends 2 (ranks - 1) / ranks of a 16-bit row, twice a layer.
-            sent = 2 * work.row_layers * 2 * model.hidden * 2 * (ranks - 1) / ranks
+            # A ring sends 2 (ranks - 1) / ranks of a row, twice a layer.
+            sent = 2 * work.row_layers * model.element * model.hidden * 2 * (ranks - 1) / ranks
             seconds += sent / machine.link + 2 * model.num_layers * shares.hop_seconds
         return seconds
 

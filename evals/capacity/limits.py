@@ -10,15 +10,16 @@ from evals.capacity.cost import ASSUMED, CostModel, Shares
 from evals.capacity.machines import Machine, ModelShape, kv_bytes
 from evals.capacity.rounds import Shape, arrivals
 from evals.capacity.serve import Served, serve
-from evals.capacity.systems import Dense, PerRequestBlend, System
+from evals.capacity.systems import BLOCK, Dense, PerRequestBlend, System
 from tokendance.host.selection import LeadingTokens
 
-SYSTEMS = ("prefix", "reuse", "blend", "tokendance", "tokendance-1")
-"""vLLM's prefix caching, dense reuse without repair, CacheBlend, ours, and ours repairing one row
-of every run."""
+SYSTEMS = ("plain", "prefix", "reuse", "blend", "tokendance", "tokendance-1")
+"""vLLM without and with prefix caching, dense reuse without repair, CacheBlend, ours, and ours
+repairing one row of every run."""
 
 
-_LEAD = 3600.0  # seconds
+LEAD = 3600.0  # seconds
+_AT_ONCE = 1e9  # rounds a second
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Setting:
         has ended before the others come."""
         system = make(name, self)
         rounds = (self.rounds + 1) * self.societies
-        traffic = arrivals(agents, self.shape, self.rate, rounds, self.societies, lead=_LEAD)
+        traffic = arrivals(agents, self.shape, self.rate, rounds, self.societies, lead=LEAD)
         cost = CostModel(self.machine, self.model, self.shares)
         return serve(system, cost, traffic, warm_up=1, give_up=give_up), system
 
@@ -61,8 +62,8 @@ def make(name: str, setting: Setting) -> System:
     """
     model = setting.model
     rows = kv_bytes(setting.machine, model) // model.row_bytes
-    if name == "prefix":
-        return Dense(rows, model.num_layers, setting.max_rows)
+    if name in ("plain", "prefix"):
+        return Dense(rows, model.num_layers, setting.max_rows, caches=name == "prefix")
     if name in ("blend", "reuse"):
         ratio = 0.15 if name == "blend" else 0.0
         return PerRequestBlend(rows, model.num_layers, setting.max_rows, ratio)
@@ -71,6 +72,18 @@ def make(name: str, setting: Setting) -> System:
     if name == "tokendance-1":
         return Collective(rows, model, setting.max_rows, selection=LeadingTokens(1))
     raise ValueError(f"system: expected one of {SYSTEMS}, got {name!r}")
+
+
+def together(setting: Setting, agents: int, societies: int) -> tuple[Served, Collective]:
+    """Our system with societies of so many agents, whose rounds come all at once, in a pool that
+    has room for all of them."""
+    rounds = (setting.rounds + 1) * societies
+    traffic = [*arrivals(agents, setting.shape, _AT_ONCE, rounds, societies, lead=LEAD)]
+    longest = max(request.length + request.output for request in traffic[0].requests)
+    pool = 2 * agents * societies * (longest + BLOCK * 4)
+    system = Collective(pool, setting.model, setting.max_rows)
+    cost = CostModel(setting.machine, setting.model, setting.shares)
+    return serve(system, cost, traffic, warm_up=1), system
 
 
 def searching(most: int) -> Generator[int, bool, int]:

@@ -43,7 +43,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a decoder with grouped queries and a gated MLP costs, 16-bit weights and KV.
+    """What a decoder with grouped queries and a gated MLP costs.
 
     Attributes:
         name: as on the command line.
@@ -53,6 +53,7 @@ class ModelShape:
         weights: elements that a forward pass reads: all but the embedding table.
         embedding: elements of the embedding table, which takes memory too where it is not tied.
         ranks: devices that hold it together (tensor parallelism).
+        element: bytes of a weight, and of an element of keys and values.
     """
 
     name: str
@@ -65,16 +66,17 @@ class ModelShape:
     weights: int
     embedding: int
     ranks: int = 1
+    element: int = 2
 
     @property
     def row_bytes(self) -> int:
         """Keys and values of one token in all layers, on all ranks together."""
-        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return 2 * self.element * self.num_layers * self.num_kv_heads * self.head_dim
 
     @property
     def memory_bytes(self) -> int:
         """Of the weights, on all ranks together."""
-        return 2 * (self.weights + self.embedding)
+        return self.element * (self.weights + self.embedding)
 
 
 def _shape(
@@ -87,6 +89,7 @@ def _shape(
     intermediate: int,
     vocabulary: int,
     ranks: int = 1,
+    element: int = 2,
 ) -> ModelShape:
     config = SimpleNamespace(
         num_hidden_layers=layers,
@@ -102,7 +105,7 @@ def _shape(
     weights = (flops.row * layers + flops.head) // 2
     table = hidden * vocabulary
     return ModelShape(
-        name, layers, query_heads, kv_heads, head_dim, hidden, flops, weights, table, ranks
+        name, layers, query_heads, kv_heads, head_dim, hidden, flops, weights, table, ranks, element
     )
 
 
@@ -114,9 +117,10 @@ MODELS = {
         _shape("qwen2.5-14b", 48, 5120, 40, 8, 128, 13824, 152064),
         _shape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256),
         _shape("qwen3-32b", 64, 5120, 64, 8, 128, 25600, 151936, ranks=2),
+        _shape("smollm2", 30, 576, 9, 3, 64, 1536, 49152, element=4),
     )
 }
-"""The first two are the paper's."""
+"""The first two are the paper's, the last one is served for real, on a CPU in fp32."""
 
 
 def kv_bytes(machine: Machine, model: ModelShape, share: float = 0.9) -> int:

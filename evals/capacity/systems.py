@@ -131,11 +131,14 @@ class Dense:
 
     What is told apart are full blocks by all tokens up to their end. Room for the whole output is
     kept from the start.
+
+    Args:
+        caches: whether prefixes are found.
     """
 
-    name = "prefix"
-
-    def __init__(self, pool_rows: int, num_layers: int, max_rows: int) -> None:
+    def __init__(self, pool_rows: int, num_layers: int, max_rows: int, caches: bool = True) -> None:
+        self.name = "prefix" if caches else "plain"
+        self.caches = caches
         self.cache = PrefixCache(pool_rows // BLOCK)
         self.num_layers = num_layers
         self.max_rows = max_rows
@@ -195,7 +198,7 @@ class Dense:
         return rows
 
     def _admit(self, request: Request) -> Running | None:
-        hashes = hashes_of(request.prompt)
+        hashes = hashes_of(request.prompt) if self.caches else []
         found = min(self.cache.matched(hashes), (request.length - 1) // BLOCK)
         private = blocks_for(request.length + request.output) - len(hashes)
         if not self.cache.take(hashes, private):

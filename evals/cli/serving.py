@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             command_of(name, setup, 0)
         with running(names, setup, arguments.logs) as servers:
             report = answer(arguments, servers, societies, counts, rates)
-    except (ValueError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (ValueError, OSError, RuntimeError, HTTPException, subprocess.SubprocessError) as error:
         print(f"evals serving: {error}", file=sys.stderr)
         return 2
     print_table(report["rows"])

@@ -62,6 +62,9 @@ def figures_of(served: Served, plain: Served | None = None) -> Row:
     for name, share in SHARES.items():
         found[f"first token {name}, s"] = percentile(first, share)
     found |= {
+        "all first tokens p50, s": percentile(
+            [max(one.first.values(), default=float("inf")) for one in rounds], 0.5
+        ),
         "time per token p50, s": percentile(between, 0.5) if between else None,
         "prompt rows": sum(one.prompt_rows for one in rounds),
         "rows computed": served.rows_computed,
