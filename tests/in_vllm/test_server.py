@@ -99,6 +99,9 @@ def test_metrics_count_rounds(server: Server) -> None:
     assert found["vllm:tokendance_members_total"] == 4 * 3 + 3
     computed = found["vllm:tokendance_rows_computed_total"]
     assert 0 < computed < found["vllm:tokendance_rows_total"]
+    page = 8 * 2 * 2 * 2 * 64 * 4  # rows, layers, keys and values, heads, dims, bytes
+    assert found["vllm:tokendance_bytes_held"] > 0  # agents' rows are kept
+    assert found["vllm:tokendance_bytes_held"] % page == 0
 
 
 @pytest.mark.slow
