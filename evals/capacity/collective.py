@@ -39,7 +39,7 @@ class Collective:
         selection: which reused rows are computed again.
 
     Attributes:
-        host_seconds: real seconds spent in the scheduler.
+        host_seconds: of the processor, spent in the scheduler.
         plan_seconds: of them, in plans of rounds.
         plans: rounds, or parts of rounds, that were planned.
         uses: segments of all prompts that were planned.
@@ -86,9 +86,9 @@ class Collective:
         self._waiting.extend(requests)
 
     def forward(self) -> Pass | None:
-        began = time.perf_counter()
+        began = time.thread_time()
         self._admit()
-        self.plan_seconds += time.perf_counter() - began
+        self.plan_seconds += time.thread_time() - began
         decode = {
             agent: [count]
             for agent, count in self._sampled.items()
@@ -96,12 +96,12 @@ class Collective:
         }
         step = self.scheduler.step(decode, max_rows=self.max_rows)
         if step is None:
-            self.host_seconds += time.perf_counter() - began
+            self.host_seconds += time.thread_time() - began
             return None
         sampled = step.logit_agents
-        self.host_seconds += time.perf_counter() - began
+        self.host_seconds += time.thread_time() - began
         work = work_of(step.record, self.model)
-        began = time.perf_counter()
+        began = time.thread_time()
         step.finish()
         made = Pass(work, [self._running[agent] for agent in sampled])
         for agent in sampled:
@@ -110,7 +110,7 @@ class Collective:
                 self._end(agent)
         books = self.scheduler.books
         self._peak_pages = max(self._peak_pages, books.used_pages - books.evictable_pages)
-        self.host_seconds += time.perf_counter() - began
+        self.host_seconds += time.thread_time() - began
         return made
 
     def _end(self, agent: str) -> None:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="agents: how many end a round within the limit; bytes: of a whole round's KV; "
         "prefill: seconds until all agents of a round have their first token; machines: how many "
         "serve so many agents in societies of 50, each of which holds a round every --interval; "
-        "host: real seconds "
+        "host: processor seconds "
         "of the scheduler over simulated ones of the device, societies of 50 agents at once; "
         "predict: what was served for real (--report), by figures of plain vLLM there alone",
     )
