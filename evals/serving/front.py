@@ -42,12 +42,21 @@ class CountedModel(Model):
 
 
 @dataclass
+class Member:
+    """A request that waits for its round; ``begun`` is the engine's once it has."""
+
+    agent: str
+    prompt: list[td.Segment]
+    max_new_tokens: int
+    stop: list[int]
+    begun: asyncio.Future[Request]
+
+
+@dataclass
 class Gathering:
     """Requests of a round that has not begun."""
 
-    asks: list[tuple[str, list[td.Segment], int, list[int], asyncio.Future[Request]]] = field(
-        default_factory=list
-    )
+    members: list[Member] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     is_whole: bool = False
 
@@ -193,8 +202,8 @@ class Front:
         segments = _segments(ids, told.get("shared", []))
         agent = str(told.get("agent", f"nobody {next(self._numbers)}"))
         stop = [] if asked.get("ignore_eos") else self._stop
-        future: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
-        member = (agent, segments, int(asked.get("max_tokens", 16)), stop, future)
+        begun: asyncio.Future[Request] = asyncio.get_running_loop().create_future()
+        member = Member(agent, segments, int(asked.get("max_tokens", 16)), stop, begun)
         name = str(told.get("round", agent))
         if name not in self._gathering:
             self._gathering[name] = Gathering()
@@ -202,10 +211,10 @@ class Front:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         gathering = self._gathering[name]
-        gathering.asks.append(member)
-        gathering.is_whole = len(gathering.asks) >= int(told.get("agents", 1))
+        gathering.members.append(member)
+        gathering.is_whole = len(gathering.members) >= int(told.get("agents", 1))
         gathering.news.set()
-        return await future
+        return await begun
 
     async def _begin(self, name: str) -> None:
         """Waits for a round's members and submits them together, in the order of their names."""
@@ -217,13 +226,15 @@ class Front:
             except asyncio.TimeoutError:
                 break
         del self._gathering[name]
-        for agent, segments, count, stop, future in sorted(gathering.asks, key=lambda one: one[0]):
-            if future.done():  # who asked has gone away
-                continue
+        for one in sorted(gathering.members, key=lambda one: one.agent):
             try:
-                future.set_result(self._engine.submit(agent, segments, name, count, stop))
+                request = self._engine.submit(
+                    one.agent, one.prompt, name, one.max_new_tokens, one.stop
+                )
             except ValueError as error:
-                future.set_exception(error)
+                one.begun.set_exception(error)
+            else:
+                one.begun.set_result(request)
 
 
 MODEL = {"id": "model", "object": "model", "owned_by": "tokendance"}
