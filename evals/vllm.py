@@ -14,7 +14,9 @@ in which all agents say another token: for that ``--new-tokens`` has to be more 
 their prompts take.
 
 ``untouched`` asks what the connector costs requests that are in no round: the same ones are served
-with it, without it, and without it by a third engine, which says what nothing differs by.
+with it, without it, and without it by a third engine, which says what nothing differs by. A fourth
+engine has it with clocks around whatever vLLM calls of it, which say its share of the engine's time
+whatever else the machine does.
 ``--layers`` leaves layers of the model out, so that a step is short and what the connector adds to
 it is seen.
 
@@ -192,7 +194,8 @@ def _least(one: float | None, other: float | None) -> float | None:
 
 def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]:
     """Serves requests that are in no round without the connector, with it, and without it by a
-    third engine, in turns. What the first and the third differ by is what nothing differs by."""
+    third engine, in turns. What the first and the third differ by is what nothing differs by. A
+    fourth has it with clocks around its hooks."""
     from evals.models import model_path
 
     count, length = UNTOUCHED["requests"], UNTOUCHED["prompt"]
@@ -205,29 +208,35 @@ def measure_untouched(options: argparse.Namespace, start: Any) -> dict[str, Any]
         "max_rows": options.max_rows,
         "prefix_caching": True,
     }
-    connectors = {"without": None, "with": {"separator": "<|im_end|>"}, "control": None}
+    cuts = {"separator": "<|im_end|>"}
+    connectors = {"without": None, "with": cuts, "control": None, "clocks": cuts}
     seconds: dict[str, list[float]] = {name: [] for name in connectors}
     engines: dict[str, Any] = {}
+    turns: list[dict[str, Any]] = []  # of the one with clocks
     steps = 0
     try:
         for name, connector in connectors.items():
-            engines[name] = start(task | {"connector": connector})
+            engines[name] = start(task | {"connector": connector, "hooks": name == "clocks"})
         for number in range(options.repeat or 40):
             ids = random.integers(10, 40_000, (count, length)).tolist()
             prompts = {f"request {i}": (one, []) for i, one in enumerate(ids)}
             # Who comes first changes, so that whatever grows with time meets all.
-            order = [*connectors][number % 3 :] + [*connectors][: number % 3]
+            first = number % len(connectors)
+            order = [*connectors][first:] + [*connectors][:first]
             for name in order:
                 found = engines[name].ask([f"turn {number}", prompts, False])
                 seconds[name].append(found["processor"])
                 steps = found["steps"]
+                if name == "clocks":
+                    turns.append({key: found[key] for key in ("last", "processor", "hooks")})
     finally:
         for engine in engines.values():
             engine.end()
     print(f"{count} requests at once that are in no round, {length} tokens each:")
     for name in ("with", "control"):
         print("\n".join(compare(name, seconds["without"], seconds[name], steps)))
-    return {"layers": options.layers, "steps": steps, "seconds": seconds}
+    print("\n".join(shares(turns, steps)))
+    return {"layers": options.layers, "steps": steps, "seconds": seconds, "hooks": turns}
 
 
 def compare(name: str, before: Sequence[float], after: Sequence[float], steps: int) -> list[str]:
@@ -244,6 +253,28 @@ def compare(name: str, before: Sequence[float], after: Sequence[float], steps: i
         lines.append(
             f"    {what:<7} {np.median(values):+7.2f} {unit} (95 %: {low:+.2f} .. {high:+.2f})"
         )
+    return lines
+
+
+def shares(turns: Sequence[Mapping[str, Any]], steps: int) -> list[str]:
+    """What part of an engine's time is spent in the connector's hooks: the median of the turns, the
+    most of one, and seconds a step; then the hooks that take the most of it."""
+    hooks = sorted({name for one in turns for name in one["hooks"]})
+    calls = np.array([[one["hooks"].get(name, [0])[0] for name in hooks] for one in turns])
+    count = calls.sum() / len(turns) / steps
+    lines = [f"  in its hooks: {len(turns)} turns, {count:.0f} calls a step"]
+    spent = {}
+    for what, whole, place in (("wall", "last", 1), ("processor", "processor", 2)):
+        by = np.array([[one["hooks"].get(name, [0] * 3)[place] for name in hooks] for one in turns])
+        inside, all_ = by.sum(axis=1), np.array([one[whole] for one in turns])
+        share = inside / all_ * 100
+        lines.append(
+            f"    of the {what:<9} {np.median(share):6.3f} % (most of a turn {share.max():.3f} %), "
+            f"{np.median(inside) / steps * 1e6:.0f} us a step"
+        )
+        spent = dict(zip(hooks, np.median(by, axis=0) / steps * 1e6, strict=True))
+    most = sorted(spent, key=lambda name: -spent[name])[:5]
+    lines.append("    us a step: " + ", ".join(f"{name} {spent[name]:.1f}" for name in most))
     return lines
 
 

@@ -7,14 +7,108 @@ a request of nobody's running beside it, whose longest wait for a token is measu
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 MARK = "result: "
 _BYSTANDER = "bystander"
+
+
+class Hooks:
+    """Seconds that an engine spends in the connector: in whatever vLLM may call of it, in the
+    scheduler and in the worker, and in what it has put around attention.
+
+    The clocks are read inside of what they measure. What they take, found by measuring nothing, is
+    left out.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+        self._name = ""
+        self._since: tuple[float, float] | None = None
+        self._clocks = 0.0, 0.0
+        nothing = self._inside("nothing", lambda: None)
+        for _ in range(10_000):
+            nothing()
+        ((_, count, wall, processor),) = self._seconds.values()
+        self._clocks = wall / count, processor / count
+        self._seconds = {}
+
+    def watch(self) -> None:
+        """Times the hooks of engines that are made from now on."""
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+        from tokendance.integrations.vllm import worker_side
+        from tokendance.integrations.vllm.connector import TokenDanceConnector
+
+        for name in dir(TokenDanceConnector):
+            hook = inspect.getattr_static(TokenDanceConnector, name)
+            if not name.startswith("_") and inspect.isfunction(hook):
+                setattr(TokenDanceConnector, name, self._inside(name, hook))
+        CPUAttentionBackendImpl.forward = self._outside(CPUAttentionBackendImpl.forward)
+        divert = worker_side._divert
+
+        def watched(layer: Any, *args: Any) -> None:
+            divert(layer, *args)
+            layer.impl.forward = self._inside("attention", layer.impl.forward)
+
+        worker_side._divert = watched
+
+    def _inside(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def hook(*args: Any, **more: Any) -> Any:
+            if self._since is not None:  # one that another calls
+                return function(*args, **more)
+            self._name = name
+            self._seconds.setdefault(name, [0, 0, 0.0, 0.0])[0] += 1
+            self._go_on()
+            try:
+                return function(*args, **more)
+            finally:
+                self._stop()
+
+        return hook
+
+    def _outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Of vLLM's own, which a hook calls."""
+
+        @functools.wraps(function)
+        def own(*args: Any, **more: Any) -> Any:
+            if self._since is None:
+                return function(*args, **more)
+            self._stop()
+            try:
+                return function(*args, **more)
+            finally:
+                self._go_on()
+
+        return own
+
+    def _go_on(self) -> None:
+        self._since = time.perf_counter(), time.process_time()
+
+    def _stop(self) -> None:
+        processor, wall = time.process_time(), time.perf_counter()
+        assert self._since is not None
+        spent = self._seconds[self._name]
+        spent[1] += 1
+        spent[2] += wall - self._since[0]
+        spent[3] += processor - self._since[1]
+        self._since = None
+
+    def take(self) -> dict[str, tuple[float, float, float]]:
+        """Since the last call, by hook: calls, seconds of the wall and of the processor."""
+        taken, self._seconds = self._seconds, {}
+        return {
+            name: (calls, wall - count * self._clocks[0], processor - count * self._clocks[1])
+            for name, (calls, count, wall, processor) in taken.items()
+        }
 
 
 def made(task: dict[str, Any]) -> Any:
@@ -113,13 +207,18 @@ def serve(engine: Any, name: str, prompts: Any, new_tokens: int, joins: bool) ->
 
 def main() -> None:
     task = json.loads(sys.stdin.readline())
+    hooks = Hooks()
+    if task.get("hooks"):
+        hooks.watch()
     engine = made(task).llm_engine
     serve(engine, "warm-up", {"nobody": [[7] * 64, []]}, 2, False)
+    hooks.take()
     print(MARK + "{}", flush=True)
     for line in sys.stdin:
         name, prompts, *joins = json.loads(line)
         joining = task["connector"] is not None and joins != [False]
         found = serve(engine, name, prompts, task["new_tokens"], joining)
+        found["hooks"] = hooks.take()
         print(MARK + json.dumps(found), flush=True)
 
 

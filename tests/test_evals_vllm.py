@@ -41,6 +41,7 @@ class Canned:
             "decode_step": None if self.name == "vllm_prefix" else seconds / 100,
             "bytes_held": int(seconds * 1e6),
             "steps": 5,
+            "hooks": {"start_load_kv": [5, 1e-3, 5e-4], "attention": [15, 3e-3, 2.5e-3]},
             "tokens": {agent: [first if agent == "Ben" else 7, 5] for agent in prompts},
         }
 
@@ -111,14 +112,16 @@ def test_what_is_in_no_round_is_served_with_and_without_in_turns(
 ) -> None:
     out = tmp_path / "vllm.json"
     assert vllm.main(["untouched", "--repeat", "3", "--layers", "1", "--out", str(out)]) == 0
-    without, with_it, control = engines
+    without, with_it, control, clocks = engines
     assert without.task["connector"] is None
     assert control.task == without.task
     assert with_it.task["connector"] == {"separator": "<|im_end|>"}
     assert without.task | {"connector": 0} == with_it.task | {"connector": 0}
+    assert with_it.task | {"hooks": True} == clocks.task
+    assert not with_it.task["hooks"]
     assert without.task["layers"] == 1
     assert [one[0] for one in with_it.asked] == ["turn 0", "turn 1", "turn 2"]
-    assert with_it.asked == without.asked == control.asked
+    assert with_it.asked == without.asked == control.asked == clocks.asked
     assert all(joins is False for *_, joins in with_it.asked)
     assert with_it.asked[0][1] != with_it.asked[1][1]  # which would be in vLLM's prefix cache
     said = capsys.readouterr().out
@@ -128,6 +131,11 @@ def test_what_is_in_no_round_is_served_with_and_without_in_turns(
     assert "a step  -600000.00 us" in said
     assert "control: 3 pairs" in said
     assert "more      +0.00 % (95 %: +0.00 .. +0.00)" in said
+    # 4 ms of 2 seconds of the wall, and 3 of 4 of the processor.
+    assert "in its hooks: 3 turns, 4 calls a step" in said
+    assert "of the wall       0.200 % (most of a turn 0.200 %), 800 us a step" in said
+    assert "of the processor  0.075 % (most of a turn 0.075 %), 600 us a step" in said
+    assert "us a step: attention 500.0, start_load_kv 100.0" in said
     assert json.loads(out.read_text())["seconds"]["with"] == [4.0] * 3
 
 

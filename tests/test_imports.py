@@ -70,10 +70,12 @@ VLLM_SCHEDULER = frozenset(
         "null_blocks",
         "options",
         "orders",
+        "rounds",
         "scheduler_decode",
         "scheduler_side",
         "sharing",
         "stats",
+        "wishes",
     )
 )
 SOURCE_TREE = frozenset({"tokendance.source_tree"})  # says why compiled modules are missing

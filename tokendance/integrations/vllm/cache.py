@@ -19,13 +19,20 @@ _DIGIT = 128  # any dtype of a cache holds whole numbers below it exactly
 class EngineCache:
     """The cache of a worker's attention layers.
 
-    How a backend lays rows out is its own business (keys may be packed for an instruction set): it
-    is written by the backend's own writer, and where a row stands is found by having that writer
-    fill one block with numbers.
+    How a backend lays rows out is its own business (keys may be packed for an instruction set).
+    Where a row stands is found by having the backend's own writer fill one block with numbers. If
+    that is at constant strides, as it is on CUDA, rows are written through views of the cache, of
+    all layers at once. If not, the backend's writer writes them.
 
     Args:
         layers: vLLM's, in order; all of one shape and backend.
-        num_blocks: of the cache.
+        num_blocks: of the cache, as vLLM's scheduler numbers them. A backend may have each of them
+            as several.
+
+    Attributes:
+        block_size: rows of one of the ``num_blocks``.
+        views: keys and values ``[blocks, rows of a block, Hk, D]`` of each layer, if rows stand at
+            constant strides; None if they do not.
 
     Raises:
         ValueError: a backend without a writer, or one whose cache is not made of blocks.
@@ -41,18 +48,21 @@ class EngineCache:
                     "attention: expected a backend that writes its cache apart from attention, got "
                     f"{type(layer.impl).__name__}"
                 )
-            if shape[0] != num_blocks or layer.kv_cache.shape != first.kv_cache.shape:
+            if shape[0] % num_blocks or layer.kv_cache.shape != first.kv_cache.shape:
                 raise ValueError(f"kv_cache: expected {num_blocks} blocks first, got {shape}")
         per_row = 2 * first.num_kv_heads * first.head_size
-        self.block_size = first.kv_cache[0].numel() // per_row
+        self._rows = first.kv_cache[0].numel() // per_row
+        self.block_size = self._rows * (len(first.kv_cache) // num_blocks)
         self._keys_at, self._values_at = self._probe(first)
+        keys, values = self._views(self._keys_at), self._views(self._values_at)
+        self.views = None if keys is None or values is None else (keys, values)
 
     def _probe(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """Where element ``[row, head, dim]`` of a block's keys and values stands in its memory."""
-        shape = (self.block_size, layer.num_kv_heads, layer.head_size)
-        count = 2 * self.block_size * layer.num_kv_heads * layer.head_size
+        """Which element of a block is element ``[row, head, dim]`` of its keys and values."""
+        shape = (self._rows, layer.num_kv_heads, layer.head_size)
+        count = 2 * self._rows * layer.num_kv_heads * layer.head_size
         numbers = torch.arange(count, device=layer.kv_cache.device)
-        rows = numbers[: self.block_size]
+        rows = numbers[: self._rows]
         found = torch.zeros_like(numbers)
         weight = 1
         while weight < count:
@@ -68,8 +78,37 @@ class EngineCache:
         keys_at, values_at = (half.view(shape) for half in order.chunk(2))
         return keys_at, values_at
 
+    def _views(self, element: Tensor) -> list[Tensor] | None:
+        """Keys or values of each layer, whose elements of a block these are."""
+        caches = [layer.kv_cache for layer in self._layers]
+        first = caches[0]
+        if any(cache.stride() != first.stride() for cache in caches):
+            return None
+        offset, rest = torch.zeros_like(element), element
+        for size, stride in zip(first.shape[:0:-1], first.stride()[:0:-1], strict=True):
+            offset += rest % size * stride
+            rest = rest // size
+        strides = [first.stride(0)]
+        for axis in range(offset.dim()):
+            steps = set(offset.diff(dim=axis).flatten().tolist())
+            if len(steps) > 1:
+                return None
+            strides.append(steps.pop() if steps else offset.shape[-1])  # of one element: any
+        if strides[-1] != 1:
+            return None
+        shape, begin = (len(first), *offset.shape), int(offset[0, 0, 0])
+        return [
+            cache.as_strided(shape, strides, cache.storage_offset() + begin) for cache in caches
+        ]
+
     def write(self, executor: Executor, record: RestoreRecord) -> None:
         """Runs a record whose slots are rows of this cache."""
+        if self.views is not None:
+            executor.restore(record, range(executor.geometry.num_layers), *self.views)
+        else:
+            self._write_staged(executor, record)
+
+    def _write_staged(self, executor: Executor, record: RestoreRecord) -> None:
         device = executor.device
         wanted = record.slots >= 0
         slots = torch.from_numpy(record.slots[wanted]).to(device)
@@ -94,11 +133,15 @@ class EngineCache:
 
     def read(self, slots: NDArray[np.int64]) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values ``[R, Hk, D]`` of every layer."""
-        there, which = np.unique(slots // self.block_size, return_inverse=True)
         device = self._layers[0].kv_cache.device
+        row = torch.from_numpy(slots % self._rows).to(device)
+        if self.views is not None:
+            block = torch.from_numpy(slots // self._rows).to(device)
+            k, v = ([view[block, row] for view in views] for views in self.views)
+            return k, v
+        there, which = np.unique(slots // self._rows, return_inverse=True)
         blocks = torch.from_numpy(there).to(device)
         block = torch.from_numpy(which).to(device)[:, None, None]
-        row = torch.from_numpy(slots % self.block_size).to(device)
         keys, values = [], []
         for layer in self._layers:
             memory = layer.kv_cache[blocks].flatten(1)

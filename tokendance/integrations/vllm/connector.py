@@ -129,10 +129,13 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def handle_preemptions(self, kv_connector_metadata: Orders) -> None:
         """Called before vLLM puts its batch together, whether anything was preempted or not."""
-        self.worker.begin(kv_connector_metadata)
+        if kv_connector_metadata.decoding is not None:
+            self.worker.begin(kv_connector_metadata.decoding)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self.worker.run(self._get_connector_metadata())
+        orders = self._get_connector_metadata()
+        if orders.orders:
+            self.worker.run(orders)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         missing: set[int] = self.worker.take_missing()

@@ -9,7 +9,8 @@ from tokendance.host.mirror import pages_for
 from tokendance.integrations.vllm.orders import Decoding
 
 if TYPE_CHECKING:
-    from tokendance.integrations.vllm.scheduler_side import Member, SchedulerSide
+    from tokendance.integrations.vllm.rounds import Member
+    from tokendance.integrations.vllm.scheduler_side import SchedulerSide
 
 
 class SharedDecode:

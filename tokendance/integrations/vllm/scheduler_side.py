@@ -4,96 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendance.host.agent import Phase
 from tokendance.host.books import OutOfPagesError
 from tokendance.host.plan import Plan, Policy
+from tokendance.host.record import RestoreRecord
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 from tokendance.integrations.vllm.audits import Audits
-from tokendance.integrations.vllm.options import PARAMETER, Joining, Options, joining
+from tokendance.integrations.vllm.options import Joining, Options
 from tokendance.integrations.vllm.orders import Forget, Handshake, Orders, ReadBack
+from tokendance.integrations.vllm.rounds import Member, Round
 from tokendance.integrations.vllm.scheduler_decode import SharedDecode
 from tokendance.integrations.vllm.stats import RoundStats
+from tokendance.integrations.vllm.wishes import Wishes
 
 _log = logging.getLogger("vllm.tokendance")
 _NULL_BLOCK = 0  # vLLM's, in place of one that a request needs no more
 # Of max_rows: what a round computes at least in a step that vLLM has filled.
 _LEAST_SHARE = 16
-
-
-@dataclass(eq=False)
-class Member:
-    """A request of a round.
-
-    Attributes:
-        request: vLLM's.
-        agent: its name in the library.
-        segments: of its prompt.
-        namespace: of the segments.
-        round: that it belongs to.
-        keeps: whether the agent's rows are kept for its next prompt.
-        since: when it came.
-        plan: that it is in, once it is planned.
-    """
-
-    request: Any
-    agent: str
-    segments: list[Segment]
-    namespace: str
-    round: Round
-    keeps: bool
-    since: float
-    plan: Plan | None = None
-
-    @property
-    def length(self) -> int:
-        """Rows of the prompt."""
-        return sum(segment.length for segment in self.segments)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether all rows of the prompt are computed, or will be when orders so far are run."""
-        return self.plan is not None and self.plan.phase(self.agent) is Phase.DECODE
-
-
-@dataclass(eq=False)
-class Round:
-    """Requests that are computed together.
-
-    Attributes:
-        name: None for requests that gave none.
-        agents: how many it will have, if one of them said so.
-        patience: seconds without another member after which it starts.
-        gathering: members that are not planned yet.
-        plan: that whoever comes is added to, once there is one.
-        last: when the last member came.
-        untold: members that were planned and are not computed yet.
-        computed: when those came whose prompts are, until the log has told of them.
-        counted: rows of the plan's prompts, and of those computed, that the log has told of.
-    """
-
-    name: str | None
-    patience: float
-    agents: int | None = None
-    gathering: list[Member] = field(default_factory=list)
-    plan: Plan | None = None
-    last: float = 0.0
-    untold: list[Member] = field(default_factory=list)
-    computed: list[float] = field(default_factory=list)
-    counted: tuple[int, int] = (0, 0)
-
-    def is_due(self, now: float) -> bool:
-        """Whether those that gather are to be planned."""
-        if self.plan is not None or now - self.last >= self.patience:
-            return True
-        return self.agents is not None and len(self.gathering) >= self.agents
 
 
 class SchedulerSide:
@@ -123,11 +57,12 @@ class SchedulerSide:
         self._options = options
         self._block_size = block_size
         self._clock = clock
-        self._separator = _separator_ids(options.separator, vllm_config.model_config)
+        self._wishes = Wishes(options.separator, vllm_config.model_config)
         self._host: Scheduler | None = None
         self._rounds: list[Round] = []
         self._members: dict[str, Member] = {}  # by request
         self._orders = Orders()
+        self._loads: list[tuple[Member, NDArray[np.int64]]] = []  # of the step being scheduled
         self._stats = RoundStats()
         self.totals = RoundStats()
         self.audits = Audits(options.gate, lambda: self.host, self.count)
@@ -156,7 +91,7 @@ class SchedulerSide:
     def arrive(self, request: Any) -> None:
         """A request has come; it may join a round."""
         try:
-            wish = self._wish_of(request)
+            wish = self._wishes.of(request)
         except (ValueError, TypeError) as error:
             self._leave_alone([request.request_id], str(error))
             return
@@ -178,30 +113,6 @@ class SchedulerSide:
         if wish.patience is not None:
             round_.patience = wish.patience
         self._members[request.request_id] = member
-
-    def _wish_of(self, request: Any) -> Joining | None:
-        told = (request.kv_transfer_params or {}).get(PARAMETER)
-        if told is None and self._separator is None:
-            return None
-        parameters = request.sampling_params
-        reasons = {
-            "pooling": parameters is None,
-            "prompt_embeds": request.prompt_token_ids is None or request.prompt_embeds is not None,
-            "a LoRA": request.lora_request is not None,
-            "images": request.has_encoder_inputs,
-            "prompt_logprobs": parameters is not None and parameters.prompt_logprobs is not None,
-            "a streamed prompt": request.resumable,
-        }
-        wish = None
-        if not any(reasons.values()):
-            namespace = request.cache_salt or ""
-            ids = request.prompt_token_ids
-            wish = joining(ids, told, self._separator, namespace)
-            reasons["a prompt of one token"] = wish is not None and len(ids) < 2
-        given = [reason for reason, is_so in reasons.items() if is_so]
-        if given and told:
-            raise ValueError(f"request: expected one that a round can take, got {given[0]}")
-        return None if given else wish
 
     def _round_of(self, wish: Joining) -> Round:
         for round_ in self._rounds:
@@ -227,12 +138,22 @@ class SchedulerSide:
             self.shared.go_on(request.request_id)
             return
         member = self._members[request.request_id]
-        assert member.plan is not None
         end = member.length - 1
         slots = np.full(end, -1, dtype=np.int64)
         slots[end - rows :] = self._slots(block_ids, end - rows, end)
         slots[slots // self._block_size == _NULL_BLOCK] = -1
-        self._orders.orders.append(member.plan.restore(member.agent, slots))
+        self._loads.append((member, slots))
+
+    def _restored(self) -> Iterator[RestoreRecord]:
+        """The records of all loads, one for each round, whose rows are written at once."""
+        loads, self._loads = self._loads, []
+        for plan in dict.fromkeys(member.plan for member, _ in loads):
+            assert plan is not None
+            of_plan = [(member.agent, row) for member, row in loads if member.plan is plan]
+            slots = np.full((len(of_plan), max(len(row) for _, row in of_plan)), -1, np.int64)
+            for into, (_, row) in zip(slots, of_plan, strict=True):
+                into[: len(row)] = row
+            yield plan.restore([agent for agent, _ in of_plan], slots)
 
     def _slots(self, block_ids: Sequence[int], begin: int, end: int) -> NDArray[np.int64]:
         at = np.arange(begin, end, dtype=np.int64)
@@ -291,7 +212,10 @@ class SchedulerSide:
         Args:
             scheduled: by request, tokens that vLLM computes in this step.
         """
+        if not self._members and not self._orders.orders:
+            return Orders()  # the way of engines that have nothing but other requests
         now = self._clock()
+        self._orders.orders += self._restored()
         if self.shared is not None:  # before others are planned, who would take its pages
             self._orders.decoding = self.shared.record(scheduled)
         for round_ in self._rounds:
@@ -493,14 +417,3 @@ class SchedulerSide:
     def _forget_empty_rounds(self) -> None:
         alive = {id(member.round) for member in self._members.values()}
         self._rounds = [one for one in self._rounds if id(one) in alive]
-
-
-def _separator_ids(separator: str | tuple[int, ...] | None, model_config: Any) -> list[int] | None:
-    if separator is None:
-        return None
-    if isinstance(separator, tuple):
-        return list(separator)
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = cached_tokenizer_from_config(model_config)
-    return list(tokenizer.encode(separator, add_special_tokens=False))

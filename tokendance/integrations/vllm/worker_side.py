@@ -22,7 +22,16 @@ from tokendance.device.rope import Rope
 from tokendance.host.record import RestoreRecord, StepRecord
 from tokendance.integrations.vllm.cache import EngineCache
 from tokendance.integrations.vllm.options import Options
-from tokendance.integrations.vllm.orders import Compare, Forget, Lost, Order, Orders, ReadBack, Told
+from tokendance.integrations.vllm.orders import (
+    Compare,
+    Decoding,
+    Forget,
+    Lost,
+    Order,
+    Orders,
+    ReadBack,
+    Told,
+)
 from tokendance.integrations.vllm.worker_decode import MemberRows, unwatchable
 from tokendance.integrations.vllm.workers import runner_of
 from tokendance.store import parse_bytes
@@ -112,12 +121,11 @@ class WorkerSide:
     # A step of the engine -------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def begin(self, orders: Orders) -> None:
-        """Before vLLM puts the batch of an engine step together."""
-        if self._members is None or orders.decoding is None:
-            return
+    def begin(self, decoding: Decoding) -> None:
+        """Before vLLM puts the batch of an engine step together that has these rows."""
+        assert self._members is not None
         try:
-            self._members.open(orders.decoding, self._is_lost)
+            self._members.open(decoding, self._is_lost)
         except Exception as error:
             self._lose_members(error)
         if self._is_lost:
