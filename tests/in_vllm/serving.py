@@ -122,6 +122,27 @@ class Serving:
 
 
 @contextmanager
+def asynchronously(is_so: bool = True) -> Iterator[None]:
+    """Has engines schedule a step while the one before it runs, which vLLM leaves out on a CPU.
+
+    It works there, with whatever else is on a CPU as it is.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def updated(cls: type, vllm_config: Any) -> None:
+        update(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_so
+
+    CpuPlatform.check_and_update_config = classmethod(updated)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = update
+
+
+@contextmanager
 def serving(
     connector: Mapping[str, Any] | None = None,
     kv_role: str = "kv_both",

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import serving, spans, token_ids
+from serving import asynchronously, serving, spans, token_ids
 from small_rounds import EXACT, a_round, alone, answers, drawn, join, nothing_left
 
 import tokendance as td
 
 
-def test_fewer_run_slots_than_agents_and_preemption(tiny: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_fewer_run_slots_than_agents_and_preemption(tiny: Path, ahead: bool) -> None:
     prompts = a_round(12, agents=6)
     few = {"max_num_seqs": 4, "block_size": 32, "num_gpu_blocks_override": 24, "max_model_len": 512}
-    with serving(EXACT, model=str(tiny), enable_prefix_caching=True, **few) as engine:
+    few["enable_prefix_caching"] = True
+    with asynchronously(ahead), serving(EXACT, model=str(tiny), **few) as engine:
         free = engine.free_blocks()
         expected = alone(engine, "few", prompts, new=60)
         engine.scheduler.reset_prefix_cache()
@@ -115,11 +117,31 @@ def test_what_cannot_be_done_is_refused_at_the_start(tiny: Path) -> None:
         pass
 
 
+def test_a_step_may_be_scheduled_while_the_one_before_it_runs(tiny: Path) -> None:
+    prompts = a_round(17)
+    with asynchronously(), serving(EXACT, model=str(tiny), enable_prefix_caching=True) as engine:
+        free = engine.free_blocks()
+        expected = alone(engine, "ahead", prompts)
+        assert engine.serve("ahead", prompts) == expected
+        longer = {
+            agent: [*segments, td.private([*expected[agent], *drawn(5, 9)])]
+            for agent, segments in prompts.items()
+        }
+        engine.counts()
+        assert engine.serve("longer", longer) == alone(engine, "longer", longer)
+        # What was said is kept, but for the token that was not fed.
+        assert engine.counts()["rows_computed"] == 4 * (1 + 9)
+        engine.scheduler.reset_prefix_cache()
+        nothing_left(engine, free)
+
+
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["_compute", "write", "read"])
 def test_a_worker_that_fails_loses_the_store_and_no_request(
-    tiny: Path, kind: str, messages: list[str]
+    tiny: Path, kind: str, ahead: bool, messages: list[str]
 ) -> None:
-    with serving(EXACT, model=str(tiny), kv_load_failure_policy="recompute") as engine:
+    policy = {"kv_load_failure_policy": "recompute"}
+    with asynchronously(ahead), serving(EXACT, model=str(tiny), **policy) as engine:
         free = engine.free_blocks()
         rounds = [a_round(seed) for seed in (20, 21, 22)]
         expected = [alone(engine, f"lost {i}", prompts) for i, prompts in enumerate(rounds)]

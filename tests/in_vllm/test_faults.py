@@ -13,6 +13,8 @@ from server import running
 from serving import serving
 from small_rounds import EXACT, NEVER, a_round, alone, drawn, join, nothing_left
 
+PAGE = 8 * 2 * 2 * 2 * 64 * 4  # rows, keys and values, layers, KV heads, elements, bytes
+
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_in_a_round_ends_the_engine_with_an_error(
@@ -74,11 +76,11 @@ def test_a_load_that_fails_ends_its_requests_where_vllm_is_told_so(tiny: Path) -
         nothing_left(engine, free)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_random_rounds_in_a_small_store_and_a_small_cache(
-    tiny: Path, pytestconfig: pytest.Config
+    tiny: Path, shared: bool, pytestconfig: pytest.Config
 ) -> None:
-    page = 8 * 2 * 2 * 2 * 64 * 4  # rows, keys and values, layers, KV heads, elements, bytes
-    store = EXACT | {"capacity": 80 * page, "max_rows": 32}
+    store = EXACT | {"capacity": 80 * PAGE, "max_rows": 32, "shared_decode": shared}
     few = {"max_num_seqs": 5, "block_size": 32, "num_gpu_blocks_override": 26, "max_model_len": 512}
     random, preempted, waited = np.random.default_rng(1), 0, 0
     rounds = [a_round(200 + number, agents=5) for number in range(5)]
@@ -114,11 +116,15 @@ def test_random_rounds_in_a_small_store_and_a_small_cache(
         nothing_left(engine, free)
 
 
-def test_aborts_in_every_phase(tiny: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_aborts_in_every_phase(tiny: Path, shared: bool) -> None:
     prompts = a_round(31)
     few = {"block_size": 32, "num_gpu_blocks_override": 20, "max_model_len": 512}
+    store = EXACT | {"max_rows": 32}
+    if shared:  # members are preempted where the store is full, not vLLM's cache
+        store |= {"capacity": 96 * PAGE, "shared_decode": True}
     met = set()
-    with serving(EXACT | {"max_rows": 32}, model=str(tiny), **few) as engine:
+    with serving(store, model=str(tiny), **few) as engine:
         free = engine.free_blocks()
         expected = alone(engine, "abort", prompts, new=60)
 

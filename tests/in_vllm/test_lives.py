@@ -1,7 +1,8 @@
 """Lives of requests: members that come late, end early, wait, are preempted, or are left to vLLM.
 
 Nothing inexact is reused unless a test says so: what a member is answered is then what the same
-prompt is answered without a round, by the same engine.
+prompt is answered without a round, by the same engine. All of it also where vLLM schedules a step
+while the one before it runs.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import Serving, serving, token_ids, told
+from serving import Serving, asynchronously, serving, token_ids, told
 from small_rounds import EXACT, NEVER, a_round, alone, answers, drawn, join, nothing_left
 
 import tokendance as td
 
 
-@pytest.fixture(scope="module")
-def engine(tiny: Path) -> Iterator[Serving]:
-    with serving(EXACT, model=str(tiny), enable_prefix_caching=True) as engine:
+@pytest.fixture(
+    scope="module", params=["in turns", pytest.param("asynchronous", marks=pytest.mark.slow)]
+)
+def engine(tiny: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    is_asynchronous = request.param == "asynchronous"
+    with (
+        asynchronously(is_asynchronous),
+        serving(EXACT, model=str(tiny), enable_prefix_caching=True) as engine,
+    ):
+        assert (engine.engine.engine_core.engine_core.batch_queue_size > 1) == is_asynchronous
         yield engine
 
 
@@ -106,6 +114,30 @@ def test_a_round_waits_for_its_agents_and_no_longer_than_its_patience(
     join(engine, "complete", prompts, agents=4, patience=NEVER)
     engine.run()
     assert answers(engine, "complete", prompts) == expected
+
+
+def test_members_that_start_together_are_written_at_once(
+    engine: Serving, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 118 rows, which a step has room for.
+    one, two = (a_round(seed, agents=3 - seed, blocks=1, size=8) for seed in (1, 2))
+    two = {f"other {agent}": segments for agent, segments in two.items()}
+    expected = alone(engine, "one", one), alone(engine, "two", two)
+    cache, written = engine.worker._cache, []
+    write = cache.write
+    monkeypatch.setattr(
+        cache, "write", lambda run, record: (written.append(record.slots), write(run, record))
+    )
+    join(engine, "one", one, agents=2)
+    join(engine, "two", two, agents=1)
+    engine.run()
+    assert answers(engine, "one", one) == expected[0]
+    assert answers(engine, "two", two) == expected[1]
+    # A record for each round, with the rows of its members but the last of each.
+    assert [len(slots) for slots in written] == [2, 1]
+    for slots, prompts in zip(written, (one, two), strict=True):
+        rows = [len(token_ids(segments)) - 1 for segments in prompts.values()]
+        assert (slots >= 0).sum(axis=1).tolist() == rows
 
 
 def test_members_are_planned_in_the_order_of_their_names(engine: Serving, free: int) -> None:

@@ -126,14 +126,21 @@ def test_an_abort_in_any_phase_leaves_the_others_right(
         assert engine.done[f"{name} {agent}"] == expected[agent]
 
 
-def test_random_rounds_with_aborts_leak_nothing(engine: Serving, free: int) -> None:
+def test_random_rounds_with_aborts_leak_nothing(
+    engine: Serving, free: int, pytestconfig: pytest.Config
+) -> None:
     random = np.random.default_rng(1)
-    aborted = 0
-    for number in range(40):
+    rounds, aborted = pytestconfig.getoption("--rounds"), 0
+    whole = [a_round(100 + which, agents=5) for which in range(5)]
+    expected = [alone(engine, f"{which}", prompts, new=20) for which, prompts in enumerate(whole)]
+    engine.scheduler.reset_prefix_cache()
+    asked: dict[str, list[int]] = {}
+    for number in range(rounds):
         prompts = a_round(100 + number % 5, agents=int(random.integers(1, 6)))
-        name = f"random {number}"
+        name, new = f"random {number}", int(random.integers(1, 20))
         patience = float(random.choice([0.0, 0.01]))
-        join(engine, name, prompts, new=int(random.integers(1, 20)), patience=patience)
+        join(engine, name, prompts, new=new, patience=patience)
+        asked |= {f"{name} {agent}": expected[number % 5][agent][:new] for agent in prompts}
         for _ in range(int(random.integers(0, 12))):
             engine.step()
         for agent in prompts:
@@ -141,7 +148,10 @@ def test_random_rounds_with_aborts_leak_nothing(engine: Serving, free: int) -> N
                 engine.engine.abort_request([f"{name} {agent}"], internal=False)
                 aborted += 1
     engine.run()
-    assert aborted > 20
+    assert aborted > rounds / 2
+    finished = {name: engine.done[name] for name in asked if name in engine.done}
+    assert finished == {name: asked[name] for name in finished}
+    assert len(finished) > rounds
 
 
 def test_when_weights_change_members_are_planned_again_and_say_on(

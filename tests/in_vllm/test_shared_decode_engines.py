@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import recorded_rounds, serving, token_ids
+from serving import asynchronously, recorded_rounds, serving, token_ids
 from small_rounds import SHARED, a_round, alone, answers, join, nothing_left, until_decoding
+from tiny_model import write_tiny_model
 
 PAGE = 8 * 2 * 2 * 2 * 64 * 4  # rows, keys and values, layers, KV heads, elements, bytes
 ROUNDS = {"agents": 4, "which": "1:3"}
@@ -48,11 +49,16 @@ def test_the_default_answers_as_without_shared_decode() -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_answer_as_vllm_alone(tiny: Path) -> None:
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_answer_as_vllm_alone(tiny: Path, tmp_path: Path, workers: int) -> None:
+    model = tiny
+    if workers == 3:
+        heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+        model = write_tiny_model(tmp_path / "of_three", **heads)
     with serving(
         SHARED,
-        model=str(tiny),
-        tensor_parallel_size=2,
+        model=str(model),
+        tensor_parallel_size=workers,
         distributed_executor_backend="mp",
         enable_prefix_caching=True,
     ) as engine:
@@ -67,6 +73,20 @@ def test_two_workers_answer_as_vllm_alone(tiny: Path) -> None:
             expected = alone(engine, f"round {seed}", prompts)
             assert answers(engine, f"round {seed}", prompts) == expected
             engine.scheduler.reset_prefix_cache()
+        nothing_left(engine, free)
+
+
+@pytest.mark.slow
+def test_three_workers_of_a_real_model_answer_as_vllm_alone() -> None:
+    """Of which each has one of the model's three KV heads; its 9 heads cannot be halved."""
+    options = {"selection": "everything", "max_rows": 512, "shared_decode": True}
+    with serving(options, tensor_parallel_size=3, distributed_executor_backend="mp") as engine:
+        free = engine.free_blocks()
+        for i, prompts in enumerate(recorded_rounds(**ROUNDS)):
+            assert engine.rounds.shared is not None
+            found = engine.serve(f"round {i}", prompts, new=NEW)
+            assert engine.counts()["members"] == len(prompts)
+            assert found == alone(engine, f"round {i}", prompts, new=NEW)
         nothing_left(engine, free)
 
 
@@ -230,17 +250,12 @@ def test_a_worker_that_fails_loses_the_store_and_goes_on(
         nothing_left(engine, free)
 
 
-def test_it_is_off_where_it_cannot_be(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
-) -> None:
-    from tokendance.integrations.vllm import connector
-
-    reason = "async_scheduling: expected none"
-    monkeypatch.setattr(connector, "obstacles", lambda *_: [reason])
+def test_it_is_off_where_it_cannot_be(tiny: Path, messages: list[str]) -> None:
     prompts = a_round(36)
-    with serving(SHARED, model=str(tiny)) as engine:
+    with asynchronously(), serving(SHARED, model=str(tiny)) as engine:
         free = engine.free_blocks()
         assert engine.rounds.shared is None
+        reason = "async_scheduling: expected none"
         assert [one for one in messages if f"decode is not shared: {reason}" in one]
         join(engine, "off", prompts, agents=4)
         until_decoding(engine, 4)

@@ -240,15 +240,16 @@ class SchedulerSide:
         """Plans those that gather, in the order of their names: the same whoever came first."""
         gathering = sorted(round_.gathering, key=lambda member: member.agent)
         prompts = {member.agent: member.segments for member in gathering}
-        if round_.plan is not None and not set(prompts).isdisjoint(round_.plan.agents):
-            round_.plan, round_.counted = None, (0, 0)  # an agent asks a second time
+        plan = round_.plan
+        if plan is not None and not set(prompts).isdisjoint(plan.agents):
+            plan = None  # an agent asks a second time
         while True:
             try:
-                self._check_room(round_, prompts)
-                if round_.plan is None:
-                    round_.plan = self.host.plan(prompts, self._policy)
+                self._check_room(plan, prompts)
+                if plan is None:
+                    round_.plan, round_.counted = self.host.plan(prompts, self._policy), (0, 0)
                 else:
-                    round_.plan.add(prompts)
+                    plan.add(prompts)
             except OutOfPagesError as full:
                 if self.release_oldest(prompts):
                     continue
@@ -268,16 +269,16 @@ class SchedulerSide:
     def _policy(self) -> Policy:
         return replace(self._options.policy, opted_out=self.audits.opted_out)
 
-    def _check_room(self, round_: Round, prompts: Mapping[str, list[Segment]]) -> None:
+    def _check_room(self, plan: Plan | None, prompts: Mapping[str, list[Segment]]) -> None:
         """Raises ``OutOfPagesError`` where members that vLLM decodes would not have a page each
         left, without which they are soon preempted."""
         others = sum(member.plan is not None for member in self._members.values())
         if self.shared is None or not others:
             return
-        if round_.plan is None:
+        if plan is None:
             needed = self.host.pages_needed(prompts, self._policy)
         else:
-            needed = round_.plan.pages_needed(prompts)
+            needed = plan.pages_needed(prompts)
         books = self.host.books
         left = books.free_pages + books.evictable_pages - needed
         if left < others:
