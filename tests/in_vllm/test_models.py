@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,44 @@ def test_several_groups_of_caches_are_refused_by_vllm(tiny: Path, tmp_path: Path
         serving(EXACT, model=model, disable_hybrid_kv_cache_manager=False),
     ):
         pass
+
+
+def test_layers_without_attention_are_refused_before_the_model_is_loaded(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """They have caches of another kind, in groups of their own."""
+    from transformers import AutoTokenizer, Lfm2Config
+
+    config = Lfm2Config(
+        vocab_size=331,
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        architectures=["Lfm2ForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)  # without weights
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ValueError, match="expected attention in every layer: a state is not made"),
+        serving(EXACT, model=str(tmp_path)),
+    ):
+        pass
+
+
+def test_several_groups_of_caches_are_refused(tiny: Path) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    with serving(EXACT, model=str(tiny)) as engine:
+        connector = engine.scheduler.connector
+        caches = connector._kv_cache_config
+        (group,) = caches.kv_cache_groups
+        two = replace(caches, kv_cache_groups=[group, group])
+        for role in (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER):
+            with pytest.raises(ValueError, match="model: expected one KV cache group, got 2"):
+                type(connector)(connector._vllm_config, role, two)
 
 
 def test_new_weights_answer_as_if_nothing_was_stored(tiny: Path, tmp_path: Path) -> None:

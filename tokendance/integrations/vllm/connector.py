@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tokendance.integrations.vllm import null_blocks
-from tokendance.integrations.vllm.options import Options, refusals
+from tokendance.integrations.vllm.options import Options, refusals, refuse
 from tokendance.integrations.vllm.orders import Handshake, Orders, Told
 from tokendance.integrations.vllm.scheduler_decode import SharedDecode
 from tokendance.integrations.vllm.scheduler_side import SchedulerSide
@@ -37,8 +37,7 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         groups = kv_cache_config.kv_cache_groups if kv_cache_config is not None else []
         if len(groups) > 1:
             reasons.append(f"model: expected one KV cache group, got {len(groups)}")
-        if reasons:
-            raise ValueError("TokenDanceConnector: " + "; ".join(reasons))
+        refuse(reasons)
         self._scheduler: SchedulerSide | None = None
         self._worker: Any = None
         self._unshared: list[str] = []  # why members' decode is not shared, if it is to be
@@ -157,6 +156,11 @@ class TokenDanceConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self.worker.finish()
 
     # Both -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Members' attention has other work in each step, so that no graph can hold it."""
+        return bool(extra_config.get("shared_decode"))
 
     def get_kv_connector_stats(self) -> RoundStats | None:
         return None if self._scheduler is None else self._scheduler.take_stats()

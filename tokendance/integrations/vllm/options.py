@@ -218,6 +218,12 @@ def _cut(token_ids: Sequence[int], spans: Any, namespace: str) -> list[Segment]:
     return [one for one in segments if one.length]
 
 
+def refuse(reasons: Sequence[str]) -> None:
+    """Raises ``ValueError`` where there are any."""
+    if reasons:
+        raise ValueError("TokenDanceConnector: " + "; ".join(reasons))
+
+
 def refusals(vllm_config: Any) -> list[str]:
     """What vLLM is asked to do that the connector cannot do beside it, with the reasons."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

@@ -1,7 +1,9 @@
 """How a worker's connector finds the model.
 
 vLLM hands a connector its caches, not its model. Every worker of this process is remembered when it
-is made, so that the connector can ask the one of its own configuration.
+is made, so that the connector can ask the one of its own configuration. What cannot be done beside
+the connector is refused then already: before the model is loaded, and before vLLM looks for a cache
+that it may not find.
 """
 
 from __future__ import annotations
@@ -10,11 +12,17 @@ import functools
 from typing import Any
 from weakref import WeakSet
 
+from tokendance.integrations.vllm import CONNECTOR
+from tokendance.integrations.vllm.options import refusals, refuse
+
 _workers: WeakSet[Any] = WeakSet()
 
 
 def watch() -> None:
-    """Remembers the workers that are made from now on."""
+    """Remembers the workers that are made from now on.
+
+    Workers that are to have the connector raise ``ValueError`` for what `refusals` finds.
+    """
     from vllm.v1.worker.worker_base import WorkerBase
 
     made = WorkerBase.__init__
@@ -24,6 +32,9 @@ def watch() -> None:
     @functools.wraps(made)
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == CONNECTOR:
+            refuse(refusals(self.vllm_config))
         _workers.add(self)
 
     remember.is_watched = True  # type: ignore[attr-defined]
