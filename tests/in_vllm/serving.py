@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -122,24 +122,30 @@ class Serving:
 
 
 @contextmanager
-def asynchronously(is_so: bool = True) -> Iterator[None]:
-    """Has engines schedule a step while the one before it runs, which vLLM leaves out on a CPU.
-
-    It works there, with whatever else is on a CPU as it is.
-    """
+def configured(change: Callable[[Any], None]) -> Iterator[None]:
+    """Has engines be made with a change of what vLLM has decided for a CPU."""
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config
 
     def updated(cls: type, vllm_config: Any) -> None:
         update(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = is_so
+        change(vllm_config)
 
     CpuPlatform.check_and_update_config = classmethod(updated)
     try:
         yield
     finally:
         CpuPlatform.check_and_update_config = update
+
+
+def asynchronously(is_so: bool = True) -> AbstractContextManager[None]:
+    """Has engines schedule a step while the one before it runs, which vLLM leaves out on a CPU."""
+
+    def change(vllm_config: Any) -> None:
+        vllm_config.scheduler_config.async_scheduling = is_so
+
+    return configured(change)
 
 
 @contextmanager
