@@ -120,7 +120,8 @@ def config(**changes: Any) -> Any:
         "decode_context_parallel_size": 1,
     }
     rest = {"cache_dtype": "auto", "kv_role": "kv_both", "lora": None, "speculative": None}
-    for part in (model, parallel, rest):
+    passes = {"fuse_attn_quant": False}
+    for part in (model, parallel, rest, passes):
         part.update({name: value for name, value in changes.items() if name in part})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
@@ -129,6 +130,7 @@ def config(**changes: Any) -> Any:
         kv_transfer_config=SimpleNamespace(kv_role=rest["kv_role"]),
         lora_config=rest["lora"],
         speculative_config=rest["speculative"],
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(**passes)),
     )
 
 
@@ -148,6 +150,7 @@ def config(**changes: Any) -> Any:
         ({"is_hybrid": True}, "model: expected attention in every layer"),
         ({"is_attention_free": True}, "model: expected attention in every layer"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode: expected none"),
+        ({"fuse_attn_quant": True}, "fuse_attn_quant: expected none"),
         ({"runner_type": "pooling"}, "runner: expected generate"),
     ],
 )

@@ -32,4 +32,4 @@ def register() -> None:
     if CONNECTOR not in KVConnectorFactory._registry:
         module = "tokendance.integrations.vllm.connector"
         KVConnectorFactory.register_connector(CONNECTOR, module, CONNECTOR)
-    workers.watch()
+    workers.watch(CONNECTOR)

@@ -260,6 +260,10 @@ def refusals(vllm_config: Any) -> list[str]:
         "enable_sleep_mode: expected none: it takes the memory of the store's tables away": (
             model.enable_sleep_mode
         ),
+        "fuse_attn_quant: expected none: what a round's attention gives is not quantized "
+        "(-cc.pass_config.fuse_attn_quant=false)": (
+            vllm_config.compilation_config.pass_config.fuse_attn_quant
+        ),
         "runner: expected generate": model.runner_type != "generate",
     }
     return [reason for reason, is_so in found.items() if is_so]

@@ -12,16 +12,16 @@ import functools
 from typing import Any
 from weakref import WeakSet
 
-from tokendance.integrations.vllm import CONNECTOR
 from tokendance.integrations.vllm.options import refusals, refuse
 
 _workers: WeakSet[Any] = WeakSet()
 
 
-def watch() -> None:
+def watch(connector: str) -> None:
     """Remembers the workers that are made from now on.
 
-    Workers that are to have the connector raise ``ValueError`` for what `refusals` finds.
+    Those that are to have the connector of this name raise ``ValueError`` for what `refusals`
+    finds.
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -33,7 +33,7 @@ def watch() -> None:
     def remember(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         transfer = self.vllm_config.kv_transfer_config
-        if transfer is not None and transfer.kv_connector == CONNECTOR:
+        if transfer is not None and transfer.kv_connector == connector:
             refuse(refusals(self.vllm_config))
         _workers.add(self)
 
