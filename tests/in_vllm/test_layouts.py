@@ -6,12 +6,16 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plain_backend import laid_out
+from serving import serving, token_ids
+from small_rounds import EXACT, a_round, alone, drawn, nothing_left
 from torch import Tensor
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
@@ -234,3 +238,44 @@ def test_rows_that_a_backend_packs_have_no_views(monkeypatch: pytest.MonkeyPatch
         packed(layer, k, v, layer.kv_cache, torch.from_numpy(slots))
     for k, v, both in zip(*cache.read(slots), wanted, strict=True):
         assert torch.equal(torch.stack([k, v]), both)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shared"),
+    [
+        (KVCacheLayout.LBNHC, False),
+        (KVCacheLayout.BLHNC, True),
+        pytest.param(KVCacheLayout.BLNHC, False, marks=pytest.mark.slow),
+        pytest.param(KVCacheLayout.LHBNC, False, marks=pytest.mark.slow),
+    ],
+    ids=lambda one: getattr(one, "name", f"shared={one}"),
+)
+def test_an_engine_whose_cache_is_as_on_a_gpu_answers_as_vllm_alone(
+    tiny: Path, layout: KVCacheLayout, shared: bool
+) -> None:
+    """With an attention backend of these tests."""
+    prompts, others = a_round(45), a_round(46, agents=2)
+    options = EXACT | {"shared_decode": shared}
+    engine_of = {"model": str(tiny), "block_size": 16, "enable_prefix_caching": True}
+    with laid_out(layout), serving(options, **engine_of) as engine:
+        assert (engine.rounds.shared is not None) == shared
+        views = engine.worker._cache.views
+        assert views is not None
+        strides = views[0][0].stride()
+        assert (strides[1] > strides[2]) == layout.name.endswith("NHC")
+        free = engine.free_blocks()
+        expected = alone(engine, "laid out", prompts), alone(engine, "others", others, new=30)
+        for agent, segments in others.items():
+            engine.add(f"other {agent}", token_ids(segments), None, 30)
+        assert engine.serve("laid out", prompts) == expected[0]
+        assert {agent: engine.done[f"other {agent}"] for agent in others} == expected[1]
+        # What was said is read from the cache, or is in the store already.
+        longer = {
+            agent: [*segments, td.private([*expected[0][agent], *drawn(5, 9)])]
+            for agent, segments in prompts.items()
+        }
+        engine.counts()
+        assert engine.serve("longer", longer) == alone(engine, "longer", longer)
+        assert engine.counts()["rows_computed"] == 4 * (1 + 9)
+        engine.scheduler.reset_prefix_cache()
+        nothing_left(engine, free)
