@@ -13,6 +13,7 @@ from serving import recorded_rounds, serving
 import tokendance as td
 
 AGENTS, NEW = 4, 8
+SOCIETY = 2  # agents of agentsociety, whose prompts are long
 
 Outputs = list[dict[str, list[int]]]
 
@@ -34,7 +35,7 @@ def plain(rounds: Any) -> Outputs:
 @pytest.fixture(scope="module")
 def society() -> tuple[Any, Outputs]:
     """Two rounds of agentsociety, and what plain vLLM answers."""
-    rounds = recorded_rounds("agentsociety", AGENTS, "1:3")
+    rounds = recorded_rounds("agentsociety", SOCIETY, "1:3")
     with serving() as engine:
         found = [
             engine.serve(f"plain {i}", prompts, joining=False, new=NEW)
@@ -72,17 +73,17 @@ def test_of_agents_of_thousands_of_tokens_too(society: Any, prefix_caching: bool
     with serving(options, enable_prefix_caching=prefix_caching) as engine:
         for i, prompts in enumerate(rounds):
             assert engine.serve(f"round {i}", prompts, new=NEW) == expected[i]
-        assert engine.counts()["members"] == 2 * AGENTS
+        assert engine.counts()["members"] == 2 * SOCIETY
         assert not engine.rounds.members
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workload", "which", "prefix_caching"),
-    [("town_square", "1:4", False), ("agentsociety", "1:3", True)],
+    ("workload", "agents", "which", "prefix_caching"),
+    [("town_square", AGENTS, "1:4", False), ("agentsociety", SOCIETY, "1:3", True)],
 )
 def test_three_workers_answer_as_vllm_alone(
-    workload: str, which: str, prefix_caching: bool
+    workload: str, agents: int, which: str, prefix_caching: bool
 ) -> None:
     """Of which each has one of the model's three KV heads; its 9 heads cannot be halved."""
     with serving(
@@ -91,10 +92,10 @@ def test_three_workers_answer_as_vllm_alone(
         distributed_executor_backend="mp",
         enable_prefix_caching=prefix_caching,
     ) as engine:
-        for i, prompts in enumerate(recorded_rounds(workload, AGENTS, which)):
+        for i, prompts in enumerate(recorded_rounds(workload, agents, which)):
             found = engine.serve(f"round {i}", prompts, new=NEW)
             assert found == engine.serve(f"{i} alone", prompts, joining=False, new=NEW)
-            assert engine.counts()["members"] == AGENTS
+            assert engine.counts()["members"] == agents
 
 
 @pytest.mark.slow
