@@ -5,7 +5,8 @@
 The environment (3.4 GB, some minutes) is that of `bench.peers.vllm_cpu`, made on first use and kept
 beside those of `tools.environments`; ``--environment`` names another one that has vLLM. The package
 is taken from this checkout, as it was built here. ``--short`` leaves slow tests out, and what has
-not begun after four minutes. Where the environment cannot be had, it says NOT RUN and why.
+not begun after four minutes, and draws 40 random rounds instead of 200. Where the environment
+cannot be had, it says NOT RUN and why.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from bench.peers.vllm_cpu import BUILD, python_of_vllm
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ("-m", "not slow", "--budget", "240")
+SHORT = ("-m", "not slow", "--budget", "240", "--rounds", "40")
 # One that hangs is a failure, and says where.
 HANGING = ("-o", "faulthandler_timeout=600", "-o", "faulthandler_exit_on_timeout=true")
 SETTINGS = {

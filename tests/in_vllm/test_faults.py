@@ -76,7 +76,7 @@ def test_a_load_that_fails_ends_its_requests_where_vllm_is_told_so(tiny: Path) -
         nothing_left(engine, free)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_random_rounds_in_a_small_store_and_a_small_cache(
     tiny: Path, shared: bool, pytestconfig: pytest.Config
 ) -> None:

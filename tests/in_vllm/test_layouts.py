@@ -243,8 +243,8 @@ def test_rows_that_a_backend_packs_have_no_views(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("layout", "shared"),
     [
-        (KVCacheLayout.LBNHC, False),
-        (KVCacheLayout.BLHNC, True),
+        pytest.param(KVCacheLayout.LBNHC, True, marks=pytest.mark.slow),
+        (KVCacheLayout.BLHNC, False),
         pytest.param(KVCacheLayout.BLNHC, False, marks=pytest.mark.slow),
         pytest.param(KVCacheLayout.LHBNC, False, marks=pytest.mark.slow),
     ],

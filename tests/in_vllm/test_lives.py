@@ -262,6 +262,16 @@ def test_the_store_is_cleared_when_weights_change(engine: Serving, free: int) ->
         assert answers(engine, f"cleared {steps}", prompts) == expected
 
 
+def test_several_groups_of_caches_are_refused(engine: Serving, free: int) -> None:
+    connector = engine.scheduler.connector
+    caches = connector._kv_cache_config
+    (group,) = caches.kv_cache_groups
+    two = replace(caches, kv_cache_groups=[group, group])
+    for role in type(connector.role):
+        with pytest.raises(ValueError, match="model: expected one KV cache group, got 2"):
+            type(connector)(connector._vllm_config, role, two)
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +83,6 @@ def test_layers_without_attention_are_refused_before_the_model_is_loaded(
         serving(EXACT, model=str(tmp_path)),
     ):
         pass
-
-
-def test_several_groups_of_caches_are_refused(tiny: Path) -> None:
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-
-    with serving(EXACT, model=str(tiny)) as engine:
-        connector = engine.scheduler.connector
-        caches = connector._kv_cache_config
-        (group,) = caches.kv_cache_groups
-        two = replace(caches, kv_cache_groups=[group, group])
-        for role in (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER):
-            with pytest.raises(ValueError, match="model: expected one KV cache group, got 2"):
-                type(connector)(connector._vllm_config, role, two)
 
 
 def test_new_weights_answer_as_if_nothing_was_stored(tiny: Path, tmp_path: Path) -> None:
