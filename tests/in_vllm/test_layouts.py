@@ -219,6 +219,37 @@ def test_a_round_is_restored_into_all_layers_by_one_launch(
         assert int((~layers[layer].kv_cache.isnan()).sum()) == written.size * 2 * HEADS * DIM
 
 
+@pytest.mark.parametrize("layout", KVCacheLayout, ids=lambda one: one.name)
+def test_a_round_is_computed_in_blocks_of_the_cache_as_in_pages_of_ones_own(
+    layout: KVCacheLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The views are a pool, bit for bit."""
+    geometry = td.KVGeometry(LAYERS, 2 * HEADS, HEADS, DIM, torch.float32)
+    rope = td.Rope.default(head_dim=DIM, theta=1e4, max_position=512)
+    cache = EngineCache(layers_of(layout, writer("flash_attn", monkeypatch)), BLOCKS)
+    assert cache.views is not None
+    shared = td.shared(range(5, 45))
+    prompts = {f"agent {i}": [td.private(range(100 * i, 100 * i + 9)), shared] for i in (1, 2)}
+    outputs = []
+    for pool in (PagePool(*cache.views), PagePool.own(geometry, BLOCKS, BLOCK, "cpu")):
+        collector = td.KVCollector(td.DiffStore(geometry, rope, pool=pool))
+        plan = collector.plan(prompts)
+        while step := collector.step(prefill=plan.prefilling, max_rows=32):
+            with step:
+                ids = step.token_ids
+                for layer in range(LAYERS):
+                    generator = torch.Generator().manual_seed(layer)
+                    rows = torch.randn(400, 4 * HEADS, DIM, generator=generator)[ids]
+                    q, k, v = rows.split([2 * HEADS, HEADS, HEADS], dim=1)
+                    outputs.append(step.attend(layer, q, k, v))
+                    (ids,) = step.keep(ids)
+        assert plan.rows_computed < plan.rows
+        plan.commit()
+    half = len(outputs) // 2
+    assert half > LAYERS
+    assert all(torch.equal(*both) for both in zip(outputs[:half], outputs[half:], strict=True))
+
+
 def test_rows_that_a_backend_packs_have_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """As keys on a CPU: they go through its writer, a few layers at a time."""
     impl = writer("flash_attn", monkeypatch)
