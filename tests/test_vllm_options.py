@@ -121,13 +121,18 @@ def config(**changes: Any) -> Any:
     }
     rest = {"cache_dtype": "auto", "kv_role": "kv_both", "lora": None, "speculative": None}
     passes = {"fuse_attn_quant": False}
-    for part in (model, parallel, rest, passes):
+    schedule = {"async_scheduling": False}
+    rest["kv_load_failure_policy"] = "fail"
+    for part in (model, parallel, rest, passes, schedule):
         part.update({name: value for name, value in changes.items() if name in part})
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
         parallel_config=SimpleNamespace(**parallel),
         cache_config=SimpleNamespace(cache_dtype=rest["cache_dtype"]),
-        kv_transfer_config=SimpleNamespace(kv_role=rest["kv_role"]),
+        kv_transfer_config=SimpleNamespace(
+            kv_role=rest["kv_role"], kv_load_failure_policy=rest["kv_load_failure_policy"]
+        ),
+        scheduler_config=SimpleNamespace(**schedule),
         lora_config=rest["lora"],
         speculative_config=rest["speculative"],
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(**passes)),
@@ -151,6 +156,10 @@ def config(**changes: Any) -> Any:
         ({"is_attention_free": True}, "model: expected attention in every layer"),
         ({"enable_sleep_mode": True}, "enable_sleep_mode: expected none"),
         ({"fuse_attn_quant": True}, "fuse_attn_quant: expected none"),
+        (
+            {"kv_load_failure_policy": "recompute", "async_scheduling": True},
+            "kv_load_failure_policy: expected fail with asynchronous scheduling",
+        ),
         ({"runner_type": "pooling"}, "runner: expected generate"),
     ],
 )
@@ -159,6 +168,8 @@ def test_what_cannot_be_done_beside_it_is_refused_with_the_reason(
 ) -> None:
     assert refusals(config()) == []
     assert refusals(config(cache_dtype="float32")) == []
+    assert refusals(config(kv_load_failure_policy="recompute")) == []
+    assert refusals(config(async_scheduling=True)) == []
     (found,) = refusals(config(**changes))
     assert found.startswith(reason)
 

@@ -115,6 +115,12 @@ def test_what_cannot_be_done_is_refused_at_the_start(tiny: Path) -> None:
         serving({"pages": 3}, model=str(tiny)),
     ):
         pass
+    with (
+        asynchronously(),
+        pytest.raises(ValueError, match=r"kv_load_failure_policy: expected fail"),
+        serving(EXACT, model=str(tiny), kv_load_failure_policy="recompute"),
+    ):
+        pass
 
 
 def test_a_step_may_be_scheduled_while_the_one_before_it_runs(tiny: Path) -> None:
@@ -135,13 +141,11 @@ def test_a_step_may_be_scheduled_while_the_one_before_it_runs(tiny: Path) -> Non
         nothing_left(engine, free)
 
 
-@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["_compute", "write", "read"])
 def test_a_worker_that_fails_loses_the_store_and_no_request(
-    tiny: Path, kind: str, ahead: bool, messages: list[str]
+    tiny: Path, kind: str, messages: list[str]
 ) -> None:
-    policy = {"kv_load_failure_policy": "recompute"}
-    with asynchronously(ahead), serving(EXACT, model=str(tiny), **policy) as engine:
+    with serving(EXACT, model=str(tiny), kv_load_failure_policy="recompute") as engine:
         free = engine.free_blocks()
         rounds = [a_round(seed) for seed in (20, 21, 22)]
         expected = [alone(engine, f"lost {i}", prompts) for i, prompts in enumerate(rounds)]

@@ -53,7 +53,7 @@ def test_the_default_answers_as_without_shared_decode() -> None:
 def test_workers_answer_as_vllm_alone(tiny: Path, tmp_path: Path, workers: int) -> None:
     model = tiny
     if workers == 3:
-        heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+        heads = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
         model = write_tiny_model(tmp_path / "of_three", **heads)
     with serving(
         SHARED,

@@ -231,6 +231,11 @@ def refusals(vllm_config: Any) -> list[str]:
     quantized = cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch."))
     found = {
         "kv_role: expected kv_both: rows are taken and given": transfer.kv_role != "kv_both",
+        "kv_load_failure_policy: expected fail with asynchronous scheduling: vLLM would compute "
+        "tokens that it does not have yet (--no-async-scheduling)": (
+            transfer.kv_load_failure_policy == "recompute"
+            and vllm_config.scheduler_config.async_scheduling
+        ),
         "pipeline_parallel_size: expected 1: a round runs over all layers": (
             parallel.pipeline_parallel_size > 1
         ),
