@@ -53,8 +53,10 @@ def test_the_default_answers_as_without_shared_decode() -> None:
 def test_workers_answer_as_vllm_alone(tiny: Path, tmp_path: Path, workers: int) -> None:
     model = tiny
     if workers == 3:
-        heads = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
-        model = write_tiny_model(tmp_path / "of_three", **heads)
+        # Heads, and padded tokens, of which each worker has a third.
+        sizes = {"hidden_size": 96, "vocab_size": 384}
+        sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3}
+        model = write_tiny_model(tmp_path / "of_three", **sizes)
     with serving(
         SHARED,
         model=str(model),
