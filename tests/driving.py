@@ -91,8 +91,10 @@ def restored(store: td.DiffStore, agent: str) -> list[tuple[Tensor, Tensor]]:
 
 
 def snapshot(store: td.DiffStore) -> tuple[td.StoreStats, dict[str, list[tuple[Tensor, Tensor]]]]:
-    """All that an observer can see of a store."""
-    return store.stats(), {agent: restored(store, agent) for agent in store.agents}
+    """All that an observer can see of a store, but for what the lower tiers hold."""
+    return replace(store.stats(), tiers={}), {
+        agent: restored(store, agent) for agent in store.agents
+    }
 
 
 def without_idle(

@@ -97,6 +97,11 @@ class Place:
             if not phases or one.plan.phase(agent) in phases
         ]
 
+    @property
+    def has_lower(self) -> bool:
+        """Whether agents may move to host memory."""
+        return self.store._tiers.host is not None
+
     def fits(self, pages: int) -> bool:
         stats = self.store.stats()
         return pages <= stats.free_pages + stats.evictable_pages
@@ -133,6 +138,10 @@ def has_suspended(place: Place) -> object:
     return place.live(Phase.SUSPENDED)
 
 
+def has_rows(place: Place) -> object:
+    return place.rows
+
+
 def anywhere(place: Place) -> object:
     return True
 
@@ -153,6 +162,9 @@ ACTS: dict[str, tuple[int, Does]] = {
     "release": (1, anywhere),
     "evict": (1, anywhere),
     "restore": (1, anywhere),
+    "rest": (2, has_rows),
+    "prefetch": (1, has_rows),
+    "pin": (1, has_rows),
     "reopen": (1, anywhere),
 }
 """What there is to do, how often, and where something is to be done."""
@@ -198,22 +210,23 @@ class MemoryMachine(RuleBasedStateMachine):
             check_store(self.store)
         for place in self.places:
             assert set(place.store.agents) == set(place.rows)
+            assert not place.store.books.pinned & set(place.store.resting)
 
     def teardown(self) -> None:
         if not self.places:
             return
         for place in self.places:
-            for agent in place.rows:
-                self.check(place, agent)
             for one in place.steps:
                 one.step.cancel()
             for round_ in place.rounds:
                 round_.plan.abort()
             check_books(place.store.scheduler)
-            for agent in place.rows:
+            for agent in place.store.agents:  # the later ones rest, and there is room by then
+                self.check(place, agent)
                 place.store.release(agent)
             place.store.evict(place.store.books.num_pages)
             assert place.store.stats().used_pages == 0
+            place.store.clear()
             assert not place.store.scheduler._states
             assert (
                 place.store.scheduler.host_pages.num_free == place.store.scheduler.host_pages.limit
@@ -268,7 +281,7 @@ class MemoryMachine(RuleBasedStateMachine):
                 {agent: tuple(zip(*mine, strict=True)) for agent, mine in rows.items()}, prompts
             )
         except td.OutOfPagesError:
-            assert place.store.stats().held_pages == before.held_pages
+            assert place.store.stats().held_pages <= before.held_pages
             COUNTS["put, out of pages"] += 1
             return
         place.rows |= rows
@@ -300,7 +313,7 @@ class MemoryMachine(RuleBasedStateMachine):
             COUNTS["plan, out of pages"] += 1
             return
         waits = any(round_.plan.phase(agent) is Phase.WAITING for agent in prompts)
-        assert fits or wait or not prompts
+        assert fits or wait or not prompts or place.has_lower
         COUNTS["plan, waits" if waits else "plan, joins" if joins else "plan"] += 1
         round_.prompts |= prompts
         if not joins:
@@ -417,7 +430,7 @@ class MemoryMachine(RuleBasedStateMachine):
             assert round_.plan.phase(agent) is Phase.SUSPENDED
             COUNTS["resume, out of pages"] += 1
             return
-        assert fits
+        assert fits or place.has_lower
         assert round_.plan.length(agent) == length
         COUNTS["resume"] += 1
 
@@ -475,7 +488,8 @@ class MemoryMachine(RuleBasedStateMachine):
         prompts = self.drawn(data, place, 3)
         selection = data.draw(st.sampled_from(SELECTIONS), "selection")
         collector = td.KVCollector(place.store, "producer", selection)
-        if place.steps or not place.fits(collector.pages_needed(prompts)):
+        needed = collector.pages_needed(prompts)
+        if place.steps or not place.fits(needed):
             return
         round_ = Round(collector, collector.plan(prompts), prompts)
         place.rounds.append(round_)
@@ -495,7 +509,8 @@ class MemoryMachine(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 place.store.release(agent)
             return
-        self.check(place, agent)
+        if self.comes_up(place, agent):
+            self.check(place, agent)
         place.store.release(agent)
         del place.rows[agent]
         COUNTS["release"] += 1
@@ -507,13 +522,61 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def restore(self, _: st.DataObject, place: Place) -> None:
         for agent in place.rows:
-            self.check(place, agent)
+            if self.comes_up(place, agent):
+                self.check(place, agent)
         for round_, agent in place.live(Phase.DECODE):
             if not place.is_in_step(round_, agent):
                 ids = round_.token_ids(agent)
                 found = dense_rows.of_store(place.store, agent, len(ids), round_.plan)
                 assert dense_rows.close(found, dense_rows.computed(ids))
         COUNTS["restore"] += 1
+
+    def comes_up(self, place: Place, agent: str) -> bool:
+        """Whether there is room for an agent that rests."""
+        try:
+            place.store.prefetch(agent)
+        except td.OutOfPagesError:
+            assert agent in place.store.resting
+            COUNTS["prefetch, out of pages"] += 1
+            return False
+        assert agent not in place.store.resting
+        return True
+
+    def rest(self, data: st.DataObject, place: Place) -> None:
+        agents = sorted(place.rows)
+        names = data.draw(st.sets(st.sampled_from(agents), min_size=1), "agents")
+        if not place.has_lower:
+            with pytest.raises(ValueError, match=r"DiffStore.open"):
+                place.store.rest(names)
+            return
+        busy = {agent for one in place.rounds for agent in one.prompts}
+        if names & place.store.books.pinned:
+            with pytest.raises(ValueError, match="expected agents that are not pinned"):
+                place.store.rest(names)
+            return
+        try:
+            place.store.rest(names)
+        except td.OutOfPagesError:
+            COUNTS["rest, out of pages"] += 1
+            return
+        assert set(place.store.resting) >= names - busy
+        COUNTS["rest"] += 1
+
+    def prefetch(self, data: st.DataObject, place: Place) -> None:
+        agent: str = self.a(data, "agent", sorted(place.rows))  # type: ignore[assignment]
+        length = place.store.length(agent)
+        assert length == len(place.rows[agent][0][0])
+        self.comes_up(place, agent)
+        COUNTS["prefetch"] += 1
+
+    def pin(self, data: st.DataObject, place: Place) -> None:
+        agent: str = self.a(data, "agent", sorted(place.rows))  # type: ignore[assignment]
+        if agent in place.store.books.pinned:
+            place.store.unpin(agent)
+            return
+        with suppress(td.OutOfPagesError):
+            place.store.pin(agent)
+            COUNTS["pin"] += 1
 
     def reopen(self, data: st.DataObject, place: Place) -> None:
         """A tenant is closed, if nothing of it lives, and made anew; a store is emptied."""

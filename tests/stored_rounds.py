@@ -13,7 +13,7 @@ import tokendance as td
 from tokendance.files.directory import Directory
 
 
-def open_store(path: Path, capacity: str = "64MiB", **options: object) -> td.DiffStore:
+def open_store(path: Path, capacity: str | int = "64MiB", **options: object) -> td.DiffStore:
     return td.DiffStore.open(path, GEOMETRY, ROPE, capacity, block_size=8, **options)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tokendance.host.books import PageAllocator
+from tokendance.host.agent import AgentState
+from tokendance.host.books import Books, PageAllocator
 from tokendance.host.mirror import Master
 from tokendance.host.planned_step import PlannedStep
 from tokendance.host.record import Copies, DeviceProfile, PackedRound, StepRecord, WorkShape
@@ -146,6 +147,38 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
     """
     books, block = scheduler.books, scheduler.profile.block_size
     states = list({id(s): s for s in _states(scheduler)}.values())
+    _check_users(books, states, block)
+    _check_users(scheduler.host_books, [], block)
+    if free is not None:
+        left = list(free)
+        assert sorted(left) == np.flatnonzero(books._page_users == 0).tolist()
+        assert books.free_pages == len(left)
+    pending = {s.serial: s.pending for s in states}
+    for digest, master in books.making.items():
+        assert master.digest == digest
+        assert not master.stored
+        assert not master.is_computed
+        maker = scheduler._makers[master.serial]
+        use = next(use for use in maker.decision.made if use.master is master)
+        left = np.arange(use.delta + master.computed, use.delta + use.length)
+        assert np.isin(left, pending[maker.serial]).all()
+    for state in states:
+        for use in state.awaited:
+            # Whatever is waited for is computed by somebody.
+            assert use.master.is_computed or use.master.serial in scheduler._makers
+    host = [page for state in states if state.host_pages is not None for page in state.host_pages]
+    assert len(set(host)) == len(host)
+    resting = np.flatnonzero(scheduler.host_books._page_users)
+    assert not set(host) & set(resting.tolist())
+    used = len(host) + len(resting)
+    assert scheduler.host_pages.num_free == scheduler.host_pages.limit - used
+    assert {s.serial for s in states if s.ended} == set(scheduler._leaving)
+    names = {name for live in _plans(scheduler) for name in live.names(None)}
+    assert names == set(scheduler._agents)
+
+
+def _check_users(books: Books, states: Sequence[AgentState], block: int) -> None:
+    """The pages of one tier."""
     mirrors = list(books.mirrors.values())
     holders: Counter[int] = Counter()
     masters: dict[int, Master] = {}
@@ -170,11 +203,7 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
         assert master.holders == holders[master.serial], master
     np.testing.assert_array_equal(books._page_users, users)
     assert books.used_pages == np.count_nonzero(users)
-    if free is not None:
-        left = list(free)
-        assert sorted(left) == np.flatnonzero(users == 0).tolist()
-        assert books.free_pages == len(left)
-
+    assert books._used_at.keys() == books.mirrors.keys()
     idle = {s for s, one in masters.items() if one.stored and not one.holders}
     assert set(books._idle) == idle
     assert books.evictable_pages == sum(len(masters[s].pages) for s in idle)
@@ -182,25 +211,6 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
         assert master.digest == digest
         assert master.stored
         assert master.is_computed
-    pending = {s.serial: s.pending for s in states}
-    for digest, master in books.making.items():
-        assert master.digest == digest
-        assert not master.stored
-        assert not master.is_computed
-        maker = scheduler._makers[master.serial]
-        use = next(use for use in maker.decision.made if use.master is master)
-        left = np.arange(use.delta + master.computed, use.delta + use.length)
-        assert np.isin(left, pending[maker.serial]).all()
-    for state in states:
-        for use in state.awaited:
-            # Whatever is waited for is computed by somebody.
-            assert use.master.is_computed or use.master.serial in scheduler._makers
-    host = [page for state in states if state.host_pages is not None for page in state.host_pages]
-    assert len(set(host)) == len(host)
-    assert scheduler.host_pages.num_free == scheduler.host_pages.limit - len(host)
-    assert {s.serial for s in states if s.ended} == set(scheduler._leaving)
-    names = {name for live in _plans(scheduler) for name in live.names(None)}
-    assert names == set(scheduler._agents)
 
 
 def _plans(scheduler: Scheduler) -> list:

@@ -57,7 +57,10 @@ def is_of(module: str, names: frozenset[str]) -> bool:
 STANDARD = frozenset(sys.stdlib_module_names)
 FRONT = frozenset(
     f"tokendance.{name}"
-    for name in ("audit", "collector", "decoder", "encoding", "lock", "step", "store", "tenants")
+    for name in (
+        *("audit", "collector", "decoder", "encoding", "lock", "sizes", "stats", "step", "store"),
+        *("tenants", "tiers"),
+    )
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))
 HOST, DEVICE, FILES = (frozenset({f"tokendance.{name}"}) for name in ("host", "device", "files"))

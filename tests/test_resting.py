@@ -126,6 +126,7 @@ def test_a_plan_computes_again_what_cannot_be_brought_up(tmp_path: Path) -> None
     run_round(td.KVCollector(store), {"ada": segments})
     store.rest("ada")
     run_round(td.KVCollector(store), {"ben": [td.private(tokens(2, 64))]})
+    store.pin("ben")
     shorter = [td.private(tokens(1, 90))]
     run_round(td.KVCollector(store), {"ada": shorter})
     assert (store.length("ada"), store.resting) == (90, [])

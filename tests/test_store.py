@@ -9,7 +9,7 @@ from driving import GEOMETRY, ROPE, make_store, restored, tokens
 from torch import Tensor
 
 import tokendance as td
-from tokendance.store import parse_bytes
+from tokendance.sizes import parse_bytes
 
 A, B, C = (tokens(seed, count) for seed, count in ((1, 20), (2, 30), (3, 17)))
 MINE, YOURS = tokens(10, 13), tokens(11, 29)

@@ -6,16 +6,18 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import faulty_disk
-import numpy as np
 import torch
-from driving import run_round, tokens
+from driving import GEOMETRY, run_round, tokens
 from faulty_disk import FaultyDisk
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from store_books import check_store
 from stored_rounds import contents, open_store, put, same_contents
 from torch import Tensor
 
@@ -25,14 +27,30 @@ from tokendance.files import compaction
 AGENTS = st.sampled_from(["ada", "ben", "eve", "dan"])
 STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
 EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "15"))
+PAGE = 8 * GEOMETRY.row_bytes
+LARGE = 128
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """``rows`` is what the agents hold, ``flushed`` what they held at the last flush."""
+    """``rows`` is what the agents hold, ``flushed`` what they held at the last flush.
 
-    @initialize(seed=st.integers(0, 1 << 30))
-    def begin(self, seed: int) -> None:
+    In a small pool agents move down when pages are short, by a flush that nobody has asked for.
+    """
+
+    @initialize(
+        seed=st.integers(0, 1 << 30),
+        pages=st.sampled_from([LARGE, 30]),
+        host=st.sampled_from([0, 12]),
+        disk=st.sampled_from([None, 48]),
+    )
+    def begin(self, seed: int, pages: int, host: int, disk: int | None) -> None:
         torch.manual_seed(seed)
+        self.capacity = {
+            "capacity": pages * PAGE,
+            "host_capacity": host * PAGE,
+            "disk_capacity": None if disk is None else disk * PAGE,
+        }
+        self.is_large = pages == LARGE
         memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
         self.scratch = tempfile.TemporaryDirectory(dir=memory)
         self.path = Path(self.scratch.name) / "store"
@@ -42,19 +60,49 @@ class StoreMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self, agents: set[str] | None = None) -> None:
-        self.store = open_store(self.path, "1MiB", agents=agents)
+        if agents is None and not self.is_large:
+            agents = set()  # not all of them fit
+        self.store = open_store(self.path, agents=agents, **self.capacity)
         self.store._on_disk._directory._disk = self.disk
         self.store._on_disk._directory._catalogue._disk = self.disk
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
+            if not self.flush_if_it_fits():
+                self.store.close(flush=False)
             self.store.close()
-            assert same_contents(contents(open_store(self.path, "1MiB")), self.rows)
+            assert same_contents(contents(open_store(self.path, "1MiB")), self.flushed)
             self.scratch.cleanup()
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """What makes room flushes what is there before anything is committed; where the disk is
+        full, nothing is done at all."""
+        catalogue = self.store._on_disk._directory._catalogue
+        before, generation = dict(self.rows), catalogue.generation
+        try:
+            yield
+        except td.OutOfPagesError:
+            assert not self.is_large
+            assert set(self.store.agents) == before.keys()
+        finally:
+            if catalogue.generation != generation:
+                self.flushed = before
+
+    def flush_if_it_fits(self) -> bool:
+        try:
+            self.store.flush()
+        except OSError as error:
+            assert self.capacity["disk_capacity"] is not None
+            assert "disk_capacity: expected at most" in str(error)  # noqa: PT017
+            return False
+        self.flushed = dict(self.rows)
+        return True
 
     @rule(agent=AGENTS, count=st.integers(5, 60))
     def put(self, agent: str, count: int) -> None:
-        self.rows |= put(self.store, {agent: count})
+        with self.moving():
+            self.rows |= put(self.store, {agent: count})
 
     @rule(agents=st.sets(AGENTS, min_size=1), news=st.lists(st.integers(0, 5), max_size=3))
     def play(self, agents: set[str], news: list[int]) -> None:
@@ -62,8 +110,9 @@ class StoreMachine(RuleBasedStateMachine):
         heard = [td.shared(tokens(seed, 12 + 5 * seed)) for seed in news]
         mine = {agent: td.private(tokens(100 + i, 3 + i)) for i, agent in enumerate(sorted(agents))}
         collector = td.KVCollector(self.store)
-        run_round(collector, {agent: [*heard, own] for agent, own in mine.items()})
-        self.rows |= contents(self.store, agents)
+        with self.moving():
+            run_round(collector, {agent: [*heard, own] for agent, own in mine.items()})
+            self.rows |= contents(self.store, agents)
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -77,21 +126,26 @@ class StoreMachine(RuleBasedStateMachine):
     def rest(self, data: st.DataObject, pages: int) -> None:
         """And some of the Masters that they have used are evicted."""
         agents = data.draw(st.sets(st.sampled_from(sorted(self.rows)), min_size=1))
+        if not self.flush_if_it_fits():
+            return
         self.store.rest(agents)
-        self.flushed = dict(self.rows)
-        assert set(self.store.resting) >= agents
+        assert set(self.store._tiers.on_disk) >= agents
         self.store.evict(pages)
 
-    @rule(agents=st.sets(AGENTS))
+    @rule(agents=st.sets(AGENTS, max_size=2))
     def prefetch(self, agents: set[str]) -> None:
-        self.store.prefetch(agents & self.rows.keys())
-        assert not agents & set(self.store.resting)
+        agents &= self.rows.keys()
+        with self.moving():
+            self.store.prefetch(agents)
+            assert not agents & set(self.store.resting)
+            assert same_contents(contents(self.store, agents), {a: self.rows[a] for a in agents})
 
-    @rule(agents=st.sets(AGENTS))
-    def reopen_with_few(self, agents: set[str]) -> None:
+    @rule(agent=AGENTS)
+    def reopen_with_few(self, agent: str) -> None:
+        if not self.flush_if_it_fits():
+            return
         self.store.close()
-        self.flushed = dict(self.rows)
-        self.open(agents & self.rows.keys())
+        self.open({agent} & self.rows.keys())
 
     @rule(pages=st.integers(1, 12))
     def evict(self, pages: int) -> None:
@@ -100,8 +154,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(tidy=st.booleans())
     def flush(self, tidy: bool) -> None:
         compaction.SLACK = -(1 << 40) if tidy else 64 << 20
-        self.store.flush()
-        self.flushed = dict(self.rows)
+        self.flush_if_it_fits()
 
     @rule(after=st.integers(0, 30))
     def flush_on_a_disk_that_fails(self, after: int) -> None:
@@ -113,16 +166,17 @@ class StoreMachine(RuleBasedStateMachine):
         except OSError as error:
             assert error.errno == errno.ENOSPC  # noqa: PT017
         self.disk.at = None
-        self.store.flush()
-        self.flushed = dict(self.rows)
+        self.flush_if_it_fits()
 
+    @precondition(lambda self: self.is_large)
     @rule()
     def reopen(self) -> None:
+        if not self.flush_if_it_fits():
+            return
         self.store.prefetch(self.store.resting)
         before = self.store.stats()
         self.store.close()
         self.open()
-        self.flushed = dict(self.rows)
         after = self.store.stats()
         assert (after.masters, after.own_rows, after.master_rows) == (
             *(before.masters, before.own_rows, before.master_rows),
@@ -147,10 +201,15 @@ class StoreMachine(RuleBasedStateMachine):
         """An agent passes through an export, and is released meanwhile."""
         agent = data.draw(st.sampled_from(sorted(self.rows)))
         exported = self.path.with_name("exported")
-        self.store.export_agents(exported, [agent])
-        self.store.release(agent)
-        assert self.store.import_agents(exported) == [agent]
-        shutil.rmtree(exported)
+        with self.moving():
+            self.store.export_agents(exported, [agent])
+        if exported.exists():
+            self.store.release(agent)
+            rows = self.rows.pop(agent)
+            with self.moving():
+                assert self.store.import_agents(exported) == [agent]
+                self.rows[agent] = rows
+            shutil.rmtree(exported)
 
     @invariant()
     def holds(self) -> None:
@@ -159,14 +218,12 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(self.store.agents) == self.rows.keys()
         here = {agent: self.rows[agent] for agent in self.store.mirrors}
         assert same_contents(contents(self.store, here), here)
-        books = self.store.books
-        masters = {one.serial: one for one in books.masters.values()}
-        for mirror in books.mirrors.values():
-            masters |= {one.serial: one for one in mirror.uses.masters}
-        parts = [one.pages for one in masters.values()]
-        parts += [mirror.own_pages for mirror in books.mirrors.values()]
-        used = np.unique(np.concatenate([np.empty(0, np.int32), *parts]))
-        assert len(used) == books.used_pages
+        check_store(self.store)
+        tiers = self.store.stats().tiers
+        for name, limit in self.capacity.items():
+            tier = tiers.get(name.removesuffix("_capacity").replace("capacity", "device"))
+            assert tier is None or limit is None or tier.used_bytes <= limit
+        assert sum(tier.agents for tier in tiers.values()) == len(self.rows)
 
     @invariant()
     def files_are_as_they_say(self) -> None:

@@ -296,7 +296,7 @@ def test_pages_come_back_when_a_tenant_is_closed() -> None:
 
 
 def test_a_tenant_takes_pages_of_idle_masters_but_of_no_agent() -> None:
-    store = make_store(20)
+    store = make_store(20, host_pages=0)
     run_round(td.KVCollector(store), {"a": [td.shared(A)], "b": [td.private(MINE)]})
     store.release("a")
     with pytest.raises(ValueError, match="quota: expected at most the 18 pages that nobody holds"):

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from tokendance.host.round import RoundExtents
     from tokendance.host.segments import Segment, private, shared, split_round
     from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Nothing
+    from tokendance.stats import StoreStats, TierStats
     from tokendance.step import Step
-    from tokendance.store import DiffStore, StoreStats, Tenant
+    from tokendance.store import DiffStore, Tenant
 
 try:
     __version__ = version("tokendance")
@@ -63,8 +64,9 @@ _MODULES = {
     "Segment": "host.segments",
     "Step": "step",
     "StoreInUseError": "files.errors",
-    "StoreStats": "store",
+    "StoreStats": "stats",
     "Tenant": "store",
+    "TierStats": "stats",
     "private": "host.segments",
     "shared": "host.segments",
     "split_round": "host.segments",
@@ -97,6 +99,7 @@ __all__ = [
     "StoreInUseError",
     "StoreStats",
     "Tenant",
+    "TierStats",
     "__version__",
     "private",
     "shared",

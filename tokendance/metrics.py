@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tokendance.store import DiffStore, StoreStats
+from tokendance.stats import StoreStats
+from tokendance.store import DiffStore
 
 _PAGES = ("free", "evictable", "held")
 _ROWS = ("dense", "master", "own")

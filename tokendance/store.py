@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
@@ -27,8 +25,9 @@ from tokendance.files.directory import Directory, Progress
 from tokendance.files.durability import Durability
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
-from tokendance.host.books import Books, OutOfPagesError, PageAllocator
-from tokendance.host.mirror import Master, Mirror, no_pages
+from tokendance.files.memory import Held
+from tokendance.host.books import Books, PageAllocator
+from tokendance.host.mirror import Mirror
 from tokendance.host.plan import LivePlan, Plan
 from tokendance.host.reading import Reading
 from tokendance.host.record import RestoreRecord
@@ -37,61 +36,10 @@ from tokendance.host.segments import Segment
 from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
 from tokendance.lock import ClosedError, StoreLock
+from tokendance.sizes import parse_bytes
+from tokendance.stats import StoreStats, count
 from tokendance.tenants import LentPages
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """What a store holds. Rows are tokens; bytes are keys and values of all layers.
-
-    Dense bytes are of the model's dtype, the others of the pool's: what a quantized pool saves is
-    part of `compression`.
-
-    Attributes:
-        agents, masters: Mirrors and Masters.
-        dense_rows: rows that the agents' KV would have if each were stored densely.
-        master_rows: rows of Masters, each counted once.
-        own_rows: rows that agents keep themselves (private, overridden, decoded).
-        dense_bytes: bytes of ``dense_rows``.
-        row_bytes: bytes of ``master_rows + own_rows``: the least that this content takes.
-        stored_bytes: bytes of the pages that hold them.
-        total_pages, used_pages: of the pool, without those of tenants, or of a tenant's quota; used
-            ones hold rows, plans' included.
-        free_pages: that can be taken without an eviction. Where an engine's allocator does not say
-            how many it has, those that the store does not use.
-        evictable_pages: of Masters that no Mirror and no plan uses.
-        held_pages: used ones that are not evictable.
-        evictions: Masters dropped to make room since the store was made.
-        tenants: by name, what each tenant holds. Nothing of it is counted in the rest.
-    """
-
-    agents: int
-    masters: int
-    dense_rows: int
-    master_rows: int
-    own_rows: int
-    dense_bytes: int
-    row_bytes: int
-    stored_bytes: int
-    total_pages: int
-    used_pages: int
-    free_pages: int
-    evictable_pages: int
-    held_pages: int
-    evictions: int
-    tenants: Mapping[str, StoreStats] = field(default_factory=dict)
-
-    @property
-    def padding(self) -> float:
-        """Stored bytes over the bytes of the rows: 1.0 means that every page is full."""
-        return self.stored_bytes / self.row_bytes if self.row_bytes else 1.0
-
-    @property
-    def compression(self) -> float:
-        """Dense bytes over stored bytes."""
-        return self.dense_bytes / self.stored_bytes if self.stored_bytes else 1.0
+from tokendance.tiers import Tiers
 
 
 class DiffStore(
@@ -112,8 +60,9 @@ class DiffStore(
         model: what computes the keys and values, a name and revision or
             `tokendance.integrations.transformers.fingerprint_of`. What is on disk is read for the
             same one only.
-        host_capacity: bytes of host memory, as ``capacity``, that suspended agents' rows may be
-            moved to (`Plan.suspend`).
+        host_capacity: bytes of host memory, as ``capacity``: the tier below the device, to which
+            rows are moved that are longest unused when pages are short, and those of suspended
+            agents (`Plan.suspend`).
         zero_freed: pages that nobody uses any more are overwritten with zeros before they are given
             back to the pool, and before the call returns that gave them up. What is taken again
             within one call is not.
@@ -183,6 +132,7 @@ class DiffStore(
         self._restorable: dict[tuple[int, ...], _Restorable] = {}
         self._tenants: dict[str, Tenant] = {}
         self._durability: Durability | None = None
+        self._tiers = Tiers(scheduler, executor)
 
     def __repr__(self) -> str:
         with self.lock:
@@ -223,13 +173,15 @@ class DiffStore(
 
     @property
     def agents(self) -> list[str]:
-        """The agents that have a Mirror, in the pool or at rest."""
+        """The agents that have a Mirror, in whatever tier."""
         with self.lock:
             return [*self.books.mirrors, *self.resting]
 
     def length(self, agent: str) -> int:
         """Rows of the agent's KV. Raises ``KeyError`` for an unknown agent."""
-        return self._mirror(agent).length
+        with self.lock:
+            there = self._tiers.mirror_on_host(agent)
+        return (there or self._mirror(agent)).length
 
     def mirror(self, agent: str) -> Mirror:
         """The agent's Mirror, not to be changed. Raises ``KeyError`` for an unknown agent."""
@@ -250,7 +202,9 @@ class DiffStore(
             KeyError: an unknown agent, or one released before.
         """
         with self.lock:
-            forgotten = self._durability is not None and self._durability.forget(agent)
+            forgotten = agent in self.damaged
+            forgotten |= self._tiers.forget(agent)
+            self.books.pinned.discard(agent)
             if agent in self.books.mirrors:
                 self.books.drop(agent)
             elif not forgotten:
@@ -267,7 +221,7 @@ class DiffStore(
 
     def _check_known(self, agent: str) -> None:
         with self.lock:
-            if agent not in self.books.mirrors and agent not in self.resting:
+            if agent not in self.books.mirrors and not self._tiers.is_below(agent):
                 self._unknown(agent)
 
     def _unknown(self, agent: str) -> NoReturn:
@@ -304,6 +258,8 @@ class DiffStore(
             self._restorable.clear()
             for agent in [*self.damaged, *self.resting]:
                 self.release(agent)
+            if self._durability is not None:
+                self._durability.forget_masters()
 
     # Tenants --------------------------------------------------------------------------------------
 
@@ -338,16 +294,22 @@ class DiffStore(
             raise TypeError(f"name: expected a str, got {type(name).__name__}")
         segments = TenantSegments(name, key)
         page_bytes = self.pool.page_bytes
-        pages = parse_bytes(quota) // page_bytes
+        pages = parse_bytes(quota, "quota") // page_bytes
         if pages < 1:
             raise ValueError(
                 f"quota: expected at least one page of {page_bytes} bytes, got {quota}"
             )
-        host_pages = 0 if host_quota is None else parse_bytes(host_quota) // page_bytes
-        with self.lock:
-            self.scheduler.collect()
-            self._check_untaken(name)
-            lent = LentPages(self.scheduler, name, pages, host_pages)
+        host_pages = (
+            0 if host_quota is None else parse_bytes(host_quota, "host_quota") // page_bytes
+        )
+
+        def lend() -> LentPages:
+            with self.lock:
+                self.scheduler.collect()
+                self._check_untaken(name)
+                return LentPages(self.scheduler, name, pages, host_pages)
+
+        lent = self.scheduler.with_room(lend)
         try:
             lent.overwrite(self.executor)
             with self.lock:
@@ -411,11 +373,10 @@ class DiffStore(
             stack.enter_context(marked(self.device, "tokendance restore"))
             found = None
             while found is None:
-                if plan is None and self._durability is not None:
-                    for name in names:
-                        self._mirror(name)
+                if plan is None:
+                    self._bring_up(names)
                 with self.lock:
-                    if plan is not None or not set(names) & set(self.resting):
+                    if plan is not None or not any(map(self._tiers.is_below, names)):
                         found = self._restorable_of(names, plan)
                         stack.enter_context(found.reading)  # others may let go of the rows
             self.executor.restore(found.record, which, keys, values, slots)
@@ -469,7 +430,7 @@ class DiffStore(
         """
         tensors = {agent: (as_tensors(k), as_tensors(v)) for agent, (k, v) in dense.items()}
         with marked(self.device, "tokendance put_round"):
-            encode_round(self, tensors, prompts, atol, rtol)
+            self.scheduler.with_room(lambda: encode_round(self, tensors, prompts, atol, rtol))
 
     # On disk --------------------------------------------------------------------------------------
 
@@ -486,6 +447,7 @@ class DiffStore(
         quantization: Quantization | None = None,
         model: str = "",
         host_capacity: int | str | None = None,
+        disk_capacity: int | str | None = None,
         agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> DiffStore:
@@ -500,6 +462,8 @@ class DiffStore(
                 keys and values are in it as they are: keep it as safe as the conversations.
             geometry, rope, capacity, device, pool, model, host_capacity: as of a new store.
             block_size, quantization: as of a new store; None: those of the directory.
+            disk_capacity: bytes of rows, as ``capacity``, that its files may have after a flush,
+                valid or not; None: any number.
             agents: that are brought into the pool; None: all. The others rest on disk until they
                 are needed, see `rest`.
             progress: is told how many bytes of how many have been read.
@@ -526,7 +490,8 @@ class DiffStore(
                 directory.begin(store._identity)
             else:
                 found.check_same(store._identity, path)
-            store._keep_in(directory, agents, progress)
+            most = None if disk_capacity is None else parse_bytes(disk_capacity, "disk_capacity")
+            store._keep_in(directory, most, agents, progress)
         except BaseException:
             directory.close()
             raise
@@ -537,15 +502,19 @@ class DiffStore(
         return Identity.of(self.model, self.geometry, self.pool)
 
     def _keep_in(
-        self, directory: Directory, agents: Iterable[str] | None, progress: Progress | None
+        self,
+        directory: Directory,
+        capacity: int | None,
+        agents: Iterable[str] | None,
+        progress: Progress | None,
     ) -> None:
         directory.ropes.check_same(self.executor.ropes, self.max_position, directory.path)
-        kept = Durability(directory, self.pool, self.executor.ropes, self.max_position, self.lock)
-        kept.load(self.books, agents, progress)
+        made = (self._tiers.device, self.executor.ropes, self.max_position, self.lock)
+        kept = Durability(directory, *made, capacity)
+        kept.load(agents, progress)
         self._durability = kept
         self._close = weakref.finalize(self, kept.close)
-        self.scheduler.flush = kept.flush
-        self.scheduler.fetch = partial(_fetch, kept, self.scheduler.books)
+        self._tiers.keep_on(kept)
 
     @property
     def damaged(self) -> Mapping[str, str]:
@@ -559,46 +528,71 @@ class DiffStore(
 
     @property
     def resting(self) -> list[str]:
-        """Agents that are on disk and not in the pool."""
-        if self._durability is None:
-            return []
+        """Agents that are in host memory or on disk, and not in the pool."""
         with self.lock:
-            known = self.books.mirrors
-            return [name for name in self._durability.resting if name not in known]
+            return [*self._tiers.on_host, *self._tiers.on_disk]
 
     def rest(self, agents: str | Iterable[str]) -> None:
-        """Gives the pages of agents back and leaves their rows on disk, after a `flush`.
+        """Gives the pages of agents back, and leaves their rows on disk, after a `flush`, or in
+        host memory, where there is no disk.
 
         They are brought up when they are planned, restored or exported, as far as there is room: a
         plan computes again what there are no pages for.
 
         Raises:
             KeyError: an unknown agent.
-            ValueError: the store has no directory.
+            ValueError: an agent is pinned, or the store has neither a directory nor host memory.
             OSError: as `flush`; nothing has changed.
+            OutOfPagesError: host memory is full; some may have been moved.
         """
         names = [agents] if isinstance(agents, str) else list(agents)
-        kept = self._on_disk
-        resting = set(self.resting)
-        awake = [name for name in names if name not in resting]
-        for name in awake:
-            self._mirror(name)
-        self.flush()
-        kept.rest(self.books, awake)
+        with self.lock:
+            for name in names:
+                self._check_known(name)
+            pinned = sorted(self.books.pinned & set(names))
+        if pinned:
+            raise ValueError(f"agents: expected agents that are not pinned, got {pinned}")
+        tiers = self._tiers
+        if self._durability is None and tiers.host is not None:
+            tiers.to_host(names)
+            return
+        self._check_on_disk()
+        tiers.rest(names)
 
     def prefetch(self, agents: str | Iterable[str]) -> None:
-        """Brings agents that rest on disk into the pool, ahead of whoever needs them.
+        """Brings agents that rest in host memory or on disk into the pool, ahead of whoever needs
+        them; others that are longest unused make room.
 
         Raises:
             KeyError: an unknown agent.
-            OutOfPagesError: there are too few pages; they rest as before.
+            OutOfPagesError: there are too few pages; those that did not come up rest as before.
             DamagedError: rows of one are damaged; `damaged` has it from now on.
         """
-        names = [agents] if isinstance(agents, str) else list(agents)
-        if self._durability is not None:
-            self._durability.prefetch(self.books, names)
+        self._bring_up([agents] if isinstance(agents, str) else list(agents))
+
+    def _bring_up(self, names: list[str]) -> None:
+        self._tiers.bring_up(names)
         for name in names:
             self._check_known(name)
+
+    def pin(self, agents: str | Iterable[str]) -> None:
+        """Keeps agents in the pool from being moved down, until `unpin` or `release`.
+
+        Raises:
+            KeyError, OutOfPagesError, DamagedError: as `prefetch`; none is pinned.
+        """
+        names = [agents] if isinstance(agents, str) else list(agents)
+        while True:
+            self._bring_up(names)
+            with self.lock:
+                if not any(map(self._tiers.is_below, names)):  # moved by another thread since
+                    self.books.pinned.update(names)
+                    return
+
+    def unpin(self, agents: str | Iterable[str]) -> None:
+        """Ends a `pin`. Agents that are not pinned are left as they are."""
+        with self.lock:
+            self.books.pinned.difference_update([agents] if isinstance(agents, str) else agents)
 
     def flush(self) -> None:
         """Returns when all that is committed is on disk, and what was released is not any more.
@@ -610,7 +604,11 @@ class DiffStore(
             OSError: it cannot be written. Memory and disk are as they were before; it may be tried
                 again.
         """
-        self._on_disk.flush(self.books)
+        self._check_on_disk()
+        self._tiers.flush()
+
+    def _check_on_disk(self) -> None:
+        _ = self._on_disk
 
     @property
     def _on_disk(self) -> Durability:
@@ -630,7 +628,8 @@ class DiffStore(
         if self._durability is not None:
             if flush:
                 self.flush()
-            self._durability = self.scheduler.flush = self.scheduler.fetch = None
+            self._durability = None
+            self._tiers.keep_on(None)
             self._close()
 
     def __enter__(self) -> DiffStore:
@@ -680,24 +679,25 @@ class DiffStore(
         """
         names = None if agents is None else list(agents)
 
-        def chosen() -> tuple[Mapping[str, Mirror], list[Master]]:
+        device = self._tiers.device
+
+        def chosen() -> list[Held]:
             books = self.books
             if any(names is None or name in names for name in self.resting):
                 raise _AtRestError
             if names is None:
-                return books.mirrors, list(books.masters.values())
+                return [Held(device, books.mirrors, list(books.masters.values()))]
             for name in names:
                 self._check_known(name)
             mirrors = {name: books.mirrors[name] for name in names}
             used = {one.serial: one for mirror in mirrors.values() for one in mirror.uses.masters}
-            return mirrors, [one for one in used.values() if one.stored]
+            return [Held(device, mirrors, [one for one in used.values() if one.stored])]
 
-        made = (self._identity, self.pool, self.executor.ropes, self.max_position)
+        made = (self._identity, device, self.executor.ropes, self.max_position)
         while True:
-            for name in self.resting if names is None else names:
-                self._mirror(name)
+            self._bring_up(self.agents if names is None else names)
             with suppress(_AtRestError):  # put to rest by another thread since
-                transfer.export_agents(path, *made, self.books, self.lock, chosen)
+                transfer.export_agents(path, *made, self.lock, chosen)
                 return
 
     def import_agents(
@@ -725,9 +725,12 @@ class DiffStore(
             OutOfPagesError: there are too few pages. Nothing has changed then, as after the other
                 errors, but for evictions.
         """
-        made = (self._identity, self.pool, self.executor.ropes, self.max_position)
-        return transfer.import_agents(
-            path, *made, self.books, self.lock, lambda: self.agents, agents, progress
+        made = (self._identity, self._tiers.device, self.executor.ropes, self.max_position)
+        names = None if agents is None else list(agents)
+        return self.scheduler.with_room(
+            lambda: transfer.import_agents(
+                path, *made, self.lock, lambda: self.agents, names, progress
+            )
         )
 
     # Statistics -----------------------------------------------------------------------------------
@@ -735,49 +738,14 @@ class DiffStore(
     def stats(self) -> StoreStats:
         """Counts rows, pages and bytes, those of each tenant apart."""
         with self.lock:
-            mine, tenants = self._stats(), list(self._tenants.values())
+            self.scheduler.collect()
+            mine = count(self.scheduler, self.executor, self._tiers)
+            tenants = list(self._tenants.values())
         found: dict[str, StoreStats] = {}
         for one in tenants:
             with suppress(ClosedError):  # since then
                 found[one.name] = one.stats()
         return replace(mine, tenants=found)
-
-    def _stats(self) -> StoreStats:
-        masters = {id(master): master for master in self.books.masters.values()}
-        outputs: dict[int, Master] = {}
-        for mirror in self.books.mirrors.values():
-            for master in mirror.uses.masters:
-                shared = master.stored or master.holders > 1
-                (masters if shared else outputs)[id(master)] = master
-        own_pages = [mirror.own_pages for mirror in self.books.mirrors.values()]
-        own_pages += [master.pages for master in (*masters.values(), *outputs.values())]
-        pages = np.unique(np.concatenate(own_pages)) if own_pages else no_pages()
-        master_rows = sum(master.length for master in masters.values())
-        own_rows = sum(len(mirror.own_position) for mirror in self.books.mirrors.values())
-        own_rows += sum(master.length for master in outputs.values())
-        dense_rows = sum(mirror.length for mirror in self.books.mirrors.values())
-        return StoreStats(
-            agents=len(self.books.mirrors),
-            masters=len(masters),
-            dense_rows=dense_rows,
-            master_rows=master_rows,
-            own_rows=own_rows,
-            dense_bytes=dense_rows * self.geometry.row_bytes,
-            row_bytes=(master_rows + own_rows) * self.pool.row_bytes,
-            stored_bytes=len(pages) * self.pool.page_bytes,
-            total_pages=self.books.limit,
-            used_pages=self.books.used_pages,
-            free_pages=self.books.free_pages,
-            evictable_pages=self.books.evictable_pages,
-            held_pages=self.books.used_pages - self.books.evictable_pages,
-            evictions=self.books.evictions,
-        )
-
-
-def _fetch(kept: Durability, books: Books, prompts: Mapping[str, Sequence[Segment]]) -> None:
-    segments = [one for given in prompts.values() for one in given if one.is_shared]
-    with suppress(OutOfPagesError):  # what does not fit is computed again
-        kept.prefetch(books, prompts, segments)
 
 
 class _AtRestError(Exception):
@@ -851,14 +819,3 @@ class _Restorable:
     mirrors: list[Mirror]
     record: RestoreRecord
     reading: Reading
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes of ``4096``, ``"512MiB"``, ``"8GiB"`` or ``"8GB"``; the units are binary."""
-    if isinstance(size, int | np.integer):
-        return int(size)
-    text = size if isinstance(size, str) else ""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text)
-    if match is None:
-        raise ValueError(f'capacity: expected bytes or text such as "8GiB", got {size!r}')
-    return int(float(match[1]) * _UNITS[match[2]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -99,6 +100,15 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             rows = (host_pages, 2 * geometry.num_layers, *shape[1:])
             pinned = pool.device.type == "cuda"
             self._host = torch.empty(rows, dtype=pool.dtype, device="cpu", pin_memory=pinned)
+
+    @cached_property
+    def host_pool(self) -> PagePool | None:
+        """The pages of host memory as a pool; None where there are none."""
+        if self._host is None:
+            return None
+        layers = self.geometry.num_layers
+        parts = [self._host[:, part] for part in range(2 * layers)]
+        return PagePool(parts[:layers], parts[layers:], quantization=self.pool.quantization)
 
     @property
     def device(self) -> torch.device:
@@ -257,6 +267,16 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
                 for layer in range(self.pool.num_layers):
                     k, v = self.pool.k_pools[layer], self.pool.v_pools[layer]
                     self.pool.write_rows(layer, k, v, rows[1], rows[0])
+
+    def move(self, pairs: IntArray, *, to_host: bool) -> None:
+        """Copies pages to host memory, or from it, and returns when host memory may be read.
+
+        Args:
+            pairs: int32 ``[n, 2]``: the page that is read, and the one that is written.
+        """
+        self._move_pages(pairs, to_host=to_host)
+        if to_host and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _move_pages(self, pairs: IntArray, *, to_host: bool) -> None:
         if not len(pairs):

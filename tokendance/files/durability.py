@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -13,7 +14,6 @@ from threading import Lock
 from typing import TypeAlias
 
 from tokendance.device.layer_ropes import LayerRope
-from tokendance.device.pool import PagePool
 from tokendance.files import compaction
 from tokendance.files.catalogue import Changes
 from tokendance.files.compaction import compact
@@ -21,14 +21,16 @@ from tokendance.files.directory import Directory, FreshRows, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import RopeTables
 from tokendance.files.loading import Listing, list_directory, load, use_instead
+from tokendance.files.memory import Held, Memory
 from tokendance.files.records import master_row, mirror_row
 from tokendance.files.rows import read_rows
-from tokendance.host.books import Books
 from tokendance.host.mirror import Master, Mirror, Pages
 from tokendance.host.segments import Segment
 
 Guard: TypeAlias = AbstractContextManager[object]
-Chosen: TypeAlias = tuple[Mapping[str, Mirror], Sequence[Master]]
+Chosen: TypeAlias = Callable[[], Sequence[Held]]
+"""What is to be on disk, called by who holds the guard. What a memory has stands for the same in
+those before it."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -38,13 +40,14 @@ class _Kept:
     """A Mirror on disk.
 
     Attributes:
-        mirror: the same in memory; None where the agent is at rest, or damaged.
+        content: of the same in memory; None where the agent has been on disk alone since the
+            directory was opened, or is damaged.
         key: its id in the catalogue.
         group: of its own rows.
         masters: ids of those that it uses.
     """
 
-    mirror: Mirror | None
+    content: int | None
     key: int
     group: int | None
     masters: list[int]
@@ -56,11 +59,10 @@ class _Delta:
 
     changes: Changes = field(default_factory=Changes)
     fresh: dict[int, FreshRows] = field(default_factory=dict)
-    pages: list[Pages] = field(default_factory=list)
+    pages: list[tuple[Memory, Pages]] = field(default_factory=list)
     mirrors: dict[str, _Kept | None] = field(default_factory=dict)
     ids: dict[int, int] = field(default_factory=dict)
     masters: dict[int, int | None] = field(default_factory=dict)
-    live: dict[int, Master] = field(default_factory=dict)
     digests: dict[bytes, int] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
     recency: dict[int, int] = field(default_factory=dict)
@@ -71,32 +73,38 @@ class Durability:
     """Keeps a directory as a store is.
 
     What is committed never changes, so a Mirror or a Master is written once: a Mirror is known by
-    the object that the books have, a Master by its serial number.
+    the number of its content, a Master by its serial number.
 
     Args:
         directory: open for writing.
-        pool: the store's pages.
+        memory: the pages that agents are brought up to.
         ropes: the store's tables.
         max_position: how many positions they have.
         guard: is held while books are read or changed, and not while files are.
+        capacity: bytes of rows that the files may have; None: any.
 
     Attributes:
         damage: what is wrong with agents that could not be loaded, by name. They stay on disk until
             an agent of the name is committed or released.
         resting: agents that are whole and on disk alone, as a dict's keys.
+        asleep: ids of Masters on disk that no agent uses and that no memory has, as a dict's keys,
+            the longest unused first. Prompts find them.
+        evictions: Masters that were dropped from the disk to make room.
     """
 
     def __init__(
         self,
         directory: Directory,
-        pool: PagePool,
+        memory: Memory,
         ropes: Sequence[LayerRope],
         max_position: int,
         guard: Guard | None = None,
+        capacity: int | None = None,
     ) -> None:
         self._directory = directory
         self._guard = guard or nullcontext()
-        self._pool = pool
+        self._memory = memory
+        self._capacity = capacity
         self._ropes = ropes
         self._max_position = max_position
         self._writing = Lock()
@@ -105,17 +113,34 @@ class Durability:
         self._ids: dict[int, int] = {}  # of Masters on disk, by serial
         self._users: Counter[int] = Counter()  # Mirrors on disk, of each Master
         self._recency: dict[int, int] = {}  # of Masters that are found by their digests
-        self._live: dict[int, Master] = {}  # of Masters on disk, the object that has been in memory
+        self._serials: dict[int, int] = {}  # of Masters on disk
         self._digests: dict[bytes, int] = {}  # Masters on disk that are found by them
         self._positions = directory.ropes.positions
         self._next = 1
         self.damage: dict[str, str] = {}
         self.resting: dict[str, None] = {}
+        self.asleep: dict[int, None] = {}
+        self.evictions = 0
 
     @property
     def path(self) -> os.PathLike[str]:
         """Of the directory."""
         return self._directory.path
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all rows in the files, valid or not."""
+        return self._directory.file_bytes
+
+    @property
+    def capacity(self) -> int | None:
+        """Bytes that they may have; None: any."""
+        return self._capacity
+
+    def masters_below(self, is_above: Callable[[int], bool]) -> int:
+        """How many Masters are on disk alone, by what says of a serial number that one is not."""
+        serials = self._serials
+        return sum(key not in serials or not is_above(serials[key]) for key in self._masters)
 
     def close(self) -> None:
         self._directory.close()
@@ -124,7 +149,6 @@ class Durability:
 
     def load(
         self,
-        books: Books,
         agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -145,84 +169,115 @@ class Durability:
                 f"agents: expected some of {sorted(names)}, got {sorted(wanted - names)}"
             )
         loaded = load(
-            self._directory, listing, wanted, books, self._pool, self._guard, True, progress
+            *(self._directory, listing, wanted, self._memory.books, self._memory.pool),
+            *(self._guard, True, progress),
         )
         self.damage = dict(listing.damage)
         _tell(listing.damage)
         self._take_in(listing, {one.key for one in loaded})
         self._directory.contents.rows.clear()
 
-    def prefetch(
-        self, books: Books, agents: Iterable[str], segments: Iterable[Segment] = ()
-    ) -> None:
-        """Brings agents at rest into the pool, and Masters of segments that they alone have used.
+    def forget_masters(self) -> None:
+        """Has the next flush drop Masters that no memory has and no agent uses."""
+        self.asleep.clear()
+
+    def has(self, agents: Iterable[str], segments: Iterable[Segment] = ()) -> bool:
+        """Whether `prefetch` would read anything; the guard is held."""
+        return any(one in self.resting for one in agents) or bool(self._asleep_of(segments))
+
+    def _asleep_of(self, segments: Iterable[Segment]) -> set[int]:
+        """Ids of Masters of segments that are on disk and not in the pool."""
+        digests = {digest for one in segments for digest in (one.digest, one.stem)}
+        books = self._memory.books
+        found = {
+            self._digests[digest]
+            for digest in digests & self._digests.keys()
+            if digest not in books.masters
+        }
+        return {key for key in found if not self._is_in_pool(key)}
+
+    def prefetch(self, agents: Iterable[str], segments: Iterable[Segment] = ()) -> None:
+        """Brings agents at rest into the pool, and Masters of segments that lie on disk alone.
 
         It reads files: whoever holds the guard must not call it.
 
         Raises:
             OutOfPagesError: there are too few pages; they are at rest as before.
         """
+        books = self._memory.books
         with self._writing:
-            digests = {digest for one in segments for digest in (one.digest, one.stem)}
-            found = {self._digests[digest] for digest in digests & self._digests.keys()}
             with self._guard:
                 kept = {
                     agent: self._mirrors[agent]
                     for agent in agents
                     if agent in self.resting and agent not in books.mirrors
                 }
-                asleep = {key for key in found if not self._is_in_pool(key)}
+                asleep = self._asleep_of(segments)
                 if not kept and not asleep:
                     return
                 masters = asleep | {key for one in kept.values() for key in one.masters}
-                there = {key: self._live[key] for key in masters if self._is_in_pool(key)}
+                there = {key: one for key in masters if (one := self._in_pool(key)) is not None}
                 books.hold(list(there.values()))
             try:
-                self._bring_up(books, kept, masters, there)
+                self._bring_up(kept, masters, there)
             finally:
                 with self._guard:
                     books.let_go(list(there.values()))
 
     def _bring_up(
-        self,
-        books: Books,
-        kept: Mapping[str, _Kept],
-        masters: set[int],
-        there: Mapping[int, Master],
+        self, kept: Mapping[str, _Kept], masters: set[int], there: Mapping[int, Master]
     ) -> None:
         contents = self._directory.records(masters, (one.key for one in kept.values()))
-        listing = list_directory(self._directory, self._max_position, contents)
-        use_instead(listing, there, self._pool.block_size)
-        loaded = load(self._directory, listing, None, books, self._pool, self._guard, True)
+        listing = list_directory(self._directory, self._max_position, contents, self._serials)
+        pool = self._memory.pool
+        use_instead(listing, there, pool.block_size)
+        loaded = load(self._directory, listing, None, self._memory.books, pool, self._guard, True)
         self.damage |= listing.damage
         _tell(listing.damage)
         for one in loaded:
-            self._mirrors[one.agent] = replace(self._mirrors[one.agent], mirror=one.mirror)
+            assert one.mirror is not None
+            self._mirrors[one.agent] = replace(self._mirrors[one.agent], content=one.mirror.content)
         for agent in kept:
             self.resting.pop(agent, None)
         for key, found in listing.masters.items():
             if found.master is not None and not found.is_there and len(found.master.pages):
-                self._know(key, found.master)
+                self._know(key, found.master.serial)
+                self.asleep.pop(key, None)
 
-    def _know(self, key: int, master: Master) -> None:
-        """This is the object of a Master on disk from now on."""
-        if key in self._live:
-            self._ids.pop(self._live[key].serial, None)
-        self._live[key] = master
-        self._ids[master.serial] = key
+    def _know(self, key: int, serial: int) -> None:
+        """This Master is the one on disk."""
+        self._serials[key] = serial
+        self._ids[serial] = key
+
+    def _in_pool(self, key: int) -> Master | None:
+        """The Master in the pool that is on disk as this one."""
+        return self._memory.books.known(self._serials[key]) if key in self._serials else None
 
     def _is_in_pool(self, key: int) -> bool:
-        return key in self._live and (self._live[key].stored or self._live[key].holders > 0)
+        return self._in_pool(key) is not None
 
-    def rest(self, books: Books, agents: Iterable[str]) -> None:
-        """Takes agents out of the pool that are on disk as they are there."""
+    def rest(self, memory: Memory, agents: Iterable[str], masters: Iterable[Master] = ()) -> int:
+        """Takes agents, and Masters that nobody uses, out of a memory, if they are on disk as they
+        are there; returns how many."""
+        books, moved = memory.books, 0
         with self._writing, self._guard:
             for agent in agents:
-                kept = self._mirrors.get(agent)
-                if kept is not None and kept.mirror is books.mirrors.get(agent):
-                    books.drop(agent)
-                    self._mirrors[agent] = replace(kept, mirror=None)
+                kept, mirror = self._mirrors.get(agent), books.mirrors.get(agent)
+                if kept is None or mirror is None or agent in books.pinned:
+                    continue
+                if kept.content == mirror.content:
+                    books.drop(agent, to_lower_tier=True)
                     self.resting[agent] = None
+                    moved += 1
+            for master in masters:
+                key = self._ids.get(master.serial)
+                if key is not None and books.is_idle(master):
+                    books.forget(master.digest)
+                    moved += 1
+                    if self._digests.get(master.digest) == key:
+                        self.asleep.pop(key, None)
+                        self.asleep[key] = None
+        return moved
 
     def _take_in(self, listing: Listing, loaded: set[int]) -> None:
         for key, one in listing.masters.items():
@@ -230,28 +285,21 @@ class Durability:
             if one.recency is not None:
                 self._recency[key] = one.recency
             if one.master is not None:
-                self._know(key, one.master)
+                self._know(key, one.master.serial)
                 if one.recency is not None:
                     self._digests.setdefault(one.master.digest, key)
         for key, found in listing.mirrors.items():
-            mirror = found.mirror if key in loaded else None
-            if mirror is None and found.agent not in self.damage:
+            content = found.mirror.content if found.mirror and key in loaded else None
+            if content is None and found.agent not in self.damage:
                 self.resting[found.agent] = None
-            self._mirrors[found.agent] = _Kept(mirror, key, found.group, found.masters)
+            self._mirrors[found.agent] = _Kept(content, key, found.group, found.masters)
             self._users.update(set(found.masters))
+        for key in sorted(self._recency, key=lambda key: self._recency[key]):
+            if not self._users[key] and not self._is_in_pool(key):
+                self.asleep[key] = None
         self._next = 1 + max([0, *listing.masters, *listing.mirrors, *self._directory.groups])
 
     # Writing --------------------------------------------------------------------------------------
-
-    def flush(self, books: Books) -> None:
-        """Makes the directory hold what the books hold now: agents, the Masters that they use, and
-        those that later rounds find.
-
-        Raises:
-            OSError: it cannot be written; directory and books are as they were, and it may be tried
-                again.
-        """
-        self.write(books, lambda: (books.mirrors, list(books.masters.values())))
 
     def _tidy(self) -> None:
         """Compacts where much is not valid any more. What was written stays so if that fails."""
@@ -260,21 +308,102 @@ class Durability:
         except (OSError, DamagedError) as error:
             _LOGGER.warning("%s is not compacted: %s", self._directory.path, error)
 
-    def write(self, books: Books, chosen: Callable[[], Chosen]) -> None:
-        """The same of chosen agents, and Masters that later rounds find; nothing else is kept."""
+    def write(self, chosen: Chosen) -> None:
+        """Makes the directory hold chosen agents, the Masters that they use, those that later
+        rounds find, and what rests; nothing else is kept.
+
+        Raises:
+            OSError: it cannot be written; directory and books are as they were, and it may be tried
+                again.
+        """
         with self._writing:
-            with self._guard:
-                delta = self._collect(*chosen())
-                for pages in delta.pages:  # others may let go of them meanwhile
-                    books.share_pages(pages)
-            try:
-                self._write(delta)
-            finally:
+            while True:
                 with self._guard:
-                    for pages in delta.pages:
-                        books.drop_pages(pages)
+                    delta = self._collect(chosen())
+                    for memory, pages in delta.pages:  # others may let go of them meanwhile
+                        memory.books.share_pages(pages)
+                try:
+                    missing = self._missing_bytes(delta)
+                    if missing <= 0:
+                        self._write(delta)
+                        break
+                finally:
+                    with self._guard:
+                        for memory, pages in delta.pages:
+                            memory.books.drop_pages(pages)
+                if not self._drop_unneeded(delta):
+                    self._shrink(missing)
             if delta.changes:
                 self._tidy()
+
+    def _missing_bytes(self, delta: _Delta) -> int:
+        """Bytes that the disk has too few of for what is new."""
+        if self._capacity is None or not delta.fresh:
+            return 0
+        rows = sum(one.rows for one in delta.fresh.values())
+        needed = rows * self._directory.identity.row_bytes()
+        return self._directory.file_bytes + needed - self._capacity
+
+    def _drop_unneeded(self, delta: _Delta) -> bool:
+        """Drops what nobody needs any more, before what is new is written; whether there is any."""
+        released = {
+            agent: self._mirrors[agent] for agent, kept in delta.mirrors.items() if kept is None
+        }
+        left = self._users.copy()
+        for kept in released.values():
+            left.subtract(set(kept.masters))
+        masters = {key for key in delta.gone & self._masters.keys() if not left[key]}
+        if not released and not masters:
+            return False
+        dropped = _Delta()
+        self._drop(dropped, released)
+        changes = dropped.changes
+        changes.drop["findable"] = masters & self._recency.keys()
+        self._drop_masters(changes, masters)
+        self._directory.write(changes, {})
+        with self._guard:
+            self._users = left
+            for agent in released:
+                del self._mirrors[agent]
+            self._no_longer(masters)
+        return True
+
+    def _no_longer(self, masters: set[int]) -> None:
+        """Masters are not on disk any more."""
+        self._digests = {one: key for one, key in self._digests.items() if key not in masters}
+        self._recency = {key: at for key, at in self._recency.items() if key not in masters}
+        self._forget_masters(masters)
+
+    def _shrink(self, size: int) -> None:
+        """Makes the files smaller: they are written anew, or Masters are evicted that nobody uses
+        and no memory has, those first that have been asleep longest.
+
+        Raises:
+            OSError: neither helps; that cannot be written.
+        """
+        directory, row_bytes = self._directory, self._directory.identity.row_bytes()
+        if compact(directory):
+            return
+        gone: set[int] = set()
+        missing = size
+        for key in self.asleep:
+            group = self._masters[key]
+            if missing > 0 and not self._users[key]:
+                missing -= directory.groups[group].rows * row_bytes if group is not None else 0
+                gone.add(key)
+        if not gone:
+            raise OSError(
+                errno.ENOSPC,
+                f"disk_capacity: expected at most {self._capacity} bytes of rows, got {size} more; "
+                "release agents, or give the store more",
+                str(directory.path),
+            )
+        changes = Changes(drop={"findable": gone & self._recency.keys()})
+        self._drop_masters(changes, gone)
+        directory.write(changes, {})
+        with self._guard:
+            self._no_longer(gone)
+            self.evictions += len(gone)
 
     def _write(self, delta: _Delta) -> None:
         ropes = None
@@ -286,54 +415,61 @@ class Durability:
             self._positions = ropes.positions
 
     def forget(self, agent: str) -> bool:
-        """Has the next flush drop an agent that is damaged or at rest; whether there is one."""
+        """Has the next flush drop or replace an agent that is damaged or at rest; whether there is
+        one."""
         known = agent in self.damage or agent in self.resting
         self.damage.pop(agent, None)
         self.resting.pop(agent, None)
         return known
 
-    def _collect(self, mirrors: Mapping[str, Mirror], found: Sequence[Master]) -> _Delta:
+    def _collect(self, held: Sequence[Held]) -> _Delta:
         delta = _Delta()
+        mirrors: dict[str, tuple[Memory, Mirror]] = {}
+        by_digest: dict[bytes, tuple[Memory, Master]] = {}
+        for memory, some, masters in held:
+            mirrors |= {agent: (memory, mirror) for agent, mirror in some.items()}
+            by_digest |= {one.digest: (memory, one) for one in masters}
+        found = [master for _, master in by_digest.values()]
         recency = {one.serial: 0 if one.holders else one.last_used for one in found}
-        by_serial = {one.serial: one for one in found}
+        by_serial = {one.serial: (memory, one) for memory, one in by_digest.values()}
         old = {
             agent: kept
             for agent, kept in self._mirrors.items()
             if (agent not in mirrors and agent not in self.damage and agent not in self.resting)
-            or (agent in mirrors and kept.mirror is not mirrors[agent])
+            or (agent in mirrors and kept.content != mirrors[agent][1].content)
         }
         new = {
-            agent: mirror
-            for agent, mirror in mirrors.items()
+            agent: held_by
+            for agent, held_by in mirrors.items()
             if agent not in self._mirrors or agent in old
         }
-        for mirror in new.values():
-            by_serial |= {one.serial: one for one in mirror.uses.masters}
-        for serial, master in by_serial.items():
+        for memory, mirror in new.values():
+            by_serial |= {one.serial: (memory, one) for one in mirror.uses.masters}
+        for serial, (memory, master) in by_serial.items():
             if serial not in self._ids:
-                delta.ids[serial] = self._new_master(delta, master)
-                delta.live[delta.ids[serial]] = master
+                delta.ids[serial] = self._new_master(delta, memory, master)
         ids = {**self._ids, **delta.ids}
         users = self._users.copy()
         for kept in old.values():
             users.subtract(set(kept.masters))
-        for agent, mirror in new.items():
-            kept = self._new_mirror(delta, agent, mirror, ids)
+        for agent, (memory, mirror) in new.items():
+            kept = self._new_mirror(delta, agent, memory, mirror, ids)
             delta.mirrors[agent] = kept
             users.update(set(kept.masters))
         self._drop(delta, old)
         wanted = {ids[serial]: when for serial, when in recency.items()}
         delta.digests = {one.digest: ids[one.serial] for one in found}
-        # Masters that were evicted, and that agents at rest use, are brought up when a prompt has
-        # their segment.
+        # Masters that no memory has, and that agents at rest use or that were moved here, are
+        # brought up when a prompt has their segment.
         for digest, key in self._digests.items():
-            if digest not in delta.digests and users[key] > 0:
-                wanted[key], delta.digests[digest] = 0, key
+            if digest not in delta.digests and (users[key] > 0 or key in self.asleep):
+                wanted[key] = 0 if users[key] > 0 else self._recency.get(key, 0)
+                delta.digests[digest] = key
         delta.recency = wanted
         delta.gone = {
             key for key in (*self._masters, *delta.masters) if not users[key] and key not in wanted
         }
-        self._drop_masters(delta)
+        self._drop_masters(delta.changes, delta.gone)
         changed = {k: (when,) for k, when in wanted.items() if self._recency.get(k) != when}
         delta.changes.put["findable"] = dict(changed)
         delta.changes.drop["findable"] = self._recency.keys() - wanted.keys()
@@ -343,17 +479,17 @@ class Durability:
         self._next += 1
         return self._next - 1
 
-    def _rows(self, delta: _Delta, pages: Pages, rows: int) -> int | None:
+    def _rows(self, delta: _Delta, memory: Memory, pages: Pages, rows: int) -> int | None:
         """The number of a new group; None for no rows."""
         if not rows:
             return None
         key = self._number()
-        delta.fresh[key] = FreshRows(rows, partial(read_rows, self._pool, pages, rows))
-        delta.pages.append(pages)
+        delta.fresh[key] = FreshRows(rows, partial(read_rows, memory.pool, pages, rows))
+        delta.pages.append((memory, pages))
         return key
 
-    def _new_master(self, delta: _Delta, master: Master) -> int:
-        group = self._rows(delta, master.pages, master.length)
+    def _new_master(self, delta: _Delta, memory: Memory, master: Master) -> int:
+        group = self._rows(delta, memory, master.pages, master.length)
         key = self._number()
         delta.changes.put.setdefault("masters", {})[key] = master_row(master, group)
         delta.masters[key] = group
@@ -361,15 +497,20 @@ class Durability:
         return key
 
     def _new_mirror(
-        self, delta: _Delta, agent: str, mirror: Mirror, ids: Mapping[int, int]
+        self,
+        delta: _Delta,
+        agent: str,
+        memory: Memory,
+        mirror: Mirror,
+        ids: Mapping[int, int],
     ) -> _Kept:
-        group = self._rows(delta, mirror.own_pages, len(mirror.own_position))
+        group = self._rows(delta, memory, mirror.own_pages, len(mirror.own_position))
         masters = [ids[one.serial] for one in mirror.uses.masters]
         key = self._number()
         row = mirror_row(agent, mirror, masters, group)
         delta.changes.put.setdefault("mirrors", {})[key] = row
         delta.positions = max(delta.positions, mirror.length)
-        return _Kept(mirror, key, group, masters)
+        return _Kept(mirror.content, key, group, masters)
 
     def _drop(self, delta: _Delta, old: Mapping[str, _Kept]) -> None:
         for agent, kept in old.items():
@@ -378,10 +519,10 @@ class Durability:
                 delta.changes.drop.setdefault("groups", set()).add(kept.group)
             delta.mirrors.setdefault(agent, None)
 
-    def _drop_masters(self, delta: _Delta) -> None:
-        delta.changes.drop["masters"] = delta.gone & self._masters.keys()
-        groups = {self._masters[key] for key in delta.changes.drop["masters"]} - {None}
-        delta.changes.drop.setdefault("groups", set()).update(groups)  # type: ignore[arg-type]
+    def _drop_masters(self, changes: Changes, gone: set[int]) -> None:
+        changes.drop["masters"] = gone & self._masters.keys()
+        groups = {self._masters[key] for key in changes.drop["masters"]} - {None}
+        changes.drop.setdefault("groups", set()).update(groups)  # type: ignore[arg-type]
 
     def _settle(self, delta: _Delta) -> None:
         """What has been written is known from now on."""
@@ -395,14 +536,18 @@ class Durability:
                 self.damage.pop(agent, None)
                 self.resting.pop(agent, None)
         self._masters |= delta.masters
-        for key, master in delta.live.items():
-            self._know(key, master)
-        for key in delta.gone:
-            self._masters.pop(key, None)
-            del self._users[key]
-            if key in self._live:
-                self._ids.pop(self._live.pop(key).serial, None)
+        for serial, key in delta.ids.items():
+            self._know(key, serial)
+        self._forget_masters(delta.gone)
         self._recency, self._digests = delta.recency, delta.digests
+
+    def _forget_masters(self, gone: Iterable[int]) -> None:
+        for key in gone:
+            self._masters.pop(key, None)
+            self._users.pop(key, None)
+            self.asleep.pop(key, None)
+            if key in self._serials:
+                self._ids.pop(self._serials.pop(key), None)
 
     # What is on disk ------------------------------------------------------------------------------
 

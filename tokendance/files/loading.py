@@ -74,7 +74,10 @@ class Listing:
 
 
 def list_directory(
-    directory: Directory, max_position: int, contents: Contents | None = None
+    directory: Directory,
+    max_position: int,
+    contents: Contents | None = None,
+    serials: Mapping[int, int] | None = None,
 ) -> Listing:
     """What the catalogue says, each record checked; no row of keys and values is read.
 
@@ -82,17 +85,18 @@ def list_directory(
         directory: of the records.
         max_position: that a store's tables have.
         contents: some of the records; None: all, as they were when the directory was opened.
+        serials: of Masters that have been in memory, by id.
     """
     contents = directory.contents if contents is None else contents
     rows, block = contents.rows, directory.identity.block_size
-    found = Listing()
+    found, serials = Listing(), serials or {}
     why: dict[int, str] = {}
     for key, row in _all(contents, "masters").items():
         master, group = None, None
         try:
             if key not in rows["masters"]:
                 raise FieldError("expected a Master as it was written, got another")
-            master, group = master_of(row, max_position)
+            master, group = master_of(row, max_position, serials.get(key))
             _check_group(directory, group, master.length)
         except FieldError as error:
             master, why[key] = None, f"{error} of Master {key}"
@@ -186,10 +190,11 @@ def load(
     needed += sum(pages_for(len(one.mirror.own_position), block) for one in mirrors if one.mirror)
     with guard:
         free, room = books.free_pages, books.free_pages + books.evictable_pages
-    if needed > room:
+    if needed > (room if books.evicts else free):
         raise OutOfPagesError(
             f"capacity: expected {needed} pages for {len(mirrors)} agents of {directory.path}, got "
-            f"{room}"
+            f"{room}",
+            needed - free if needed <= books.limit else 0,
         )
     if idle:
         masters += _idle_that_fit(listing, used, free - needed, block)

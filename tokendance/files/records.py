@@ -42,8 +42,11 @@ def master_row(master: Master, group: int | None) -> Row:
     )
 
 
-def master_of(row: Row, max_position: int) -> tuple[Master, int | None]:
+def master_of(row: Row, max_position: int, serial: int | None = None) -> tuple[Master, int | None]:
     """The Master, as yet without pages, and its group.
+
+    Args:
+        serial: that the Master has had in this process; None: it gets one.
 
     Raises:
         FieldError: for what `master_row` never gives.
@@ -65,6 +68,8 @@ def master_of(row: Row, max_position: int) -> tuple[Master, int | None]:
         seen=frozenset(_split(seen)),
         computed=length,
     )
+    if serial is not None:
+        master.serial = serial
     return master, _group(row[6], length)
 
 

@@ -23,6 +23,7 @@ from tokendance.files.durability import Chosen, Durability, Guard
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
 from tokendance.files.loading import Listing, list_directory, load, use_instead
+from tokendance.files.memory import Memory
 from tokendance.files.page_file import hasher
 from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
@@ -71,12 +72,11 @@ def _remove_scratch(target: Path) -> None:
 def export_agents(
     path: str | os.PathLike[str],
     identity: Identity,
-    pool: PagePool,
+    memory: Memory,
     ropes: Sequence[LayerRope],
     max_position: int,
-    books: Books,
     guard: Guard,
-    chosen: Callable[[], Chosen],
+    chosen: Chosen,
 ) -> None:
     """Writes chosen agents, and Masters that later rounds find, to a new directory.
 
@@ -85,16 +85,15 @@ def export_agents(
     """
     with new_directory(path) as directory:
         directory.begin(identity)
-        Durability(directory, pool, ropes, max_position, guard).write(books, chosen)
+        Durability(directory, memory, ropes, max_position, guard).write(chosen)
 
 
 def import_agents(
     path: str | os.PathLike[str],
     identity: Identity,
-    pool: PagePool,
+    memory: Memory,
     ropes: Sequence[LayerRope],
     max_position: int,
-    books: Books,
     guard: Guard,
     taken: Callable[[], Container[str]],
     agents: Iterable[str] | None,
@@ -111,6 +110,7 @@ def import_agents(
         ValueError: it is of another model, or the store has an agent of the same name.
         OutOfPagesError: there are too few pages; nothing has changed, but for evictions.
     """
+    books, pool = memory.books, memory.pool
     directory = Directory.open(path, writable=False)
     try:
         directory.identity.check_same(identity, path)

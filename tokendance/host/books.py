@@ -7,9 +7,11 @@ so. What an allocator gives is checked; what this package's modules ask for is n
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from heapq import merge
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -24,7 +26,17 @@ Free: TypeAlias = Callable[[Sequence[int]], None]
 
 
 class OutOfPagesError(RuntimeError):
-    """The pool has fewer free pages than asked for, and nothing is left to evict."""
+    """The pool has fewer free pages than asked for, and nothing is left to evict.
+
+    Attributes:
+        missing: pages that would have to come free; 0 where that would not help.
+        on_host: whether pages of host memory are short.
+    """
+
+    def __init__(self, message: str, missing: int = 0, on_host: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.on_host = on_host
 
 
 class PageAllocator(Uncopied, instead="make another for pages of its own"):
@@ -146,6 +158,11 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             their rows.
         mirrors: by agent.
         evictions: Masters dropped to make room.
+        pinned: agents that stay where they are.
+        evicts: whether `take_pages` evicts. False where somebody else makes room, by moving what is
+            longest unused to a lower tier.
+        on_put: called with the name of an agent that gets a Mirror: what is elsewhere of it is
+            older.
     """
 
     def __init__(
@@ -158,6 +175,9 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         self.making: dict[bytes, Master] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.evictions = 0
+        self.pinned: set[str] = set()
+        self.evicts = True
+        self.on_put: Callable[[str], object] | None = None
         self._allocator = allocator
         self._tell = tell
         self._clears = clears
@@ -168,6 +188,8 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         self._idle: OrderedDict[int, Master] = OrderedDict()
         self._idle_pages = 0
         self._clock = 0
+        self._used_at: OrderedDict[str, int] = OrderedDict()  # agents, the longest unused first
+        self._known: WeakValueDictionary[int, Master] = WeakValueDictionary()  # by serial
 
     # Pages ----------------------------------------------------------------------------------------
 
@@ -210,7 +232,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         return free, self._idle_pages, self._clock, self.evictions, *found
 
     def take_pages(self, count: int) -> Pages:
-        """Takes pages, evicting Masters that nobody uses, the longest idle first.
+        """Takes pages, evicting Masters that nobody uses, the longest idle first, if it `evicts`.
 
         Raises:
             OutOfPagesError: nothing was taken; Masters may have been evicted, unless the pool would
@@ -256,7 +278,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             held = self._used - self._idle_pages
             free = None if self._allocator.num_free is None else self.free_pages
             reach = self.limit - held if free is None else free + self._idle_pages
-            if count <= reach:
+            if self.evicts and count <= reach:
                 pages = self._evict_and_take(count, free)
         if pages is None:
             short, remedy = self._allocator.shortage
@@ -267,7 +289,8 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             raise OutOfPagesError(
                 f"{short}: expected {count} free pages, got {self.free_pages} and "
                 f"{self._idle_pages} of idle Masters, of {self.limit}; release or suspend "
-                f"agents, or {remedy}"
+                f"agents, or {remedy}",
+                max(count - self.free_pages, 1) if count <= self.limit else 0,
             ) from self._allocator.failure
         used = self._page_users[pages] > 0
         if used.any():
@@ -344,13 +367,19 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
     def hold(self, masters: Sequence[Master]) -> None:
         """Keeps Masters from being evicted until they are let go, as often as each is held."""
         for master in masters:
-            if master.holders == 0 and master.stored:
-                self._no_longer_idle(master)
+            if master.holders == 0:
+                self._known[master.serial] = master
+                if master.stored:
+                    self._no_longer_idle(master)
             master.holders += 1
             self._touch(master)
 
-    def let_go(self, masters: Sequence[Master]) -> None:
-        """Ends a `hold`. A Master that nothing refers to any more gives its pages back."""
+    def let_go(self, masters: Sequence[Master], unused_since: int | None = None) -> None:
+        """Ends a `hold`. A Master that nothing refers to any more gives its pages back.
+
+        One that is stored counts as used now, or is the next to leave if it has not been used after
+        ``unused_since``.
+        """
         for master in masters:
             master.holders -= 1
             if master.holders:
@@ -358,10 +387,17 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             if master.stored:
                 self._idle[master.serial] = master
                 self._idle_pages += len(master.pages)
-                self._touch(master)
+                if unused_since is None or master.last_used > unused_since:
+                    self._touch(master)
+                else:
+                    self._idle.move_to_end(master.serial, last=False)
             else:
                 self.withdraw(master)
                 self.drop_pages(master.pages)
+
+    def is_idle(self, master: Master) -> bool:
+        """Whether the Master is stored here and nobody holds it."""
+        return self._idle.get(master.serial) is master
 
     def idle_pages_of(self, masters: Sequence[Master]) -> int:
         """Pages of those among the Masters that nobody holds yet; each counts once."""
@@ -406,12 +442,17 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         """
         self.withdraw(master)
         if master.replaces and not master.stored:
-            self._forget(master.digest)
+            self.forget(master.digest)
         if not master.stored and master.digest not in self.masters:
             self.masters[master.digest] = master
             master.stored = True
 
-    def _forget(self, digest: bytes) -> None:
+    def known(self, serial: int) -> Master | None:
+        """The Master of a serial number, if it is stored here or somebody holds it."""
+        master = self._known.get(serial)
+        return master if master is not None and (master.stored or master.holders) else None
+
+    def forget(self, digest: bytes) -> None:
         """Lets nobody find the stored Master of a digest any more, if there is one."""
         master = self.masters.pop(digest, None)
         if master is None:
@@ -431,6 +472,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
                 self._clock = max(self._clock, master.last_used)
             else:
                 self._touch(master)
+            self._known[master.serial] = master
             if master.stored:
                 self.masters[master.digest] = master
                 self._idle[master.serial] = master
@@ -447,9 +489,59 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         if agent in self.mirrors:
             self.drop(agent)
         self.mirrors[agent] = mirror
+        self.touch(agent)
+        if self.on_put is not None:
+            self.on_put(agent)
 
-    def drop(self, agent: str) -> None:
-        """Forgets the agent's Mirror."""
+    def touch(self, agent: str) -> None:
+        """The agent's Mirror, if it has one, is used now."""
+        if agent in self.mirrors:
+            self._clock += 1
+            self._used_at[agent] = self._clock
+            self._used_at.move_to_end(agent)
+
+    def drop(self, agent: str, to_lower_tier: bool = False) -> None:
+        """Forgets the agent's Mirror. Those of its Masters that nobody has used since, and that
+        nobody holds, are the next to leave if its rows are in a lower tier."""
         mirror = self.mirrors.pop(agent)
-        self.let_go(mirror.uses.masters)
+        used_at = self._used_at.pop(agent)
+        self.let_go(mirror.uses.masters, used_at if to_lower_tier else None)
         self.drop_pages(mirror.own_pages)
+
+    def coldest(self, pages: int, stays: Callable[[str], bool]) -> tuple[list[str], list[Master]]:
+        """What could leave for so many pages, the longest unused first: agents, and idle Masters.
+
+        A Master that a Mirror needs stays as long as that does.
+
+        Args:
+            stays: says so of agents, besides the pinned ones.
+        """
+        agents: list[str] = []
+        masters: list[Master] = []
+        given = 0
+        mine: Iterable[tuple[int, str | Master]] = (
+            (used_at, agent)
+            for agent, used_at in self._used_at.items()
+            if agent not in self.pinned and not stays(agent)
+        )
+        idle: Iterable[tuple[int, str | Master]] = (
+            (one.last_used, one) for one in self._idle.values()
+        )
+        for _, one in merge(mine, idle, key=lambda pair: pair[0]):
+            if given >= pages:
+                break
+            if isinstance(one, Master):
+                masters.append(one)
+                given += len(one.pages)
+            else:
+                agents.append(one)
+                given += self._pages_with(self.mirrors[one])
+        return agents, masters
+
+    def _pages_with(self, mirror: Mirror) -> int:
+        """Pages that come free when a Mirror leaves, and Masters that nobody else uses."""
+        alone = int((self._page_users[mirror.own_pages] == 1).sum())
+        for master, uses in Counter(mirror.uses.masters).items():
+            if master.holders == uses:
+                alone += len(master.pages)
+        return alone

@@ -126,7 +126,8 @@ class Leases:
             return self.lease(decisions, live.policy, more)
         except OutOfPagesError:
             held = [master for decision in decisions for master in decision.uses.masters]
-            if not self._books.idle_pages_of(held):
+            # Where others make room, they have these leave too when nothing else is left.
+            if not self._books.evicts or not self._books.idle_pages_of(held):
                 raise
         return self.lease(self.decide(live, prompts, self._find_held), live.policy, more)
 

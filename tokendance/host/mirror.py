@@ -57,7 +57,8 @@ class Master:
         seen: digests of the shared segments that stood left of it.
         computed: rows that are computed, the first ones.
         pages: ``ceil(length / block_size)`` page ids.
-        serial: a number that no other Master of this process has.
+        serial: a number that no other Master of this process has, but for copies of its rows in
+            other tiers.
         holders: Mirrors and plans that use it.
         stored: whether the store can find it by its digest.
         last_used: the store's clock when it was last used.
@@ -215,6 +216,7 @@ class Mirror:
         own_pages: pages of the own rows.
         own_position: int32, absolute positions of the own rows, ascending.
         exact_length: rows ``0 .. exact_length - 1`` are exact.
+        content: a number that no other rows of this process have, but for copies in other tiers.
     """
 
     segments: tuple[Segment, ...]
@@ -223,6 +225,7 @@ class Mirror:
     own_pages: Pages
     own_position: IntArray
     exact_length: int
+    content: int = field(default_factory=count().__next__)
 
 
 def round_arrays(

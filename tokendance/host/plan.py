@@ -361,7 +361,7 @@ class Plan(Uncopied, instead="make another by KVCollector.plan, with the same pr
             raise ValueError("durable: expected a store of DiffStore.open, got one in memory alone")
         self._scheduler.commit(self._live, agents, namespace)
         if durable and flush is not None:
-            flush(self._scheduler.books)
+            flush()
 
     def abort(self, agents: str | Iterable[str] | None = None) -> None:
         """Gives back what the agents (default: all that have not ended) leased.

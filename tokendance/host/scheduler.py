@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count, pairwise
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,12 @@ from tokendance.host.uncopied import Uncopied
 SlotMapping: TypeAlias = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64]
 """Rows of a cache, by agent and position."""
 
+MakeRoom: TypeAlias = Callable[[OutOfPagesError, Collection[str]], tuple[int, Exception | None]]
+"""Takes what somebody got instead of pages, and agents that are to stay. Returns how many pages
+have come free, and what has kept others from doing so."""
+
 _NO_END = int(np.iinfo(np.int32).max)  # beyond all positions
+Result = TypeVar("Result")
 
 
 class Scheduler(Uncopied, instead="make another with the same profile"):
@@ -62,8 +67,10 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     Attributes:
         books: pages, Masters and Mirrors.
+        host_books: of what rests in host memory.
         flush: makes what the books hold durable; None where nothing outlives the process.
         fetch: brings up what prompts may reuse from where it rests, as far as there is room.
+        make_room: moves what is longest unused to a lower tier; None where there is none.
         guard: entered by every method.
     """
 
@@ -84,8 +91,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.profile = profile
         self.books = Books(allocator or PageAllocator(profile.num_pages), self.guard.tell, clears)
         self.host_pages = host_allocator or PageAllocator(profile.host_pages)
-        self.flush: Callable[[Books], None] | None = None
+        if host_allocator is None:
+            self.host_pages.shortage = ("host_capacity", "give the store more host memory")
+        self.host_books = Books(self.host_pages, self.guard.tell)
+        self.flush: Callable[[], None] | None = None
         self.fetch: Callable[[Prompts], None] | None = None
+        self.make_room: MakeRoom | None = None
         self.segments = segments
         self.windows = list(windows)
         self._leases = Leases(profile, self.books, guard)
@@ -129,11 +140,16 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.add(live, prompts, wait)
         return Plan(self, live)
 
-    @guarded
     def probe(
         self, decisions: Sequence[AgentDecision], agents: Sequence[str], policy: Policy
     ) -> Plan:
         """A plan of given decisions, of no earlier rows, that changes nothing that others see."""
+        return self.with_room(lambda: self._probe(decisions, agents, policy))
+
+    @guarded
+    def _probe(
+        self, decisions: Sequence[AgentDecision], agents: Sequence[str], policy: Policy
+    ) -> Plan:
         self.collect()
         live = LivePlan(policy, is_probe=True, agents=dict.fromkeys(agents))
         self._register(live, self._leases.lease(decisions, policy)[0])
@@ -145,7 +161,40 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         """Adds agents to a plan; see `plan`."""
         checked = self.checked(prompts)
         self._bring_up(checked)
-        self._add(live, checked, wait)
+        try:
+            self.with_room(lambda: self._add(live, checked, wait), checked)
+        except OutOfPagesError:
+            if not wait:
+                raise
+            self._wait(live, checked)
+
+    def with_room(self, work: Callable[[], Result], spared: Collection[str] = ()) -> Result:
+        """What ``work`` returns. Where it has too few pages, what is longest unused moves to a
+        lower tier, and it is called again.
+
+        Whoever is let in by the guard does not call it.
+
+        Args:
+            spared: agents that do not move, besides those of plans.
+
+        Raises:
+            OutOfPagesError: nothing is left that can move.
+        """
+        while True:
+            try:
+                return work()
+            except OutOfPagesError as error:
+                if self.make_room is None:
+                    raise
+                given, problem = self.make_room(error, spared)
+                if not given:
+                    if problem is None:
+                        raise
+                    raise OutOfPagesError(f"{error}; nothing moves down: {problem}") from problem
+
+    def is_live(self, agent: str) -> bool:
+        """Whether a plan has the agent."""
+        return agent in self._agents
 
     def _bring_up(self, prompts: Prompts) -> None:
         """Reads files, and so nobody who is let in by the guard does it."""
@@ -163,23 +212,24 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     @guarded
     def _add(self, live: LivePlan, checked: dict[str, tuple[Segment, ...]], wait: bool) -> None:
+        self._check_new(live, checked)
+        if wait and self._waiting:
+            self._enqueue(live, checked)
+        else:
+            self._admit(live, checked)
+
+    @guarded
+    def _wait(self, live: LivePlan, checked: dict[str, tuple[Segment, ...]]) -> None:
+        self._check_new(live, checked)
+        self._enqueue(live, checked)
+
+    def _check_new(self, live: LivePlan, prompts: Prompts) -> None:
         self.collect()
-        for agent in checked:
+        for agent in prompts:
             if agent in self._agents or agent in live.agents:
                 raise ValueError(
                     f"prompts: expected agents of no live plan, got {agent!r} a second time"
                 )
-        if wait and self._waiting:
-            self._leases.check_possible(live, checked)
-            self._enqueue(live, checked)
-            return
-        try:
-            self._admit(live, checked)
-        except OutOfPagesError:
-            if not wait:
-                raise
-            self._leases.check_possible(live, checked)
-            self._enqueue(live, checked)
 
     def _admit(self, live: LivePlan, prompts: Prompts) -> None:
         states = self._leases.lease_prompts(live, prompts)[0]
@@ -187,6 +237,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
+            self.books.touch(agent)
         names = list(prompts)
         self.guard.tell(
             "planned %d agents: %d rows, %d of them to be computed",
@@ -196,24 +247,41 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self._leases.copy_carried_rows(states, self.settle, lambda: self._abort(live, names))
 
     def _enqueue(self, live: LivePlan, prompts: dict[str, tuple[Segment, ...]]) -> None:
+        self._leases.check_possible(live, prompts)
         live.waiting.append(prompts)
         for agent in prompts:
             live.agents[agent] = None
             self._agents[agent] = live
         self._waiting.append((live, prompts))
 
-    def _admit_waiting(self) -> None:
-        """Leases pages for prompts that wait, as far as they are there, in order."""
+    @guarded
+    def _admit_next(self) -> None:
+        """Leases pages for the prompts that wait first.
+
+        Raises:
+            OutOfPagesError: there are too few; they wait on.
+        """
+        self.collect()
+        self._admit_waiting(told=True)
+
+    def _admit_waiting(self, told: bool = False) -> None:
+        """Leases pages for prompts that wait, as far as they are there, in order.
+
+        Args:
+            told: for which there are not raises ``OutOfPagesError``.
+        """
         while self._waiting:
             live, prompts = self._waiting[0]
             seen = self.books.state()
-            if prompts and seen is not None and seen == self._did_not_fit:
+            if not told and prompts and seen is not None and seen == self._did_not_fit:
                 return
             try:
                 if prompts:
                     self._admit(live, prompts)
             except OutOfPagesError:
                 self._did_not_fit = self.books.state()
+                if told:
+                    raise
                 return
             self._did_not_fit = None
             self._waiting.popleft()
@@ -304,10 +372,23 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
         given = _given(decode or {})
         wanted = None if prefill is None else _listed(prefill)
+        if self.make_room is not None and self._waiting:
+            with suppress(OutOfPagesError):
+                self.with_room(self._admit_next)
+        seen = list(again)
+        return self.with_room(lambda: self._try_step(given, wanted, max_rows, seen))
+
+    def _try_step(
+        self,
+        decode: Mapping[str, TokenIds],
+        prefill: list[str] | None,
+        max_rows: int,
+        again: list[str],
+    ) -> PlannedStep | None:
         planned = None
         try:
             with self.guard:
-                planned = self._step(given, wanted, max_rows, list(again))
+                planned = self._step(decode, prefill, max_rows, again)
         except BaseException:
             if planned is not None:  # copies of who was admitted could not be made
                 planned.cancel()
@@ -369,11 +450,16 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             ValueError: the step needs more than that, naming what; nothing has changed. Otherwise
                 as `step`.
         """
-        decode = _given(decode)
+        given = _given(decode)
+        return self.with_room(lambda: self._decode_step(given, capacity))
+
+    def _decode_step(
+        self, decode: Mapping[str, TokenIds], capacity: RoundExtents
+    ) -> PlannedStep | None:
         with self.guard:
             for name, needed in self.exceeded(decode, capacity).items():
-                given = getattr(capacity, name)
-                raise ValueError(f"capacity: expected at least {needed} {name}, got {given}")
+                most = getattr(capacity, name)
+                raise ValueError(f"capacity: expected at least {needed} {name}, got {most}")
             decoded = self._extend(self._fed(decode))
             with self._undone_by_errors(decoded):
                 return self._planned(decoded, capacity)
@@ -584,6 +670,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             if agent not in self.books.mirrors:
                 known = sorted(self.books.mirrors)
                 raise KeyError(f"agent: expected one of {known}, got {agent!r}")
+            self.books.touch(agent)
             return self.books.mirrors[agent]
         state = self._idle(live, agent)
         if state.phase is not Phase.DECODE:
@@ -594,7 +681,8 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
 
     def append(self, live: LivePlan, rows: Mapping[str, TokenIds | Iterator[int]]) -> AppendRecord:
         """Takes tokens for decoded whose rows an engine computed; see `Plan.append`."""
-        return self._append(live, _given(rows))
+        given = _given(rows)
+        return self.with_room(lambda: self._append(live, given))
 
     @guarded
     def _append(self, live: LivePlan, rows: Mapping[str, TokenIds]) -> AppendRecord:
@@ -808,16 +896,21 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 "store: expected no agents of plans that have not ended, got "
                 f"{sorted(one for one in {*self._agents, *computed} if one is not None)}"
             )
-        for agent in list(self.books.mirrors):
-            self.books.drop(agent)
-        self.books.evict(self.books.num_pages)
+        for books in (self.books, self.host_books):
+            for agent in list(books.mirrors):
+                books.drop(agent)
+            books.evict(books.num_pages)
 
     # Preemption -----------------------------------------------------------------------------------
 
-    @guarded
     def suspend(self, live: LivePlan, agents: str | Iterable[str], to: str) -> None:
         if to not in ("nowhere", "host"):
             raise ValueError(f"to: expected 'nowhere' or 'host', got {to!r}")
+        names = _listed(agents)
+        self.with_room(lambda: self._suspend(live, names, to))
+
+    @guarded
+    def _suspend(self, live: LivePlan, agents: list[str], to: str) -> None:
         self.collect()
         states = []
         for name in live.names(agents):
@@ -851,7 +944,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             self.guard.tell("refused %d pages of host memory", int(ends[-1]))
             raise OutOfPagesError(
                 f"to: expected {ends[-1]} free host pages, got {self.host_pages.num_free} of "
-                f"{self.host_pages.limit}"
+                f"{self.host_pages.limit}",
+                int(ends[-1]) - (self.host_pages.num_free or 0),
+                on_host=True,
             )
         pages = np.concatenate(private)
         for state, (begin, end) in zip(states, pairwise(ends), strict=True):
@@ -870,8 +965,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         copies = [Copies(to_host=np.stack([pages, given], axis=1))]
         self._leases.order(CopyOrder(copies, states, done, undo))
 
-    @guarded
     def resume(self, live: LivePlan, agents: str | Iterable[str]) -> None:
+        names = _listed(agents)
+        self.with_room(lambda: self._resume(live, names))
+
+    @guarded
+    def _resume(self, live: LivePlan, agents: list[str]) -> None:
         self.collect()
         names = live.names(agents)
         for name in names:
@@ -888,7 +987,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                     done.append(name)
             self._move_to_device(on_host)
         except BaseException:
-            self.suspend(live, done, "nowhere")
+            self._suspend(live, done, "nowhere")
             raise
 
     def _plan_again(self, live: LivePlan, agent: str) -> None:
@@ -909,7 +1008,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
         self.books.drop_pages(pages)  # that of the next row: it was enough to know that it is there
         del live.suspended[agent]
         self._leases.copy_carried_rows(
-            states, self.settle, lambda: self.suspend(live, agent, "nowhere")
+            states, self.settle, lambda: self._suspend(live, [agent], "nowhere")
         )
 
     def _pages_of_output(self, suspended: Suspended) -> int:

@@ -34,7 +34,7 @@ from tokendance.integrations.vllm.orders import (
 )
 from tokendance.integrations.vllm.worker_decode import MemberRows, unwatchable
 from tokendance.integrations.vllm.workers import runner_of
-from tokendance.store import parse_bytes
+from tokendance.sizes import parse_bytes
 
 _log = logging.getLogger("vllm.tokendance")
 _COMPARED_POSITIONS = 1024

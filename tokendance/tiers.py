@@ -1,0 +1,372 @@
+"""Device, host memory, disk: what is longest unused moves down when pages are short, and up again.
+
+A Mirror and its Masters are copied to the tier below, and let go of above. The Masters stay above
+as long as another Mirror there uses them, and leave after the last one: so a Mirror never lacks
+a Master, in whatever tier it is. A copy has its number (`Master.serial`, `Mirror.content`), by
+which a later move finds it and copies nothing. Only what the last tier has no room for is evicted,
+and only Masters that nobody uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from threading import RLock
+
+import numpy as np
+
+from tokendance.device.executor import Executor
+from tokendance.files.durability import Durability
+from tokendance.files.memory import Held, Memory
+from tokendance.host.books import OutOfPagesError
+from tokendance.host.mirror import Master, Mirror, Uses, no_pages
+from tokendance.host.plan import Prompts
+from tokendance.host.scheduler import Scheduler
+from tokendance.host.segments import Segment
+
+_PART = 32
+"""At least one such part of a memory comes free at once: a flush for every page would be slow."""
+
+
+class Tiers:
+    """The tiers of a store or of a tenant.
+
+    The books' guard is held while they are read or changed, and not while rows are copied or files
+    are written. One thread moves rows at a time; nobody else waits for it.
+
+    Args:
+        scheduler: of the store; it gets what brings up and what makes room.
+        executor: copies pages.
+
+    Attributes:
+        device: the tier that is computed in.
+        host: the one below; None where there is no host memory.
+        disk: the last one; None where nothing outlives the process.
+        demoted: Mirrors and Masters that have left a tier for a lower one, by its name.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self._scheduler = scheduler
+        self._guard = scheduler.guard
+        self._executor = executor
+        self._moving = RLock()
+        self.device = Memory(scheduler.books, executor.pool)
+        self.host: Memory | None = None
+        if executor.host_pool is not None and scheduler.host_pages.limit:
+            self.host = Memory(scheduler.host_books, executor.host_pool)
+        self.disk: Durability | None = None
+        self.demoted = {"device": 0, "host": 0}
+        scheduler.books.on_put = self._forget_below
+        scheduler.host_books.evicts = False
+        self.keep_on(None)
+
+    def keep_on(self, disk: Durability | None) -> None:
+        """What the last tier is; None: none that outlives the process."""
+        self.disk = disk
+        has_lower = self.host is not None or disk is not None
+        self.device.books.evicts = not has_lower
+        self._scheduler.flush = None if disk is None else self.flush
+        self._scheduler.fetch = self._fetch if has_lower else None
+        self._scheduler.make_room = self.make_room if has_lower else None
+
+    # What is where --------------------------------------------------------------------------------
+
+    @property
+    def on_host(self) -> list[str]:
+        """Agents in host memory."""
+        return [] if self.host is None else list(self.host.books.mirrors)
+
+    def mirror_on_host(self, agent: str) -> Mirror | None:
+        """The agent's Mirror in host memory, if it is there."""
+        return None if self.host is None else self.host.books.mirrors.get(agent)
+
+    @property
+    def on_disk(self) -> list[str]:
+        """Agents that are on disk alone."""
+        return [] if self.disk is None else list(self.disk.resting)
+
+    def has_master(self, serial: int) -> bool:
+        """Whether a memory has the Master."""
+        memories = [self.device] if self.host is None else [self.device, self.host]
+        return any(one.books.known(serial) is not None for one in memories)
+
+    def is_below(self, agent: str) -> bool:
+        """Whether an agent is in one of the lower tiers."""
+        return (self.host is not None and agent in self.host.books.mirrors) or (
+            self.disk is not None and agent in self.disk.resting
+        )
+
+    def forget(self, agent: str) -> bool:
+        """Drops an agent from the lower tiers; whether it was there."""
+        known = self.is_below(agent)
+        self._forget_below(agent)
+        return known
+
+    def _forget_below(self, agent: str) -> None:
+        if self.host is not None and agent in self.host.books.mirrors:
+            self.host.books.drop(agent)
+        if self.disk is not None:
+            self.disk.forget(agent)
+
+    # Down -----------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Makes the directory hold what the memories hold now.
+
+        Raises:
+            OSError: it cannot be written; everything is as it was.
+        """
+        assert self.disk is not None
+        self.disk.write(self._held)
+
+    def _held(self) -> Sequence[Held]:
+        books = self.device.books
+        held = [Held(self.device, books.mirrors, list(books.masters.values()))]
+        if self.host is not None:
+            mine = self.host.books
+            masters = [one for one in mine.masters.values() if one.digest not in books.masters]
+            held.insert(0, Held(self.host, mine.mirrors, masters))
+        return held
+
+    def make_room(
+        self, error: OutOfPagesError, spared: Collection[str] = ()
+    ) -> tuple[int, Exception | None]:
+        """Moves what is longest unused down, for who got no pages.
+
+        Returns:
+            Pages that came free, and what has kept others from moving.
+        """
+        memory = self.host if error.on_host else self.device
+        if not error.missing or memory is None:
+            return 0, None
+        with self._moving:
+            return self._free(memory, error.missing, spared)
+
+    def _free(
+        self, memory: Memory, pages: int, spared: Collection[str] = ()
+    ) -> tuple[int, Exception | None]:
+        given = 0
+        problem: Exception | None = None
+        while given < pages and problem is None:
+            with self._guard:
+                wanted = max(pages - given, memory.books.limit // _PART)
+                agents, masters = memory.books.coldest(
+                    wanted, lambda agent: agent in spared or self._scheduler.is_live(agent)
+                )
+                before = memory.books.free_pages
+            if not agents and not masters:
+                break
+            try:
+                self._demote(memory, agents, masters)
+            except (OutOfPagesError, OSError) as error:
+                problem = error.with_traceback(None)  # which would keep the callers' objects
+            with self._guard:
+                given += max(memory.books.free_pages - before, 0)
+        if given < pages:
+            with self._guard:
+                given += memory.books.evict(pages - given)
+        return given, problem
+
+    def _demote(self, memory: Memory, agents: list[str], masters: list[Master]) -> None:
+        """Moves agents and idle Masters to the next tier that has room.
+
+        Raises:
+            OutOfPagesError: there is none below host memory, and that is full.
+            OSError: the disk is full, or cannot be written.
+        """
+        if memory is self.device and self.host is not None:
+            try:
+                for agent in agents:
+                    self._to_host([agent], [])
+                for master in masters:
+                    self._to_host([], [master])
+                return
+            except OutOfPagesError:
+                if self.disk is None:
+                    raise
+        if self.disk is None:
+            raise OutOfPagesError("host_capacity: expected a tier below for agents, got none")
+        if not self._rest(memory, agents, masters):  # as far as they are on disk already
+            self.flush()
+            self._rest(memory, agents, masters)
+
+    def rest(self, agents: Sequence[str]) -> None:
+        """Leaves agents on disk alone, after a flush.
+
+        Raises:
+            OSError: it cannot be written; nothing has changed.
+        """
+        with self._moving:
+            self.flush()
+            self._rest(self.device, agents, ())
+            if self.host is not None:
+                self._rest(self.host, agents, ())
+
+    def _rest(self, memory: Memory, agents: Sequence[str], masters: Sequence[Master]) -> int:
+        assert self.disk is not None
+        moved = self.disk.rest(memory, agents, masters)
+        self.demoted["host" if memory is self.host else "device"] += moved
+        return moved
+
+    def _to_host(self, agents: Sequence[str], masters: Sequence[Master]) -> None:
+        """Moves from the device.
+
+        Raises:
+            OutOfPagesError: host memory is full, and so is what is below it; nothing was moved.
+        """
+        assert self.host is not None
+        with self._moving:
+            while True:
+                try:
+                    self.demoted["device"] += self._move(self.device, self.host, agents, masters)
+                    return
+                except OutOfPagesError as error:
+                    given, problem = (
+                        self._free(self.host, error.missing) if error.missing else (0, None)
+                    )
+                    if not given:
+                        raise error from problem
+
+    def to_host(self, agents: Sequence[str]) -> None:
+        """Moves agents from the device to host memory.
+
+        Raises:
+            OutOfPagesError: host memory is full; some may have been moved.
+        """
+        for agent in agents:
+            self._to_host([agent], [])
+
+    # Up -------------------------------------------------------------------------------------------
+
+    def _fetch(self, prompts: Prompts) -> None:
+        segments = [one for given in prompts.values() for one in given if one.is_shared]
+        with suppress(OutOfPagesError):  # what does not fit is computed again
+            self.bring_up(prompts, segments)
+
+    def bring_up(self, agents: Collection[str], segments: Iterable[Segment] = ()) -> None:
+        """Brings agents, and Masters of segments, to the device.
+
+        Raises:
+            OutOfPagesError: there are too few pages; some may have come up.
+            DamagedError, OSError: as `DiffStore.prefetch`.
+        """
+        segments = list(segments)
+        with self._guard:
+            on_host = self._wanted_of_host(agents, segments)
+            on_disk = self.disk is not None and self.disk.has(agents, segments)
+        if any(on_host):
+            self._scheduler.with_room(lambda: self._up_from_host(agents, segments), agents)
+        if on_disk:
+            self._scheduler.with_room(lambda: self._up_from_disk(agents, segments), agents)
+
+    def _wanted_of_host(
+        self, agents: Iterable[str], segments: Iterable[Segment]
+    ) -> tuple[list[str], list[Master]]:
+        if self.host is None:
+            return [], []
+        above, mine = self.device.books.masters, self.host.books
+        names = [agent for agent in agents if agent in mine.mirrors]
+        digests = dict.fromkeys(d for one in segments for d in (one.digest, one.stem))
+        found = [mine.masters[one] for one in digests if one in mine.masters and one not in above]
+        return names, found
+
+    def _up_from_host(self, agents: Iterable[str], segments: Iterable[Segment]) -> None:
+        with self._moving:
+            with self._guard:
+                names, masters = self._wanted_of_host(agents, segments)
+            if self.host is not None and (names or masters):
+                self._move(self.host, self.device, names, masters)
+
+    def _up_from_disk(self, agents: Iterable[str], segments: Iterable[Segment]) -> None:
+        disk = self.disk  # another thread may close the store
+        if disk is not None:
+            with self._moving:
+                disk.prefetch(agents, segments)
+
+    # Between memories -----------------------------------------------------------------------------
+
+    def _move(
+        self, source: Memory, target: Memory, agents: Sequence[str], masters: Sequence[Master]
+    ) -> int:
+        """Copies agents with the Masters that they use, and Masters that are found by their
+        digests; the agents, and Masters that nobody uses, leave the source.
+
+        Returns:
+            How many have left.
+
+        Raises:
+            OutOfPagesError: the target is full; nothing has changed.
+        """
+        from_, to = source.books, target.books
+        with self._guard:
+            mirrors = {name: from_.mirrors[name] for name in agents if name in from_.mirrors}
+            found = {one.serial: one for one in masters if one.stored}
+            every = {m.serial: m for mirror in mirrors.values() for m in mirror.uses.masters}
+            every |= found
+            there = {key: one for key in every if (one := to.known(key)) is not None}
+            fresh = [one for key, one in every.items() if key not in there]
+            to.hold(list(there.values()))
+            parts = [one.pages for one in fresh] + [one.own_pages for one in mirrors.values()]
+            read = np.concatenate([no_pages(), *parts])
+            try:
+                written = to.take_pages(len(read))
+            except BaseException as error:
+                to.let_go(list(there.values()))
+                if isinstance(error, OutOfPagesError) and target is self.host:
+                    error.on_host = True
+                raise
+            from_.share_pages(read)
+        try:
+            pairs = np.stack([read, written], axis=1)
+            self._executor.move(pairs, to_host=target is self.host)
+        except BaseException:
+            with self._guard:
+                from_.drop_pages(read)
+                to.drop_pages(written)
+                to.let_go(list(there.values()))
+            raise
+        ends = accumulate(map(len, parts), initial=0)
+        places = [written[begin:end].copy() for begin, end in pairwise(ends)]
+        with self._guard:
+            from_.drop_pages(read)
+            copies = [
+                replace(one, pages=place, holders=0, stored=False, replaces=False)
+                for one, place in zip(fresh, places, strict=False)
+            ]
+            to.hold(copies)
+            by_serial = there | {one.serial: one for one in copies}
+            for key, one in every.items():
+                if (
+                    one.stored
+                    and target is self.host
+                    and to.masters.get(one.digest) is not by_serial[key]
+                ):
+                    to.forget(one.digest)  # an older one
+                if one.stored and one.digest not in to.masters:
+                    to.publish(by_serial[key])
+            left = 0
+            for (name, mirror), place in zip(mirrors.items(), places[len(fresh) :], strict=True):
+                stays = name in from_.pinned or self._scheduler.is_live(name)
+                if from_.mirrors.get(name) is not mirror or (target is self.host and stays):
+                    to.drop_pages(place)  # committed, released, pinned or planned meanwhile
+                    continue
+                to.put(name, _over(mirror, by_serial, place, source.pool.block_size))
+                if name in from_.mirrors:
+                    from_.drop(name, to_lower_tier=target is self.host)
+                left += 1
+            to.let_go(list(by_serial.values()))
+            for one in found.values():
+                if target is self.host and from_.is_idle(one):
+                    from_.forget(one.digest)
+                    left += 1
+        return left
+
+
+def _over(mirror: Mirror, masters: dict[int, Master], pages: np.ndarray, block: int) -> Mirror:
+    """The same Mirror in other pages, over copies of its Masters."""
+    uses = mirror.uses
+    mine = [masters[one.serial] for one in uses.masters]
+    moved = Uses(mine, uses.delta, uses.length, uses.masks, block, uses.serial)
+    return replace(mirror, uses=moved, own_pages=pages)
