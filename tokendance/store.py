@@ -20,7 +20,7 @@ from tokendance.device.quantization import Quantization
 from tokendance.device.ranges import marked
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
-from tokendance.files import transfer
+from tokendance.files import tenant_directory, transfer
 from tokendance.files.directory import Directory, Progress
 from tokendance.files.durability import Durability
 from tokendance.files.errors import DamagedError
@@ -269,10 +269,15 @@ class DiffStore(
         key: bytes,
         quota: int | str,
         host_quota: int | str | None = None,
+        disk_quota: int | str | None = None,
         *,
+        agents: Iterable[str] | None = None,
         zero_freed: bool = False,
     ) -> Tenant:
         """A part of the store that shares nothing with the rest but the device.
+
+        A tenant of a store that has a directory has one of its own there, which opens by the
+        tenant's name and key: its agents are there again.
 
         Args:
             name: of the tenant: no other that is open has it.
@@ -280,13 +285,19 @@ class DiffStore(
             quota: bytes of pages, as ``capacity``. They are the tenant's own until it is closed;
                 Masters that nobody uses are evicted for them.
             host_quota: bytes of host memory, likewise.
+            disk_quota: bytes of rows that the tenant's files may have, as the ``disk_capacity`` of
+                `open`, beside what the store itself may have there.
+            agents: that are brought into the pool, as of `open`.
             zero_freed: as of a store; what `Tenant.close` gives back is zeros in any case.
 
         Raises:
             TypeError: a name that is no str, or a key that is no bytes.
-            ValueError: a name that is taken, a key of another length, a quota of less than a page
-                or of more than what nobody holds, or a tenant instead of a store.
-            OutOfPagesError: an engine's allocator, which does not say how many it has, has fewer.
+            ValueError: a name that is taken, a key of another length or another than the tenant's,
+                a quota of less than a page or of more than what nobody holds, a ``disk_quota`` or
+                ``agents`` of a store without a directory, or a tenant instead of a store.
+            OutOfPagesError: the quota has fewer pages than the agents need, or an engine's
+                allocator, which does not say how many it has, has fewer.
+            KeyError, StoreInUseError, OSError, DamagedError: as `open`, of the tenant's directory.
         """
         if isinstance(self, Tenant):
             raise ValueError(f"tenant: expected a store, got tenant {self.name!r} of one")
@@ -309,17 +320,34 @@ class DiffStore(
                 self._check_untaken(name)
                 return LentPages(self.scheduler, name, pages, host_pages)
 
-        lent = self.scheduler.with_room(lend)
-        try:
+        with self.lock:
+            self._check_untaken(name)
+        with ExitStack() as undo:
+            directory = None
+            if self._durability is not None:
+                where = self._durability.path
+                directory = tenant_directory.open_tenant(where, name, key, self._identity)
+                undo.callback(directory.close)
+            elif disk_quota is not None or agents is not None:
+                raise ValueError("disk_quota: expected a store of DiffStore.open, got another")
+            lent = self.scheduler.with_room(lend)
+            undo.callback(self._give_back, lent)
             lent.overwrite(self.executor)
+            tenant = Tenant(self, name, segments, lent, zero_freed)
+            undo.callback(tenant.clear)
+            if directory is not None:
+                most = None if disk_quota is None else parse_bytes(disk_quota, "disk_quota")
+                tenant._keep_in(directory, most, agents, None)
             with self.lock:
                 self._check_untaken(name)
-                self._tenants[name] = Tenant(self, name, segments, lent, zero_freed)
-                return self._tenants[name]
-        except BaseException:
-            with self.lock:
-                lent.give_back()
-            raise
+                self._tenants[name] = tenant
+            undo.pop_all()
+        return tenant
+
+    def _give_back(self, lent: LentPages) -> None:
+        lent.overwrite(self.executor)
+        with self.lock:
+            lent.give_back()
 
     def _check_untaken(self, name: str) -> None:
         if name in self._tenants:
@@ -479,6 +507,11 @@ class DiffStore(
         """
         directory = Directory.open(path, create=True)
         try:
+            if directory.tenant is not None:
+                raise ValueError(
+                    f"path: expected the directory of a store, got {path} of tenant "
+                    f"{directory.tenant!r}; it opens by DiffStore.tenant"
+                )
             found = None if directory.is_new else directory.identity
             if found is not None and pool is None:
                 block_size = block_size or found.block_size
@@ -510,7 +543,8 @@ class DiffStore(
     ) -> None:
         directory.ropes.check_same(self.executor.ropes, self.max_position, directory.path)
         made = (self._tiers.device, self.executor.ropes, self.max_position, self.lock)
-        kept = Durability(directory, *made, capacity)
+        limit = "disk_quota" if isinstance(self, Tenant) else "disk_capacity"
+        kept = Durability(directory, *made, capacity, limit)
         kept.load(agents, progress)
         self._durability = kept
         self._close = weakref.finalize(self, kept.close)
@@ -617,7 +651,8 @@ class DiffStore(
         return self._durability
 
     def close(self, *, flush: bool = True) -> None:
-        """Lets others open the directory; the store goes on in memory, with the agents in the pool.
+        """Lets others open the directory; the store goes on in memory, with the agents in the pool,
+        and so do its tenants.
 
         Args:
             flush: before; without it the directory stays as the last flush has left it.
@@ -625,6 +660,11 @@ class DiffStore(
         Raises:
             OSError: as `flush`; the store stays open.
         """
+        for tenant in self.tenants.values():
+            tenant._leave_disk(flush)
+        self._leave_disk(flush)
+
+    def _leave_disk(self, flush: bool) -> None:
         if self._durability is not None:
             if flush:
                 self.flush()
@@ -790,16 +830,23 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         except ClosedError:
             return f"Tenant({self.name!r}, closed)"
 
-    def close(self) -> None:  # type: ignore[override]  # a tenant has no directory
-        """Forgets the tenant; the store has its pages again, overwritten with zeros.
+    def close(self, *, flush: bool = True) -> None:
+        """Forgets the tenant in memory; the store has its pages again, overwritten with zeros.
 
-        Nothing can be done with it any more.
+        Nothing can be done with it any more. What is on disk stays: `DiffStore.tenant` opens it.
+
+        Args:
+            flush: before, where there is a directory.
 
         Raises:
             ValueError: a plan has agents that have not ended, a step is open, or it is closed
                 already: nothing is forgotten. Or another thread uses it meanwhile.
+            OSError: as `flush`; the tenant stays open.
         """
-        self.clear()  # and what it frees is overwritten, if that is wanted
+        if flush and self._durability is not None:
+            self.flush()
+        self.scheduler.clear()  # and what it frees is overwritten, if that is wanted
+        self._leave_disk(flush=False)
         with self.lock:
             self.clear()
             if self.books.free_pages != self.books.limit or self.books.has_uncleared:

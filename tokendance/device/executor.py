@@ -282,6 +282,9 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
         if not len(pairs):
             return
         assert self._host is not None
+        if self.device.type == "cpu":
+            self._copy_rows(pairs, to_host=to_host)
+            return
         pools = [*self.pool.k_pools, *self.pool.v_pools]
         for source, target in pairs.tolist():
             page, kept = (source, target) if to_host else (target, source)
@@ -291,6 +294,17 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
                     there.copy_(here, non_blocking=True)
                 else:
                     here.copy_(there, non_blocking=True)
+
+    def _copy_rows(self, pairs: IntArray, *, to_host: bool) -> None:
+        """Pages between a pool in memory and the other one, by the operator that moves rows."""
+        assert self.host_pool is not None
+        source, target = (self.pool, self.host_pool)[:: 1 if to_host else -1]
+        offsets = np.arange(self.pool.block_size, dtype=np.int64)
+        rows = pairs.astype(np.int64).T[..., None] * self.pool.block_size + offsets
+        read, written = torch.from_numpy(rows.reshape(2, -1))
+        for layer in range(self.pool.num_layers):
+            k, v = source.k_pools[layer], source.v_pools[layer]
+            target.write_rows(layer, k, v, written, read)
 
     def clear(self, pages: IntArray) -> None:
         """Overwrites pages of the pool with zeros."""

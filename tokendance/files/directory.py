@@ -197,13 +197,32 @@ class Directory:
         """Whether nobody has said yet what it is of."""
         return not self._facts
 
-    def begin(self, identity: Identity, ropes: RopeTables | None = None) -> None:
-        """Says of a new directory what it is of."""
+    @property
+    def tenant(self) -> str | None:
+        """Whose directory it is; None: that of a store."""
+        return self._facts.get("tenant")
+
+    @property
+    def key_check(self) -> str:
+        """By what the tenant's key is known."""
+        return self._facts.get("key", "")
+
+    def begin(
+        self, identity: Identity, tenant: Callable[[str], tuple[str, str]] | None = None
+    ) -> None:
+        """Says of a new directory what it is of.
+
+        Args:
+            tenant: for the name that the directory gets, the tenant's own, and by what its key is
+                known; None: it is no tenant's.
+        """
         facts = {
             "store": secrets.token_hex(16),
             "identity": identity.to_json(),
-            "ropes": (ropes or RopeTables()).to_json(),
+            "ropes": RopeTables().to_json(),
         }
+        if tenant is not None:
+            facts["tenant"], facts["key"] = tenant(facts["store"])
         rows = {i: (name, value) for i, (name, value) in enumerate(facts.items(), 1)}
         self._commit(Changes(put={"facts": dict(rows)}))
         self._disk.sync_directory(self.path)

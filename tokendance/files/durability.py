@@ -82,6 +82,7 @@ class Durability:
         max_position: how many positions they have.
         guard: is held while books are read or changed, and not while files are.
         capacity: bytes of rows that the files may have; None: any.
+        limit: what has set that, for errors.
 
     Attributes:
         damage: what is wrong with agents that could not be loaded, by name. They stay on disk until
@@ -100,11 +101,13 @@ class Durability:
         max_position: int,
         guard: Guard | None = None,
         capacity: int | None = None,
+        limit: str = "disk_capacity",
     ) -> None:
         self._directory = directory
         self._guard = guard or nullcontext()
         self._memory = memory
         self._capacity = capacity
+        self._limit = limit
         self._ropes = ropes
         self._max_position = max_position
         self._writing = Lock()
@@ -394,7 +397,7 @@ class Durability:
         if not gone:
             raise OSError(
                 errno.ENOSPC,
-                f"disk_capacity: expected at most {self._capacity} bytes of rows, got {size} more; "
+                f"{self._limit}: expected at most {self._capacity} bytes of rows, got {size} more; "
                 "release agents, or give the store more",
                 str(directory.path),
             )
