@@ -6,7 +6,8 @@
 Plain files of as many bytes are written and synced, and read, in turns with it, so that a figure is
 a fraction of what the medium did in the same minute. Reading is from the system's memory, as right
 after a flush: what it is held against is a plain read of the same files. The checksum's rate on one
-core is a third ceiling; the others' are for comparison.
+core is a third ceiling; the others' are for comparison. Codecs are rated by the rows that go in or
+come out, on one core too.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from pathlib import Path
 import torch
 
 import tokendance as td
+from tokendance.files.codec import RowCodec
 
 GEOMETRY = td.KVGeometry(
     num_layers=28, num_q_heads=28, num_kv_heads=4, head_dim=128, dtype=torch.bfloat16
 )
 ROWS = 512  # of an agent, half of them shared with nobody
 MIB = 1 << 20
+CODED = 16 * MIB
+"""Bytes of rows that codecs are rated by."""
 
 
 @dataclass
@@ -106,7 +110,30 @@ def measure(path: Path, size: int, turns: int) -> tuple[Times, int]:
         times.take("blake2b", lambda: hashlib.blake2b(part, digest_size=16).digest())
         times.take("sha256", lambda: hashlib.sha256(part).digest())
         times.take("crc32", lambda: zlib.crc32(part))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rate_codecs(times, turns)
+    torch.set_num_threads(threads)
     return times, written
+
+
+def rate_codecs(times: Times, turns: int) -> None:
+    """Of the keys and the values of a layer of an agent, as often as makes 16 MiB."""
+    rows = torch.randn(ROWS, GEOMETRY.num_kv_heads, GEOMETRY.head_dim).to(GEOMETRY.dtype)
+    raw = rows.view(torch.uint8).reshape(-1).numpy().data
+    count = CODED // len(raw)
+    for kind in ("int8", "int4"):
+        for side in ("keys", "values"):
+            codec = RowCodec(kind, rows.shape[1:], rows.dtype, per_channel=side == "keys")
+            coded = bytearray(codec.encode(raw))
+            for _ in range(turns):
+                for name, work in (
+                    ("encode", lambda codec=codec: codec.encode(raw)),
+                    ("decode", lambda codec=codec, coded=coded: codec.decode(coded)),
+                ):
+                    times.take(
+                        f"{kind} {side} {name}", lambda work=work: [work() for _ in range(count)]
+                    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,6 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:8} {rate:8.0f} MiB/s{share}")
     for name in ("blake2b", "sha256", "crc32"):
         print(f"{name:8} {times.rate(name, min(64 * MIB, size)):8.0f} MiB/s, one core")
+    for name in times.seconds:
+        if name.startswith("int"):
+            share = times.rate(name, CODED) / times.rate("blake2b", min(64 * MIB, size))
+            print(f"{name:18} {times.rate(name, CODED):8.0f} MiB/s  {share:.2f} of blake2b")
     return 0
 
 

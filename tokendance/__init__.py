@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokendance.device.quantization import Quantization
     from tokendance.device.rope import Rope
     from tokendance.device.rounds import RoundTensors
+    from tokendance.files.codec import Codec
     from tokendance.files.errors import DamagedError, StoreInUseError
     from tokendance.host.agent import Phase
     from tokendance.host.books import OutOfPagesError
@@ -42,6 +43,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _MODULES = {
     "Audit": "audit",
     "AuditReport": "host.gate",
+    "Codec": "files.codec",
     "CollectorStats": "host.gate",
     "DamagedError": "files.errors",
     "DiffStore": "store",
@@ -75,6 +77,7 @@ _MODULES = {
 __all__ = [
     "Audit",
     "AuditReport",
+    "Codec",
     "CollectorStats",
     "DamagedError",
     "DiffStore",

@@ -21,6 +21,7 @@ from tokendance.device.ranges import marked
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
 from tokendance.files import tenant_directory, transfer
+from tokendance.files.codec import Codec
 from tokendance.files.directory import Directory, Progress
 from tokendance.files.durability import Durability
 from tokendance.files.errors import DamagedError
@@ -132,6 +133,7 @@ class DiffStore(
         self._restorable: dict[tuple[int, ...], _Restorable] = {}
         self._tenants: dict[str, Tenant] = {}
         self._durability: Durability | None = None
+        self._codec = Codec()
         self._tiers = Tiers(scheduler, executor)
 
     def __repr__(self) -> str:
@@ -476,6 +478,7 @@ class DiffStore(
         model: str = "",
         host_capacity: int | str | None = None,
         disk_capacity: int | str | None = None,
+        codec: Codec | None = None,
         agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> DiffStore:
@@ -492,6 +495,8 @@ class DiffStore(
             block_size, quantization: as of a new store; None: those of the directory.
             disk_capacity: bytes of rows, as ``capacity``, that its files may have after a flush,
                 valid or not; None: any number.
+            codec: how rows are kept on disk, those of tenants too; None: as in the directory, or as
+                they are in a new one. Not of quantized pages.
             agents: that are brought into the pool; None: all. The others rest on disk until they
                 are needed, see `rest`.
             progress: is told how many bytes of how many have been read.
@@ -519,10 +524,15 @@ class DiffStore(
             size = 16 if block_size is None else block_size
             made = (geometry, rope, capacity, device, size, pool, quantization, model)
             store = cls(*made, host_capacity)
+            store._codec = codec or Codec(*(found.codec if found else ()))
             if found is None:
                 directory.begin(store._identity)
             else:
                 found.check_same(store._identity, path)
+                if found.codec != store._identity.codec:
+                    raise ValueError(
+                        f"codec: expected that of {path}, {Codec(*found.codec)}, got {codec}"
+                    )
             most = None if disk_capacity is None else parse_bytes(disk_capacity, "disk_capacity")
             store._keep_in(directory, most, agents, progress)
         except BaseException:
@@ -532,7 +542,7 @@ class DiffStore(
 
     @property
     def _identity(self) -> Identity:
-        return Identity.of(self.model, self.geometry, self.pool)
+        return Identity.of(self.model, self.geometry, self.pool, self._codec)
 
     def _keep_in(
         self,
@@ -823,6 +833,7 @@ class Tenant(DiffStore, instead="use the one that DiffStore.tenant made"):
         lock = StoreLock(store.executor.copy, store.executor.clear, name)
         scheduler = lent.scheduler(store.executor, lock, segments, zero_freed)
         self._begin(store.model, store.executor, scheduler, lock)
+        self._codec = store._codec
 
     def __repr__(self) -> str:
         try:

@@ -86,13 +86,12 @@ def _ls(arguments: argparse.Namespace) -> int:
 
     with _opened(arguments.path, damaged=True) as directory:
         listing = list_directory(directory, LONGEST)
-        row_bytes = directory.identity.row_bytes()
         lines = [("agent", "rows", "own", "masters", "bytes")]
         for one in listing.whole:
             assert one.mirror is not None
-            rows = sum(directory.groups[group].rows for group in groups_of(listing, one))
+            size = directory.bytes_of(groups_of(listing, one))
             own, masters = len(one.mirror.own_position), len(set(one.masters))
-            shown = (one.mirror.length, own, masters, rows * row_bytes)
+            shown = (one.mirror.length, own, masters, size)
             lines.append((one.agent, *map(str, shown)))  # type: ignore[arg-type]
         widths = [max(len(line[i]) for line in lines) for i in range(5)]
         for line in lines:

@@ -35,15 +35,8 @@ def compact(
         OSError: it cannot be written. What is valid is as it was.
     """
     directory.check_writable()
-    before, row_bytes, members = (
-        directory.file_bytes,
-        directory.identity.row_bytes(),
-        directory.by_file(),
-    )
-    live = {
-        file: sum(directory.groups[key].rows for key in keys) * row_bytes
-        for file, keys in members.items()
-    }
+    before, members = directory.file_bytes, directory.by_file()
+    live = {file: directory.bytes_of(keys) for file, keys in members.items()}
     valid, crowded = sum(live.values()), len(directory.files) > MANY
     if slack is not None and before - valid <= valid + slack and not crowded:
         return 0

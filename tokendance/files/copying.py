@@ -67,6 +67,11 @@ def copy_agents(
     if target.is_new:
         target.begin(source.identity)
     target.identity.check_same(source.identity, target.path)
+    if target.identity.codec != source.identity.codec:
+        raise ValueError(
+            f"codec: expected that of {target.path}, {target.identity.codec}, got "
+            f"{source.identity.codec} of {source.path}"
+        )
     ropes = target.ropes.joined(source.ropes, target.path)
     there = list_directory(target, LONGEST)
     mine = sorted({one.agent for one in there.mirrors.values()} & set(wanted))

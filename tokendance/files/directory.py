@@ -262,7 +262,7 @@ class Directory:
         """
         path = self._path_of(number)
         try:
-            return PageFile(path, self._metadata(number), self.identity.rows_dtype)
+            return PageFile(path, self._metadata(number), self.identity.stored_dtype)
         except FileNotFoundError:
             raise DamagedError(f"{path}: expected a page file, got none") from None
 
@@ -277,7 +277,7 @@ class Directory:
         """
         wrong: dict[int, str] = {}
         wanted = self.groups.keys() if groups is None else groups & self.groups.keys()
-        total, done = sum(self.groups[k].rows for k in wanted) * self.identity.row_bytes(), 0
+        total, done = self.bytes_of(wanted), 0
 
         def read(count: int) -> None:
             nonlocal done
@@ -315,7 +315,9 @@ class Directory:
     def pieces(self, file: PageFile, group: int) -> Iterator[bytearray]:
         """The bytes of a group, of each layer its keys and then its values; see `PageFile.read`."""
         _, rows, checksum = self.groups[group]
-        return file.read(str(group), self.identity.shape(rows), checksum)
+        identity = self.identity
+        sizes = identity.group_codec.sizes(rows)
+        return file.read(str(group), identity.shape(rows), sizes, checksum)
 
     def stream(self, group: int) -> Iterator[memoryview]:
         """The same as `FreshRows` gives it."""
@@ -333,7 +335,11 @@ class Directory:
     @property
     def live_bytes(self) -> int:
         """Bytes of valid rows."""
-        return sum(group.rows for group in self.groups.values()) * self.identity.row_bytes()
+        return self.bytes_of(self.groups)
+
+    def bytes_of(self, groups: Iterable[int]) -> int:
+        """Bytes of the rows of groups."""
+        return sum(self.identity.group_bytes(self.groups[key].rows) for key in groups)
 
     @property
     def file_bytes(self) -> int:
@@ -373,7 +379,7 @@ class Directory:
                 part = {key: fresh[key] for key in keys[at : at + GROUPS]}
                 number = self._free_number()
                 written = self._write_rows(number, part)
-                added[number] = sum(one.rows for one in part.values()) * self.identity.row_bytes()
+                added[number] = sum(self.identity.group_bytes(one.rows) for one in part.values())
                 groups |= written
                 changes.put.setdefault("groups", {}).update(written)
             changes.put["files"] = {number: (size,) for number, size in added.items()}
@@ -398,7 +404,7 @@ class Directory:
 
     def _write_rows(self, number: int, fresh: Mapping[int, FreshRows]) -> dict[int, Group]:
         shapes = {str(key): self.identity.shape(one.rows) for key, one in fresh.items()}
-        header = header_of(shapes, self.identity.rows_dtype, self._metadata(number))
+        header = header_of(shapes, self.identity.stored_dtype, self._metadata(number))
         path = self._path_of(number)
         pieces = (one.pieces() for one in fresh.values())
         sums = write_file(self._disk, path, path.with_suffix(".tmp"), header, pieces)

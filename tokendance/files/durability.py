@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from threading import Lock
 from typing import TypeAlias
 
@@ -343,8 +342,8 @@ class Durability:
         """Bytes that the disk has too few of for what is new."""
         if self._capacity is None or not delta.fresh:
             return 0
-        rows = sum(one.rows for one in delta.fresh.values())
-        needed = rows * self._directory.identity.row_bytes()
+        size = self._directory.identity.group_bytes
+        needed = sum(size(one.rows) for one in delta.fresh.values())
         return self._directory.file_bytes + needed - self._capacity
 
     def _drop_unneeded(self, delta: _Delta) -> bool:
@@ -384,7 +383,7 @@ class Durability:
         Raises:
             OSError: neither helps; that cannot be written.
         """
-        directory, row_bytes = self._directory, self._directory.identity.row_bytes()
+        directory = self._directory
         if compact(directory):
             return
         gone: set[int] = set()
@@ -392,7 +391,7 @@ class Durability:
         for key in self.asleep:
             group = self._masters[key]
             if missing > 0 and not self._users[key]:
-                missing -= directory.groups[group].rows * row_bytes if group is not None else 0
+                missing -= 0 if group is None else directory.bytes_of([group])
                 gone.add(key)
         if not gone:
             raise OSError(
@@ -487,7 +486,8 @@ class Durability:
         if not rows:
             return None
         key = self._number()
-        delta.fresh[key] = FreshRows(rows, partial(read_rows, memory.pool, pages, rows))
+        encode = self._directory.identity.group_codec.encode
+        delta.fresh[key] = FreshRows(rows, lambda: encode(read_rows(memory.pool, pages, rows)))
         delta.pages.append((memory, pages))
         return key
 

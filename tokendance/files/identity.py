@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.layer_ropes import LayerRope
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
+from tokendance.files.codec import Codec, GroupCodec
 from tokendance.files.errors import DamagedError
 from tokendance.files.page_file import DTYPES
 
@@ -32,6 +34,7 @@ class Identity:
         page_dtype: of the rows.
         k_scale, v_scale: of quantized rows, ``[L][Hk]``; empty otherwise.
         block_size: rows of a page.
+        codec: of rows on disk, its keys and values.
     """
 
     model: str
@@ -44,10 +47,16 @@ class Identity:
     k_scale: tuple[tuple[float, ...], ...]
     v_scale: tuple[tuple[float, ...], ...]
     block_size: int
+    codec: tuple[str, str] = ("exact", "exact")
 
     @classmethod
-    def of(cls, model: str, geometry: KVGeometry, pool: PagePool) -> Identity:
-        kept = pool.quantization
+    def of(
+        cls, model: str, geometry: KVGeometry, pool: PagePool, codec: Codec | None = None
+    ) -> Identity:
+        """Raises ``ValueError`` for a codec beside a quantized pool."""
+        kept, codec = pool.quantization, codec or Codec()
+        if kept is not None and not codec.is_exact:
+            raise ValueError(f"codec: expected none beside a quantized pool, got {codec}")
         return cls(
             model=model,
             **{name: getattr(geometry, name) for name in _GEOMETRY},
@@ -56,6 +65,7 @@ class Identity:
             k_scale=() if kept is None else _numbers(kept.k_scale),
             v_scale=() if kept is None else _numbers(kept.v_scale),
             block_size=pool.block_size,
+            codec=(codec.keys, codec.values),
         )
 
     @classmethod
@@ -65,6 +75,7 @@ class Identity:
             fields: dict[str, Any] = json.loads(text)
             for name in ("k_scale", "v_scale"):
                 fields[name] = tuple(tuple(map(float, row)) for row in fields[name])
+            fields["codec"] = tuple(fields.get("codec", cls.codec))
             found = cls(**fields)
             found._check()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -75,7 +86,9 @@ class Identity:
         numbers = [getattr(self, name) for name in _GEOMETRY]
         if not all(type(one) is int for one in numbers) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"{numbers} with pages of {self.block_size}")
-        _ = self.geometry, self.quantization
+        _ = self.geometry, self.quantization, Codec(*self.codec)
+        if self.k_scale and not Codec(*self.codec).is_exact:
+            raise ValueError(f"{self.codec} of {self.page_dtype}")
         if self.page_dtype not in _NAMES or not isinstance(self.model, str):
             raise ValueError(f"{self.page_dtype} of {self.model}")
 
@@ -103,13 +116,31 @@ class Identity:
         ]
         return Quantization(self.rows_dtype, *scales)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether rows on disk are those of a pool, bit for bit."""
+        return Codec(*self.codec).is_exact
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the tensors on disk."""
+        return self.rows_dtype if self.is_exact else torch.uint8
+
+    @cached_property
+    def group_codec(self) -> GroupCodec:
+        """Between rows of a pool and those on disk."""
+        shape = (self.num_kv_heads, self.head_dim)
+        return GroupCodec(Codec(*self.codec), self.num_layers, shape, self.rows_dtype)
+
     def shape(self, rows: int) -> list[int]:
         """Of the tensor that holds so many rows."""
-        return [self.num_layers, 2, rows, self.num_kv_heads, self.head_dim]
+        if self.is_exact:
+            return [self.num_layers, 2, rows, self.num_kv_heads, self.head_dim]
+        return [self.group_bytes(rows)]
 
-    def row_bytes(self) -> int:
-        count = 2 * self.num_layers * self.num_kv_heads * self.head_dim
-        return count * self.rows_dtype.itemsize
+    def group_bytes(self, rows: int) -> int:
+        """Bytes of so many rows of one Master or Mirror."""
+        return sum(self.group_codec.sizes(rows))
 
     def check_same(self, mine: Identity, where: object) -> None:
         """Raises ``ValueError``, naming what differs, for a store of another model or other pages.
@@ -120,6 +151,8 @@ class Identity:
         """
         names = {"page_dtype": "pool", "k_scale": "quantization", "v_scale": "quantization"}
         for name in asdict(self):
+            if name == "codec":
+                continue  # how they are kept, and not whose they are
             theirs, here = getattr(self, name), getattr(mine, name)
             if theirs != here:
                 field = f"geometry.{name}" if name in (*_GEOMETRY, "dtype") else name

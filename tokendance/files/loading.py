@@ -302,13 +302,15 @@ class _Loading:
             owner.own_pages = pages
         self._taken.append(owner)
         try:
-            write_rows(self._pool, pages, rows, self._directory.pieces(file, group))
+            pieces = self._directory.pieces(file, group)
+            decode = self._directory.identity.group_codec.decode
+            write_rows(self._pool, pages, rows, decode(pieces))
         except (DamagedError, OSError):
             self._give_back([owner])
             raise
 
     def _bytes(self, group: int) -> int:
-        return self._directory.groups[group].rows * self._directory.identity.row_bytes()
+        return self._directory.bytes_of([group])
 
     def _give_back(self, owners: list[Master | Mirror]) -> None:
         for owner in owners:

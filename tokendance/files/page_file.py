@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ DTYPES = {
     torch.int8: "I8",
 }
 """What safetensors calls the dtypes of pools."""
+_NAMES = {**DTYPES, torch.uint8: "U8"}  # coded rows are bytes
 
 _LARGEST_HEADER = 100_000_000  # that the library reads
 
@@ -52,7 +53,7 @@ def header_of(
     for name, shape in shapes.items():
         begin, end = end, end + _product(shape) * dtype.itemsize
         fields[name] = {
-            "dtype": DTYPES[dtype],
+            "dtype": _NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [begin, end],
         }
@@ -186,26 +187,28 @@ class PageFile:
             whole = all(type(one) is int and one >= 0 for one in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             whole = False
-        if not whole or kind != DTYPES[dtype] or end - begin != _product(shape) * dtype.itemsize:
-            raise self._damaged(f"a tensor of {DTYPES[dtype]} at {name}", entry)
+        if not whole or kind != _NAMES[dtype] or end - begin != _product(shape) * dtype.itemsize:
+            raise self._damaged(f"a tensor of {_NAMES[dtype]} at {name}", entry)
         return shape, begin, end
 
-    def read(self, name: str, shape: Sequence[int], checksum: bytes) -> Iterator[bytearray]:
-        """The bytes of a group, keys and values of layer after layer: ``shape[0] * shape[1]``
-        pieces. The checksum is compared behind the last.
+    def read(
+        self, name: str, shape: Sequence[int], sizes: Iterable[int], checksum: bytes
+    ) -> Iterator[bytearray]:
+        """The bytes of a group, in pieces of these sizes. The checksum is compared behind the last.
 
         Raises:
             DamagedError: there is no such group, or it has other bytes. What was given before is
                 not to be trusted.
         """
-        found, begin, end = self._entries.get(name, ([], 0, 0))
+        found, at, end = self._entries.get(name, ([], 0, 0))
         if found != list(shape):
             raise self._damaged(f"{list(shape)} at group {name}", found or "none")
-        summed, piece = hasher(), (end - begin) // max(shape[0] * shape[1], 1)
-        for at in range(begin, end, max(piece, 1)):
-            data = bytearray(piece)
+        summed = hasher()
+        for size in sizes:
+            data = bytearray(size)
             count = read_at(self._file, self._start + at, memoryview(data))
-            if count < piece:
+            at += size
+            if count < size:
                 raise self._damaged(
                     f"{self._start + end} bytes, up to the end of group {name}",
                     os.fstat(self._file).st_size,

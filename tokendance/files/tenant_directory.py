@@ -54,6 +54,11 @@ def open_tenant(
             )
         else:
             directory.identity.check_same(identity, directory.path)
+            if directory.identity.codec != identity.codec:
+                raise ValueError(
+                    f"codec: expected that of {directory.path}, {directory.identity.codec}, got "
+                    f"{identity.codec} of the store"
+                )
     except BaseException:
         directory.close()
         raise

@@ -181,7 +181,8 @@ def _with_the_same_bits(
     found = {}
     for key, mine in alike.items():
         summed = hasher()
-        for piece in read_rows(pool, mine.pages, mine.length):
+        rows = read_rows(pool, mine.pages, mine.length)
+        for piece in directory.identity.group_codec.encode(rows):
             summed.update(piece)
         group = listing.masters[key].group
         if group is not None and summed.digest() == directory.groups[group].checksum:
