@@ -65,6 +65,23 @@ def test_metrics_are_the_statistics_of_a_store_and_its_tenants() -> None:
     assert registry.get_sample_value("tokendance_agents", {"store": "other", "tenant": ""}) == 0
 
 
+def test_metrics_tell_tiers_apart() -> None:
+    store = td.DiffStore(GEOMETRY, ROPE, 10 * PAGE, block_size=BLOCK, host_capacity=20 * PAGE)
+    for agent, ids in (("a", A), ("b", B)):
+        run_round(td.KVCollector(store), {agent: [td.private(ids)]})
+    store.rest("a")
+    registry = CollectorRegistry()
+    registry.register(StoreMetrics({"main": store}))
+    for name, tier in store.stats().tiers.items():
+        of = {"store": "main", "tenant": "", "tier": name}
+        found = [
+            registry.get_sample_value(f"tokendance_tier_{kind}", of)
+            for kind in ("agents", "bytes", "demotions_total")
+        ]
+        assert found == [1, tier.used_bytes, 1 if name == "device" else 0]
+        assert tier.used_bytes > 0
+
+
 def test_metrics_are_prometheus_text() -> None:
     store, ada = store_and_tenant()
     registry = CollectorRegistry()
@@ -74,7 +91,10 @@ def test_metrics_are_prometheus_text() -> None:
     }
     assert sorted(families) == [
         f"tokendance_{name}"
-        for name in ("agents", "bytes", "evictions", "masters", "pages", "rows")
+        for name in (
+            *("agents", "bytes", "evictions", "masters", "pages", "rows"),
+            *("tier_agents", "tier_bytes", "tier_demotions"),
+        )
     ]
     assert families["tokendance_evictions"].type == "counter"
     assert families["tokendance_pages"].type == "gauge"

@@ -25,8 +25,11 @@ class StoreMetrics(Collector):
     - ``tokendance_rows``: by ``kind``, dense, master or own.
     - ``tokendance_bytes``: by ``kind``, dense, row or stored.
     - ``tokendance_evictions_total``: Masters dropped to make room.
+    - ``tokendance_tier_agents``, ``tokendance_tier_bytes``: by ``tier``, device, host or disk, the
+      Mirrors there and the bytes in use.
+    - ``tokendance_tier_demotions_total``: by ``tier``, what has left it for a lower one.
 
-    Each is documented under `StoreStats`.
+    Each is documented under `StoreStats` and `TierStats`.
 
     Args:
         stores: by the label ``store``; of a store its tenants are counted, too.
@@ -62,6 +65,17 @@ class StoreMetrics(Collector):
             "evictions": CounterMetricFamily(
                 "tokendance_evictions", "Masters dropped to make room.", labels=labels
             ),
+            "tier_agents": GaugeMetricFamily(
+                "tokendance_tier_agents", "Mirrors in a tier.", labels=[*labels, "tier"]
+            ),
+            "tier_bytes": GaugeMetricFamily(
+                "tokendance_tier_bytes", "Bytes in use in a tier.", labels=[*labels, "tier"]
+            ),
+            "tier_demotions": CounterMetricFamily(
+                "tokendance_tier_demotions",
+                "Mirrors and Masters that have left a tier for a lower one.",
+                labels=[*labels, "tier"],
+            ),
         }
 
     def _add(self, families: dict[str, Metric], of: dict[str, str], stats: StoreStats) -> None:
@@ -76,3 +90,10 @@ class StoreMetrics(Collector):
             for kind in kinds:
                 value = getattr(stats, f"{kind}_{family}")
                 families[family].add_sample(f"tokendance_{family}", {**of, label: kind}, value)
+        for name, tier in stats.tiers.items():
+            mine = {**of, "tier": name}
+            families["tier_agents"].add_sample("tokendance_tier_agents", mine, tier.agents)
+            families["tier_bytes"].add_sample("tokendance_tier_bytes", mine, tier.used_bytes)
+            families["tier_demotions"].add_sample(
+                "tokendance_tier_demotions_total", mine, tier.demoted
+            )
