@@ -46,7 +46,7 @@ def threads(count: int, seconds: float, first: int) -> None:
     counts: Counter[str] = Counter()
     end, run = time.monotonic() + seconds, 0
     while time.monotonic() < end:
-        store = stress.make_store(zero_freed=bool(run % 2))
+        store = stress.make_store(zero_freed=bool(run % 2), spare=8)
         counts += stress.run(count, ACTS, first + run, store)
         run += 1
     print(f"{count} threads, {run} runs of {ACTS} acts: {told(counts)}", flush=True)

@@ -276,7 +276,7 @@ class Client(threading.Thread):
         self.check(agent)
 
 
-def make_store(pages: int = 220, zero_freed: bool = False) -> td.DiffStore:
+def make_store(pages: int = 220, zero_freed: bool = False, spare: int = 0) -> td.DiffStore:
     page = BLOCK * GEOMETRY.row_bytes
     store = td.DiffStore(
         GEOMETRY,
@@ -284,6 +284,7 @@ def make_store(pages: int = 220, zero_freed: bool = False) -> td.DiffStore:
         pages * page,
         block_size=BLOCK,
         host_capacity=60 * page,
+        spare=spare * page,
         zero_freed=zero_freed,
     )
     for layer in (*store.pool.k_pools, *store.pool.v_pools):
@@ -297,7 +298,7 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
     Raises:
         AssertionError: rows that are others than those in the dictionary, or a page too few.
     """
-    store = store or make_store()
+    store = store or make_store(spare=8)
     heard, written = ([td.shared(ids) for ids in kind] for kind in (HEARD, WRITTEN))
     collectors = [
         td.KVCollector(store, source, selection)
@@ -327,11 +328,13 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
         if client.error is not None:
             raise AssertionError(f"seed {seed}, {client.name}") from client.error
     gc.collect()
+    settle(store)
     check_books(store.scheduler)
     assert set(store.agents) == {agent for client in clients for agent in client.rows}
     for agent in store.agents:
         store.release(agent)
     store.evict(store.stats().total_pages)
+    settle(store)
     check_books(store.scheduler)
     assert store.stats().used_pages == 0
     assert store.stats().free_pages == store.pool.num_pages
@@ -342,6 +345,11 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
     for client in clients:
         counts += client.counts
     return counts
+
+
+def settle(store: td.DiffStore) -> None:
+    """Returns when nothing is on its way to another tier."""
+    store._tiers.later(lambda: None).result(PATIENCE)
 
 
 @contextmanager

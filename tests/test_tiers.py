@@ -359,3 +359,70 @@ def test_threads_share_tiers_that_are_too_small_for_them(tmp_path: Path) -> None
     want = contents(store)
     store.close()
     assert same_contents(contents(open_store(tmp_path / "store")), want)
+
+
+def test_a_thread_keeps_pages_free_ahead() -> None:
+    store = td.DiffStore(
+        GEOMETRY, ROPE, 20 * PAGE, block_size=8, host_capacity=60 * PAGE, spare=6 * PAGE
+    )
+    rows = put(store, {"ada": 60})
+    assert store._tiers._freeing is None
+    rows |= put(store, {"ben": 60})
+    assert store._tiers._freeing is not None
+    store._tiers._freeing.result(timeout=60)
+    assert store.resting == ["ada"]
+    assert store.stats().free_pages >= 6
+    store.pin("ben")
+    before = store.stats()
+    assert before.free_pages < 20
+    rows |= put(store, {"eve": 60})
+    store._tiers._freeing.result(timeout=60)
+    assert store.resting == ["ada", "eve"]
+    assert same_contents(contents(store), {name: rows[name] for name in ("ben", "ada", "eve")})
+    with pytest.raises(ValueError, match="spare: expected bytes or text"):
+        td.DiffStore(GEOMETRY, ROPE, 20 * PAGE, spare="few")
+
+
+def test_a_disk_that_fails_is_told_to_the_log_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path / "store", 20 * PAGE, spare=10 * PAGE)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    put(store, {"ada": 60, "ben": 60})
+    assert store._tiers._freeing is not None
+    store._tiers._freeing.result(timeout=60)
+    for _ in range(5):
+        store.stats()
+    store._tiers._freeing.result(timeout=60)
+    told = [one.message for one in caplog.records if "moves down ahead" in one.message]
+    assert len(told) == 1
+    assert str(tmp_path / "store") in told[0]
+    assert store.agents == ["ada", "ben"]
+
+
+def test_nobody_waits_for_a_copy_that_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(60, 60)
+    rows = put(store, {"ada": 60})
+    store.rest("ada")
+    begun, go_on = threading.Event(), threading.Event()
+    move = store.executor.move
+
+    def slow(pairs: object, *, to_host: bool) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        move(pairs, to_host=to_host)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store.executor, "move", slow)
+    coming = store.prefetch("ada", wait=False)
+    assert begun.wait(60)
+    run_round(td.KVCollector(store), {"ben": [td.private(tokens(1, 60))]})
+    rows |= contents(store, ["ben"])
+    assert store.resting == ["ada"]
+    assert not coming.done()
+    go_on.set()
+    coming.result(timeout=60)
+    assert store.resting == []
+    assert same_contents(contents(store), {name: rows[name] for name in ("ben", "ada")})
+    with pytest.raises(KeyError, match="got 'x'"):
+        store.prefetch("x", wait=False).result(timeout=60)
+    assert store.prefetch("ada").done()

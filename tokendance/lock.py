@@ -33,7 +33,7 @@ class StoreLock(Guard):
         tenant: whose it is, for the log.
 
     Attributes:
-        before_leaving: called by a thread that is about to let go of the lock.
+        before_leaving: called by a thread that is about to let go of the lock, in order.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class StoreLock(Guard):
     ) -> None:
         super().__init__(copy)
         self._clear = clear
-        self.before_leaving: Callable[[], None] | None = None
+        self.before_leaving: list[Callable[[], None]] = []
         self._prefix = "" if tenant is None else f"tenant {tenant!r}: ".replace("%", "%%")
         self._condition = threading.Condition(threading.RLock())
         self._depth = 0  # how often the thread that holds the lock has entered it
@@ -77,8 +77,8 @@ class StoreLock(Guard):
         orders: list[CopyOrder] = []
         told: list[tuple[str, tuple[object, ...]]] = []
         if self._depth == 1:
-            if self.before_leaving is not None:
-                self.before_leaving()
+            for call in self.before_leaving:
+                call()
             orders, self._orders = self._orders, []
             told, self._told = self._told, []
             for order in orders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -67,6 +68,8 @@ class DiffStore(
         zero_freed: pages that nobody uses any more are overwritten with zeros before they are given
             back to the pool, and before the call returns that gave them up. What is taken again
             within one call is not.
+        spare: bytes of pages, as ``capacity``, that a thread keeps free by moving down ahead what
+            is longest unused, so that nobody who wants pages waits for it.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -94,6 +97,7 @@ class DiffStore(
         model: str = "",
         host_capacity: int | str | None = None,
         zero_freed: bool = False,
+        spare: int | str = 0,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
@@ -119,9 +123,16 @@ class DiffStore(
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
         lock = StoreLock(executor.copy, executor.clear)
         scheduler = Scheduler(executor.profile, allocator, guard=lock, clears=zero_freed)
-        self._begin(model, executor, scheduler, lock)
+        self._begin(model, executor, scheduler, lock, parse_bytes(spare, "spare") // page_bytes)
 
-    def _begin(self, model: str, executor: Executor, scheduler: Scheduler, lock: StoreLock) -> None:
+    def _begin(
+        self,
+        model: str,
+        executor: Executor,
+        scheduler: Scheduler,
+        lock: StoreLock,
+        spare: int = 0,
+    ) -> None:
         self.geometry = executor.geometry
         self.model = model
         self.pool = executor.pool
@@ -129,12 +140,14 @@ class DiffStore(
         self.max_position = executor.max_position
         self.lock = lock
         self.scheduler = scheduler
-        lock.before_leaving = scheduler.order_clearing
         self._restorable: dict[tuple[int, ...], _Restorable] = {}
         self._tenants: dict[str, Tenant] = {}
         self._durability: Durability | None = None
         self._codec = Codec()
-        self._tiers = Tiers(scheduler, executor)
+        self._tiers = Tiers(scheduler, executor, spare)
+        lock.before_leaving = [scheduler.order_clearing]
+        if spare:
+            lock.before_leaving.append(self._tiers.keep_spare)
 
     def __repr__(self) -> str:
         with self.lock:
@@ -479,6 +492,7 @@ class DiffStore(
         host_capacity: int | str | None = None,
         disk_capacity: int | str | None = None,
         codec: Codec | None = None,
+        spare: int | str = 0,
         agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> DiffStore:
@@ -491,7 +505,7 @@ class DiffStore(
         Args:
             path: of the directory; it is made where there is none. Agents, prompts' token ids and
                 keys and values are in it as they are: keep it as safe as the conversations.
-            geometry, rope, capacity, device, pool, model, host_capacity: as of a new store.
+            geometry, rope, capacity, device, pool, model, host_capacity, spare: as of a new store.
             block_size, quantization: as of a new store; None: those of the directory.
             disk_capacity: bytes of rows, as ``capacity``, that its files may have after a flush,
                 valid or not; None: any number.
@@ -523,7 +537,7 @@ class DiffStore(
                 quantization = quantization or found.quantization
             size = 16 if block_size is None else block_size
             made = (geometry, rope, capacity, device, size, pool, quantization, model)
-            store = cls(*made, host_capacity)
+            store = cls(*made, host_capacity, spare=spare)
             store._codec = codec or Codec(*(found.codec if found else ()))
             if found is None:
                 directory.begin(store._identity)
@@ -603,16 +617,28 @@ class DiffStore(
         self._check_on_disk()
         tiers.rest(names)
 
-    def prefetch(self, agents: str | Iterable[str]) -> None:
+    def prefetch(self, agents: str | Iterable[str], *, wait: bool = True) -> Future[None]:
         """Brings agents that rest in host memory or on disk into the pool, ahead of whoever needs
         them; others that are longest unused make room.
+
+        Args:
+            wait: False: a thread of the store's does so, and this returns at once.
+
+        Returns:
+            What is done when they are there, and has or raises what went wrong.
 
         Raises:
             KeyError: an unknown agent.
             OutOfPagesError: there are too few pages; those that did not come up rest as before.
             DamagedError: rows of one are damaged; `damaged` has it from now on.
         """
-        self._bring_up([agents] if isinstance(agents, str) else list(agents))
+        names = [agents] if isinstance(agents, str) else list(agents)
+        if not wait:
+            return self._tiers.later(lambda: self._bring_up(names))
+        self._bring_up(names)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def _bring_up(self, names: list[str]) -> None:
         self._tiers.bring_up(names)

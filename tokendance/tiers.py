@@ -9,7 +9,9 @@ and only Masters that nobody uses.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -26,6 +28,7 @@ from tokendance.host.plan import Prompts
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment
 
+_LOGGER = logging.getLogger(__name__)
 _PART = 32
 """At least one such part of a memory comes free at once: a flush for every page would be slow."""
 
@@ -39,6 +42,7 @@ class Tiers:
     Args:
         scheduler: of the store; it gets what brings up and what makes room.
         executor: copies pages.
+        spare: pages of the device that a thread keeps free, as long as there is a lower tier.
 
     Attributes:
         device: the tier that is computed in.
@@ -47,8 +51,12 @@ class Tiers:
         demoted: Mirrors and Masters that have left a tier for a lower one, by its name.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, spare: int = 0) -> None:
         self._scheduler = scheduler
+        self._spare = spare
+        self._thread: ThreadPoolExecutor | None = None
+        self._freeing: Future[None] | None = None
+        self._stuck: tuple[int, ...] | None = None  # books from which nothing could move
         self._guard = scheduler.guard
         self._executor = executor
         self._moving = RLock()
@@ -70,6 +78,35 @@ class Tiers:
         self._scheduler.flush = None if disk is None else self.flush
         self._scheduler.fetch = self._fetch if has_lower else None
         self._scheduler.make_room = self.make_room if has_lower else None
+
+    # By a thread of its own -----------------------------------------------------------------------
+
+    def later(self, work: Callable[[], None]) -> Future[None]:
+        """Has something done by the thread that moves rows, after what it has been given before."""
+        with self._guard:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "tokendance tiers")
+            return self._thread.submit(work)
+
+    def keep_spare(self) -> None:
+        """Has pages moved down ahead, if there are too few free ones; the guard is held."""
+        books = self.device.books
+        if self._spare <= books.free_pages or books.evicts:
+            return
+        if (self._freeing is None or self._freeing.done()) and books.state() != self._stuck:
+            self._freeing = self.later(self._free_spare)
+
+    def _free_spare(self) -> None:
+        with self._guard:
+            missing = self._spare - self.device.books.free_pages
+        if missing <= 0:
+            return
+        with self._moving:
+            given, problem = self._free(self.device, missing)
+        with self._guard:
+            self._stuck = None if given >= missing else self.device.books.state()
+        if problem is not None:
+            _LOGGER.warning("nothing moves down ahead: %s", problem)
 
     # What is where --------------------------------------------------------------------------------
 
