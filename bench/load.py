@@ -76,8 +76,9 @@ def play(collector: td.KVCollector, prompts: dict[str, list[td.Segment]]) -> Non
 def rounds(agents: int, count: int) -> None:
     rope = td.Rope.default(head_dim=64, theta=10000.0, max_position=1024)
     page = BLOCK * GEOMETRY.row_bytes
-    # A company's Masters, and as many that nobody uses any more, beside its own rows.
-    needed = agents * 2 * (OWN // BLOCK + 1) + 4 * -(-agents // COMPANY) * 3 * (HEARD // BLOCK)
+    # Rows of all agents' own, twice those of a company, and Masters of three rounds: full early.
+    masters = -(-agents // COMPANY) * 3 * (HEARD // BLOCK)
+    needed = (agents + COMPANY) * (OWN // BLOCK + 1) + 3 * masters
     # What torch and others take once is not the store's.
     play(td.KVCollector(td.DiffStore(GEOMETRY, rope, 4096 * page)), prompts_of(["first"], 0))
     collector = td.KVCollector(td.DiffStore(GEOMETRY, rope, needed * page, block_size=BLOCK))

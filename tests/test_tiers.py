@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -426,3 +428,27 @@ def test_nobody_waits_for_a_copy_that_others_need(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyError, match="got 'x'"):
         store.prefetch("x", wait=False).result(timeout=60)
     assert store.prefetch("ada").done()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_room_that_is_made_keeps_no_plan_alive(fits: bool) -> None:
+    """Errors that are dealt with refer to the frames of their callers."""
+    store = make_store(20, 8 if fits else 1)
+    put(store, {"ada": 60})
+    collector = td.KVCollector(store)
+    gc.collect()
+    gc.disable()
+    try:
+        plan = collector.plan({"eve": [td.private(tokens(1, 30))]})
+
+        def join(plan: td.Plan) -> None:
+            with suppress(td.OutOfPagesError):
+                plan.add({"dan": [td.private(tokens(2, 80))]})
+
+        join(plan)
+        assert store.resting == (["ada"] if fits else [])
+        with pytest.warns(ResourceWarning, match="before the plan is dropped"):
+            del plan
+        assert store.stats().held_pages == (0 if fits else 8)
+    finally:
+        gc.enable()

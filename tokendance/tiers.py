@@ -105,7 +105,7 @@ class Tiers:
             given, problem = self._free(self.device, missing)
         with self._guard:
             self._stuck = None if given >= missing else self.device.books.state()
-        if problem is not None:
+        if isinstance(problem, OSError):
             _LOGGER.warning("nothing moves down ahead: %s", problem)
 
     # What is where --------------------------------------------------------------------------------
@@ -260,11 +260,10 @@ class Tiers:
                     self.demoted["device"] += self._move(self.device, self.host, agents, masters)
                     return
                 except OutOfPagesError as error:
-                    given, problem = (
-                        self._free(self.host, error.missing) if error.missing else (0, None)
-                    )
-                    if not given:
-                        raise error from problem
+                    refused = error.with_traceback(None)  # see Scheduler.with_room
+                given = self._free(self.host, refused.missing)[0] if refused.missing else 0
+                if not given:
+                    raise OutOfPagesError(str(refused), on_host=True)
 
     def to_host(self, agents: Sequence[str]) -> None:
         """Moves agents from the device to host memory.

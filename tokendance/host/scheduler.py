@@ -186,11 +186,12 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
             except OutOfPagesError as error:
                 if self.make_room is None:
                     raise
-                given, problem = self.make_room(error, spared)
-                if not given:
-                    if problem is None:
-                        raise
-                    raise OutOfPagesError(f"{error}; nothing moves down: {problem}") from problem
+                # A traceback would keep the callers' objects: this frame has the error.
+                refused = error.with_traceback(None)
+            given, problem = self.make_room(refused, spared)
+            if not given:
+                why = "" if problem is None else f"; nothing moves down: {problem}"
+                raise OutOfPagesError(f"{refused}{why}") from (problem or refused.__cause__)
 
     def is_live(self, agent: str) -> bool:
         """Whether a plan has the agent."""
