@@ -851,3 +851,19 @@ def test_dense_caches_are_not_encoded_against_masters_that_are_being_computed() 
             assert torch.equal(mine, other)
     plan.commit()
     check(collector)
+
+
+def test_rows_to_be_chosen_bring_all_that_they_see() -> None:
+    """Who waits for the first Master of an agent whose rows are chosen from a later one waits for
+    that one too: the agent's rows are in one step."""
+    collector = collector_of(td.Everything())
+    chosen = td.KVCollector(collector.store, selection=td.KeyDeviation(0.3))
+    first = collector.plan({"x": [td.shared(B)]})
+    second = chosen.plan({"y": [td.shared(A), td.shared(B), END]})
+    third = collector.plan({"z": [td.shared(A), END]})
+    while third.phase("z") is Phase.PREFILL:
+        run_step(collector.step(prefill=["z"]))
+    assert first.phase("x") is second.phase("y") is Phase.DECODE
+    for plan in (first, second, third):
+        plan.abort()
+    check(collector)

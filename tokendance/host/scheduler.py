@@ -584,7 +584,9 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 if maker is None or use.delta >= wanted[serial]:
                     continue
                 made = next(one for one in maker.made if one.master is use.master)
-                end = made.delta + use.length
+                # Rows that are to be chosen are in one step, with all that they see; the agent is
+                # not asked for, all the same.
+                end = _NO_END - 1 if maker.candidates else made.delta + use.length
                 wanted[maker.serial] = max(end, wanted.get(maker.serial, 0))
         return wanted
 
