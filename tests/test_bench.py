@@ -257,3 +257,17 @@ def test_the_table_of_quantized_pools():
     head, *_, row = [line for line in text.splitlines() if line.startswith("|")]
     assert head.count("|") == row.count("|")
     assert row == "| everything | e4m3 | 0.01000 | 0.02000 | 0.01500 | 0.900 | 19.7 | 152.0 |"
+
+
+def test_load_counts_what_a_store_takes(capsys):
+    from bench import load
+
+    load.main(["--agents", "96", "--rounds", "2", "--many", "64", "--mib", "64", "--turns", "3"])
+    rounds, round_, process, books, many, down, up = capsys.readouterr().out.splitlines()
+    assert rounds == "96 agents, 2 rounds, 64 in a company"
+    assert round_.startswith("round: 1.00x of the first 10's")
+    assert process.startswith("process: +0.0 MiB since then")
+    assert float(books.split(", ")[1].split()[0]) > 0
+    assert many.startswith("plan and commit of 64 agents beside 64: ")
+    assert "MiB down: " in down
+    assert "MiB up: " in up
