@@ -82,7 +82,7 @@ def test_the_front_goes_on_where_it_was_stopped(monkeypatch):
     assert front.run(None, None, known, ["x"], list(points()), 12) == known
     assert asked == []  # nothing was left to measure
     monkeypatch.setattr(front, "read_sessions", lambda *_, **__: recorded_session((1, 2, 3)))
-    found = front.run(None, None, known, ["x"], ["master/leading:8"], 12, 3, None, saved.append)
+    found = front.run(None, None, known, ["x"], ["master/leading:8"], 12, 3, save=saved.append)
     assert asked == [("master/leading:8", [1, 2, 3])]  # a session is run from its beginning
     assert saved == [found]
     assert [one["number"] for one in found["x"]["master/leading:8"]] == [1, 2, 3]
@@ -122,6 +122,10 @@ def test_sessions_begin_with_the_one_that_is_named(monkeypatch, tmp_path):
     assert [[r.number for r in one.before] for one in found] == [[0], [0]]
     (usual,) = replays.read_sessions(str(path), Characters())
     assert (usual.name, len(usual.rounds), usual.before) == ("named", 1, [])
+    (other,) = replays.read_sessions(str(path), Characters(), session="last")
+    assert (other.name, [one.number for one in other.rounds]) == ("last", [1])
+    with pytest.raises(ValueError, match="session: expected one of first, named, last, got 'no'"):
+        replays.read_sessions(str(path), Characters(), session="no")
 
 
 def test_the_spread_of_known_samples():

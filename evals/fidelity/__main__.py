@@ -4,7 +4,7 @@
                              COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
-          [--rounds 8] [--agents 4]
+          [--rounds 8] [--agents 4] [--session NAME]
     noise [town_square] [--prompts 2]
     drift [--agents 4] [--rounds 10] [--seeds 2] [--new-tokens 32]
     leakage [town_square] [--secrets 3] [--rounds 2]
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--new-tokens", type=int, default=12)
     one.add_argument("--rounds", type=int, help="of each workload, as far as it is recorded")
     one.add_argument("--agents", type=int, help="the first of each round")
+    one.add_argument("--session", help="to begin with, instead of the workload's usual one")
     one = commands.add_parser("noise")
     one.add_argument("workload", nargs="?", type=known, default="town_square")
     one.add_argument("--prompts", type=int, default=2)
@@ -176,8 +177,8 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
     loaded = load_model(options.model)
     if options.command == "front":
         ways = options.ways.split(",")
-        numbers = options.new_tokens, options.rounds, options.agents
-        return front.run(*loaded, known or {}, options.workloads, ways, *numbers, save)
+        which = options.new_tokens, options.rounds, options.agents, options.session
+        return front.run(*loaded, known or {}, options.workloads, ways, *which, save)
     if options.command == "drift":
         numbers = options.agents, options.rounds, options.seeds, options.new_tokens
         return drift.run(*loaded, *numbers)

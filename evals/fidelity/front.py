@@ -57,28 +57,28 @@ def run(
     new_tokens: int,
     rounds: int | None = None,
     agents: int | None = None,
+    session: str | None = None,
     save: Callable[[Json], None] = lambda _: None,
 ) -> Json:
     """Measures what ``known`` does not hold yet, session by session, in every way.
 
     Args:
-        rounds, agents: see `read_sessions`.
+        rounds, agents, session: see `read_sessions`.
         save: is handed everything that is known after every point.
     """
     table = read(known)
     for workload in workloads:
         points = table.setdefault(workload, {})
-        for session in read_sessions(workload, tokenizer, rounds, agents, before=1):
-            wanted = {one.number for one in session.rounds}
-            left = [way for way in ways if not wanted <= _numbers(points.get(way, ()), session)]
+        for one in read_sessions(workload, tokenizer, rounds, agents, 1, session):
+            wanted = {each.number for each in one.rounds}
+            left = [way for way in ways if not wanted <= _numbers(points.get(way, ()), one)]
             if left:
-                recompute(model, session.rounds, new_tokens)
+                recompute(model, one.rounds, new_tokens)
             for way in left:
-                others = [one for one in points.get(way, []) if one.session != session.name]
-                found = measure(model, way, session.rounds, session.before)
-                points[way] = [*others, *found]
+                others = [each for each in points.get(way, []) if each.session != one.name]
+                points[way] = [*others, *measure(model, way, one.rounds, one.before)]
                 save(write(table))
-                print(f"{workload} {session.name} {way}: {_line(points, way)}", flush=True)
+                print(f"{workload} {one.name} {way}: {_line(points, way)}", flush=True)
     return write(table)
 
 

@@ -30,6 +30,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "agentsociety": {"rounds": (1, 2), "agents": 8},
     "generative_agents_25": {"rounds": (2, 3), "agents": 8, "max_private": 2},
     "generative_agents_3": {"rounds": (1, 3)},
+    "town_meetings": {"rounds": (1, 4)},
 }
 PIC = "pic"
 BLOCK_SIZE = 8
@@ -97,6 +98,7 @@ def read_sessions(
     rounds: int | None = None,
     agents: int | None = None,
     before: int = 0,
+    session: str | None = None,
 ) -> list[Session]:
     """What is measured of a workload, without full recompute's part.
 
@@ -106,24 +108,31 @@ def read_sessions(
             rounds of `WORKLOADS`.
         agents: the first so many of each round; None: those of `WORKLOADS`.
         before: how many rounds in front of the first one come along.
+        session: the one to begin with, instead of that of `WORKLOADS`.
+
+    Raises:
+        ValueError: there is no such session.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
     chosen = {**WORKLOADS[name], **({} if agents is None else {"agents": agents})}
     begin, end = chosen.pop("rounds")
-    first = chosen.pop("session", None)
+    usual = chosen.pop("session", None)
+    first = session if session is not None else usual
     recorded = read_rounds(find_workload(name), **chosen)
     names = list(dict.fromkeys(one.session for one in recorded))
+    if first not in (None, *names):
+        raise ValueError(f"session: expected one of {', '.join(names)}, got {first!r}")
     names = names[names.index(first) if first else 0 :]
     result: list[Session] = []
-    for session in names if rounds is not None else names[:1]:
+    for current in names if rounds is not None else names[:1]:
         left = None if rounds is None else rounds - sum(len(one.rounds) for one in result)
         if left == 0:
             break
-        own = [one for one in recorded if one.session == session]
+        own = [one for one in recorded if one.session == current]
         texts = {b.block_id: b.text for one in own for a in one.agents for b in a.blocks}
         made = [
             Round(
-                session,
+                current,
                 one.round,
                 tokenize_round(one, encode),
                 {a.name: encode(texts[a.output_id]) for a in one.agents if a.output_id in texts},
