@@ -7,11 +7,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from tiny_model import write_tiny_model
 
 import tokendance as td
 from evals.fidelity import __main__ as fidelity
-from evals.fidelity import document, front, replays, samples, token_kinds
+from evals.fidelity import document, front, repairs, replays, samples, signals, token_kinds
+from evals.models import load_model
 from tokendance.host import leases
 from tokendance.host.decide import RowKind, Source
 
@@ -275,7 +277,7 @@ def test_reused_rows_of_some_tokens_are_repaired():
         "b": [td.private([1, 3]), other, message, td.private([4, 1])],
     }
     selection, wanted = td.LeadingTokens(2), np.array([1])
-    with token_kinds.repaired_beside(wanted, block_size=8):
+    with repairs.repaired_beside(token_kinds.every(wanted), block_size=8):
         maker, sibling = leases.decide(prompts, lambda _: None, {}, selection, Source.MASTER, 8)
     plain_maker, plain = leases.decide(prompts, lambda _: None, {}, selection, Source.MASTER, 8)
     assert maker.spans == plain_maker.spans  # who computes the Masters reuses nothing
@@ -296,3 +298,43 @@ def test_reused_rows_of_some_tokens_are_repaired():
     assert sibling.own.tolist() == [0, 1, 2, 3, 8, 10, 11, 13, 17, 19, 20, 21]
     overridden = [use.delta + use.overridden(8) for use in sibling.uses]
     assert np.concatenate(overridden).tolist() == [2, 3, 8, 10, 11, 13, 17, 19]
+
+
+def test_rows_that_a_model_points_at_are_repaired(tmp_path):
+    """Those of a sibling that score highest, by what transformers says of whole prompts."""
+    path = write_tiny_model(tmp_path / "tiny", num_hidden_layers=4)
+    model, _ = load_model(path)
+    message = td.shared(np.arange(7, 47))
+    prompts = {
+        "a": [td.private([2, 1, 3]), message, td.private(np.arange(60, 80))],
+        "b": [td.private([1, 3]), message, td.private(np.arange(80, 100))],
+    }
+    a, b = (np.concatenate([one.token_ids for one in prompt]) for prompt in prompts.values())
+    asked = []
+    for ids in (a, b):
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            found = model(input_ids=torch.from_numpy(ids).long()[None], output_attentions=True)
+        model.set_attn_implementation("sdpa")
+        values = found.past_key_values.layers[2].values[0].transpose(0, 1).flatten(1)
+        asked.append((values.numpy(), found.attentions[2][0, :, -16:].mean((0, 1)).numpy()))
+    (a_values, a_attention), (b_values, _) = asked
+    deviation = np.linalg.norm(b_values[2:42] - a_values[3:43], axis=1)
+    wanted = {
+        "deviation of values (an oracle)": deviation,
+        "the Master agent's attention": a_attention[3:43],
+        "their product": deviation * a_attention[3:43],
+    }
+    assert list(wanted) == list(signals.SCORES)
+    for name, scores in wanted.items():
+        choose = signals.Signals(model).most(name, 0.25)
+        with repairs.repaired_beside(choose, block_size=8):
+            maker, sibling = leases.decide(
+                prompts, lambda _: None, {}, td.Nothing(), Source.MASTER, 8
+            )
+        chosen = np.sort(2 + np.argsort(-scores)[:10])
+        assert [(use.delta + use.overridden(8)).tolist() for use in sibling.uses] == [
+            chosen.tolist()
+        ]
+        assert np.isin(chosen, sibling.own).all()
+        assert maker.own.tolist() == [0, 1, 2, *range(43, 63)]

@@ -2,7 +2,7 @@
 
 Each takes a workload's rounds and one way of reuse, and changes one thing: which agent comes first
 among those that could be Master agents, in which layers a repaired row replaces the Master's, whose
-keys rank the rows of `KeyDeviation`, or which rows are repaired beside the leading ones.
+keys rank the rows of `KeyDeviation`, or which rows are repaired beside the leading ones or instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from evals.fidelity.front import siblings, siblings_kl
+from evals.fidelity.repairs import repaired_beside
 from evals.fidelity.replays import (
     BLOCK_SIZE,
     Prompts,
@@ -27,7 +28,8 @@ from evals.fidelity.replays import (
     recompute,
 )
 from evals.fidelity.samples import spread
-from evals.fidelity.token_kinds import collecting_tokens, repaired_beside
+from evals.fidelity.signals import SCORES, Signals
+from evals.fidelity.token_kinds import collecting_tokens, every
 from tokendance.device import operators as ops
 from tokendance.device.executor import Executor
 from tokendance.host.decide import RowKind, Source, decide
@@ -57,11 +59,12 @@ def run(
     sessions = read_sessions(workload, tokenizer, rounds, agents)
     for session in sessions:
         recompute(model, session.rounds, new_tokens)
-    collecting = collecting_tokens(tokenizer)
+    collecting = every(collecting_tokens(tokenizer))
+    signals = Signals(model)
     layers = model.config.num_hidden_layers
     half = layers // 2
-    every = [one for session in sessions for one in session.rounds]
-    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(every)}
+    recorded = [one for session in sessions for one in session.rounds]
+    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(recorded)}
     print(result, flush=True)
     ideas: dict[str, tuple[str, Callable[[Prompts], str] | None, AbstractContextManager[Any]]] = {
         "as it is": (REUSE, None, nullcontext()),
@@ -78,7 +81,7 @@ def run(
         "deviation of one sibling": ("master/deviation:0.15", None, ranked_by_one_sibling()),
         **{
             f"{count} leading rows": (f"master/leading:{count}", None, nullcontext())
-            for count in (8, 16, 24, 32)
+            for count in (8, 12, 16, 24, 32)
         },
         **{
             f"{count} leading rows and collecting tokens": (
@@ -87,6 +90,15 @@ def run(
                 repaired_beside(collecting, BLOCK_SIZE),
             )
             for count in (1, 4, 8, 16)
+        },
+        **{
+            f"{share:.0%} of the rows by {score}": (
+                "master/leading:1",
+                None,
+                repaired_beside(signals.most(score, share), BLOCK_SIZE),
+            )
+            for score in SCORES
+            for share in (0.15, 0.25)
         },
     }
     for name, (way, first, changed) in ideas.items():

@@ -1,4 +1,4 @@
-"""Rows repaired by what their tokens are, beside those that a selection chooses.
+"""Rows repaired by what their tokens are.
 
 Attention gathers at tokens that end something: line breaks, full stops, closing brackets. Their
 rows hold what stood before them, so they may lose most where that was another context.
@@ -6,18 +6,15 @@ rows hold what stood before them, so they may lose most where that was another c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokendance.host import leases
-from tokendance.host.decide import ROW_KINDS, AgentDecision, RowKind, decide
+from evals.fidelity.repairs import Choose, reused_rows
+from tokendance.host.decide import AgentDecision
 
-_REUSED, _REPAIRED = (ROW_KINDS.index(kind) for kind in (RowKind.REUSED, RowKind.REPAIRED))
 ENDS = (".", "!", "?", ")", "]", "}", "\n")
 """What a collecting token ends with, spaces aside."""
 
@@ -29,32 +26,16 @@ def collecting_tokens(tokenizer: Any) -> NDArray[np.int64]:
     return np.array(found, dtype=np.int64)
 
 
-@contextmanager
-def repaired_beside(tokens: NDArray[np.int64], block_size: int) -> Iterator[None]:
-    """Every reused row of one of these tokens is repaired, and only inside."""
+def every(tokens: NDArray[np.int64]) -> Choose:
+    """For `repaired_beside`: every reused row of one of these tokens."""
 
-    def changed(*arguments: Any, **more: Any) -> list[AgentDecision]:
-        decisions = decide(*arguments, **more)
-        for decision in decisions:
-            _repair(decision, tokens, block_size)
-        return decisions
+    def choose(decisions: Sequence[AgentDecision]) -> list[NDArray[np.int32]]:
+        return [_among(one, tokens) for one in decisions]
 
-    with mock.patch.object(leases, "decide", changed):
-        yield
+    return choose
 
 
-def _repair(decision: AgentDecision, tokens: NDArray[np.int64], block_size: int) -> None:
-    lengths = np.diff(decision.ends, prepend=0)
-    kinds = np.repeat(decision.kinds, lengths)
-    ids = np.concatenate([segment.token_ids for segment in decision.segments])
-    rows = np.flatnonzero((kinds == _REUSED) & np.isin(ids, tokens)).astype(np.int32)
-    if not len(rows):
-        return
-    kinds[rows] = _REPAIRED
-    for use in decision.uses:
-        inside = rows[(rows >= use.delta) & (rows < use.delta + use.length)]
-        use.override(inside - use.delta, block_size)
-    decision.own = np.union1d(decision.own, rows).astype(np.int32)
-    last = [*np.flatnonzero(np.diff(kinds)).tolist(), len(kinds) - 1]
-    decision.ends = np.array(last, dtype=np.int32) + 1
-    decision.kinds = kinds[last]
+def _among(one: AgentDecision, tokens: NDArray[np.int64]) -> NDArray[np.int32]:
+    rows = reused_rows(one)
+    ids = np.concatenate([segment.token_ids for segment in one.segments])
+    return rows[np.isin(ids[rows], tokens)]
