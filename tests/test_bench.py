@@ -203,8 +203,9 @@ def test_fidelity_knows_its_workloads(command, capsys):
 
 def test_answers_go_on_where_they_were_stopped(monkeypatch):
     found = [{"session": "a", "recorded": "5", **{key: {"x": "5"} for key in answers.SYSTEMS}}]
-    monkeypatch.setattr(answers, "make_system", lambda name, model: None)
-    assert answers.run(None, Characters(), ["a"], found) == found  # nothing is left to run
+    monkeypatch.setattr(answers, "make_system", lambda name, model, selection: None)
+    again = answers.run(None, Characters(), ["a"], "leading:4", found)
+    assert again == found  # nothing is left to run
 
 
 class Characters:
@@ -245,7 +246,7 @@ def test_repairs_that_siblings_could_share_are_counted():
     }
     # b and c repair the run of `two` and `three` at its start; d repairs `three`, then `one`, which
     # has not seen `three`.
-    found = ideas.shared_repairs([replays.Round("", 1, prompts, {})])
+    found = ideas.shared_repairs([replays.Round("", 1, prompts, {})], "leading:4:96")
     assert found["unseen"] == found["context"] == 4
     assert found["repaired"] == 3 * 4 + 24
 

@@ -1,7 +1,7 @@
 """How true reuse stays to full recompute, on recorded and on live rounds.
 
-    python -m evals.fidelity [--model qwen0.5b] [--threads 1] [--out build/fidelity] [--json PATH]
-                             COMMAND
+    python -m evals.fidelity [--model qwen0.5b] [--selection leading:4:96:24] [--threads 1]
+                             [--out build/fidelity] [--json PATH] COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
           [--rounds 8] [--agents 4] [--session NAME]
@@ -16,11 +16,11 @@
     quantized [town_square debate] [--agents 4]
     render PATH [--pictures build/fidelity]
 
-Each writes JSON (``--json``, or its name in ``--out``) and makes its Markdown of that, as
-``render`` does again at any time. What the JSON of ``front`` or ``answers`` holds already is not
-measured again, so that they can be stopped and continued. ``noise`` of the same model in ``--out``
-stands beside all tables that are made after it. ``front`` writes one picture per workload, too,
-with the extra ``bench``.
+``--selection`` says which rows are repaired, where ways do not. Each writes JSON (``--json``, or
+its name in ``--out``) and makes its Markdown of that, as ``render`` does again at any time. What
+the JSON of ``front`` or ``answers`` holds already is not measured again, so that they can be
+stopped and continued. ``noise`` of the same model in ``--out`` stands beside all tables that are
+made after it. ``front`` writes one picture per workload, too, with the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ TABLES: dict[str, Callable[[Any], str]] = {
 }
 """Per command what makes Markdown of its result."""
 
-_SETTINGS = {"front": ("new_tokens", "agents")}
+_REPAIRING = ("drift", "leakage", "tolerance", "audits", "ideas", "answers", "quantized")
+_SETTINGS = {
+    "front": ("new_tokens", "agents"),
+    **dict.fromkeys(_REPAIRING, ("selection",)),
+}
 """Arguments that must be the same where a file is continued."""
 
 
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m evals.fidelity", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--model", default="smollm2", help="one of evals.models, or a directory")
+    parser.add_argument("--selection", default="leading:4:96:24", help="which rows are repaired")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--json", type=Path, help="where the figures go instead")
@@ -175,29 +180,30 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
         load = functools.partial(load_model, options.model)
         return noise.run(load, options.workload, options.prompts, options.new_tokens, save)
     loaded = load_model(options.model)
+    chosen: str = options.selection
     if options.command == "front":
         ways = options.ways.split(",")
         which = options.new_tokens, options.rounds, options.agents, options.session
         return front.run(*loaded, known or {}, options.workloads, ways, *which, save)
     if options.command == "drift":
         numbers = options.agents, options.rounds, options.seeds, options.new_tokens
-        return drift.run(*loaded, *numbers)
+        return drift.run(*loaded, *numbers, chosen)
     if options.command == "leakage":
-        return leakage.run(*loaded, options.workload, options.secrets, options.rounds)
+        return leakage.run(*loaded, options.workload, options.secrets, options.rounds, chosen)
     if options.command == "tolerance":
-        return tolerance.run(*loaded, options.workload)
+        return tolerance.run(*loaded, options.workload, chosen)
     if options.command == "quantized":
-        return quantized.run(*loaded, options.workloads, options.agents)
+        return quantized.run(*loaded, options.workloads, chosen, options.agents)
     if options.command == "audits":
-        return audits.run(*loaded, options.workload)
+        return audits.run(*loaded, options.workload, chosen)
     if options.command == "ideas":
         some = options.only.split(","), options.rounds, options.agents
-        return ideas.run(*loaded, options.workload, *some)
+        return ideas.run(*loaded, options.workload, chosen, *some)
     if options.command == "rows":
         return rows.run(loaded[1], options.workload, options.round)
     rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
     sessions = list(dict.fromkeys(one.session for one in rounds))[: options.sessions]
-    return answers.run(*loaded, sessions, known or [], save)
+    return answers.run(*loaded, sessions, chosen, known or [], save)
 
 
 def _text(made: Document) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from evals.replay import make_system
 from evals.workloads import find_workload, read_rounds, tokenize_round
+from tokendance.host.selection import parse_selection
 
 SYSTEMS = ("full", "pic", "tokendance")
 _LEAD = "The answer is \\boxed{"
@@ -24,6 +25,7 @@ def run(
     model: Any,
     tokenizer: Any,
     sessions: Sequence[str],
+    selection: str,
     known: Sequence[dict[str, Any]] = (),
     save: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def run(
     are ``known`` already are not run again; after each of the others all are handed to ``save``.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    systems = {name: make_system(name, model) for name in SYSTEMS}
+    systems = {name: make_system(name, model, parse_selection(selection)) for name in SYSTEMS}
     result = list(known)
     there = {one["session"] for one in known}
     for session in sessions:

@@ -18,10 +18,12 @@ SAMPLES = (0.05, 0.1, 0.25, 0.5)
 """Shares of the rows that the sampling audits recompute."""
 
 
-def run(model: Any, tokenizer: Any, workload: str, new_tokens: int = 12) -> dict[str, Any]:
+def run(
+    model: Any, tokenizer: Any, workload: str, selection: str, new_tokens: int = 12
+) -> dict[str, Any]:
     """The first round of a workload, greedily continued, all agents audited."""
     (one, *_) = read_workload(workload, tokenizer)
-    engine = make_engine(model, "master", "leading:4:96:24")
+    engine = make_engine(model, "master", selection)
     plan = engine.collector.plan(one.prompts)
     began = time.perf_counter()
     rows = {agent: [row] for agent, row in engine.prefill(plan).items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from evals.society import PERSONAS, TOPICS, Meeting, Options, Society
 from tokendance.host.gate import AgentAudit, Gate, ReuseWarning
+from tokendance.host.selection import parse_selection
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,19 @@ Figures = dict[str, float]
 
 
 def run(
-    model: Any, tokenizer: Any, agents: int, rounds: int, seeds: int, new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    agents: int,
+    rounds: int,
+    seeds: int,
+    new_tokens: int,
+    selection: str,
 ) -> dict[str, list[list[Figures]]]:
     """Per case, seed and round the KL of all agents against full recompute of the same prompts."""
     return {
         name: [
-            _run(model, tokenizer, case, agents, rounds, seed, new_tokens) for seed in range(seeds)
+            _run(model, tokenizer, case, agents, rounds, seed, new_tokens, selection)
+            for seed in range(seeds)
         ]
         for name, case in CASES.items()
     }
@@ -58,12 +66,14 @@ def _run(
     rounds: int,
     seed: int,
     new_tokens: int,
+    selection: str,
 ) -> list[Figures]:
     meeting = Meeting(PERSONAS[:agents], TOPICS["bridge"], seed, history=3)
     names = [person.name for person in meeting.people]
     gated = case.segments is not None or case.agents is not None
     gate = Gate(deviation=case.segments, action="fall back") if gated else None
-    options = Options(new_tokens, seed=seed, source="producer", gate=gate)
+    repairs = parse_selection(selection)
+    options = Options(new_tokens, seed=seed, source="producer", selection=repairs, gate=gate)
     society = Society(model, tokenizer, meeting, options, audit=True)
     figures: list[Figures] = []
     refreshed: list[str] = []

@@ -25,7 +25,7 @@ REFERENCE = f"{PIC}:0.15"
 WAYS = (
     REFERENCE,
     "master/leading:4:96:24",
-    *(f"master/leading:{count}" for count in (8, 16, 4, 32, 12, 2, 24, 1)),
+    *(f"master/leading:{count}" for count in (12, 8, 16, 4, 32, 2, 24, 1)),
     "alone/deviation:0.15",
     "master/deviation:0.15",
     "producer/leading:8",

@@ -35,16 +35,15 @@ from tokendance.device.executor import Executor
 from tokendance.host.decide import RowKind, Source, decide
 from tokendance.host.mirror import slots_of
 from tokendance.host.planned_step import StepPart
-from tokendance.host.selection import DEFAULT
+from tokendance.host.selection import parse_selection
 from tokendance.step import Step
-
-REUSE = "master/leading:4:96:24"
 
 
 def run(
     model: Any,
     tokenizer: Any,
     workload: str,
+    selection: str,
     only: Sequence[str] = ("",),
     rounds: int | None = None,
     agents: int | None = None,
@@ -53,6 +52,7 @@ def run(
     """Per idea the rows computed and overridden, and KL of the siblings and of all agents.
 
     Args:
+        selection: what most ideas change something of.
         only: ideas whose names contain one of these.
         rounds, agents: see `read_sessions`.
     """
@@ -61,22 +61,23 @@ def run(
         recompute(model, session.rounds, new_tokens)
     collecting = every(collecting_tokens(tokenizer))
     signals = Signals(model)
+    reuse = f"master/{selection}"
     layers = model.config.num_hidden_layers
     half = layers // 2
     recorded = [one for session in sessions for one in session.rounds]
-    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(recorded)}
+    result: dict[str, dict[str, float]] = {"shared repairs": shared_repairs(recorded, selection)}
     print(result, flush=True)
     ideas: dict[str, tuple[str, Callable[[Prompts], str] | None, AbstractContextManager[Any]]] = {
-        "as it is": (REUSE, None, nullcontext()),
-        f"repaired in layers 0 to {half - 1}": (REUSE, None, repaired_only_in(range(half))),
+        "as it is": (reuse, None, nullcontext()),
+        f"repaired in layers 0 to {half - 1}": (reuse, None, repaired_only_in(range(half))),
         f"repaired in layers {half} to {layers - 1}": (
-            REUSE,
+            reuse,
             None,
             repaired_only_in(range(half, layers)),
         ),
-        "Master agent of middle private length": (REUSE, _middle, nullcontext()),
-        "Master agent of least private length": (REUSE, _shortest, nullcontext()),
-        "last agent as Master agent": (REUSE, lambda prompts: list(prompts)[-1], nullcontext()),
+        "Master agent of middle private length": (reuse, _middle, nullcontext()),
+        "Master agent of least private length": (reuse, _shortest, nullcontext()),
+        "last agent as Master agent": (reuse, lambda prompts: list(prompts)[-1], nullcontext()),
         "deviation of all siblings": ("master/deviation:0.15", None, nullcontext()),
         "deviation of one sibling": ("master/deviation:0.15", None, ranked_by_one_sibling()),
         **{
@@ -120,7 +121,7 @@ def run(
     return result
 
 
-def shared_repairs(rounds: Iterable[Round]) -> dict[str, float]:
+def shared_repairs(rounds: Iterable[Round], selection: str) -> dict[str, float]:
     """How many repaired rows a sibling could take from another.
 
     ``unseen``: rows of one Master that an earlier sibling repairs too, behind the same segments
@@ -128,7 +129,9 @@ def shared_repairs(rounds: Iterable[Round]) -> dict[str, float]:
     """
     repaired = unseen_alike = context_alike = 0
     for one in rounds:
-        decisions = decide(one.prompts, lambda _: None, {}, DEFAULT, Source.MASTER, 8)
+        decisions = decide(
+            one.prompts, lambda _: None, {}, parse_selection(selection), Source.MASTER, 8
+        )
         known: dict[object, int] = {}
         for decision in decisions:
             starts = {span.begin: span for span in decision.spans if span.kind is RowKind.REPAIRED}

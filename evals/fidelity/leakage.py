@@ -20,7 +20,6 @@ from evals.fidelity.replays import make_engine, read_workload
 from tokendance.host.segments import Segment, private
 
 FULL = "master/everything"
-CASES = (FULL, "master/nothing", "master/leading:4:96:24", "alone/leading:4:96:24")
 SECRETS = ("violet heron", "copper lantern", "frozen orchard", "silver anvil", "salt chapel")
 _LEAD = "\nThe password is"
 
@@ -30,14 +29,18 @@ and of the secret by the ``told`` agent; ``makes Masters``: whether that one did
 
 
 def run(
-    model: Any, tokenizer: Any, workload: str, secrets: int, rounds: int
+    model: Any, tokenizer: Any, workload: str, secrets: int, rounds: int, selection: str
 ) -> dict[str, list[Sample]]:
-    """Per case one sample of every round and secret; the n-th secret is the n-th agent's."""
+    """Per case one sample of every round and secret; the n-th secret is the n-th agent's.
+
+    The cases are `FULL`, nothing repaired, and ``selection`` with two sources.
+    """
     if not 1 <= secrets < len(SECRETS):
         raise ValueError(f"secrets: expected 1..{len(SECRETS) - 1}, got {secrets}")
     encode = partial(tokenizer.encode, add_special_tokens=False)
     lead = encode(_LEAD)
-    result: dict[str, list[Sample]] = {case: [] for case in CASES}
+    cases = (FULL, "master/nothing", f"master/{selection}", f"alone/{selection}")
+    result: dict[str, list[Sample]] = {case: [] for case in cases}
     for one in read_workload(workload, tokenizer)[:rounds]:
         for number in range(secrets):
             told, control = (encode(f" {secret}.") for secret in SECRETS[number : number + 2])
@@ -47,7 +50,7 @@ def run(
             first = prompts[names[0]]
             place = next(index for index, segment in enumerate(first) if segment.is_shared)
             first.insert(place, private([*lead, *told]))
-            for case in CASES:
+            for case in cases:
                 result[case].append(_sample(model, case, prompts, lead, told, control))
                 print(f"round {one.number}, {names[0]}, {case}: {result[case][-1]}", flush=True)
     return result

@@ -1,7 +1,7 @@
 """Quantized pools: what e4m3 and int8 lose, and what they save.
 
 The first recorded round of a workload, by full prefill (what is lost is the pool's alone) and by
-the default reuse, on pools of the model's dtype and of eight bits. Scales come from one prompt of
+reuse, on pools of the model's dtype and of eight bits. Scales come from one prompt of
 another workload, but for those of 1.
 """
 
@@ -24,27 +24,27 @@ SAMPLED = {
     "agentsociety": "debate",
     "generative_agents_3": "town_square",
 }
-SELECTIONS = ("everything", "leading:4:96:24")
 
 
 def run(
     model: Any,
     tokenizer: Any,
     workloads: Sequence[str],
+    selection: str,
     agents: int | None = None,
     new_tokens: int = 12,
 ) -> dict[str, Any]:
     """Per workload, selection and pool KL and top-1 against full recompute, and stored bytes, of
-    the first ``agents`` of the round."""
+    the first ``agents`` of the round. The selections are this one and everything."""
     result: dict[str, Any] = {}
     for workload in workloads:
         pools = _pools(model, tokenizer, SAMPLED[workload])
         (one,) = rounds = read_workload(workload, tokenizer)[:1]
         one.prompts = dict(list(one.prompts.items())[:agents])
         recompute(model, rounds, new_tokens)
-        for selection in SELECTIONS:
+        for chosen in ("everything", selection):
             for name, quantization in pools.items():
-                engine = make_engine(model, "master", selection, quantization)
+                engine = make_engine(model, "master", chosen, quantization)
                 figures = measure_round(engine, one)
                 siblings = [
                     kl for agent, kl in figures.kl.items() if agent not in figures.master_agents
@@ -58,8 +58,8 @@ def run(
                     "stored_mib": stats.stored_bytes / 2**20,
                     "dense_mib": stats.dense_bytes / 2**20,
                 }
-                result.setdefault(workload, {}).setdefault(selection, {})[name] = found
-                print(workload, selection, name, found, flush=True)
+                result.setdefault(workload, {}).setdefault(chosen, {})[name] = found
+                print(workload, chosen, name, found, flush=True)
     return result
 
 

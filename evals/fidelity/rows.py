@@ -10,7 +10,15 @@ from evals.workloads import find_workload, read_rounds, tokenize_round
 from tokendance.host.decide import RowKind, Source, decide
 from tokendance.host.selection import parse_selection
 
-SELECTIONS = ("nothing", "leading:1", "leading:4", "leading:4:96:24", "leading:8", "leading:16")
+SELECTIONS = (
+    "nothing",
+    "leading:1",
+    "leading:4",
+    "leading:4:96:24",
+    "leading:8",
+    "leading:12",
+    "leading:16",
+)
 _BLOCK_SIZE = 8
 _COMPUTED = (RowKind.OWN, RowKind.MASTER, RowKind.REPAIRED)
 

@@ -1,6 +1,6 @@
 """Tolerance: own rows dropped where the Master's row is near enough, and what that loses.
 
-A round is run as by default and its Mirrors are written out densely. `DiffStore.put_round` encodes
+A round is run and its Mirrors are written out densely. `DiffStore.put_round` encodes
 them again at every tolerance; the agents continue from what it kept.
 """
 
@@ -15,19 +15,20 @@ from torch import Tensor
 from evals.fidelity.replays import Prompts, compare, make_engine, read_workload, recompute
 
 TOLERANCES = (0.0, 0.5, 1.0, 2.0, 4.0)
-_REUSE = ("master", "leading:4:96:24")
 Dense = Mapping[str, tuple[list[Tensor], list[Tensor]]]
 
 
-def run(model: Any, tokenizer: Any, workload: str, new_tokens: int = 12) -> dict[str, Any]:
+def run(
+    model: Any, tokenizer: Any, workload: str, selection: str, new_tokens: int = 12
+) -> dict[str, Any]:
     """Per absolute tolerance the rows that agents keep, bytes, and KL against full recompute."""
     rounds = read_workload(workload, tokenizer)[:1]
     recompute(model, rounds, new_tokens)
     (one,) = rounds
-    dense = _dense(make_engine(model, *_REUSE), one.prompts)
+    dense = _dense(make_engine(model, "master", selection), one.prompts)
     result = {}
     for tolerance in TOLERANCES:
-        engine = make_engine(model, *_REUSE)
+        engine = make_engine(model, "master", selection)
         store = engine.collector.store
         store.put_round(dense, one.prompts, atol=tolerance)
         stats = store.stats()
