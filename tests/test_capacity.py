@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evals.capacity.calibration import Fitted, at, predict
-from evals.capacity.collective import Collective, work_of
+from evals.capacity.collective import SELECTION, Collective, work_of
 from evals.capacity.cost import CostModel, Shares, Work
 from evals.capacity.limits import SYSTEMS, Setting, agents_within, make, together
 from evals.capacity.machines import MACHINES, MODELS, Machine, kv_bytes
@@ -146,7 +146,9 @@ def test_our_rows_are_those_that_the_plan_says():
     found = rows_of(ours, rounds)
     again, expected = Collective(10**5, SETTING.model, 8192).scheduler, []
     for one in rounds:
-        plan = again.plan({request.agent: request.prompt for request in one.requests}, Policy())
+        plan = again.plan(
+            {request.agent: request.prompt for request in one.requests}, Policy(SELECTION)
+        )
         while step := again.step():
             step.finish()
         expected.append(plan.rows_computed)

@@ -679,7 +679,7 @@ def test_repr_tells_what_one_wants_to_see() -> None:
     )
     assert repr(collector) == (
         f"KVCollector({store!r}, source=master, "
-        "selection=LeadingTokens(count=4, unseen=96, most=24))"
+        "selection=LeadingTokens(count=12, unseen=None, most=24))"
     )
     plan = collector.plan({"a": prompts()["a"], "b": prompts()["d"]})
     assert repr(plan) == "Plan(2 agents: 2 prefill; 0 of 246 prompt rows computed)"

@@ -92,13 +92,13 @@ def test_slots_say_which_rows_go_where() -> None:
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_appended_rows_are_those_of_a_decode_step(rotated: bool) -> None:
-    decoded = td.KVCollector(make_store(), source="producer")
+    decoded = td.KVCollector(make_store(), source="producer", selection=td.LeadingTokens(4))
     plan = decoded.plan(PROMPTS)
     run_prefill(decoded, plan)
     run_step(decoded.step({"b": SAID, "a": SAID[:3]}, prefill=()))
     plan.commit()
 
-    given = td.KVCollector(make_store(), source="producer")
+    given = td.KVCollector(make_store(), source="producer", selection=td.LeadingTokens(4))
     plan = given.plan(PROMPTS)
     run_prefill(given, plan)
     record = plan.append({"b": SAID, "a": SAID[:3]})

@@ -78,7 +78,7 @@ def planned(model: Any) -> tuple[TransformersEngine, td.Plan]:
         for a in range(AGENTS)
     }
     store = td.DiffStore(geometry_of(model), rope_of(model, 4096), "64MiB", block_size=16)
-    engine = TransformersEngine(model, td.KVCollector(store))
+    engine = TransformersEngine(model, td.KVCollector(store, selection=td.LeadingTokens(4)))
     return engine, engine.collector.plan(prompts)
 
 

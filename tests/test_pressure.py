@@ -96,7 +96,8 @@ def test_a_new_segment_is_shared_within_a_prompt_that_joins_a_round() -> None:
     """It needs the pages that it needs alone, and fits a pool of just those."""
     twice = [td.shared(tokens(1, 40))] * 2
     capacity = 9 * 8 * GEOMETRY.row_bytes
-    collector = td.KVCollector(td.DiffStore(GEOMETRY, ROPE, capacity, block_size=8))
+    store = td.DiffStore(GEOMETRY, ROPE, capacity, block_size=8)
+    collector = td.KVCollector(store, selection=td.LeadingTokens(24))
     plan = collector.plan({"first": []})
     assert plan.pages_needed({"late": twice}) == collector.pages_needed({"late": twice}) == 9
     plan.add({"late": twice})

@@ -52,7 +52,7 @@ class KVCollector(
             about decoded outputs when they are committed. If it returns ``"producer"`` for outputs
             and ``"alone"`` for the rest, what agents wrote is kept as they wrote it, and what they
             were given is computed without a context.
-        selection: which reused rows are recomputed; default ``LeadingTokens(4, unseen=96)``.
+        selection: which reused rows are recomputed; default ``LeadingTokens(12)``.
         gate: what `audit` may find before it warns, or makes agents and segments fall back.
 
     Raises:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--selection",
-        default="leading:4:96:24",
+        default="leading:12",
         help="rows to recompute: leading:COUNT[:UNSEEN[:MOST]], deviation:RATIO[:LAYER], "
         "everything or nothing (default %(default)s)",
     )

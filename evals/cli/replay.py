@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--selection",
-        default="leading:4:96:24",
+        default="leading:12",
         help="rows that tokendance recomputes: leading:COUNT[:UNSEEN[:MOST]], "
         "deviation:RATIO[:LAYER], everything or nothing (default %(default)s)",
     )

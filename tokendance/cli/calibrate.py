@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--selections",
-        default="leading:4:96:24,leading:16",
+        default="leading:8,leading:12,leading:16",
         help="comma-separated: leading:COUNT[:UNSEEN[:MOST]], nothing, everything (default "
-        "%(default)s, of which the first is the collector's own default)",
+        "%(default)s, of which leading:12 is the collector's own default)",
     )
     parser.add_argument("--new-tokens", type=int, default=12, help="tokens compared per agent")
     parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16")

@@ -95,7 +95,7 @@ class Nothing:
 
 Selection = LeadingTokens | KeyDeviation | Everything | Nothing
 
-DEFAULT = LeadingTokens(4, unseen=96)
+DEFAULT = LeadingTokens(12)
 """What a collector recomputes unless told otherwise; docs/fidelity.md says why."""
 
 
