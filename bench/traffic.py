@@ -329,17 +329,16 @@ def _keys_read(case: testing.RandomRound, window: int) -> int:
             for agent, position in queries:
                 if source >= 0:
                     delta, length = uses.get((agent, source), (0, 0))
-                    positions = [delta + i for i in range(min(length, last * size))]
+                    positions = [delta + i for i in range(min(length, last))]
                 elif agent == -1 - source:
                     begin = int(arrays["own_page_indptr"][agent]) * size
-                    count = min(int(arrays["own_length"][agent]), last * size)
-                    positions = arrays["own_position"][begin : begin + count].tolist()
+                    positions = arrays["own_position"][begin : begin + last].tolist()
                 else:
                     continue
                 seen.update(
                     i
                     for i, key in enumerate(positions)
-                    if i >= first * size and 0 <= position - key < (window or 1 << 31)
+                    if i >= first and 0 <= position - key < (window or 1 << 31)
                 )
             total += len(seen)
     return total

@@ -9,6 +9,7 @@ import torch
 
 from tokendance import testing
 from tokendance.device.rounds import RoundTensors
+from tokendance.testing.work_lists import chunk_of, uses_of_chunks
 
 TILE_KEYS = 64  # the kernels' key tile
 TILE_ROWS = 64  # query rows times G of an item, at most
@@ -31,7 +32,7 @@ def is_demanding(case):
     size = case.filled.block_size
     chunks = case.arrays["work_chunks"]
     items = [item for item in case.arrays["work"].tolist() if item[0] < item[1]]
-    keys = [int((chunks[i[2] : i[3], 2] - chunks[i[2] : i[3], 1]).sum()) * size for i in items]
+    keys = [int((chunks[i[2] : i[3], 2] - chunks[i[2] : i[3], 1]).sum()) for i in items]
     tails = case.arrays["use_length"] % size != 0
     own_tails = case.arrays["own_length"] % size != 0
     return (
@@ -80,12 +81,12 @@ def boundary_round(window, own_first=False, **options):
 
     def wanted(case):
         [delta, *_], own = case.arrays["use_delta"].tolist(), case.arrays["own_position"]
-        count = case.arrays["own_length"][0]
+        count, size = case.arrays["own_length"][0], case.filled.block_size
         return (
             count > 1
             and own[count - 1] == delta - 1
             and case.filled.rows == 8
-            and [0, 0, -(-129 // case.filled.block_size), 0] in case.arrays["work_chunks"].tolist()
+            and [0, 0, -(-129 // size) * size, 0] in case.arrays["work_chunks"].tolist()
         )
 
     case = first_round(
@@ -96,7 +97,8 @@ def boundary_round(window, own_first=False, **options):
     positions = torch.tensor(reach) + int(case.arrays["use_delta"][0])
     case.round.row_position[:8] = positions
     if own_first:
-        case.round.work_chunks[:2] = case.round.work_chunks[:2].flip(0)
+        for field in (case.round.work_chunks, case.round.work_uses):
+            field[:2] = field[:2].flip(0)
     return case
 
 
@@ -246,6 +248,32 @@ def beyond_the_tables_round(sign=1, which=-1, shift=None, **options):
     return case, damage
 
 
+def unnamed_use_round(**options):
+    """A round without one of its uses, and what puts it in again without its number in the work
+    list: by what the list does not name nothing is seen."""
+
+    def seen(case):
+        """Uses of which some row sees more than 20 rows."""
+        arrays = case.arrays
+        last = dict(zip(arrays["row_agent"], arrays["row_position"], strict=True))
+        reach = [last.get(agent, 0) for agent in arrays["use_agent"]] - arrays["use_delta"]
+        return np.flatnonzero(np.minimum(reach, arrays["use_length"]) > 20)
+
+    case = first_round(
+        lambda case: len(seen(case)) >= 2, 0, masters=(70, 40), masks="none", rows=2, **options
+    )
+    use = int(seen(case)[0])
+    length = int(case.arrays["use_length"][use])
+    case.round.use_length[use] = 0
+
+    def damage(given):
+        given.round.use_length[use] = length
+        uses = given.round.work_uses[: case.filled.work_uses]
+        uses[uses == use] = -1
+
+    return case, damage
+
+
 def nine_partials_round(turn, **options):
     """One query row and nine items of two pages each, merged from the one after the ``turn``-th on.
 
@@ -255,18 +283,19 @@ def nine_partials_round(turn, **options):
     def wanted(case):
         return case.filled.rows == 1
 
-    parts, size = 9, 8
+    parts, rows = 9, 16
     case = first_round(
-        wanted, 0, agents=1, masters=(2 * size * parts,), masks="none", private_length=0, rows=1,
-        slack=False, block_size=size, rotary_dim=0, work="planned", **options,
+        wanted, 0, agents=1, masters=(rows * parts,), masks="none", private_length=0, rows=1,
+        slack=False, block_size=8, rotary_dim=0, work="planned", **options,
     )  # fmt: skip
     place = np.arange(parts, dtype=np.int32)
     zeros, ones = np.zeros_like(place), np.ones_like(place)
     fields = {
-        "row_position": case.arrays["use_delta"][:1] + 2 * size * parts - 1,
-        "work": np.stack([zeros, ones, place, place + 1, place, zeros, zeros, zeros], axis=1),
+        "row_position": case.arrays["use_delta"][:1] + rows * parts - 1,
+        "work": np.stack([zeros, ones, place, place + 1, place, zeros, ones, zeros], axis=1),
         "work_rows": zeros[:1],
-        "work_chunks": np.stack([zeros, 2 * place, 2 * place + 2, zeros], axis=1),
+        "work_chunks": np.stack([zeros, rows * place, rows * (place + 1), zeros], axis=1),
+        "work_uses": zeros[:1],
         "row_partial_indptr": np.array([0, parts], dtype=np.int32),
         "row_partials": np.roll(place, turn),
     }
@@ -278,7 +307,7 @@ def with_work(case, fields):
     arrays = {**case.arrays, **fields}
     filled = replace(
         case.filled,
-        **{name: len(arrays[name]) for name in ("work", "work_rows", "work_chunks")},
+        **{name: len(arrays[name]) for name in ("work", "work_rows", "work_chunks", "work_uses")},
         partials=len(arrays["row_partials"]),
     )
     return replace(
@@ -362,15 +391,20 @@ def one_of_four_round(**options):
     rows = chosen(case)
     rows += sorted(set(range(case.filled.rows)) - set(rows))
     pages = np.diff(arrays["master_page_indptr"]).tolist()
-    chunks = [[master, 0, pages[master], 0] for master in (0, 1)]
+    chunks = [chunk_of(arrays, size, master, 0, pages[master]) for master in (0, 1)]
     for agent in arrays["row_agent"].tolist():
-        chunks.append([-1 - agent, 0, -(-int(arrays["own_length"][agent]) // size), 0])
-    tiles = ((0, 16), (16, len(rows)))
-    items = [[first, last, 0, len(chunks), -1, 0, 0, 0] for first, last in tiles]
+        own = -(-int(arrays["own_length"][agent]) // size)
+        chunks.append(chunk_of(arrays, size, -1 - agent, 0, own))
+    items, uses = [], []
+    for first, last in ((0, 16), (16, len(rows))):
+        table = uses_of_chunks(arrays, rows[first:last], chunks)
+        items.append([first, last, 0, len(chunks), -1, len(uses), table.shape[1], 0])
+        uses += table.reshape(-1).tolist()
     fields = {
         "work": np.array(items, dtype=np.int32),
         "work_rows": np.array(rows, dtype=np.int32),
         "work_chunks": np.array(chunks, dtype=np.int32),
+        "work_uses": np.array(uses, dtype=np.int32),
         "row_partial_indptr": np.zeros(len(rows) + 1, dtype=np.int32),
         "row_partials": np.zeros(0, dtype=np.int32),
     }

@@ -13,10 +13,10 @@ from tokendance.device.rounds import RoundTensors
 
 INDICES = [
     ("source", 1 << 20), ("source", -(1 << 20)), ("later source", 1 << 20),
-    ("later source", -(1 << 20)), ("pages", 1 << 20), ("pages", -1), ("use", 1 << 20),
-    ("later use", 1 << 20), ("agent", 1 << 20), ("own page", 1 << 20), ("own page", -1),
-    ("own length", 1 << 20), ("first own length", 1 << 20), ("master page", 1 << 20),
-    ("master page", -1), ("masks", 1 << 20),
+    ("later source", -(1 << 20)), ("rows", 1 << 20), ("rows", -1), ("page list", 1 << 20),
+    ("page list", -1), ("later page list", -1), ("own page list", 1 << 20), ("use", 1 << 20),
+    ("use", -2), ("later use", 1 << 20), ("agent", 1 << 20), ("first own rows", 1 << 20),
+    ("masks", 1 << 20),
 ]  # fmt: skip
 
 
@@ -25,9 +25,10 @@ def illegal_items(**options):
     case = attention_round(25, **{"masters": (150, 20), **options})
     filled = case.filled
     room = {
-        "work": filled.work + 6,
+        "work": filled.work + 9,
         "work_rows": filled.work_rows + 2,
         "work_chunks": filled.work_chunks + 1,
+        "work_uses": filled.work_uses + 1,
         "partials": filled.partials + 1,
     }
     extents = replace(case.round.extents, **room)
@@ -35,20 +36,23 @@ def illegal_items(**options):
 
     def damage(given):
         round_, extents = given.round, given.round.extents
-        last_row, last_chunk = extents.work_rows, extents.work_chunks
+        last_row, last_chunk, last_use = extents.work_rows, extents.work_chunks, extents.work_uses
         round_.work_rows[last_row - 2 :] = torch.tensor([extents.rows, -1])
         for item, fields in enumerate(
             (
-                [0, last_row + 1, 0, 1, -1],
-                [-1, 1, 0, 1, -1],
-                [0, 1, 0, last_chunk + 1, -1],
-                [0, 1, -1, 1, -1],
-                [0, 2, 0, 1, extents.partials - 1],
-                [last_row - 2, last_row, 0, 1, -1],
+                [0, last_row + 1, 0, 1, -1, 0, 1],
+                [-1, 1, 0, 1, -1, 0, 1],
+                [0, 1, 0, last_chunk + 1, -1, 0, 1],
+                [0, 1, -1, 1, -1, 0, 1],
+                [0, 2, 0, 1, extents.partials - 1, 0, 1],
+                [last_row - 2, last_row, 0, 1, -1, 0, 1],
+                [0, 2, 0, 1, -1, last_use - 1, 2],
+                [0, 1, 0, 1, -1, -1, 1],
+                [0, 1, 0, 1, -1, 0, 0],
             ),
             filled.work,
         ):
-            round_.work[item, :5] = torch.tensor(fields, dtype=torch.int32)
+            round_.work[item, :7] = torch.tensor(fields, dtype=torch.int32)
 
     return case, damage
 
@@ -67,10 +71,14 @@ def missing_pages(missing, legal=2, **options):
     for use in range(case.filled.uses):
         known.round.use_length[use] = min(int(case.round.use_length[use]), legal * size)
     known.round.own_length[: case.filled.agents].clamp_(max=legal // 2 * size)
+    chunks = known.round.work_chunks[: case.filled.work_chunks]
+    own = chunks[:, 0] < 0
+    chunks[own, 1:3] = chunks[own, 1:3].clamp(max=legal // 2 * size)
 
     def damage(given):
         given.round.use_length.copy_(case.round.use_length)
         given.round.own_length.copy_(case.round.own_length)
+        given.round.work_chunks.copy_(case.round.work_chunks)
         for indptr, pages, kept in (
             (case.round.master_page_indptr, given.round.master_pages, legal),
             (case.round.own_page_indptr, given.round.own_pages, legal // 2),
@@ -89,23 +97,26 @@ def check_illegal_index(backend, field, value, **options):
         round_.work_chunks[:, 0] = value
     elif field == "later source":
         round_.work_chunks[1::2, 0] = value
-    elif field == "pages":
+    elif field == "rows":
         round_.work_chunks[:, 1 if value < 0 else 2] = value
+    elif field == "page list":
+        round_.work_chunks[:, 3] = value
+    elif field == "later page list":
+        later = torch.ones(len(round_.work_chunks), dtype=torch.bool)
+        later[round_.work[: case.filled.work, 2].long()] = False  # but the first of an item
+        round_.work_chunks[later, 3] = value
+    elif field == "own page list":
+        round_.work_chunks[round_.work_chunks[:, 0] < 0, 3] = value
+    elif field == "first own rows":
+        for first, end in round_.work[: case.filled.work, 2:4].tolist():
+            round_.work_chunks[first:end] = round_.work_chunks[first:end].flip(0)
+        round_.work_chunks[round_.work_chunks[:, 0] < 0, 2] = value
     elif field == "use":
-        round_.agent_use[:, 1] = value
+        round_.work_uses[:] = value
     elif field == "later use":
-        round_.agent_use[1::2, 1] = value
+        round_.work_uses[1::2] = value
     elif field == "agent":
         round_.row_agent[case.real_rows] = value
-    elif field == "own page":
-        round_.own_page_indptr[:] = value
-    elif field in ("own length", "first own length"):
-        round_.own_length[:] = value
-        for first, end in round_.work[: case.filled.work, 2:4].tolist():
-            if field == "first own length":  # own rows are the first of an item
-                round_.work_chunks[first:end] = round_.work_chunks[first:end].flip(0)
-    elif field == "master page":
-        round_.master_page_indptr[:] = value
     else:
         round_.use_page_indptr[:] = value
     mine = case.copy(backend.device)

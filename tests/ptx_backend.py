@@ -168,7 +168,7 @@ class Traffic:
 
 ROUND_CATEGORIES = {
     "use_masks": "masks",
-    **dict.fromkeys(("work", "work_rows", "work_chunks"), "work"),
+    **dict.fromkeys(("work", "work_rows", "work_chunks", "work_uses"), "work"),
     **dict.fromkeys(("row_partial_indptr", "row_partials"), "work"),
 }
 

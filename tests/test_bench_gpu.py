@@ -205,12 +205,12 @@ def test_spreads():
 
 def test_kernels_are_told_apart():
     events = [
-        ("tokendance_collective_attention_bf16_d128_wide", 120.0),
+        ("tokendance_collective_attention_bf16_d128", 120.0),
         ("tokendance_collective_attention_merge_bf16_d128", 10.0),
         ("void at::native::reduce_kernel<512, 1>", 50.0),
     ]
     assert gpu.kernel_times(events) == {
-        "collective_attention_bf16_d128_wide": 120e-6,
+        "collective_attention_bf16_d128": 120e-6,
         "collective_attention_merge_bf16_d128": 10e-6,
     }
 

@@ -277,10 +277,10 @@ def test_lists_of_layers_must_agree(case):
 
 def test_extents_and_buffer_must_agree(case):
     total = case.round.buffer.numel()
-    with raises("extents: expected 12 entries, got 11"):
-        restore(case, extents=case.extents[:11])
+    with raises("extents: expected 13 entries of round version 2, got 12"):
+        restore(case, extents=case.extents[:12])
     with raises("extents (block_size): expected 8, 16 or 32, got 12"):
-        restore(case, extents=[*case.extents[:11], 12])
+        restore(case, extents=[*case.extents[:12], 12])
     with raises("extents (uses): expected 0 to 2147483647, got -1"):
         restore(case, extents=[case.extents[0], -1, *case.extents[2:]])
     with raises(f"round: expected [{total}], got [{total - 1}]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import backends
@@ -23,6 +24,7 @@ from attention_rounds import (
     one_of_four_round,
     opposite_values_round,
     rising_round,
+    unnamed_use_round,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -36,6 +38,8 @@ E4M3, INT8 = testing.QUANTIZED
 # Of pools and queries.
 QUANTIZED = [(E4M3, torch.bfloat16), (E4M3, torch.float32), (INT8, torch.float16)]
 HEAD_DIMS = [64, 80, 96, 128, 256]
+# Others are for the CPU.
+ALIGNED_LAYOUTS = [layout for layout in testing.LAYOUTS if layout != "unaligned"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -64,6 +68,7 @@ def check(
     attention_factor=1.0,
     scale=None,
     wide=False,
+    gap=None,
     lse_tolerance=None,
     expected=None,
     empty=False,
@@ -71,7 +76,8 @@ def check(
 ):
     """Compares with the reference; nothing but rows that are not padding may be written.
 
-    A round without query rows compares nothing: it has to be meant (``empty``). The operator gets
+    A round without query rows compares nothing: it has to be meant (``empty``). Outputs lie apart
+    where they are ``wide``, or have gaps of so many elements between heads. The operator gets
     what ``damage`` makes of a copy of the case; rows that are there in it alone see nothing.
     """
     assert empty or len(case.real_rows) > 0, "the round has no query rows"
@@ -85,7 +91,8 @@ def check(
         damage(given)
     mine = given.copy(backend.device)
     to = testing.StorageCopies(backend.device)
-    out = to(torch.full((rows, num_q_heads + wide, head_dim + 16 * wide), torch.nan, dtype=dtype))
+    gap = 16 * wide if gap is None else gap
+    out = to(torch.full((rows, num_q_heads + wide, head_dim + gap), torch.nan, dtype=dtype))
     lse = to(torch.full((rows, num_q_heads), torch.nan))
     partials = case.round.extents.partials
     workspace = to(torch.full((partials * num_q_heads * (head_dim + 1) + 5,), torch.nan))
@@ -156,7 +163,7 @@ def test_quantized_pools_with_every_option(backend, dtype, query_dtype):
     check(backend, case, soft_cap=4.0, sinks=sinks, attention_factor=0.9, scale=0.1, window=90)
     check(backend, replace(case, k_scale=None), scale=0.001)
     check(backend, replace(case, v_scale=None))
-    for layout in testing.LAYOUTS:
+    for layout in ALIGNED_LAYOUTS:
         check(backend, demanding_round(500, layout=layout, **options), wide=True)
     for heads in ((1, 1), (8, 1), (14, 2)):
         check(backend, demanding_round(600, num_q_heads=heads[0], num_kv_heads=heads[1], **options))
@@ -221,10 +228,55 @@ def test_partial_rotation(backend, dtype, head_dim, rotary_dim, interleaved):
     )
 
 
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", ALIGNED_LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides(backend, layout, dtype):
     check(backend, demanding_round(500, layout=layout, dtype=dtype), wide=True)
+
+
+def pools_at(case, offset, gap):
+    """The case with copies of its pools that begin so many elements behind 16 bytes, with gaps of
+    so many between heads."""
+
+    def moved(pool):
+        shape = (*pool.shape[:-1], pool.shape[-1] + gap)
+        memory = torch.full((math.prod(shape) + offset,), torch.nan, dtype=pool.dtype)
+        place = memory[offset:].view(shape)[..., : pool.shape[-1]]
+        return place.copy_(pool)
+
+    return replace(case, k_pool=[moved(case.k_pool[0])], v_pool=[moved(case.v_pool[0])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("offset", "gap", "message"),
+    [
+        (1, 0, "k_pool: expected memory at a multiple of 16 bytes, got"),
+        (0, 1, "k_pool: expected strides that are multiples of 16 bytes, "),
+    ],
+)
+def test_pools_that_are_not_aligned_are_for_the_cpu(backend, dtype, offset, gap, message):
+    case = pools_at(demanding_round(500, dtype=dtype), offset, gap)
+    refused_but_on_the_cpu(backend, message, lambda: check(backend, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_that_are_not_aligned_are_for_the_cpu(backend, dtype):
+    case = demanding_round(500, dtype=dtype)
+    message = "out: expected strides that are multiples of 16 bytes, "
+    refused_but_on_the_cpu(backend, message, lambda: check(backend, case, gap=1))
+
+
+def refused_but_on_the_cpu(backend, message, call):
+    if backend.name == "cpu":
+        call()
+    elif backend.name == "ptx":
+        with pytest.raises(AssertionError):  # nothing is written
+            call()
+        assert backend.launched.num_launches == 0
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(1, 1), (3, 3), (8, 1), (6, 2), (14, 2)])
@@ -446,7 +498,7 @@ def test_edge_cases(fast_backend, kind, dtype):
     part=st.sampled_from([0.0, 0.5, 1.0, 1.0]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
+    layout=st.sampled_from(ALIGNED_LAYOUTS),
     block_size=st.sampled_from([8, 16, 32]),
     start=st.sampled_from([0, 0, 8000]),
     repeat=st.booleans(),
@@ -488,7 +540,7 @@ def test_random_rounds(
     head_dim=st.sampled_from(HEAD_DIMS),
     query_dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    layout=st.sampled_from(testing.LAYOUTS),
+    layout=st.sampled_from(ALIGNED_LAYOUTS),
     block_size=st.sampled_from([8, 16, 32]),
     repeat=st.booleans(),
     cut=st.booleans(),
@@ -507,6 +559,13 @@ def test_random_quantized_rounds(fast_backend, dtype, num_kv_heads, group, windo
         window=window,
     )
     check(fast_backend, case, window=window, empty=True)
+
+
+@pytest.mark.parametrize("work", ["random", "planned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_see_a_master_by_the_use_that_the_work_list_names(backend, dtype, work):
+    case, damage = unnamed_use_round(dtype=dtype, work=work)
+    check(backend, case, damage=damage)
 
 
 @pytest.mark.parametrize("turn", [0, 3, 4, 8])

@@ -73,7 +73,7 @@ def names(launches):
 
 def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
     attention, merge = plan()
-    assert names([attention, merge]) == ["bf16_d128_wide", "merge_bf16"]
+    assert names([attention, merge]) == ["bf16_d128", "merge_bf16"]
     assert (list(attention.grid), list(attention.block)) == ([20, 1, 1], [128, 1, 1])
     # 24 rows of 16 heads are few: a block each, of eight groups of 32 vectors.
     assert (list(merge.grid), list(merge.block)) == ([24, 16, 1], [32, 8, 1])
@@ -86,7 +86,7 @@ def test_a_block_per_item_and_kv_head_and_a_merge_of_partials():
     assert (list(merge.grid), list(merge.block)) == ([24, 8, 1], [32, 4, 2])
     [_, merge] = plan(num_q_heads=20, extents={"rows": 300})
     assert (list(merge.grid), list(merge.block)) == ([300, 3, 1], [32, 1, 8])
-    assert names(plan(extents={"partials": 0})) == ["bf16_d128_wide"]
+    assert names(plan(extents={"partials": 0})) == ["bf16_d128"]
     [merge] = plan(extents={"work": 0})
     assert (names([merge]), merge.waits) == (["merge_bf16"], False)
     assert names(plan(extents={"rows": 0})) == []
@@ -106,69 +106,44 @@ def test_the_launch_depends_on_capacities_only():
 @pytest.mark.parametrize("dtype", range(3))
 def test_every_kernel_has_its_name_and_fits(dtype, head_dim):
     short = ("f32", "f16", "bf16")[dtype]
-    for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 4}, "narrow")):
-        attention, merge = plan(head_dim, dtype, **changes)
-        assert names([attention, merge]) == [f"{short}_d{head_dim}_{width}", f"merge_{short}"]
-        assert attention.shared_bytes <= 99 * 1024
+    attention, merge = plan(head_dim, dtype)
+    assert names([attention, merge]) == [f"{short}_d{head_dim}", f"merge_{short}"]
+    assert attention.shared_bytes <= 99 * 1024
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", [1, 2])
 def test_kernels_of_e4m3_pools(dtype, head_dim):
     short = ("f32", "f16", "bf16")[dtype]
-    for changes, width in (({}, "wide"), ({"k_pool": ALIGNED + 8}, "narrow")):
-        attention, merge = plan(head_dim, dtype, pool_dtype=3, **changes)
-        expected = [f"{short}_e4m3_d{head_dim}_{width}", f"merge_{short}"]
-        assert names([attention, merge]) == expected
-        assert attention.shared_bytes <= 99 * 1024
-        [plain, _] = plan(head_dim, dtype)
-        assert attention.shared_bytes < plain.shared_bytes
+    attention, merge = plan(head_dim, dtype, pool_dtype=3)
+    assert names([attention, merge]) == [f"{short}_e4m3_d{head_dim}", f"merge_{short}"]
+    assert attention.shared_bytes <= 99 * 1024
+    [plain, _] = plan(head_dim, dtype)
+    assert attention.shared_bytes < plain.shared_bytes
     odd = cuda_params.RowLayout(1 << 16, 16 * 520, 520, head_dim, 16)
-    assert names(plan(head_dim, dtype, pool_dtype=3, v_layout=odd))[0].endswith("narrow")
+    assert names(plan(head_dim, dtype, pool_dtype=3, v_layout=odd)) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"v_pool": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16"]),
-        ({"out": ALIGNED + 8}, ["bf16_d128_narrow", "merge_bf16"]),
-        ({"workspace": ALIGNED + 4}, ["bf16_d128_narrow", "merge_bf16"]),
-        ({"out_head_stride": 129}, ["bf16_d128_narrow", "merge_bf16"]),
-        ({"out_row_stride": 2050}, ["bf16_d128_narrow", "merge_bf16"]),
-        ({"q": ALIGNED + 2}, ["bf16_d128_wide", "merge_bf16"]),
-        ({"q_head_stride": 129}, ["bf16_d128_wide", "merge_bf16"]),
-        (
-            {"k_layout": cuda_params.RowLayout(1 << 16, 16 * 513, 513, 128, 16)},
-            ["bf16_d128_narrow", "merge_bf16"],
-        ),
+        ({"k_pool": ALIGNED + 8}, []),
+        ({"v_pool": ALIGNED + 8}, []),
+        ({"out": ALIGNED + 8}, []),
+        ({"workspace": ALIGNED + 4}, []),
+        ({"out_head_stride": 129}, []),
+        ({"out_row_stride": 2050}, []),
+        ({"k_layout": cuda_params.RowLayout(1 << 16, 16 * 513, 513, 128, 16)}, []),
+        ({"v_layout": cuda_params.RowLayout(1 << 16, 16 * 512, 512, 130, 16)}, []),
+        ({"q": ALIGNED + 2}, ["bf16_d128", "merge_bf16"]),
+        ({"q_head_stride": 129}, ["bf16_d128", "merge_bf16"]),
     ],
 )
-def test_wide_copies_only_where_everything_is_aligned(changes, expected):
+def test_nothing_is_launched_where_vectors_are_not_aligned(changes, expected):
     assert names(plan(**changes)) == expected
 
 
 # What is computed ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_narrow_kernels(ptx, dtype, head_dim):
-    case = attention_round(
-        20, head_dim=head_dim, dtype=dtype, layout="unaligned", masters=(150, 20), rows=2
-    )
-    check(ptx, case, wide=True)
-    assert ptx.launched.launches[0].name.decode().endswith(f"_d{head_dim}_narrow")
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("query_dtype", SHORT, ids=str)
-def test_narrow_kernels_of_e4m3_pools(ptx, query_dtype, head_dim):
-    case = attention_round(
-        20, head_dim=head_dim, dtype=E4M3, query_dtype=query_dtype, layout="unaligned",
-        masters=(150, 20), rows=2,
-    )  # fmt: skip
-    check(ptx, case, wide=True)
-    assert ptx.launched.launches[0].name.decode().endswith(f"_e4m3_d{head_dim}_narrow")
 
 
 @pytest.mark.ptx
@@ -205,10 +180,9 @@ def test_items_that_the_round_does_not_have(ptx, dtype):
 
 
 @pytest.mark.parametrize("missing", [-1, 1 << 20])
-@pytest.mark.parametrize("layout", ["padded", "unaligned"])
-def test_pages_that_the_pool_does_not_have(ptx, layout, missing):
+def test_pages_that_the_pool_does_not_have(ptx, missing):
     """Nothing of them is seen: as if uses, and own rows, had ended before."""
-    case, damage = illegal_rounds.missing_pages(missing, dtype=torch.bfloat16, layout=layout)
+    case, damage = illegal_rounds.missing_pages(missing, dtype=torch.bfloat16, layout="padded")
     check(ptx, case, damage=damage)
 
 
@@ -217,12 +191,11 @@ def test_indices_that_the_round_does_not_have(ptx, field, value):
     illegal_rounds.check_illegal_index(ptx, field, value, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("layout", ["separate", "unaligned"])
-def test_e4m3_pages_that_lie_far_apart(ptx, layout):
+def test_e4m3_pages_that_lie_far_apart(ptx):
     case = attention_round(
         28, agents=2, masters=(40,), whole_uses=True, dtype=E4M3, query_dtype=torch.float16, rows=2
     )
-    stride = 2_200_000_000 + 16 + (layout == "unaligned")
+    stride = 2_200_000_000 + 16
     far = replace(
         case,
         k_pool=[testing.far_apart(case.k_pool[0], stride)],
@@ -233,20 +206,6 @@ def test_e4m3_pages_that_lie_far_apart(ptx, layout):
         run(ptx, each, out)
     assert outputs[0][case.real_rows].isfinite().all()
     testing.assert_same_bits(outputs[0], outputs[1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_that_are_not_aligned(ptx, dtype):
-    """The merge, too, writes element by element."""
-    case = attention_round(21, dtype=dtype, head_dim=80, masters=(100, 20))
-    rows, heads, head_dim = case.q.shape
-    padded = torch.full((rows, heads, head_dim + 1), torch.nan, dtype=dtype)
-    expected = torch.full((rows, heads, head_dim), torch.nan, dtype=dtype)
-    for out in (expected, padded[:, :, :head_dim]):
-        run(ptx, case, out)
-    assert ptx.launched.num_launches == 2
-    testing.assert_close(padded[:, :, :head_dim], expected.double(), dtype)
-    assert padded[:, :, head_dim:].isnan().all()
 
 
 def run(ptx, case, out):
@@ -310,12 +269,11 @@ def test_sources_that_take_turns(ptx, dtype):
     check(ptx, case)
 
 
-@pytest.mark.parametrize("layout", ["separate", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pages_that_lie_far_apart(ptx, dtype, layout):
-    """Offsets beyond 2^32 bytes; the narrow kernels, too."""
+def test_pages_that_lie_far_apart(ptx, dtype):
+    """Offsets beyond 2^32 bytes."""
     near = attention_round(24, agents=2, masters=(40,), whole_uses=True, dtype=dtype, rows=2)
-    stride = 1_100_000_000 + (layout == "unaligned")
+    stride = 1_100_000_000
     far = replace(
         near,
         round=RoundTensors(near.round.buffer.clone(), near.round.extents),

@@ -24,7 +24,7 @@ def test_without_a_gpu_it_compiles_and_checks_and_says_so(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "rope_rotate: 40 kernels take their structs by value"
     assert "tokendance_rope_rotate_f16_half_wide (8192, 1, 1) x (8, 8, 4)" in lines[1]
-    assert "tokendance_collective_attention_f16_d128_wide" in lines[3]
+    assert "tokendance_collective_attention_f16_d128" in lines[3]
     assert lines[-1] == f"Nothing was launched: {NO_CUPY}."
 
 

@@ -135,13 +135,13 @@ REFUSED = [
             ("slot_mapping", to(torch.int32), "slot_mapping: expected int64, got int32"),
             ("slot_mapping", first(1), "slot_mapping: expected [2, T], got [1, 44]"),
             ("slot_mapping", plus(10**4), "slot_mapping[0, 0]: expected"),
-            ("extents", first(11), "extents: expected 12 entries, got 11"),
+            ("extents", first(12), "extents: expected 13 entries of round version 2, got 12"),
             (
                 "extents",
                 lambda e: [*e[:-1], 12],
                 "extents (block_size): expected 8, 16 or 32, got 12",
             ),
-            ("extents", lambda e: [e[0] + 4, *e[1:]], "round: expected [244], got [232]"),
+            ("extents", lambda e: [e[0] + 4, *e[1:]], "round: expected [252], got [240]"),
             ("extents", lambda e: [-1, *e[1:]], "extents (rows): expected 0 to 2147483647, got -1"),
             ("round", to(torch.int64), "round: expected int32, got int64"),
             ("round", plus(9), "round.master_page_indptr[0]: expected 0, got 9"),
@@ -332,6 +332,9 @@ BROKEN_ROUNDS = [
     ("work_rows", 0, 10**6, ("attention",), "round.work_rows[0]: expected 0 to"),
     ("work_chunks", 0, 99, ("attention",), "round.work_chunks[0]: expected"),
     ("work_chunks", 2, 10**6, ("attention",), "round.work_chunks[2]: expected 0 to"),
+    ("work_chunks", 3, 10**6, ("attention",), "round.work_chunks[3]: expected the beginning of"),
+    ("work", 5, 10**6, ("attention",), "round.work[5]: expected 0 to"),
+    ("work", 6, 99, ("attention",), "round.work[6]: expected"),
     ("row_partials", 0, 10**6, ("attention",), "round.row_partials[0]: expected 0 to"),
 ]
 
@@ -364,6 +367,28 @@ def test_a_broken_round_is_refused_before_anything_is_read(field, index, value, 
     with pytest.raises(RuntimeError, match=re.escape(message)):
         torch.ops.tokendance.collective_attention(
             case.q, case.k_pool[0], case.v_pool[0], *tables, *round, 1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(99, "expected 0 to"), (-2, "expected 0 to"), (None, "expected agent")]
+)
+def test_a_use_of_another_agent_or_master_is_refused(value, message):
+    case = broken("work_uses", 0, -1)
+    chunk, use = next(
+        (chunk, use)
+        for row_begin, row_end, chunk, chunk_end, _, use, *_ in case.arrays["work"].tolist()
+        if row_begin < row_end and chunk < chunk_end and case.arrays["work_chunks"][chunk, 0] >= 0
+    )
+    master = case.arrays["work_chunks"][chunk, 0]
+    if value is None:
+        value = int((case.arrays["use_master"] != master).nonzero()[0][0])
+    case = broken("work_uses", use, value)
+    tables = (case.cos, case.sin, case.interleaved)
+    message = rf"round.work_uses\[{use}\]: {message}"
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tokendance.collective_attention(
+            *(case.q, case.k_pool[0], case.v_pool[0], *tables, case.round.buffer, case.extents, 1.0)
         )
 
 

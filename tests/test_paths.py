@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import ptxrun
 import pytest
+import torch
 from ptx_backend import PtxBackend
 
+from tokendance import testing
 from tools import paths, sass
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +98,26 @@ def test_the_table_is_what_is_executed():
     assert sass.differences(paths.TABLE.read_text(), paths.lines()) == []
 
 
+@pytest.mark.skipif(PtxBackend.missing() is not None, reason=PtxBackend.missing() or "")
+@pytest.mark.usefixtures("one_thread")
+def test_a_first_copy_of_own_rows_waits_for_as_few_loads_as_one_of_a_master():
+    def rounds():
+        for seed in itertools.count():
+            case = testing.random_round(
+                seed, agents=2, masters=(), private_length=150, rows=1, num_kv_heads=1,
+                num_q_heads=4, head_dim=128, dtype=torch.bfloat16, work="planned", slack=False,
+            )  # fmt: skip
+            arrays = case.arrays
+            lengths = arrays["own_length"][arrays["row_agent"]]
+            sees_all = (arrays["row_position"] >= lengths - 1).all()
+            if len(lengths) > 0 and lengths[0] > 100 and sees_all:
+                yield case
+
+    ptx = PtxBackend(race=False, stats=False, follow=0)
+    paths.attend(ptx, next(rounds()))
+    assert paths.way_of(ptx, 0).loads == 3
+
+
 def test_docs_say_what_the_table_says():
     page = (ROOT / "docs" / "kernels.md").read_text()
     ways, _, expected = paths.TABLE.read_text().partition("\n")[2].strip("\n").split("\n\n")
@@ -120,11 +143,11 @@ def test_expectations():
         "key_deviation_bf16_half_wide",
         "diff_encode_compare_bf16_half_wide",
         "diff_restore_bf16_half_wide",
-        "collective_attention_bf16_d128_wide",
+        "collective_attention_bf16_d128",
         "collective_attention_merge_bf16",
     )
     lines = dict.fromkeys(kernels, paths.Line(paths.Way(9, 2, 3, 64), 7.0))
-    steps = {"collective_attention_bf16_d128_wide: source, a thread": 1830}
+    steps = {"collective_attention_bf16_d128: source, a thread": 1830}
     found = paths.expected(lines, steps)
     floor, time = found["key_deviation, 8 agents, 32768 tokens of 8x128"]
     assert floor == pytest.approx(604e6 / 4.8e6)

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tokendance._planner import plan_work, work_capacity
 from tokendance.device.executor import items_per_kv_head
 
-FIELDS = ("work", "work_rows", "work_chunks", "row_partial_indptr", "row_partials")
+FIELDS = (
+    "work",
+    "work_rows",
+    "work_chunks",
+    "work_uses",
+    "row_partial_indptr",
+    "row_partials",
+)
 
 
 def ints(values: Any) -> np.ndarray:
@@ -88,26 +95,48 @@ def visible_pages(
     return pages | {(-1 - int(agent), int(j)) for j in np.flatnonzero(seen) // block_size}
 
 
-def met_pages(plan: dict[str, np.ndarray], arguments: dict[str, np.ndarray]) -> dict:
-    """``{row: {(source, page): times}}`` that the items let the row meet."""
-    users = set(zip(arguments["use_agent"].tolist(), arguments["use_master"].tolist(), strict=True))
+def met_pages(
+    plan: dict[str, np.ndarray], arguments: dict[str, np.ndarray], block_size: int
+) -> dict:
+    """``{row: {(source, page): times}}`` that the items let the row meet, by its agent's use."""
+    uses = list(zip(arguments["use_agent"].tolist(), arguments["use_master"].tolist(), strict=True))
     met: dict[int, dict[tuple[int, int], int]] = {}
-    for row_begin, row_end, chunk_begin, chunk_end, *_ in plan["work"].tolist():
-        for row in plan["work_rows"][row_begin:row_end].tolist():
+    for row_begin, row_end, chunk_begin, chunk_end, _, use_begin, each, _ in plan["work"].tolist():
+        for i, row in enumerate(plan["work_rows"][row_begin:row_end].tolist()):
             agent = int(arguments["row_agent"][row])
             pages = met.setdefault(row, {})
-            for source, begin, end, _ in plan["work_chunks"][chunk_begin:chunk_end].tolist():
-                if (agent, source) in users or source == -1 - agent:
-                    for page in range(begin, end):
+            chunks = plan["work_chunks"][chunk_begin:chunk_end].tolist()
+            for number, (source, begin, end, _) in enumerate(chunks):
+                use = int(plan["work_uses"][use_begin + number * each + min(i, each - 1)])
+                assert use == (uses.index((agent, source)) if (agent, source) in uses else -1)
+                if use >= 0 or source == -1 - agent:
+                    for page in range(begin // block_size, -(-end // block_size)):
                         pages[source, page] = pages.get((source, page), 0) + 1
     return met
+
+
+def check_chunks(
+    plan: dict[str, np.ndarray], arguments: dict[str, np.ndarray], block_size: int
+) -> None:
+    """Chunks begin with a page, end with one or with the own rows, and know their page list."""
+    for source, begin, end, page_list in plan["work_chunks"].tolist():
+        assert begin % block_size == 0
+        assert begin < end
+        if source >= 0:
+            assert end % block_size == 0
+            assert page_list == arguments["master_page_indptr"][source]
+        else:
+            length = arguments["own_length"][-1 - source]
+            assert end <= length
+            assert end % block_size == 0 or end == length
+            assert page_list == arguments["own_page_indptr"][-1 - source]
 
 
 def check_partials(plan: dict[str, np.ndarray], row_agent: np.ndarray) -> None:
     """A row is the output of one item, or of the merge of the partials of all of its items."""
     writers: dict[int, list[int]] = {}
-    for row_begin, row_end, _, _, partial_begin, *zeros in plan["work"].tolist():
-        assert zeros == [0, 0, 0]
+    for row_begin, row_end, _, _, partial_begin, *_, zero in plan["work"].tolist():
+        assert zero == 0
         rows = plan["work_rows"][row_begin:row_end].tolist()
         assert rows == sorted(set(rows))
         for i, row in enumerate(rows):
@@ -173,7 +202,8 @@ def test_every_visible_page_is_met_once(
 ) -> None:
     arguments, block_size = drawn
     plan = plan_work(**arguments, block_size=block_size, **options)
-    met = met_pages(plan, arguments)
+    met = met_pages(plan, arguments, block_size)
+    check_chunks(plan, arguments, block_size)
     for row, agent in enumerate(arguments["row_agent"]):
         if agent < 0:
             continue
@@ -196,6 +226,7 @@ def test_every_visible_page_is_met_once(
     assert len(plan["work"]) <= capacity["work"]
     assert len(plan["work_rows"]) <= capacity["work_rows"]
     assert len(plan["work_chunks"]) <= capacity["work_chunks"]
+    assert len(plan["work_uses"]) <= capacity["work_uses"]
     assert len(plan["row_partials"]) <= capacity["partials"]
     assert all(plan[name].dtype == np.int32 for name in FIELDS)
 
@@ -212,7 +243,7 @@ def test_bounds_of_positions_hide_nothing(
     for name in ("row_position", "own_position"):
         bounded[name] = np.maximum(arguments[name] - margin, 0)
         bounded[f"{name}_bound"] = arguments[name] + margin
-    met = met_pages(plan_work(**bounded, block_size=block_size, **options), arguments)
+    met = met_pages(plan_work(**bounded, block_size=block_size, **options), arguments, block_size)
     for row, agent in enumerate(arguments["row_agent"]):
         if agent >= 0:
             seen = visible_pages(arguments, row, block_size, options["window"])
@@ -240,7 +271,7 @@ def test_decode_reads_shared_pages_once_for_all_agents() -> None:
     plan = plan_work(**arguments, block_size=16, max_tile_rows=16, target_items=4, max_splits=8)
     chunks = plan["work_chunks"]
     shared = chunks[chunks[:, 0] == 0]
-    assert (shared[:, 2] - shared[:, 1]).sum() == 4096 // 16
+    assert (shared[:, 2] - shared[:, 1]).sum() == 4096
     # One partial of its own part and one per split of the shared part.
     splits = len(shared)
     assert splits > 1
@@ -272,6 +303,36 @@ def test_master_of_one_agent_goes_with_its_own_rows() -> None:
     assert sources == {(0, 1): [0], (0,): [1, -1], (1,): [-2]}
 
 
+def test_uses_stand_once_for_an_agent_and_by_row_for_several() -> None:
+    """Agents 0 and 1 share Master 0 with two rows and one; agent 1 alone has Master 1."""
+    arguments = make_round(
+        [64, 64],
+        [[(0, 0, 64)], [(1, 0, 64), (0, 64, 64)]],
+        [[64, 65], [128]],
+        [[64, 65], [128]],
+    )
+    plan = plan_work(**arguments, block_size=8, max_tile_rows=8, target_items=1, max_splits=1)
+    uses = {
+        tuple(plan["work_rows"][r0:r1].tolist()): plan["work_uses"][u : u + (c1 - c0) * each]
+        for r0, r1, c0, c1, _, u, each, _ in plan["work"].tolist()
+    }
+    assert {rows: list(of_rows) for rows, of_rows in uses.items()} == {
+        (0, 1, 2): [0, 0, 2],
+        (0, 1): [-1],
+        (2,): [1, -1],
+    }
+
+
+def test_parts_of_a_tile_name_the_uses_of_their_own_chunks() -> None:
+    """An agent with eight Masters of its own, whose item is cut into eight."""
+    uses = [[(m, m * 512, 512) for m in range(8)]]
+    arguments = make_round([512] * 8, uses, [[4096]], [[4096]])
+    plan = plan_work(**arguments, block_size=8, max_tile_rows=8, target_items=8, max_splits=8)
+    assert len(plan["work"]) > 4
+    met_pages(plan, arguments, 8)
+    assert len(plan["work_uses"]) == 9
+
+
 def test_agents_of_the_same_masters_share_tiles() -> None:
     """Two groups, interleaved: each tile holds agents of one group."""
     uses = [[(agent % 2, 0, 512)] for agent in range(16)]
@@ -289,7 +350,7 @@ def test_agents_of_several_rows_fill_tiles_together() -> None:
     arguments = decode_round(agents=8, shared=1024, private=16, rows=5)
     plan = plan_work(**arguments, block_size=16, max_tile_rows=8, target_items=1, max_splits=1)
     chunks = plan["work_chunks"]
-    assert (chunks[chunks[:, 0] == 0] == [0, 0, 64, 0]).all()
+    assert (chunks[chunks[:, 0] == 0] == [0, 0, 1024, 0]).all()
     assert (chunks[:, 0] == 0).sum() == 5
     check_partials(plan, arguments["row_agent"])
 
@@ -304,9 +365,9 @@ def test_prefill_tiles_leave_out_what_none_of_their_rows_sees() -> None:
         last = arguments["row_position"][plan["work_rows"][r1 - 1]]
         own = int(np.searchsorted(positions, last, side="right"))
         agent = arguments["row_agent"][plan["work_rows"][r0]]
-        expected = [[-1 - agent, 0, own // 8, 0]]
+        expected = [[-1 - agent, 0, own, 8 * agent]]
         if last >= 544:
-            expected.insert(0, [0, 0, 64, 0])
+            expected.insert(0, [0, 0, 512, 0])
         assert plan["work_chunks"][c0:c1].tolist() == expected
 
 
@@ -316,13 +377,13 @@ def test_window_leaves_out_what_is_too_far_back() -> None:
         **arguments, block_size=16, max_tile_rows=8, target_items=1, max_splits=1, window=100
     )
     shared = plan["work_chunks"][plan["work_chunks"][:, 0] == 0]
-    assert shared.tolist() == [[0, (1024 + 64 - 99 - 64) // 16, 64, 0]]
+    assert shared.tolist() == [[0, (1024 + 64 - 99 - 64) // 16 * 16, 1024, 0]]
 
 
 def test_row_that_sees_nothing_has_an_item() -> None:
     arguments = make_round([], [[]], [[]], [[5]])
     plan = plan_work(**arguments, block_size=8, max_tile_rows=8, target_items=1, max_splits=1)
-    assert plan["work"].tolist() == [[0, 1, 0, 0, -1, 0, 0, 0]]
+    assert plan["work"].tolist() == [[0, 1, 0, 0, -1, 0, 1, 0]]
 
 
 def test_items_are_balanced() -> None:
@@ -335,10 +396,8 @@ def test_items_are_balanced() -> None:
         target_items=64,
         max_splits=32,
     )
-    cost = [
-        sum(plan["work_chunks"][c0:c1, 2] - plan["work_chunks"][c0:c1, 1]) * max(r1 - r0, 3)
-        for r0, r1, c0, c1, *_ in plan["work"].tolist()
-    ]
+    pages = -(-plan["work_chunks"][:, 2] // 16) - plan["work_chunks"][:, 1] // 16
+    cost = [sum(pages[c0:c1]) * max(r1 - r0, 3) for r0, r1, c0, c1, *_ in plan["work"].tolist()]
     assert cost == sorted(cost, reverse=True)
     assert max(cost) <= 1.1 * sum(cost) / 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokendance import testing
+from tokendance import _planner, testing
+from tokendance.device import operators
 from tokendance.device.rounds import RoundTensors
 from tokendance.host.round import (
     AGENT_USE_FIELDS,
@@ -21,6 +23,7 @@ from tokendance.host.round import (
     RoundExtents,
     agent_use,
     pack,
+    require_round_version,
 )
 
 FILLED = RoundExtents(
@@ -34,10 +37,13 @@ FILLED = RoundExtents(
     work=2,
     work_rows=3,
     work_chunks=2,
+    work_uses=6,
     partials=4,
     block_size=8,
 )
-LARGER = replace(FILLED, rows=5, uses=7, agents=3, masters=4, own_pages=3, work=9, partials=6)
+LARGER = replace(
+    FILLED, rows=5, uses=7, agents=3, masters=4, own_pages=3, work=9, work_uses=8, partials=6
+)
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "tokendance" / "round.h"
 
 
@@ -119,6 +125,7 @@ def test_a_round_of_many_agents_and_masters_grows_with_its_uses_alone():
         work=agents,
         work_rows=agents,
         work_chunks=agents,
+        work_uses=agents * each,
         partials=2 * agents,
     )
     fields = {"use_agent": use_agent, "use_master": use_master}
@@ -135,6 +142,19 @@ def test_agent_use_is_sorted_by_agent_and_master():
     assert got.tolist() == [[4, 0], [0, 2], [5, 3], [7, 1], [2, 4]]
     none = np.empty(0, dtype=np.int32)
     assert agent_use(none, none).shape == (0, 2)
+
+
+def test_binaries_of_other_rounds_are_refused():
+    require_round_version("tokendance/_C.so", ROUND_VERSION)
+    for version in (ROUND_VERSION - 1, None):
+        message = f"_C.so: expected rounds of version {ROUND_VERSION}, got {version}; build"
+        with pytest.raises(ImportError, match=message):
+            require_round_version("tokendance/_C.so", version)
+
+
+def test_planner_and_operators_say_whose_rounds_they_have():
+    library = ctypes.CDLL(str(operators.LIBRARY))
+    assert _planner.ROUND_VERSION == library.tokendance_round_version() == ROUND_VERSION
 
 
 def test_fields_are_views():

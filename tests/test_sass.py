@@ -83,7 +83,7 @@ def test_complaints():
             replace(good, name="merge_states_f32", counts=(0,) * len(counts)),
             "no loads of 16 bytes",
         ),
-        (replace(good, name="collective_attention_f16_d64_wide"), "tensor cores"),
+        (replace(good, name="collective_attention_f16_d64"), "tensor cores"),
     ]:
         assert any(complaint in found for found in sass.complaints(bad))
 
@@ -101,7 +101,7 @@ def test_plans_give_every_kernel_a_block():
         "tokendance_rope_rotate_f32_to_e4m3_interleaved_narrow",
         "tokendance_diff_restore_e4m3_to_bf16_half_wide",
         "tokendance_diff_encode_compare_e4m3_half_narrow",
-        "tokendance_collective_attention_bf16_e4m3_d80_wide",
+        "tokendance_collective_attention_bf16_e4m3_d80",
     } <= set(demands)
     assert all(demand.shared_bytes <= sass.MAX_SHARED_BYTES for demand in demands.values())
 
@@ -114,12 +114,12 @@ IN_DOCS = {
     "diff_encode, compact": "diff_encode_compact_b16_wide",
     "diff_restore": "diff_restore_bf16_half_wide",
     "merge_states": "merge_states_bf16",
-    "collective_attention": "collective_attention_bf16_d128_wide",
+    "collective_attention": "collective_attention_bf16_d128",
     "rope_rotate, bf16 to e4m3": "rope_rotate_bf16_to_e4m3_half_wide",
     "rope_rotate, e4m3": "rope_rotate_e4m3_half_wide",
     "diff_encode, compare, e4m3": "diff_encode_compare_e4m3_half_wide",
     "diff_restore, e4m3": "diff_restore_e4m3_half_wide",
-    "collective_attention, e4m3": "collective_attention_bf16_e4m3_d128_wide",
+    "collective_attention, e4m3": "collective_attention_bf16_e4m3_d128",
     "collective_attention, merge": "collective_attention_merge_bf16",
 }
 

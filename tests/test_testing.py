@@ -119,9 +119,17 @@ def test_a_damaged_work_list_is_noticed():
     case = testing.random_round(1, agents=5, masters=3, rows=6, rows_per_item=4)
     chunks, work = case.arrays["work_chunks"], case.arrays["work"]
     longest = int(np.argmax(chunks[:, 2] - chunks[:, 1]))
-    shorter = damaged(case, "work_chunks", longest * 4 + 2, chunks[longest, 2] - 1)
+    size = case.filled.block_size
+    shorter = damaged(case, "work_chunks", longest * 4 + 2, chunks[longest, 2] - size)
     with pytest.raises(AssertionError, match="does not meet"):
         testing.assert_work_covers(shorter, 4)
+    elsewhere = damaged(case, "work_chunks", longest * 4 + 3, chunks[longest, 3] + 1)
+    with pytest.raises(AssertionError):
+        testing.assert_work_covers(elsewhere, 4)
+    [used, *_] = np.flatnonzero(case.arrays["work_uses"] >= 0)
+    unused = damaged(case, "work_uses", used, -1)
+    with pytest.raises(AssertionError, match="use -1"):
+        testing.assert_work_covers(unused, 4)
     item = int(np.flatnonzero(work[:, 0] < work[:, 1])[0])
     fewer = damaged(case, "work", item * 8 + 1, work[item, 1] - 1)
     with pytest.raises(AssertionError):

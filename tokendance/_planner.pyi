@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 _Ints = NDArray[np.int32]
 _Flags = NDArray[np.uint8]
 
+ROUND_VERSION: int
+"""Of the fields that it plans; `tokendance.host.round` wants its own."""
+
 class Tiling(TypedDict):
     """Spans, uses and own rows of all agents; those of agent a lie between its two bounds."""
 
@@ -93,6 +96,7 @@ class WorkList(TypedDict):
     work: _Ints  # [work, 8]
     work_rows: _Ints  # [work_rows]
     work_chunks: _Ints  # [work_chunks, 4]
+    work_uses: _Ints  # [work_uses]
     row_partial_indptr: _Ints  # [rows + 1]
     row_partials: _Ints  # [partials]
 
@@ -100,6 +104,7 @@ class WorkCapacity(TypedDict):
     work: int
     work_rows: int
     work_chunks: int
+    work_uses: int
     partials: int
 
 def plan_work(

@@ -63,11 +63,6 @@ UNREACHABLE = (
         source=r"if \(turns_row && share\.rotates",
     ),
     Unreachable(
-        "own pages that begin before the first: their chunk was refused with its page list",
-        text=r"setp\.lt\.s32 %\w+, %\w+, 0;.*always goes on",
-        source=r"if \(page < 0 \|\| \(int64_t\{page\}",
-    ),
-    Unreachable(
         "more partials than a thread asks for at once, and results that are not aligned: the cases"
         " of merge_states reach these lines of the function that both share",
         source=r"^(merge|vector_io|ptx)\.cuh",

@@ -349,13 +349,6 @@ EQUIVALENT = (
         change=r"setp\.lt\.f32 .*, 0f00800000 -> setp\.le|setp\.lt\.u32 .*, 2139095040 -> ",
         source=r"logf\(",
     ),
-    # Copies
-    Equivalent(
-        "narrow kernels have no copies under way: their commits and waits are for none",
-        kernel="_narrow$",
-        change=r"(drop|loosen) async (commit|wait)",
-        source=r"cp\.async\.(commit|wait)_group",
-    ),
     # Quantized rows
     Equivalent(
         "the last bit of a number halfway between two of e4m3 is 0; that of others goes into the"

@@ -62,8 +62,8 @@ print(10 * major + minor)
 """
 # Operator of bench.gpu, part of its shape's name, and the kernel that is looked at.
 PROFILED = {
-    "decode": ("attention_decode", "8x128  G 4, 16 agents", "collective_attention_bf16_d128_wide"),
-    "prefill": ("attention_prefill", "8x128  G 4", "collective_attention_bf16_d128_wide"),
+    "decode": ("attention_decode", "8x128  G 4, 16 agents", "collective_attention_bf16_d128"),
+    "prefill": ("attention_prefill", "8x128  G 4", "collective_attention_bf16_d128"),
     "restore": ("diff_restore", "bfloat16", "diff_restore_bf16_half_wide"),
 }
 DETAILS = ("Duration", "Throughput", "Registers Per", "Achieved Occ", "L2 Hit", "Theoretical Occ")

@@ -236,16 +236,18 @@ def merge_partials(ptx: ptx_backend.PtxBackend, counts: Sequence[int]) -> None:
     )  # fmt: skip
 
 
-def _attend(
-    ptx: ptx_backend.PtxBackend, dtype: torch.dtype, masters: tuple[int, ...]
-) -> testing.RandomRound:
+def _attend(ptx: ptx_backend.PtxBackend, dtype: torch.dtype, masters: tuple[int, ...]) -> None:
     """A row of each of 16 agents, which see all rows of all Masters and have none of their own."""
     case = testing.random_round(
         5, agents=16, masters=masters, private_length=0, rows=1, whole_uses=True, masks="none",
         num_kv_heads=1, num_q_heads=4, head_dim=128, dtype=dtype, query_dtype=BF16,
         work="planned", rows_per_item=16, slack=False,
     )  # fmt: skip
-    case = replace(case, k_scale=None, v_scale=None)
+    attend(ptx, replace(case, k_scale=None, v_scale=None))
+
+
+def attend(ptx: ptx_backend.PtxBackend, case: testing.RandomRound) -> None:
+    """Attention of a round."""
     rows, heads, head_dim = case.q.shape
     workspace = torch.empty(case.round.extents.partials * heads * (head_dim + 1))
     ptx.collective_attention_out(
@@ -253,13 +255,12 @@ def _attend(
         case.extents, case.scale, 0, 0.0, None, 1.0, workspace, torch.empty_like(case.q),
         torch.empty(rows, heads),
     )  # fmt: skip
-    return case
 
 
 # Tables -------------------------------------------------------------------------------------------
 
 
-def _way_of(ptx: ptx_backend.PtxBackend, launch: int) -> Way:
+def way_of(ptx: ptx_backend.PtxBackend, launch: int) -> Way:
     """Of a kernel that the last call launched."""
     assert ptx.launched is not None
     assert ptx._module is not None
@@ -295,7 +296,7 @@ def _line(ptx: ptx_backend.PtxBackend, launch: int) -> tuple[str, Line]:
     """The kernel's name, and its line."""
     name, threads = list(_launched(ptx))[launch]
     name = name.removeprefix(kernel_ptx.PREFIX)
-    found = _way_of(ptx, launch)
+    found = way_of(ptx, launch)
     resident = threads * int(_sass(name)["blocks"])
     return name, Line(found, found.nbytes / max(found.trips, 1) * resident / 1024)
 
@@ -369,7 +370,7 @@ def expected(ways: dict[str, Line], steps: dict[str, float]) -> dict[str, tuple[
         found[shape] = floor, launches * LAUNCH + max(floor, 1e6 * read / rate)
 
     floor = 1e6 * 33.6 / BYTES_PER_US
-    attention, merge = "collective_attention_bf16_d128_wide", "collective_attention_merge_bf16"
+    attention, merge = "collective_attention_bf16_d128", "collective_attention_merge_bf16"
     rotation = 8 * steps[f"{attention}: source, a thread"] / SCHEDULERS / CLOCKS_PER_US
     waiting = L2_TRIP * (ways[attention].way.loads + ways[merge].way.trips)
     decode = LAUNCH + waiting + rotation + floor + DEPENDENT_LAUNCH

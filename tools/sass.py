@@ -358,8 +358,11 @@ def complaints(kernel: Kernel) -> list[str]:
     reads_wide = (
         counts["LDG.128"] or counts["LDGSTS"] or (moves_less and "_to_e4m3" not in kernel.name)
     )
-    is_wide = kernel.name.endswith("_wide")
-    if (is_wide or "merge" in kernel.name) and not reads_wide:
+    merges = "merge" in kernel.name
+    is_wide = kernel.name.endswith("_wide") or (
+        kernel.name.startswith("collective_attention") and not merges
+    )
+    if (is_wide or merges) and not reads_wide:
         found.append("has no loads of 16 bytes")
     writes_rows = not kernel.name.startswith(("key_deviation", "diff_encode_compare"))
     writes_wide = counts["STG.128"] or (moves_less and "e4m3_to_" not in kernel.name)

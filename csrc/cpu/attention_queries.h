@@ -8,7 +8,6 @@
 #include "cpu/attention_scratch.h"
 #include "cpu/dtypes.h"
 #include "cpu/lanes.h"
-#include "cpu/round_pages.h"
 
 namespace tokendance::TOKENDANCE_ISA {
 
@@ -27,21 +26,19 @@ inline float scale_of(const float* scales, int kv_head) { return scales ? scales
 
 // Finds the rows of the tile that see a part of the chunk.
 inline void find_active_rows(const CollectiveAttentionParams& params, const AttentionTile& tile,
-                             const int32_t* fields, Scratch& s) {
+                             int32_t chunk, Scratch& s) {
   const RoundView& round = params.round;
-  const int64_t block_size = round.extents.block_size;
-  const int32_t source = fields[0];
-  const int64_t begin = fields[1] * block_size;
-  const int64_t end = fields[2] * block_size;
+  const int32_t* fields = round.work_chunks + chunk * kChunkFields;
+  const int32_t source = fields[0], begin = fields[1], end = fields[2];
   s.num_active = 0;
   for (int slot = 0; slot < tile.num_rows; ++slot) {
     const int32_t row = tile.rows[slot];
     const int32_t agent = round.row_agent[row];
     const int32_t position = round.row_position[row];
     ActiveRow active{slot, 0, 0, position, 0, nullptr};
-    int64_t low = begin, high = end - 1;
+    int64_t low = begin, high = int64_t{end} - 1;
     if (source >= 0) {
-      const int64_t use = use_of_master(round, agent, source);
+      const int32_t use = round.work_uses[tile.use_at(chunk, slot)];
       if (use < 0) continue;
       const int64_t reach = int64_t{position} - round.use_delta[use];
       high = std::min({high, reach, int64_t{round.use_length[use]} - 1});
@@ -50,9 +47,9 @@ inline void find_active_rows(const CollectiveAttentionParams& params, const Atte
       active.masks = round.use_masks + round.use_page_indptr[use];
     } else {
       if (agent != -1 - source) continue;
-      const int32_t* positions = round.own_position + round.own_page_indptr[agent] * block_size;
-      const int32_t* last = positions + round.own_length[agent];
-      high = std::min<int64_t>(high, std::upper_bound(positions, last, position) - positions - 1);
+      const int32_t* positions = round.own_position + fields[3] * round.extents.block_size;
+      const int32_t* last = positions + end;
+      high = std::upper_bound(positions, last, position) - positions - 1;
       if (params.window > 0) {
         const int64_t hidden = int64_t{position} - params.window;
         low = std::max<int64_t>(low, std::partition_point(positions, last, [=](int32_t p) {

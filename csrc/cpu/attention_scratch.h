@@ -3,6 +3,7 @@
 // Include only from csrc/cpu/kernels: everything stands in the namespace TOKENDANCE_ISA.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 
@@ -53,6 +54,10 @@ struct AttentionTile {
   int group;  // G
 
   int queries() const { return kv_heads * num_rows * heads; }
+  // The place in work_uses of the use by which a row of the tile sees a chunk.
+  int64_t use_at(int32_t chunk, int row) const {
+    return item[5] + int64_t{chunk - item[2]} * item[6] + std::min(first_row + row, item[6] - 1);
+  }
   // The query head g of the tile's KV head h.
   int q_head(int h, int g) const { return (kv_head + h) * group + first_head + g; }
 };

@@ -26,23 +26,6 @@ inline int64_t list_of(const int32_t* indptr, int64_t lists, int64_t at) {
   return low;
 }
 
-// The agent's use of a Master, or -1.
-template <typename Round>
-inline int64_t use_of_master(const Round& round, int64_t agent, int64_t master) {
-  int64_t low = round.agent_use_indptr[agent], high = round.agent_use_indptr[agent + 1];
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const int32_t* entry = round.agent_use + middle * kAgentUseFields;
-    if (entry[0] == master) return entry[1];
-    if (entry[0] < master) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return -1;
-}
-
 // The uses of each Master, ascending by agent: whoever walks through Masters meets only the agents
 // that use them.
 class MasterUses {

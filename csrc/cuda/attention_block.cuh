@@ -19,7 +19,7 @@ struct QueryRow {
   int32_t row;
   int32_t head;
   int32_t agent;  // or one of the following
-  int32_t position;
+  int32_t slot;   // of the row, in its item
 };
 constexpr int32_t kBlind = -1;  // the row sees nothing: it has no angle, or no such agent
 constexpr int32_t kNoRow = -2;  // there is none, the tile is not full
@@ -63,12 +63,11 @@ struct Place {
         page_shift(3 + (p.round.extents.block_size > 8) + (p.round.extents.block_size > 16)) {}
 };
 
-template <typename Element, typename PoolElement, int kDims, bool kWideCopies>
+template <typename Element, typename PoolElement, int kDims>
 struct AttentionBlock {
   using T = Element;         // of queries and outputs
   using Pool = PoolElement;  // of keys and values
   static constexpr int kHeadDim = kDims;
-  static constexpr bool kWide = kWideCopies;
   static constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim};
   static constexpr int kKeys = kShape.keys;
   using Products = AttentionProducts<Pool, kHeadDim, kKeys>;

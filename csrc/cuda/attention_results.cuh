@@ -18,13 +18,7 @@ __device__ __forceinline__ void write_partial(const Weighted<Block::kHeadDim>& s
                                               float factor, int32_t lane, float* to) {
   using Products = typename Block::Products;
   const auto& sums = state.sums;
-  if constexpr (!Block::kWide) {
-#pragma unroll
-    for (int n = 0; n < Block::kHeadDim / 8; ++n) {
-      to[Products::dim(n, lane)] = sums[n][2 * j] * factor;
-      to[Products::dim(n, lane) + 1] = sums[n][2 * j + 1] * factor;
-    }
-  } else if constexpr (sizeof(typename Block::T) == 4 || kIsQuantized<typename Block::Pool>) {
+  if constexpr (sizeof(typename Block::T) == 4 || kIsQuantized<typename Block::Pool>) {
 #pragma unroll
     for (int n = 0; n < Block::kHeadDim / 8; n += 2) {
       *reinterpret_cast<float4*>(to + Products::dim(n, lane)) =
@@ -63,29 +57,23 @@ __device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
     }
   }
   __syncwarp();
-  constexpr int kVector = Block::kWide ? Rows::kPiece : 1;
-  constexpr int kVectors = Block::kHeadDim / kVector;  // of a row
+  constexpr int kVectors = Block::kHeadDim / Rows::kPiece;  // of a row
 #pragma unroll 4
   for (int i = 0; i < kAttentionWarpRows * kVectors / kWarpSize; ++i) {
     const int32_t index = i * kWarpSize + lane;
-    const int32_t query = index / kVectors, dim = index % kVectors * kVector;
+    const int32_t query = index / kVectors, dim = index % kVectors * Rows::kPiece;
     const QueryRow written = Block::query_rows(warp)[query];
     if (written.agent == kNoRow) continue;
     T* const to = static_cast<T*>(p.out) + written.row * p.out_row_stride +
                   written.head * p.out_head_stride + dim;
     const T* const from = rows + Rows::element(query, dim);
-    if constexpr (Block::kWide) {
-      store_global_16(to, load_shared_16(from));
-    } else {
-      *to = *from;
-    }
+    store_global_16(to, load_shared_16(from));
   }
 }
 
 // Divides by the weights and writes; rows that have seen nothing become zeros, with an LSE of -inf.
 template <typename Block>
-__device__ __forceinline__ void write_results(const CollectiveAttentionParams& p,
-                                              int32_t first_query, const Place& here,
+__device__ __forceinline__ void write_results(const CollectiveAttentionParams& p, const Place& here,
                                               Weighted<Block::kHeadDim>& state) {
   const int32_t lane = recomputed<kWarpSize>(here.lane);
   const int32_t partial_begin = item_of_block(p).partial_begin;
@@ -110,9 +98,7 @@ __device__ __forceinline__ void write_results(const CollectiveAttentionParams& p
     const QueryRow query = load_whole(Block::query_rows(here.warp) + index);
     if (query.agent == kNoRow) continue;
     if (partial_begin >= 0) {
-      const int32_t slot =
-          (first_query + here.warp * kAttentionWarpRows + index) / (p.num_q_heads / p.num_kv_heads);
-      const int64_t at = int64_t{partial_begin + slot} * p.num_q_heads + query.head;
+      const int64_t at = int64_t{partial_begin + query.slot} * p.num_q_heads + query.head;
       write_partial<Block>(state, j, factor[j], lane, p.workspace + at * Block::kHeadDim);
       float* const partial_lse =
           p.workspace + p.round.extents.partials * p.num_q_heads * Block::kHeadDim;

@@ -19,22 +19,29 @@ struct WorkItem {
   int32_t row_begin, row_end;      // in work_rows
   int32_t chunk_begin, chunk_end;  // in work_chunks
   int32_t partial_begin;           // negative: rows of the output
+  int32_t use_begin;               // in work_uses
+  int32_t uses_of_chunk;
 
-  // One that is not of the round does nothing.
   __device__ __forceinline__ WorkItem(const RoundView& round, int32_t index) {
-    const int32_t* const work = round.work + int64_t{index} * kWorkFields;
-    const int4 fields = __ldg(reinterpret_cast<const int4*>(work));
-    partial_begin = __ldg(work + 4);
-    row_begin = fields.x;
-    row_end = fields.y;
-    chunk_begin = fields.z;
-    chunk_end = fields.w;
-    const RoundExtents& e = round.extents;
-    const bool is_legal =
-        row_begin >= 0 && row_end <= e.work_rows && chunk_begin >= 0 &&
-        chunk_end <= e.work_chunks &&
-        (partial_begin < 0 || partial_begin + int64_t{row_end} - row_begin <= e.partials);
-    if (!is_legal) row_end = row_begin;
+    const int4* const work =
+        reinterpret_cast<const int4*>(round.work + int64_t{index} * kWorkFields);
+    const int4 ranges = __ldg(work), rest = __ldg(work + 1);
+    row_begin = ranges.x;
+    row_end = ranges.y;
+    chunk_begin = ranges.z;
+    chunk_end = ranges.w;
+    partial_begin = rest.x;
+    use_begin = rest.y;
+    uses_of_chunk = rest.z;
+  }
+
+  __device__ __forceinline__ bool is_of(const RoundExtents& e) const {
+    const int64_t chunks = int64_t{chunk_end} - chunk_begin;
+    return row_begin >= 0 && row_end <= e.work_rows && chunk_begin >= 0 &&
+           chunk_end <= e.work_chunks &&
+           (partial_begin < 0 || partial_begin + int64_t{row_end} - row_begin <= e.partials) &&
+           (chunks <= 0 || (use_begin >= 0 && uses_of_chunk > 0 &&
+                            use_begin + chunks * uses_of_chunk <= e.work_uses));
   }
 };
 
@@ -44,152 +51,141 @@ __device__ __forceinline__ WorkItem item_of_block(const CollectiveAttentionParam
   return {p.round, static_cast<int32_t>(block / static_cast<uint32_t>(p.num_kv_heads))};
 }
 
+// Of a query row, what decides what it sees.
+struct Reader {
+  int32_t slot;
+  int32_t agent;
+  int32_t position;
+
+  __device__ __forceinline__ bool has_angle(const RopeTables& rope) const {
+    return rope.rotary_dim == 0 ||
+           static_cast<uint32_t>(position) < static_cast<uint32_t>(rope.max_position);
+  }
+  __device__ __forceinline__ bool can_see(const RopeTables& rope) const {
+    return agent >= 0 && has_angle(rope);
+  }
+};
+
+// A chunk of an item, and the use by which a reader sees it.
+struct Chunk {
+  int32_t source = 0;
+  int32_t row_begin = 0, row_end = 0;  // none, if the round does not have them
+  int32_t page_list = 0;
+  int32_t use = -1;
+
+  __device__ __forceinline__ Chunk(const RoundView& round, const WorkItem& item, int32_t index,
+                                   int32_t slot, const Place& here) {
+    if (index >= item.chunk_end) return;
+    const int4 fields = __ldg(reinterpret_cast<const int4*>(round.work_chunks) + index);
+    use = __ldg(round.work_uses + item.use_begin + (index - item.chunk_begin) * item.uses_of_chunk +
+                min(slot, item.uses_of_chunk - 1));
+    source = fields.x;
+    page_list = fields.w;
+    const int64_t pages = (int64_t{fields.z} + (1 << here.page_shift) - 1) >> here.page_shift;
+    const int64_t capacity = source >= 0 ? round.extents.master_pages : round.extents.own_pages;
+    if (fields.y < 0 || page_list < 0 || page_list + pages > capacity) return;
+    row_begin = fields.y;
+    row_end = fields.z;
+  }
+
+  __device__ __forceinline__ const int32_t* pages(const RoundView& round) const {
+    return (source >= 0 ? round.master_pages : round.own_pages) + page_list;
+  }
+};
+
 // A tile of keys, and the rest of its chunk.
 struct KeyTile {
   int32_t chunk;        // index in work_chunks
   int32_t first, last;  // rows of the source, from the tile's first to the last that any row sees
   int32_t set;          // of sights
+  int32_t page_id;      // lane i has that of the i-th page from the tile's first on, up to the last
   const int32_t* pages;
 };
 
-// Puts the warp's query rows into shared memory, from the item's `first_query`-th on.
-template <typename Block>
-__device__ __forceinline__ void find_rows(const CollectiveAttentionParams& p, const WorkItem& item,
-                                          int32_t first_query, const Place& here) {
-  const RoundView& round = p.round;
-  if (here.lane < kAttentionWarpRows) {
-    const int32_t group = p.num_q_heads / p.num_kv_heads;
-    const int32_t query = first_query + here.warp * kAttentionWarpRows + here.lane;
-    const int32_t slot = query / group;
-    QueryRow of_lane = {0, here.kv_head * group + query % group, kNoRow, 0};
-    const int32_t row =
-        slot < item.row_end - item.row_begin ? __ldg(round.work_rows + item.row_begin + slot) : -1;
-    if (row >= 0 && row < round.extents.rows) {
-      const int32_t agent = __ldg(round.row_agent + row);
-      const int32_t position = __ldg(round.row_position + row);
-      const bool has_angle =
-          p.rope.rotary_dim == 0 || static_cast<uint32_t>(position) < p.rope.max_position;
-      of_lane.row = row;
-      of_lane.agent = agent < 0                                   ? kNoRow
-                      : has_angle && agent < round.extents.agents ? agent
-                                                                  : kBlind;
-      of_lane.position = has_angle ? position : 0;
-    }
-    Block::query_rows(here.warp)[here.lane] = of_lane;
-    const int64_t offset = (of_lane.row * p.q_row_stride + of_lane.head * p.q_head_stride) *
-                           static_cast<int64_t>(sizeof(typename Block::T));
-    Block::turns(here.warp)[here.lane] = {
-        {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)},
-        of_lane.position,
-        kNoShift};
-  }
-  __syncwarp();  // all lanes see them
+// Lane i gets the id of the i-th page from that of row `first` on, up to that of row `last`.
+__device__ __forceinline__ int32_t page_ids(const int32_t* pages, int32_t first, int32_t last,
+                                            const Place& here) {
+  const int32_t page = (first >> here.page_shift) + here.lane;
+  return page <= last >> here.page_shift ? __ldg(pages + page) : 0;
 }
 
-// How many of the ascending positions are at most `position`.
-__device__ __forceinline__ int32_t rows_up_to(const int32_t* positions, int32_t count,
+// How many of the ascending positions, the last of which is given, are at most `position`.
+__device__ __forceinline__ int32_t rows_up_to(const int32_t* positions, int32_t count, int32_t last,
                                               int64_t position) {
   // In decode all of them are.
-  if (count == 0 || __ldg(positions + count - 1) <= position) return count;
+  if (last <= position) return count;
   int32_t low = 0, high = count - 1;  // rows before `low` are, row `high` is not
-  do {
+  while (low < high) {
     const int32_t middle = (low + high) / 2;
     if (__ldg(positions + middle) <= position) {
       low = middle + 1;
     } else {
       high = middle;
     }
-  } while (low < high);
+  }
   return low;
 }
 
-// What a query row sees of a Master's rows low .. high, through its agent's use.
+// What a query row sees of a chunk of a Master, through its agent's use.
 __device__ __forceinline__ Sight sight_of_master(const CollectiveAttentionParams& p,
-                                                 const QueryRow& query, int32_t master, int64_t low,
-                                                 int64_t high) {
+                                                 const Chunk& chunk, const Reader& reader) {
   const RoundView& round = p.round;
   const Sight nothing = {0, -1, -1, kNoShift};
-  const int32_t use = use_of_master(round, query.agent, master);
+  const int32_t use = chunk.use;
   if (use < 0 || use >= round.extents.uses) return nothing;
   // All at once, so that their latencies overlap.
   const int32_t delta = __ldg(round.use_delta + use), length = __ldg(round.use_length + use);
   const int32_t shift = __ldg(round.use_shift + use), masks = __ldg(round.use_page_indptr + use);
-  const int64_t reach = int64_t{query.position} - delta;
-  high = min(min(high, reach), int64_t{length} - 1);
+  const int64_t reach = int64_t{reader.position} - delta;
+  const int64_t high = min(min(int64_t{chunk.row_end}, int64_t{length}) - 1, reach);
+  int64_t low = chunk.row_begin;
   if (p.window > 0) low = max(low, reach - p.window + 1);
-  if (!has_angles(p.rope, shift) || low > high) return nothing;
+  if (!reader.can_see(p.rope) || !has_angles(p.rope, shift) || low > high) return nothing;
   return {static_cast<int32_t>(low), static_cast<int32_t>(high), masks,
           p.rope.rotary_dim == 0 ? 0 : shift};
 }
 
-// The same of an agent's own rows. Those of other agents turn its query as well: they may be next,
-// and all of them want it turned by R(p).
+// The same of a chunk of an agent's own rows. Those of other agents turn its query as well: they
+// may be next, and all of them want it turned by R(p).
 __device__ __forceinline__ Sight sight_of_own_rows(const CollectiveAttentionParams& p,
-                                                   const QueryRow& query, int32_t agent,
-                                                   int64_t low, int64_t high, const Place& here) {
-  const RoundView& round = p.round;
-  Sight sight = {0, -1, -1, 0};
-  if (query.agent != agent) return sight;
-  const int32_t page = __ldg(round.own_page_indptr + agent);
-  const int32_t* const positions = round.own_position + (int64_t{page} << here.page_shift);
-  const int32_t count = __ldg(round.own_length + agent);
-  if (page < 0 || (int64_t{page} << here.page_shift) + count > round.extents.own_pages
-                                                                   << here.page_shift) {
-    return sight;
-  }
-  high = min(high, int64_t{rows_up_to(positions, count, query.position)} - 1);
+                                                   const Chunk& chunk, const Reader& reader,
+                                                   const Place& here) {
+  const int32_t* const positions =
+      p.round.own_position + (int64_t{chunk.page_list} << here.page_shift);
+  // Asked for before it is known whose the row is.
+  const int32_t last = __ldg(positions + chunk.row_end - 1);
+  Sight sight = {0, -1, -1, reader.can_see(p.rope) ? 0 : kNoShift};
+  if (reader.agent != -1 - chunk.source || sight.shift == kNoShift) return sight;
+  const int32_t high = rows_up_to(positions, chunk.row_end, last, reader.position) - 1;
+  int32_t low = chunk.row_begin;
   if (p.window > 0) {
-    low = max(low, int64_t{rows_up_to(positions, count, int64_t{query.position} - p.window)});
+    low = max(low, rows_up_to(positions, chunk.row_end, last, int64_t{reader.position} - p.window));
   }
   if (low > high) return sight;
-  sight.low = static_cast<int32_t>(low);
-  sight.high = static_cast<int32_t>(high);
+  sight.low = low;
+  sight.high = high;
   return sight;
 }
 
-// A chunk of the work list, and the pages of its source.
-struct Chunk {
-  int32_t source;
-  int32_t page_begin, page_end;  // none, if the round does not have them
-  const int32_t* pages;
-
-  __device__ __forceinline__ Chunk(const RoundView& round, int32_t index) {
-    const int4 fields = __ldg(reinterpret_cast<const int4*>(round.work_chunks) + index);
-    source = fields.x;
-    page_begin = page_end = 0;
-    pages = nullptr;
-    const bool is_master = source >= 0;
-    const int32_t list = is_master ? source : -1 - source;
-    if (list >= (is_master ? round.extents.masters : round.extents.agents)) return;
-    const int32_t* const indptr = is_master ? round.master_page_indptr : round.own_page_indptr;
-    const int64_t capacity = is_master ? round.extents.master_pages : round.extents.own_pages;
-    const int32_t begin = __ldg(indptr + list), end = __ldg(indptr + list + 1);
-    if (begin < 0 || end > capacity || fields.y < 0 || fields.z > end - begin) return;
-    page_begin = fields.y;
-    page_end = fields.z;
-    pages = (is_master ? round.master_pages : round.own_pages) + begin;
-  }
-};
-
-__device__ __forceinline__ Sight sight_of(const CollectiveAttentionParams& p, const QueryRow& query,
-                                          const Chunk& chunk, const Place& here) {
-  if (query.agent < 0 || chunk.page_begin >= chunk.page_end) return {0, -1, -1, kNoShift};
-  const int64_t low = int64_t{chunk.page_begin} << here.page_shift;
-  const int64_t high = (int64_t{chunk.page_end} << here.page_shift) - 1;
-  return chunk.source >= 0 ? sight_of_master(p, query, chunk.source, low, high)
-                           : sight_of_own_rows(p, query, -1 - chunk.source, low, high, here);
+__device__ __forceinline__ Sight sight_of(const CollectiveAttentionParams& p, const Chunk& chunk,
+                                          const Reader& reader, const Place& here) {
+  if (chunk.row_begin >= chunk.row_end) return {0, -1, -1, kNoShift};
+  return chunk.source >= 0 ? sight_of_master(p, chunk, reader)
+                           : sight_of_own_rows(p, chunk, reader, here);
 }
 
 // The first tile of the first chunk, from chunk `index` on, that any query row of the block sees;
-// its `chunk` is chunk_end if there is none. Barriers: called by all threads.
+// its `chunk` is the item's chunk_end if there is none. Barriers: called by all threads.
 template <typename Block>
-__device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p, int32_t index,
-                                             int32_t chunk_end, int32_t set, const Place& here) {
-  for (; index < chunk_end; ++index) {
-    const Chunk chunk(p.round, index);
-    const int32_t query = here.lane % kAttentionWarpRows;
-    const Sight sight = sight_of(p, load_whole(Block::query_rows(here.warp) + query), chunk, here);
-    if (here.lane < kAttentionWarpRows) Block::sights(set, here.warp)[query] = sight;
+__device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p,
+                                             const WorkItem& item, int32_t index, Chunk chunk,
+                                             const Reader& reader, int32_t set, const Place& here) {
+  while (index < item.chunk_end) {
+    const int32_t* const pages = chunk.pages(p.round);
+    // The tile mostly begins with the chunk.
+    int32_t page_id = page_ids(pages, chunk.row_begin, chunk.row_end - 1, here);
+    const Sight sight = sight_of(p, chunk, reader, here);
+    if (here.lane < kAttentionWarpRows) Block::sights(set, here.warp)[here.lane] = sight;
     const bool sees = sight.low <= sight.high;
     const int32_t low = __reduce_min_sync(kAllLanes, sees ? sight.low : INT32_MAX);
     const int32_t high = __reduce_max_sync(kAllLanes, sight.high);
@@ -204,21 +200,80 @@ __device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p,
       first = min(first, of_warp.x);
       last = max(last, of_warp.y);
     }
-    if (first > last) continue;
-    const int32_t alignment = min(1 << here.page_shift, Block::kKeys);
-    return {index, first / alignment * alignment, last, set, chunk.pages};
+    if (first <= last) {
+      const int32_t alignment = min(1 << here.page_shift, Block::kKeys);
+      first = first / alignment * alignment;
+      if (first >> here.page_shift != chunk.row_begin >> here.page_shift) {
+        page_id = page_ids(pages, first, last, here);
+      }
+      return {index, first, last, set, page_id, pages};
+    }
+    chunk = Chunk(p.round, item, ++index, reader.slot, here);
   }
-  return {chunk_end, 0, -1, set, nullptr};
+  return {item.chunk_end, 0, -1, set, 0, nullptr};
+}
+
+// Puts the warp's query rows into shared memory, from the item's `first_query`-th on, and finds the
+// first tile that the block sees.
+//
+// A block that begins has nothing to do but to wait. So what memory has to be asked for one after
+// the other is three times: the item; then rows, chunk and uses; then what is known of each of
+// those and the ids of the first pages.
+template <typename Block>
+__device__ __forceinline__ KeyTile begin_tiles(const CollectiveAttentionParams& p,
+                                               const WorkItem& item, int32_t first_query,
+                                               const Place& here) {
+  const RoundView& round = p.round;
+  const int32_t group = p.num_q_heads / p.num_kv_heads;
+  const int32_t index = here.lane % kAttentionWarpRows;
+  const int32_t query = first_query + here.warp * kAttentionWarpRows + index;
+  const int32_t slot = query / group;
+  const int32_t row =
+      slot < item.row_end - item.row_begin ? __ldg(round.work_rows + item.row_begin + slot) : -1;
+  const Chunk chunk(round, item, item.chunk_begin, slot, here);
+
+  const bool exists = row >= 0 && row < round.extents.rows;
+  Reader reader = {slot, -1, 0};
+  if (exists) {
+    reader.agent = __ldg(round.row_agent + row);
+    reader.position = __ldg(round.row_position + row);
+  }
+  const KeyTile tile = find_tile<Block>(p, item, item.chunk_begin, chunk, reader, 0, here);
+  if (here.lane < kAttentionWarpRows) {
+    const bool has_angle = reader.has_angle(p.rope);
+    QueryRow of_lane = {exists ? row : 0, here.kv_head * group + query % group, reader.agent, slot};
+    if (reader.agent < 0) {
+      of_lane.agent = kNoRow;
+    } else if (!has_angle) {
+      of_lane.agent = kBlind;
+    }
+    Block::query_rows(here.warp)[index] = of_lane;
+    const int64_t offset = (of_lane.row * p.q_row_stride + of_lane.head * p.q_head_stride) *
+                           static_cast<int64_t>(sizeof(typename Block::T));
+    Block::turns(here.warp)[index] = {
+        {static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)},
+        has_angle ? reader.position : 0,
+        kNoShift};
+  }
+  __syncwarp();  // all lanes see them
+  return tile;
 }
 
 // The tile that comes after: of the same chunk, or of the next that is seen.
 template <typename Block>
 __device__ __forceinline__ KeyTile tile_after(const CollectiveAttentionParams& p, KeyTile tile,
-                                              int32_t chunk_end, const Place& here) {
+                                              const Place& here) {
   if (tile.first + Block::kKeys > tile.last) {
-    return find_tile<Block>(p, tile.chunk + 1, chunk_end, tile.set ^ 1, here);
+    const WorkItem item = item_of_block(p);
+    const int32_t index = here.lane % kAttentionWarpRows;
+    const QueryRow query = load_whole(Block::query_rows(here.warp) + index);
+    const Turn turn = load_whole(Block::turns(here.warp) + index);
+    const Chunk chunk(p.round, item, tile.chunk + 1, query.slot, here);
+    return find_tile<Block>(p, item, tile.chunk + 1, chunk,
+                            {query.slot, query.agent, turn.position}, tile.set ^ 1, here);
   }
   tile.first += Block::kKeys;
+  tile.page_id = page_ids(tile.pages, tile.first, tile.last, here);
   return tile;
 }
 

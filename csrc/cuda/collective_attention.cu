@@ -22,7 +22,7 @@ int cuda_collective_attention(const CollectiveAttentionParams& params, void* str
       TOKENDANCE_ATTENTION_KERNELS(TOKENDANCE_KERNEL)
           TOKENDANCE_E4M3_ATTENTION_KERNELS(TOKENDANCE_KERNEL)
               TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_MERGE_KERNEL)};
-  if (!can_attend(params.dtype, params.pool_dtype)) return cudaErrorNotSupported;
+  if (!can_attend(params)) return cudaErrorNotSupported;
   return cuda::launch(plan_collective_attention(params), kKernels, params, stream);
 }
 

@@ -72,16 +72,15 @@ template <typename Block>
 __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const WorkItem& item,
                                        int32_t first_query, const Place& here) {
   Weighted<Block::kHeadDim> state;
-  find_rows<Block>(p, item, first_query, here);
-  KeyTile next = find_tile<Block>(p, item.chunk_begin, item.chunk_end, 0, here);
+  KeyTile next = begin_tiles<Block>(p, item, first_query, here);
   bool more = next.chunk < item.chunk_end;
   // Stages of a tile's keys, of its values, and of what comes next.
   int32_t keys = 0, values = 1, following = 2;
   if (more) {
-    const int32_t page_id = page_ids(p, next, here);
-    copy_tile<Block>(p.k_pool, p.k_layout, next, page_id, keys, here);
+    leave_out_missing_pages(p, next, here);
+    copy_tile<Block>(p.k_pool, p.k_layout, next, keys, here);
     cp_async_commit();
-    copy_tile<Block>(p.v_pool, p.v_layout, next, page_id, values, here);
+    copy_tile<Block>(p.v_pool, p.v_layout, next, values, here);
     cp_async_commit();
   }
   int32_t turned_to = -1;  // the sights of the last tile
@@ -93,12 +92,11 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
     cp_async_wait<1>();
     __syncthreads();  // all have their keys, and are done with the values of the tile before
 
-    next = tile_after<Block>(p, tile, item.chunk_end, here);
+    next = tile_after<Block>(p, tile, here);
     more = next.chunk < item.chunk_end;
-    int32_t page_id = 0;
     if (more) {
-      page_id = page_ids(p, next, here);
-      copy_tile<Block>(p.k_pool, p.k_layout, next, page_id, following, here);
+      leave_out_missing_pages(p, next, here);
+      copy_tile<Block>(p.k_pool, p.k_layout, next, following, here);
     }
     cp_async_commit();
 
@@ -110,7 +108,7 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
 
     cp_async_wait<1>();
     __syncthreads();  // all have their values, and are done with the keys
-    if (more) copy_tile<Block>(p.v_pool, p.v_layout, next, page_id, keys, here);
+    if (more) copy_tile<Block>(p.v_pool, p.v_layout, next, keys, here);
     cp_async_commit();
     if (sees) {
       Block::Products::add_values(weights, Block::stage(values), lane_of_products<Block>(here),
@@ -121,17 +119,18 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
     following = values;
     values = free;
   }
-  write_results<Block>(p, first_query, here, state);
+  write_results<Block>(p, here, state);
 }
 
-template <typename T, typename Pool, int kHeadDim, bool kWide>
+template <typename T, typename Pool, int kHeadDim>
 __device__ __forceinline__ void collective_attention(const CollectiveAttentionParams& p) {
-  using Block = AttentionBlock<T, Pool, kHeadDim, kWide>;
+  using Block = AttentionBlock<T, Pool, kHeadDim>;
   const Place here(p);
   // The item is read anew for every tile of query rows, rather than kept in registers.
 #pragma unroll 1
   for (int32_t first = 0;; first += Block::kShape.rows) {
     const WorkItem item = item_of_block(p);
+    if (!item.is_of(p.round.extents)) return;
     if (first >= (item.row_end - item.row_begin) * (p.num_q_heads / p.num_kv_heads)) return;
     if (first > 0) __syncthreads();  // all are done with the last tiles
     attend<Block>(p, item, first, here);

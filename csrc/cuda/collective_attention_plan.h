@@ -6,23 +6,16 @@
 #include "tokendance/params.h"
 #include "tokendance/rope.h"
 
-// One kernel per head dim, dtype and width of copies: the wide ones copy keys and values 16 bytes
-// at a time, the narrow ones element by element, for tensors that are not aligned. Calls X(variant,
-// element type, head dim, wide) in the order of attention_kernel().
-#define TOKENDANCE_ATTENTION_KERNELS_OF(X, head_dim)        \
-  X(f32_d##head_dim##_wide, float, head_dim, true)          \
-  X(f32_d##head_dim##_narrow, float, head_dim, false)       \
-  X(f16_d##head_dim##_wide, __half, head_dim, true)         \
-  X(f16_d##head_dim##_narrow, __half, head_dim, false)      \
-  X(bf16_d##head_dim##_wide, __nv_bfloat16, head_dim, true) \
-  X(bf16_d##head_dim##_narrow, __nv_bfloat16, head_dim, false)
-// The same of e4m3 keys and values: X(variant, element type of queries and outputs, head dim,
-// wide).
-#define TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, head_dim)        \
-  X(f16_e4m3_d##head_dim##_wide, __half, head_dim, true)         \
-  X(f16_e4m3_d##head_dim##_narrow, __half, head_dim, false)      \
-  X(bf16_e4m3_d##head_dim##_wide, __nv_bfloat16, head_dim, true) \
-  X(bf16_e4m3_d##head_dim##_narrow, __nv_bfloat16, head_dim, false)
+// One kernel per head dim and dtype. Calls X(variant, element type, head dim) in the order of
+// attention_kernel().
+#define TOKENDANCE_ATTENTION_KERNELS_OF(X, head_dim) \
+  X(f32_d##head_dim, float, head_dim)                \
+  X(f16_d##head_dim, __half, head_dim)               \
+  X(bf16_d##head_dim, __nv_bfloat16, head_dim)
+// The same of e4m3 keys and values: X(variant, element type of queries and outputs, head dim).
+#define TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, head_dim) \
+  X(f16_e4m3_d##head_dim, __half, head_dim)               \
+  X(bf16_e4m3_d##head_dim, __nv_bfloat16, head_dim)
 #define TOKENDANCE_E4M3_ATTENTION_KERNELS(X)   \
   TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 64)  \
   TOKENDANCE_E4M3_ATTENTION_KERNELS_OF(X, 80)  \
@@ -53,23 +46,49 @@ constexpr const char* kCollectiveAttentionKernels[] = {
             TOKENDANCE_ATTENTION_MERGE_KERNELS(TOKENDANCE_ATTENTION_MERGE_NAME)};
 
 constexpr int kAttentionHeadDims[] = {64, 80, 96, 128, 256};
-constexpr int kFirstE4m3AttentionKernel = 5 * 6;
-constexpr int kNumAttentionKernels = 5 * (6 + 4);
+constexpr int kFirstE4m3AttentionKernel = 5 * 3;
+constexpr int kNumAttentionKernels = 5 * (3 + 2);
 constexpr int kAttentionWarpRows = 16;  // query rows of a warp: the M of an mma
 constexpr int kAttentionStages = 3;     // tiles of keys or values: one in use, two on their way
 
-inline int attention_kernel(DType dtype, DType pool_dtype, int32_t head_dim, bool wide) {
+constexpr int attention_kernel(DType dtype, DType pool_dtype, int32_t head_dim) {
   int dim = 0;
   while (kAttentionHeadDims[dim] != head_dim) ++dim;
   if (pool_dtype == DType::kFloat8) {
-    return kFirstE4m3AttentionKernel + dim * 4 + (dtype == DType::kBFloat16) * 2 + !wide;
+    return kFirstE4m3AttentionKernel + dim * 2 + (dtype == DType::kBFloat16);
   }
-  return dim * 6 + static_cast<int>(dtype) * 2 + !wide;
+  return dim * 3 + static_cast<int>(dtype);
+}
+constexpr int attention_merge_kernel(DType dtype) {
+  return kNumAttentionKernels + static_cast<int>(dtype);
 }
 
+constexpr bool is_attention_kernel(int kernel, const char* variant) {
+  return is_named(kCollectiveAttentionKernels[kernel], "tokendance_collective_attention_", variant);
+}
+static_assert(is_attention_kernel(attention_kernel(DType::kFloat32, DType::kFloat32, 64),
+                                  "f32_d64"));
+static_assert(is_attention_kernel(attention_kernel(DType::kFloat16, DType::kFloat16, 80),
+                                  "f16_d80"));
+static_assert(is_attention_kernel(attention_kernel(DType::kBFloat16, DType::kBFloat16, 256),
+                                  "bf16_d256"));
+static_assert(is_attention_kernel(attention_kernel(DType::kFloat16, DType::kFloat8, 64),
+                                  "f16_e4m3_d64"));
+static_assert(is_attention_kernel(attention_kernel(DType::kBFloat16, DType::kFloat8, 256),
+                                  "bf16_e4m3_d256"));
+static_assert(is_attention_kernel(attention_merge_kernel(DType::kFloat32), "merge_f32"));
+static_assert(is_attention_kernel(attention_merge_kernel(DType::kFloat16), "merge_f16"));
+static_assert(is_attention_kernel(attention_merge_kernel(DType::kBFloat16), "merge_bf16"));
+
 // Whether there is such a kernel. The products of e4m3 are those of 16-bit queries and weights.
-inline bool can_attend(DType dtype, DType pool_dtype) {
-  return dtype == pool_dtype || (pool_dtype == DType::kFloat8 && dtype != DType::kFloat32);
+// Keys and values are copied, and results written, 16 bytes at a time.
+inline bool can_attend(const CollectiveAttentionParams& p) {
+  const int64_t vector = kVectorBytes / element_bytes(p.dtype);
+  return (p.dtype == p.pool_dtype ||
+          (p.pool_dtype == DType::kFloat8 && p.dtype != DType::kFloat32)) &&
+         is_aligned(p.k_pool) && is_aligned(p.v_pool) && is_aligned(p.k_layout, p.pool_dtype) &&
+         is_aligned(p.v_layout, p.pool_dtype) && is_aligned(p.out) && is_aligned(p.workspace) &&
+         p.out_row_stride % vector == 0 && p.out_head_stride % vector == 0;
 }
 
 // Sizes of a block. A query row here is one row of the round and one head of the group.
@@ -104,14 +123,9 @@ struct AttentionShape {
 inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) {
   LaunchPlan plan = {};
   const RoundExtents& e = p.round.extents;
-  if (e.rows == 0 || p.num_q_heads == 0) return plan;
-  const int64_t vector = kVectorBytes / element_bytes(p.dtype);
-  const bool out_aligned = is_aligned(p.out) && is_aligned(p.workspace) &&
-                           p.out_row_stride % vector == 0 && p.out_head_stride % vector == 0;
+  if (e.rows == 0 || p.num_q_heads == 0 || !can_attend(p)) return plan;
   if (e.work > 0) {
-    const bool wide = out_aligned && is_aligned(p.k_pool) && is_aligned(p.v_pool) &&
-                      is_aligned(p.k_layout, p.pool_dtype) && is_aligned(p.v_layout, p.pool_dtype);
-    const int kernel = attention_kernel(p.dtype, p.pool_dtype, p.head_dim, wide);
+    const int kernel = attention_kernel(p.dtype, p.pool_dtype, p.head_dim);
     const AttentionShape shape(static_cast<int32_t>(element_bytes(p.dtype)),
                                static_cast<int32_t>(element_bytes(p.pool_dtype)), p.head_dim);
     // KV heads of an item are neighbours: they read the same pages.
@@ -119,7 +133,7 @@ inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) 
                shape.threads, shape.shared_bytes, {});
   }
   if (e.partials > 0) {
-    const int kernel = kNumAttentionKernels + static_cast<int>(p.dtype);
+    const int kernel = attention_merge_kernel(p.dtype);
     const MergeShape shape =
         merge_shape(e.rows * p.num_q_heads, e.partials, p.head_dim, sizeof(float));
     add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.rows,

@@ -15,8 +15,13 @@ namespace tokendance {
 constexpr const char* kMergeStatesKernels[] = {
     TOKENDANCE_MERGE_STATES_KERNELS(TOKENDANCE_MERGE_STATES_NAME)};
 
-static_assert(is_named(kMergeStatesKernels[static_cast<int>(DType::kBFloat16)],
-                       "tokendance_merge_states_", "bf16"));
+constexpr bool is_merge_states_kernel(DType dtype, const char* variant) {
+  return is_named(kMergeStatesKernels[static_cast<int>(dtype)], "tokendance_merge_states_",
+                  variant);
+}
+static_assert(is_merge_states_kernel(DType::kFloat32, "f32"));
+static_assert(is_merge_states_kernel(DType::kFloat16, "f16"));
+static_assert(is_merge_states_kernel(DType::kBFloat16, "bf16"));
 
 // Whether there is such a kernel: partials are read 16 bytes at a time.
 inline bool can_merge_states(const MergeStatesParams& p) {

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "tokendance/launch.h"
+#include "tokendance/round.h"
 
 #define TOKENDANCE_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -34,3 +35,6 @@ TOKENDANCE_EXPORT const char* tokendance_cpu_isa() {
     return message.c_str();
   }
 }
+
+// Of the rounds that the operators and kernels read.
+TOKENDANCE_EXPORT int32_t tokendance_round_version() { return tokendance::kRoundVersion; }

@@ -167,6 +167,19 @@ const Argument& Argument::aligned() const {
   return *this;
 }
 
+const Argument& Argument::of_vectors() const {
+  aligned();
+  if (tensor_.is_cpu()) return *this;
+  const int64_t elements = 16 / static_cast<int64_t>(tensor_.element_size());
+  for (int64_t axis = 0; axis + 1 < tensor_.dim(); ++axis) {
+    if (tensor_.stride(axis) % elements != 0) {
+      fail(name_, ": expected strides that are multiples of 16 bytes, ", elements,
+           " elements, got ", strides_text(tensor_));
+    }
+  }
+  return *this;
+}
+
 RowLayout Argument::rows(Dimensions& dims, Dimension heads, Dimension head_dim) const {
   if (tensor_.dim() == 3) {
     shape(dims, {tensor_.size(0), heads, head_dim}).innermost_stride_1();

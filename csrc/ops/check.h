@@ -95,6 +95,8 @@ class Argument {
   const Argument& not_expanded() const;
   // At a multiple of 16 bytes on CUDA, whose kernels read whole vectors of it.
   const Argument& aligned() const;
+  // The same of everything along each axis but the innermost.
+  const Argument& of_vectors() const;
   // Rows as operators take them: [rows, heads, head_dim] (then block_size 1) or
   // [pages, block_size, heads, head_dim]; innermost stride 1.
   RowLayout rows(Dimensions& dims, Dimension heads, Dimension head_dim) const;

@@ -180,10 +180,34 @@ void check_chunk(const RoundView& round, int64_t chunk) {
   expect_range("work_chunks", chunk * kChunkFields, source, -e.agents, e.masters - 1);
   const int32_t* indptr = source >= 0 ? round.master_page_indptr : round.own_page_indptr;
   const int64_t list = source >= 0 ? source : -1 - static_cast<int64_t>(source);
-  const int64_t pages = source >= 0 ? indptr[list + 1] - indptr[list]
-                                    : pages_of(round.own_length[list], e.block_size);
-  expect_range("work_chunks", chunk * kChunkFields + 2, fields[2], 0, pages);
+  const int64_t rows =
+      source >= 0 ? (indptr[list + 1] - indptr[list]) * e.block_size : round.own_length[list];
+  expect_range("work_chunks", chunk * kChunkFields + 2, fields[2], 0, rows);
   expect_range("work_chunks", chunk * kChunkFields + 1, fields[1], 0, fields[2]);
+  if (fields[3] != indptr[list]) {
+    fail_field("work_chunks", chunk * kChunkFields + 3,
+               "the beginning of the source's page list, " + std::to_string(indptr[list]),
+               fields[3]);
+  }
+}
+
+// Uses by which the rows of an item see a chunk of a Master.
+void check_uses_of_chunk(const RoundView& round, const int32_t* item, int64_t chunk) {
+  const int32_t master = round.work_chunks[chunk * kChunkFields];
+  if (master < 0) return;
+  const int64_t begin = item[5] + (chunk - item[2]) * item[6];
+  for (int64_t i = 0; i < item[1] - item[0]; ++i) {
+    const int64_t at = begin + std::min<int64_t>(i, item[6] - 1);
+    const int32_t use = round.work_uses[at];
+    if (use == -1) continue;
+    expect_range("work_uses", at, use, 0, round.extents.uses - 1);
+    const int32_t agent = round.row_agent[round.work_rows[item[0] + i]];
+    if (round.use_agent[use] != agent || round.use_master[use] != master) {
+      fail_field("work_uses", at,
+                 "agent " + std::to_string(agent) + "'s use of Master " + std::to_string(master),
+                 use);
+    }
+  }
 }
 
 void check_work(const RoundView& round) {
@@ -207,13 +231,21 @@ void check_work(const RoundView& round) {
         fail_field("work_rows", i, "a row that is not padding", previous);
       }
     }
-    for (int64_t chunk = fields[2]; chunk < fields[3]; ++chunk) check_chunk(round, chunk);
+    if (fields[2] == fields[3]) continue;
+    const int64_t rows = fields[1] - fields[0];
+    if (fields[6] != 1) expect_range("work", at + 6, fields[6], rows, rows);
+    expect_range("work", at + 5, fields[5], 0,
+                 e.work_uses - static_cast<int64_t>(fields[3] - fields[2]) * fields[6]);
+    for (int64_t chunk = fields[2]; chunk < fields[3]; ++chunk) {
+      check_chunk(round, chunk);
+      check_uses_of_chunk(round, fields, chunk);
+    }
   }
 }
 
 const char* const kExtentNames[kNumExtents] = {
-    "rows",      "uses", "use_pages", "agents",      "masters",  "master_pages",
-    "own_pages", "work", "work_rows", "work_chunks", "partials", "block_size"};
+    "rows", "uses",      "use_pages",   "agents",    "masters",  "master_pages", "own_pages",
+    "work", "work_rows", "work_chunks", "work_uses", "partials", "block_size"};
 
 template <typename Int>
 BasicRoundView<Int> checked_view(Int* base, const Tensor& round, const RoundExtents& extents,
@@ -235,7 +267,9 @@ BasicRoundView<Int> checked_view(Int* base, const Tensor& round, const RoundExte
 }  // namespace
 
 RoundExtents round_extents(const std::vector<int64_t>& extents) {
-  expect(extents.size() == kNumExtents, "extents", "12 entries", extents.size());
+  expect(extents.size() == kNumExtents, "extents",
+         std::to_string(kNumExtents) + " entries of round version " + std::to_string(kRoundVersion),
+         extents.size());
   for (int i = 0; i < kNumExtents; ++i) {
     // Below 2^31, no product of two extents overflows.
     if (extents[i] < 0 || extents[i] > INT32_MAX) {
@@ -245,8 +279,8 @@ RoundExtents round_extents(const std::vector<int64_t>& extents) {
   const int64_t block_size = extents[kNumExtents - 1];
   expect(block_size == 8 || block_size == 16 || block_size == 32, "extents (block_size)",
          "8, 16 or 32", block_size);
-  return {extents[0], extents[1], extents[2], extents[3], extents[4],  extents[5],
-          extents[6], extents[7], extents[8], extents[9], extents[10], extents[11]};
+  return {extents[0], extents[1], extents[2], extents[3],  extents[4],  extents[5], extents[6],
+          extents[7], extents[8], extents[9], extents[10], extents[11], extents[12]};
 }
 
 RoundView round_view(const Tensor& round, const RoundExtents& extents, const Tensor& other) {

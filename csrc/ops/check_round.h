@@ -8,7 +8,7 @@
 
 namespace tokendance {
 
-// `extents` as a struct: 12 entries, none negative, block_size 8, 16 or 32.
+// `extents` as a struct: kNumExtents entries, none negative, block_size 8, 16 or 32.
 RoundExtents round_extents(const std::vector<int64_t>& extents);
 
 // `round`: int32, contiguous, of the length that the extents give, on the device of `other`.

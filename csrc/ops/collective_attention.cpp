@@ -39,9 +39,11 @@ Call make_call(const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, cons
          " on ", device_text(q), ", got float32");
   }
   params.k_layout = Argument("k_pool", k_pool)
+                        .of_vectors()
                         .pages(dims, "num_pages", e.block_size, "kv_heads", params.head_dim);
   params.v_layout = Argument("v_pool", v_pool)
                         .like(k_pool)
+                        .of_vectors()
                         .pages(dims, "num_pages", e.block_size, "kv_heads", params.head_dim);
   params.num_kv_heads = static_cast<int32_t>(dims["kv_heads"]);
   call.num_pages = dims["num_pages"];
@@ -134,6 +136,7 @@ void collective_attention_out(const Tensor& q, const Tensor& k_pool, const Tenso
       .like(q)
       .shape(dims, {rows, params.num_q_heads, params.head_dim})
       .innermost_stride_1()
+      .of_vectors()
       .not_expanded();
   Argument("lse", lse)
       .device_of(q)

@@ -117,11 +117,13 @@ py::dict plan_work_arrays(const Array& row_agent, const Array& row_position, con
   const py::ssize_t work = size(list.work) / kWorkFields;
   const py::ssize_t chunks = size(list.work_chunks) / kChunkFields;
   const py::ssize_t work_rows = size(list.work_rows);
+  const py::ssize_t work_uses = size(list.work_uses);
   const py::ssize_t partials = size(list.row_partials);
   py::dict arrays;
   arrays["work"] = take(std::move(list.work), {work, kWorkFields});
   arrays["work_rows"] = take(std::move(list.work_rows), {work_rows});
   arrays["work_chunks"] = take(std::move(list.work_chunks), {chunks, kChunkFields});
+  arrays["work_uses"] = take(std::move(list.work_uses), {work_uses});
   arrays["row_partial_indptr"] =
       take(std::move(list.row_partial_indptr), {static_cast<py::ssize_t>(input.num_rows) + 1});
   arrays["row_partials"] = take(std::move(list.row_partials), {partials});
@@ -136,6 +138,7 @@ py::dict work_capacity_sizes(int64_t agents, int64_t rows, int64_t uses, int64_t
   sizes["work"] = capacity.work;
   sizes["work_rows"] = capacity.work_rows;
   sizes["work_chunks"] = capacity.work_chunks;
+  sizes["work_uses"] = capacity.work_uses;
   sizes["partials"] = capacity.partials;
   return sizes;
 }
@@ -263,6 +266,7 @@ class RoundDecision {
 
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "Planner of decisions and work lists (csrc/planner).";
+  m.attr("ROUND_VERSION") = kRoundVersion;
   py::class_<RoundDecision>(m, "RoundDecision")
       .def(py::init<Array, Array, Flags, Array, Array>(), py::arg("place_indptr"),
            py::arg("segment"), py::arg("is_shared"), py::arg("segment_length"), py::arg("prefix"))

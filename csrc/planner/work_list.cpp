@@ -28,6 +28,7 @@ struct PageRange {
 };
 
 struct AgentUse {
+  int32_t use;
   int32_t master;
   int32_t delta;
   int32_t length;
@@ -52,6 +53,8 @@ struct Portion {
 struct Tile {
   int64_t row_begin, row_end;      // in work_rows
   int64_t chunk_begin, chunk_end;  // in Planner::chunks_
+  int64_t use_begin;               // in work_uses
+  int64_t uses_of_chunk;
   int64_t pages;
   int64_t cost;
   bool merged;  // its rows are in another tile too
@@ -61,6 +64,7 @@ struct Tile {
 struct Item {
   int64_t tile;
   int64_t chunk_begin, chunk_end;  // in WorkList::work_chunks
+  int64_t use_begin;               // in work_uses
   int64_t cost;
   int64_t partial_begin;
 };
@@ -193,7 +197,11 @@ class Planner {
       const int32_t agent = in_.use_agent[use];
       if (agent < 0) continue;
       AgentUse& entry = uses_[at[agent]++];
-      entry = {in_.use_master[use], in_.use_delta[use], in_.use_length[use], {}};
+      entry = {static_cast<int32_t>(use),
+               in_.use_master[use],
+               in_.use_delta[use],
+               in_.use_length[use],
+               {}};
       const auto [begin, end] = agent_rows_[agent];
       if (begin == end) continue;
       entry.pages = visible_pages(entry.delta, entry.length, positions(begin, end));
@@ -211,6 +219,7 @@ class Planner {
   void begin_tile() {
     tile_row_begin_ = out_.work_rows.size();
     tile_chunk_begin_ = chunks_.size();
+    tile_use_begin_ = out_.work_uses.size();
   }
 
   void add_row_range(int64_t begin, int64_t end) {
@@ -220,10 +229,23 @@ class Planner {
   }
 
   void add_chunk(int32_t source, PageRange pages) {
-    if (!pages.empty()) chunks_.push_back({source, pages.begin, pages.end});
+    chunks_.push_back({source, pages.begin, pages.end});
   }
 
-  void end_tile(bool merged) {
+  // To a tile of one agent's rows.
+  void add_chunk_of_agent(const AgentUse& use, PageRange pages) {
+    if (pages.empty()) return;
+    add_chunk(use.master, pages);
+    out_.work_uses.push_back(use.use);
+  }
+  void add_own_chunk(int32_t agent, Positions p) {
+    const PageRange pages = visible_own_pages(agent, p);
+    if (pages.empty()) return;
+    add_chunk(-1 - agent, pages);
+    out_.work_uses.push_back(-1);
+  }
+
+  void end_tile(int64_t uses_of_chunk, bool merged) {
     const int64_t row_end = out_.work_rows.size();
     const int64_t chunk_end = chunks_.size();
     int64_t pages = 0;
@@ -232,7 +254,8 @@ class Planner {
     }
     const int64_t rows = row_end - tile_row_begin_;
     const int64_t cost = pages * std::max<int64_t>(rows, in_.read_bound_rows);
-    tiles_.push_back({tile_row_begin_, row_end, tile_chunk_begin_, chunk_end, pages, cost, merged});
+    tiles_.push_back({tile_row_begin_, row_end, tile_chunk_begin_, chunk_end, tile_use_begin_,
+                      uses_of_chunk, pages, cost, merged});
   }
 
   void plan_tiles() {
@@ -263,10 +286,10 @@ class Planner {
       for (int64_t u = use_indptr_[agent]; u < use_indptr_[agent + 1]; ++u) {
         const AgentUse& use = uses_[u];
         if (use.pages.empty()) continue;
-        add_chunk(use.master, visible_pages(use.delta, use.length, p));
+        add_chunk_of_agent(use, visible_pages(use.delta, use.length, p));
       }
-      add_chunk(-1 - agent, visible_own_pages(agent, p));
-      end_tile(false);
+      add_own_chunk(agent, p);
+      end_tile(1, false);
     }
   }
 
@@ -406,25 +429,49 @@ class Planner {
     for (const Portion& portion : portions) {
       begin_tile();
       for (int64_t u = use_indptr_[portion.agent]; u < use_indptr_[portion.agent + 1]; ++u) {
-        if (!is_shared(uses_[u])) add_chunk(uses_[u].master, uses_[u].pages);
+        if (!is_shared(uses_[u])) add_chunk_of_agent(uses_[u], uses_[u].pages);
       }
-      add_chunk(-1 - portion.agent, visible_own_pages(portion.agent, portion.positions));
+      add_own_chunk(portion.agent, portion.positions);
       // Without anything to see and without a shared tile the rows still want their zeros written.
       const bool has_chunks = static_cast<int64_t>(chunks_.size()) > tile_chunk_begin_;
       if (portion.shares && !has_chunks) continue;
       add_row_range(portion.row_begin, portion.row_end);
-      end_tile(portion.shares);
+      end_tile(1, portion.shares);
       if (portion.shares) all_direct = false;
     }
     begin_tile();
     for (const Portion& portion : portions) {
       if (portion.shares) add_row_range(portion.row_begin, portion.row_end);
     }
+    // From here on the slot of a Master is the number of its chunk, if it has one.
+    int32_t chunks = 0;
     for (size_t slot = 0; slot < masters.size(); ++slot) {
-      if (shared[slot].users > 1) add_chunk(masters[slot], shared[slot].pages);
-      master_slot_[masters[slot]] = -1;
+      const bool met = shared[slot].users > 1;
+      if (met) add_chunk(masters[slot], shared[slot].pages);
+      master_slot_[masters[slot]] = met ? chunks++ : -1;
     }
-    if (static_cast<int64_t>(out_.work_rows.size()) > tile_row_begin_) end_tile(!all_direct);
+    const int64_t rows = static_cast<int64_t>(out_.work_rows.size()) - tile_row_begin_;
+    if (rows > 0) {
+      add_uses(portions, chunks, rows);
+      end_tile(rows, !all_direct);
+    }
+    for (int32_t master : masters) master_slot_[master] = -1;
+  }
+
+  // The uses by which the rows of a tile of several agents meet its chunks, which master_slot_
+  // numbers.
+  void add_uses(const std::vector<Portion>& portions, int64_t chunks, int64_t rows) {
+    out_.work_uses.resize(tile_use_begin_ + chunks * rows, -1);
+    int32_t* first_row = out_.work_uses.data() + tile_use_begin_;
+    for (const Portion& portion : portions) {
+      if (!portion.shares) continue;
+      const int64_t count = portion.row_end - portion.row_begin;
+      for (int64_t u = use_indptr_[portion.agent]; u < use_indptr_[portion.agent + 1]; ++u) {
+        const int32_t chunk = master_slot_[uses_[u].master];
+        if (chunk >= 0) std::fill_n(first_row + chunk * rows, count, uses_[u].use);
+      }
+      first_row += count;
+    }
   }
 
   // Items -----------------------------------------------------------------------------------------
@@ -456,6 +503,7 @@ class Planner {
       int64_t passed = 0;  // pages of earlier chunks
       for (int32_t split = 0; split < tile.splits; ++split) {
         const int64_t end = tile.pages * (split + 1) / tile.splits;
+        const int64_t use_begin = tile.use_begin + (chunk - tile.chunk_begin) * tile.uses_of_chunk;
         const int64_t begin_chunk = out_.work_chunks.size() / kChunkFields;
         int64_t pages = 0;
         while (chunk < tile.chunk_end) {
@@ -467,10 +515,7 @@ class Planner {
                 length, (end - passed + kSplitAlignment / 2) / kSplitAlignment * kSplitAlignment);
           }
           if (stop > offset) {
-            const int32_t fields[kChunkFields] = {c.source,
-                                                  c.page_begin + static_cast<int32_t>(offset),
-                                                  c.page_begin + static_cast<int32_t>(stop), 0};
-            out_.work_chunks.insert(out_.work_chunks.end(), fields, fields + kChunkFields);
+            emit_chunk(c, offset, stop);
             pages += stop - offset;
           }
           if (stop < length) {
@@ -484,7 +529,7 @@ class Planner {
         }
         const int64_t end_chunk = out_.work_chunks.size() / kChunkFields;
         const int64_t cost = tile.pages ? tile.cost / tile.pages * pages : 0;
-        items.push_back({static_cast<int64_t>(t), begin_chunk, end_chunk, cost,
+        items.push_back({static_cast<int64_t>(t), begin_chunk, end_chunk, use_begin, cost,
                          writes_partials ? partials : -1});
         if (writes_partials) partials += tile.row_end - tile.row_begin;
       }
@@ -505,11 +550,24 @@ class Planner {
     for (const Item& item : items) {
       const Tile& tile = tiles_[item.tile];
       const int32_t fields[kWorkFields] = {
-          static_cast<int32_t>(tile.row_begin), static_cast<int32_t>(tile.row_end),
-          static_cast<int32_t>(item.chunk_begin), static_cast<int32_t>(item.chunk_end),
-          static_cast<int32_t>(item.partial_begin)};
+          static_cast<int32_t>(tile.row_begin),     static_cast<int32_t>(tile.row_end),
+          static_cast<int32_t>(item.chunk_begin),   static_cast<int32_t>(item.chunk_end),
+          static_cast<int32_t>(item.partial_begin), static_cast<int32_t>(item.use_begin),
+          static_cast<int32_t>(tile.uses_of_chunk)};
       out_.work.insert(out_.work.end(), fields, fields + kWorkFields);
     }
+  }
+
+  // Pages `begin` to `end` of a chunk. Own rows end within their last page.
+  void emit_chunk(const Chunk& c, int64_t begin, int64_t end) {
+    const int64_t row_begin = (c.page_begin + begin) << page_shift_;
+    int64_t row_end = (c.page_begin + end) << page_shift_;
+    if (c.source < 0) row_end = std::min<int64_t>(row_end, in_.own_length[-1 - c.source]);
+    const int32_t list =
+        c.source >= 0 ? in_.master_page_indptr[c.source] : in_.own_page_indptr[-1 - c.source];
+    const int32_t fields[kChunkFields] = {c.source, static_cast<int32_t>(row_begin),
+                                          static_cast<int32_t>(row_end), list};
+    out_.work_chunks.insert(out_.work_chunks.end(), fields, fields + kChunkFields);
   }
 
   void emit_partials(const std::vector<Item>& items, int64_t partials) {
@@ -543,6 +601,7 @@ class Planner {
   int page_shift_ = 0;
   int64_t tile_row_begin_ = 0;
   int64_t tile_chunk_begin_ = 0;
+  int64_t tile_use_begin_ = 0;
 };
 
 }  // namespace
@@ -566,8 +625,12 @@ WorkCapacity work_capacity(int64_t agents, int64_t rows, int64_t uses, int64_t m
   capacity.work_rows = 2 * rows;
   // An agent's first own tile holds at most its uses and its own rows; further tiles and shared
   // tiles at most all Masters. A split cuts one chunk.
-  capacity.work_chunks =
-      uses + agents + full_tiles * (masters + 1) + shared_tiles * masters + extra;
+  const int64_t own_chunks = uses + agents + full_tiles * (masters + 1);
+  capacity.work_chunks = own_chunks + shared_tiles * masters + extra;
+  // One of each own chunk. Of a shared one one per row: two uses at least are of its Master and of
+  // agents of its tile, and an agent that is cut is in two.
+  const int64_t uses_of_tiles = uses + full_tiles * masters;
+  capacity.work_uses = own_chunks + std::min(rows * masters, max_tile_rows * uses_of_tiles / 2);
   capacity.partials = std::min(2 * rows * max_splits, 2 * rows + max_tile_rows * extra);
   return capacity;
 }

@@ -1,8 +1,9 @@
 // The work list of collective attention: which query rows meet which pages in one work item.
 //
 // An item is a tile of query rows, possibly of many agents, and a list of page ranges (chunks) that
-// all of them meet. The softmax state of a row stays in the item over all its chunks, so a row has
-// one partial result per item that it is in, never one per use.
+// all of them meet, each with the uses by which they do. The softmax state of a row stays in the
+// item over all its chunks, so a row has one partial result per item that it is in, never one per
+// use.
 //
 // - An agent whose rows nearly fill a tile (prefill) has tiles of its own: adjacent rows, all their
 //   Masters and own rows in one item, nothing to merge. Such work is bound by arithmetic, which
@@ -16,7 +17,7 @@
 // Items are in descending order of cost, so that the last to start are the shortest; those of one
 // cost in the order of the pages that they read, so that several tiles' items that read the same
 // ones run together. Everything is deterministic and takes time proportional to rows + uses +
-// chunks, and to the square of the number of agents that are put together.
+// chunks and their uses, and to the square of the number of agents that are put together.
 #pragma once
 
 #include <stdint.h>
@@ -57,6 +58,7 @@ struct WorkList {
   std::vector<int32_t> work;  // [W, kWorkFields]
   std::vector<int32_t> work_rows;
   std::vector<int32_t> work_chunks;         // [WC, kChunkFields]
+  std::vector<int32_t> work_uses;           // [WU]
   std::vector<int32_t> row_partial_indptr;  // [R+1]
   std::vector<int32_t> row_partials;        // [P]
 };
@@ -70,6 +72,7 @@ struct WorkCapacity {
   int64_t work;
   int64_t work_rows;
   int64_t work_chunks;
+  int64_t work_uses;
   int64_t partials;
 };
 WorkCapacity work_capacity(int64_t agents, int64_t rows, int64_t uses, int64_t masters,

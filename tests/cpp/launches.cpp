@@ -174,6 +174,7 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   full.work = list.work.size() / kWorkFields;
   full.work_rows = list.work_rows.size();
   full.work_chunks = list.work_chunks.size() / kChunkFields;
+  full.work_uses = list.work_uses.size();
   full.partials = list.row_partials.size();
   MutableRoundView whole;
   std::vector<int32_t> packed(make_round_view<int32_t>(nullptr, full, &whole));
@@ -183,6 +184,7 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   std::copy(list.work.begin(), list.work.end(), whole.work);
   std::copy(list.work_rows.begin(), list.work_rows.end(), whole.work_rows);
   std::copy(list.work_chunks.begin(), list.work_chunks.end(), whole.work_chunks);
+  std::copy(list.work_uses.begin(), list.work_uses.end(), whole.work_uses);
   std::copy(list.row_partial_indptr.begin(), list.row_partial_indptr.end(),
             whole.row_partial_indptr);
   std::copy(list.row_partials.begin(), list.row_partials.end(), whole.row_partials);

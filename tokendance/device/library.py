@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +14,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tokendance.host.round import require_round_version
 from tokendance.source_tree import missing
 
 __all__ = ["LIBRARY", "OPERATORS", "registered"]
 
 LIBRARY = Path(__file__).parent.with_name("_C.so")
 
+
+def _round_version() -> int | None:
+    """Of the rounds that the library's operators read; None if it does not say."""
+    say = getattr(ctypes.CDLL(str(LIBRARY)), "tokendance_round_version", None)
+    return None if say is None else int(say())
+
+
 if not LIBRARY.exists():
     raise missing(LIBRARY)
 torch.ops.load_library(str(LIBRARY))  # type: ignore[no-untyped-call]
+require_round_version(f"tokendance/{LIBRARY.name}", _round_version())
 
 _ops = torch.ops.tokendance
 

@@ -26,6 +26,10 @@ what came. On the CPU that includes every index, position and page id. A look at
 have to wait for the device: there, kernels skip rows that are out of range, and all else in a round
 (offsets, counts, the page ids of :func:`collective_attention`) is taken as it is.
 
+On CUDA, pools and outputs of :func:`collective_attention` and partials of :func:`merge_states` are
+read and written 16 bytes at a time: they are refused where their memory, or what lies along an axis
+but the innermost, does not begin at multiples of that. All else may lie anywhere, at some cost.
+
 Nothing is differentiable. What an operator writes counts up its version, as with torch's own
 in-place operators, and is refused if it requires grad while grad mode is on.
 

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from tokendance import _planner
 from tokendance.host.mirror import Mirror, round_arrays
-from tokendance.host.round import IntArray, RoundExtents, pack
+from tokendance.host.round import IntArray, RoundExtents, pack, require_round_version
 
-VERSION = 1
+require_round_version("tokendance._planner", getattr(_planner, "ROUND_VERSION", None))
+
+VERSION = 2
 """Of the records' fields: a device half runs records of its own version only."""
 
 
@@ -261,6 +263,7 @@ def step_capacity(
         work=work["work"],
         work_rows=work["work_rows"],
         work_chunks=work["work_chunks"],
+        work_uses=work["work_uses"],
         partials=work["partials"],
         block_size=profile.block_size,
     )
@@ -306,6 +309,7 @@ def with_work(
         work=len(work["work"]),
         work_rows=len(work["work_rows"]),
         work_chunks=len(work["work_chunks"]),
+        work_uses=len(work["work_uses"]),
         partials=len(work["row_partials"]),
     )
     fields = {
@@ -314,6 +318,7 @@ def with_work(
         "work": work["work"],
         "work_rows": work["work_rows"],
         "work_chunks": work["work_chunks"],
+        "work_uses": work["work_uses"],
         "row_partial_indptr": work["row_partial_indptr"],
         "row_partials": work["row_partials"],
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-ROUND_VERSION = 1
+ROUND_VERSION = 2
 """Of the fields and extents; a change of either counts it up."""
 
 AGENT_USE_FIELDS = 2
@@ -20,6 +20,19 @@ CHUNK_FIELDS = 4
 FIELD_ALIGNMENT = 4
 
 IntArray = NDArray[np.int32]
+
+
+def require_round_version(built: str, version: int | None) -> None:
+    """Raises ``ImportError`` if ``built``, a binary of this package, has rounds of another version.
+
+    Planner, operators and this module are built and installed together: one that was left from
+    before would take one field for another. None: it does not say, as before version 2.
+    """
+    if version != ROUND_VERSION:
+        raise ImportError(
+            f"{built}: expected rounds of version {ROUND_VERSION}, got {version}; "
+            "build and install tokendance again"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class RoundExtents:
     work: int = 0
     work_rows: int = 0
     work_chunks: int = 0
+    work_uses: int = 0
     partials: int = 0
     block_size: int = 16
 
@@ -71,6 +85,7 @@ class RoundExtents:
             "work": (self.work, WORK_FIELDS),
             "work_rows": (self.work_rows,),
             "work_chunks": (self.work_chunks, CHUNK_FIELDS),
+            "work_uses": (self.work_uses,),
             "row_partial_indptr": (self.rows + 1,),
             "row_partials": (self.partials,),
         }

@@ -245,6 +245,7 @@ def random_round(
         work=len(arrays["work"]),
         work_rows=len(arrays["work_rows"]),
         work_chunks=len(arrays["work_chunks"]),
+        work_uses=len(arrays["work_uses"]),
         partials=len(arrays["row_partials"]),
     )
     capacity = _with_slack(filled, rng) if slack else filled
@@ -507,6 +508,7 @@ _UNSPECIFIED = (
     "own_position",
     "work_rows",
     "work_chunks",
+    "work_uses",
     "row_partials",
 )
 

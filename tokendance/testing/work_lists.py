@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -26,15 +26,15 @@ def random_work(
 
     Pages of Masters and own pages are cut into random chunks and dealt to random groups; the rows
     that may see something of a group are cut into random tiles, agents mixed. Items that do
-    nothing, items without chunks and chunks without pages are among them.
+    nothing, items without chunks and chunks without rows are among them.
 
     Args:
         arrays: the other fields of the round, at the sizes of ``extents``.
         max_rows: most query rows of an item.
 
     Returns:
-        The fields ``work``, ``work_rows``, ``work_chunks``, ``row_partial_indptr`` and
-        ``row_partials``.
+        The fields ``work``, ``work_rows``, ``work_chunks``, ``work_uses``, ``row_partial_indptr``
+        and ``row_partials``.
     """
     size = extents.block_size
     row_agent = arrays["row_agent"].tolist()
@@ -68,7 +68,7 @@ def random_work(
         agents = set().union(*(agents_of_source[source] for source, _, _ in group))
         rows = [row for row, agent in enumerate(row_agent) if agent in agents]
         begin = len(chunks)
-        chunks += [[source, first, last, 0] for source, first, last in group]
+        chunks += [chunk_of(arrays, size, source, first, last) for source, first, last in group]
         items += [(tile, begin, len(chunks)) for tile in _tiles(rng, rows, max_rows)]
         seen.update(rows)
     unseen = [row for row in range(len(row_agent)) if row not in seen]
@@ -81,6 +81,7 @@ def random_work(
         times[tile] += 1
     work: list[list[int]] = []
     work_rows: list[int] = []
+    work_uses: list[int] = []
     partials_of_row: list[list[int]] = [[] for _ in row_agent]
     partials = 0
     for tile, chunk_begin, chunk_end in items:
@@ -92,18 +93,52 @@ def random_work(
             partials += len(tile)
         row_begin = len(work_rows)
         work_rows += tile
+        uses = uses_of_chunks(arrays, tile, chunks[chunk_begin:chunk_end])
+        row_range = [row_begin, len(work_rows)]
         work.append(
-            [row_begin, len(work_rows), chunk_begin, chunk_end, partial_begin]
-            + [0] * (WORK_FIELDS - 5)
+            [*row_range, chunk_begin, chunk_end, partial_begin, len(work_uses), uses.shape[1], 0]
         )
+        work_uses += uses.reshape(-1).tolist()
     merged = [rng.permutation(row).astype(int).tolist() for row in partials_of_row]
     return {
         "work": int32_array(work).reshape(-1, WORK_FIELDS),
         "work_rows": int32_array(work_rows),
         "work_chunks": int32_array(chunks).reshape(-1, CHUNK_FIELDS),
+        "work_uses": int32_array(work_uses),
         "row_partial_indptr": index_pointers([len(row) for row in merged]),
         "row_partials": int32_array([partial for row in merged for partial in row]),
     }
+
+
+def chunk_of(
+    arrays: Mapping[str, IntArray], block_size: int, source: int, first: int, last: int
+) -> list[int]:
+    """A chunk of these pages of a Master, or of an agent's own rows (``-1 - agent``)."""
+    begin, end = first * block_size, last * block_size
+    if source >= 0:
+        return [source, begin, end, int(arrays["master_page_indptr"][source])]
+    length = int(arrays["own_length"][-1 - source])
+    page_list = int(arrays["own_page_indptr"][-1 - source])
+    return [source, min(begin, length), min(end, length), page_list]
+
+
+def uses_of_chunks(
+    arrays: Mapping[str, IntArray], rows: Sequence[int], chunks: Sequence[Sequence[int]]
+) -> IntArray:
+    """Uses by which rows of one item see its chunks: ``[chunks, rows]``, -1 = by none.
+
+    ``[chunks, 1]`` where one use is that of all rows in each chunk.
+    """
+    use_of = {
+        (agent, master): use
+        for use, (agent, master) in enumerate(
+            zip(arrays["use_agent"].tolist(), arrays["use_master"].tolist(), strict=True)
+        )
+    }
+    agents = arrays["row_agent"][list(rows)].tolist()
+    table = [[use_of.get((agent, chunk[0]), -1) for agent in agents] for chunk in chunks]
+    uses = int32_array(table).reshape(len(chunks), len(agents))
+    return uses[:, :1] if (uses == uses[:, :1]).all() else uses
 
 
 def planned_work(
@@ -156,27 +191,40 @@ def _tiles(rng: np.random.Generator, rows: list[int], max_rows: int) -> list[lis
 def assert_work_covers(round: RoundTensors, max_rows: int, window: int = 0) -> None:
     """Checks a work list: each row meets each page that it sees a key of, and none twice.
 
-    Also that items have at most ``max_rows`` rows, ascending and not padding; that each other row
+    Also that it meets them by its agent's use, and that chunks know where their pages are listed;
+    that items have at most ``max_rows`` rows, ascending and not padding; that each other row
     has an item; that a row with several items has a partial of each, in its own slot, and a row
     with one either writes its output or has one partial. Raises ``AssertionError``.
     """
     size = round.extents.block_size
     row_agent, row_position = round.row_agent.tolist(), round.row_position.tolist()
-    uses_of = set(zip(round.use_agent.tolist(), round.use_master.tolist(), strict=True))
+    use_of = {
+        pair: use
+        for use, pair in enumerate(
+            zip(round.use_agent.tolist(), round.use_master.tolist(), strict=True)
+        )
+    }
     met: list[list[tuple[int, int]]] = [[] for _ in row_agent]
     items: list[int] = [0] * len(row_agent)
     partials: list[list[int]] = [[] for _ in row_agent]
     work_rows, work_chunks = round.work_rows.tolist(), round.work_chunks.tolist()
-    for row_begin, row_end, chunk_begin, chunk_end, partial_begin, *rest in round.work.tolist():
-        assert rest == [0] * len(rest)
+    for item in round.work.tolist():
+        row_begin, row_end, chunk_begin, chunk_end, partial_begin, use_begin, each, rest = item
+        assert rest == 0
         rows = work_rows[row_begin:row_end]
         assert len(rows) == row_end - row_begin <= max_rows
         assert rows == sorted(set(rows)), f"rows of an item ascend, got {rows}"
-        pages = [
-            (source, page)
-            for source, first, last, _ in work_chunks[chunk_begin:chunk_end]
-            for page in range(first, last)
-        ]
+        chunks = work_chunks[chunk_begin:chunk_end]
+        assert each in (1, len(rows)) or not rows or not chunks
+        pages = []
+        for number, (source, first, last, page_list) in enumerate(chunks if rows else []):
+            if first < last:
+                pages += [(source, page) for page in range(first // size, -(-last // size))]
+            lists = round.master_page_indptr if source >= 0 else round.own_page_indptr
+            assert page_list == int(lists[source if source >= 0 else -1 - source])
+            for offset, row in enumerate(rows if source >= 0 else []):
+                use = int(round.work_uses[use_begin + number * each + min(offset, each - 1)])
+                assert use == use_of.get((row_agent[row], source), -1), f"row {row}: use {use}"
         for offset, row in enumerate(rows):
             assert row_agent[row] >= 0, f"row {row} is padding"
             items[row] += 1
@@ -196,9 +244,7 @@ def assert_work_covers(round: RoundTensors, max_rows: int, window: int = 0) -> N
         assert len(partials[row]) == items[row] or (items[row] == 1 and not partials[row])
         own = [page for page in met[row] if page[0] == -1 - agent]
         uses = [
-            (source, page)
-            for source, page in met[row]
-            if source >= 0 and (agent, source) in uses_of
+            (source, page) for source, page in met[row] if source >= 0 and (agent, source) in use_of
         ]
         assert len(set(own + uses)) == len(own + uses), f"row {row} meets a page twice"
         needed = _pages_seen(round, agent, row_position[row], size, window)

@@ -169,11 +169,11 @@ class Attention {
     return std::clamp(kFlatBlockBytes / row_bytes / unit, 1, kBlockKeys / unit) * unit;
   }
 
-  // Block of the rows from `first` of a source, which is a multiple of the block size; at most
-  // `limit` rows.
-  void find_block(int32_t source, int head, int64_t first, int64_t limit, Block<T>& block) const {
-    const int32_t* pages = source >= 0 ? round_.master_pages + round_.master_page_indptr[source]
-                                       : round_.own_pages + round_.own_page_indptr[-1 - source];
+  // Block of the rows from `first` of a chunk's source, which is a multiple of the block size; at
+  // most `limit` rows.
+  void find_block(const int32_t* fields, int head, int64_t first, int64_t limit,
+                  Block<T>& block) const {
+    const int32_t* pages = (fields[0] >= 0 ? round_.master_pages : round_.own_pages) + fields[3];
     block.first = first;
     block.count = static_cast<int>(std::min<int64_t>(limit, kBlockKeys));
     const T* k_head = static_cast<const T*>(params_.k_pool) + head * params_.k_layout.head_stride;
@@ -196,11 +196,10 @@ class Attention {
 
   // The first block that another chunk begins with, as far as it is known without its rows.
   void guess_block(const int32_t* item, const int32_t* fields, int head, Block<T>& block) const {
-    const int64_t rows = int64_t{fields[2] - fields[1]} * block_size_;
-    if (rows == 0) return;
+    if (fields[1] == fields[2]) return;
     const int keys = is_flat(item) ? flat_block_keys(heads_at_once(item)) : kBlockKeys;
-    const int64_t first = int64_t{fields[1]} * block_size_;
-    find_block(fields[0], head, first, std::min<int64_t>(rows, keys), block);
+    const int32_t first = fields[1] / block_size_ * block_size_;
+    find_block(fields, head, first, std::min(fields[2] - first, keys), block);
   }
 
   void guess_after(const AttentionTile& tile, int32_t index, int64_t next, Block<T>& block) const {
@@ -233,7 +232,7 @@ class Attention {
 
   void attend_chunk(const AttentionTile& tile, int32_t index, int64_t next, Scratch& s) const {
     const int32_t* fields = chunk(index);
-    find_active_rows(params_, tile, fields, s);
+    find_active_rows(params_, tile, index, s);
     if (s.num_active == 0) return;
     rotate_queries<T>(params_, tile, query_factor_, s);
     // Of one KV head.
@@ -271,7 +270,7 @@ class Attention {
     const int block_keys = flat ? flat_block_keys(tile.kv_heads) : kBlockKeys;
     const auto find = [&](int64_t first_key, Block<T>& block) {
       const int64_t rest = int64_t{high} + 1 - first_key;
-      find_block(fields[0], tile.kv_head, first_key, std::min<int64_t>(rest, block_keys), block);
+      find_block(fields, tile.kv_head, first_key, std::min<int64_t>(rest, block_keys), block);
     };
     int64_t first = low / block_size_ * block_size_;
     find(first, blocks[0]);

@@ -23,14 +23,15 @@ struct RoundExtents {
   int64_t own_pages;     // OP: pages of own rows of all agents
   int64_t work;          // W: work items of collective attention
   int64_t work_rows;     // WR: query rows of all work items
-  int64_t work_chunks;   // WC: page ranges of all work items
+  int64_t work_chunks;   // WC: ranges of stored rows of all work items
+  int64_t work_uses;     // WU: uses by which work items' rows see their chunks
   int64_t partials;      // P: partial results that the last pass merges
   int64_t block_size;    // rows of a page: 8, 16 or 32
 };
-constexpr int kNumExtents = 12;
+constexpr int kNumExtents = 13;
 
 // Of the fields and extents below; a change of either counts it up (CHANGELOG.md).
-constexpr int kRoundVersion = 1;
+constexpr int kRoundVersion = 2;
 
 constexpr int kAgentUseFields = 2;  // ints per entry, see BasicRoundView::agent_use
 constexpr int kWorkFields = 8;      // ints per work item, see BasicRoundView::work
@@ -74,17 +75,25 @@ struct BasicRoundView {
   Int* own_position;     // [OP * block_size] absolute positions
 
   // Work items of collective attention, kWorkFields ints each: {row_begin, row_end (range in
-  // work_rows), chunk_begin, chunk_end (range in work_chunks), partial_begin, 0, 0, 0}.
+  // work_rows), chunk_begin, chunk_end (range in work_chunks), partial_begin, use_begin,
+  // uses_of_chunk, 0}.
   // The item's query rows attend to the item's chunks. partial_begin < 0: the item is the only one
   // of its rows and writes their output; otherwise its i-th row writes partial partial_begin + i.
+  // Of each chunk uses_of_chunk entries stand in work_uses, from use_begin on: one per row of the
+  // item, or a single one for all of them. So whoever has the item has the addresses of its rows,
+  // its chunks and their uses, and asks for them together.
   // An item with row_begin == row_end does nothing; one without chunks gives the result of a row
   // that sees nothing.
   Int* work;       // [W, kWorkFields]
   Int* work_rows;  // [WR] query row ids, ascending within an item
-  // {source, page_begin, page_end, 0}. source m >= 0: pages page_begin .. page_end of Master m,
-  // which a row sees through its agent's use of m, if there is one. source -1 - a: own pages of
-  // agent a, which only rows of agent a see. Pages count from the start of that page list.
+  // {source, row_begin, row_end, page_list}. source m >= 0: rows row_begin .. row_end of Master m,
+  // which a row sees through its agent's use of m. source -1 - a: own rows of agent a, which only
+  // rows of agent a see. page_list is where the page list of the source begins in master_pages or
+  // own_pages: what its indptr says, for the chunk's row j stands in page j / block_size from
+  // there.
   Int* work_chunks;         // [WC, kChunkFields]
+  Int* work_uses;           // [WU] uses of chunks of Masters; -1 = the row's agent has none. Of own
+                            // rows -1
   Int* row_partial_indptr;  // [R+1] range in row_partials; empty = no merge for this row
   Int* row_partials;        // [P] partials of a row, in the order in which they are merged
 };
@@ -124,6 +133,7 @@ inline int64_t make_round_view(Int* base, const RoundExtents& e, BasicRoundView<
   view->work = take(e.work * kWorkFields);
   view->work_rows = take(e.work_rows);
   view->work_chunks = take(e.work_chunks * kChunkFields);
+  view->work_uses = take(e.work_uses);
   view->row_partial_indptr = take(e.rows + 1);
   view->row_partials = take(e.partials);
   return at;
