@@ -366,13 +366,17 @@ def test_an_answer_of_another_status_is_an_error(fake: Fake) -> None:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_servers_differ_in_what_is_compared_alone(name: str, tmp_path: Path) -> None:
-    setup = Setup(tmp_path, 2048, 256, threads=3, cache_gib=4, vllm=(Path("python"), {"A": "b"}))
+    setup = Setup(
+        tmp_path, 2048, 256, threads=3, cache_gib=4, selection="leading:3",
+        vllm=(Path("python"), {"A": "b"}),
+    )  # fmt: skip
     arguments, variables = command_of(name, setup, 8123)
     text = " ".join(arguments)
     assert variables["OMP_NUM_THREADS"] == "3"
     assert "8123" in arguments
     if name == ENGINE:
         assert "--capacity 4GiB --max-rows 256" in text
+        assert text.endswith("--selection leading:3")
         return
     assert (arguments[0], variables["A"]) == ("python", "b")
     assert ("--no-enable-prefix-caching" in arguments) == (name == "vllm")
@@ -380,7 +384,7 @@ def test_servers_differ_in_what_is_compared_alone(name: str, tmp_path: Path) -> 
     held = int(variables["VLLM_CPU_KVCACHE_SPACE"])
     if name.startswith("tokendance"):
         given = json.loads(arguments[-1])["kv_connector_extra_config"]
-        assert given["max_rows"] == 256
+        assert (given["max_rows"], given["selection"]) == (256, "leading:3")
         assert given.get("shared_decode", False) == (name == "tokendance_shared")
         held += int(given["capacity"].removesuffix("GiB"))
     assert held == 4

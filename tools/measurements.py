@@ -37,6 +37,8 @@ NOT_KEPT = "No JSON of these figures was kept"
 
 _QWEN = "evals.fidelity --model qwen0.5b --threads 1"
 _WAYS = "--ways pic:0.15,master/leading:4:96:24,master/leading:16"
+_SERVERS = "--systems vllm,vllm_prefix,tokendance_shared,engine --selection leading:4:96:24"
+_SERVING = "evals serving {} --workload board-2k --scale 8 --rounds 3 " + _SERVERS
 COMMANDS = {
     "measurements/qwen0.5b_noise": f"{_QWEN} noise town_square --prompts 1",
     "measurements/qwen0.5b_town_square": f"{_QWEN} front town_square {_WAYS}",
@@ -49,6 +51,14 @@ COMMANDS = {
     "--shape board-2k --rates 0.2,1 --limit 3",
     "serving/prefill_7b": "evals capacity prefill --agents 2,4,8,16,32",
     "serving/bytes_14b": "evals capacity bytes --model qwen2.5-14b --agents 2,10,50",
+    "serving/host_7b": "evals capacity host --agents 64,1000 --rounds 1",
+    "serving/host_7b_short": "evals capacity host --agents 64,1000,10000 --scale 8 --rounds 1 "
+    "--max-rows 65536",
+    "serving/cpu_agents": f"{_SERVING.format('agents')} --times 4 --most 48",
+    "serving/cpu_rounds": f"{_SERVING.format('rounds')} --agents 1,4,8,16",
+    "serving/cpu_agentsociety": f"evals serving rounds --workload agentsociety --agents 8 "
+    f"--rounds 2 {_SERVERS}",
+    "serving/cpu_predicted": "evals capacity predict --report docs/serving/cpu_rounds.json",
     "measurements/cpu_scaling": "bench.scaling",
     "measurements/cpu_decode": "bench.decode",
     "measurements/cpu_town_square": "bench.rounds town_square --rounds 1:3 --repeat 2",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.cli.capacity import numbers, print_table
+from tokendance.host.selection import parse_selection
 
 if TYPE_CHECKING:
     from evals.serving.prompts import Society
@@ -60,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-rows", type=int, default=512, help="rows of a forward pass")
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--cache", type=int, default=2, help="GiB of KV of each server")
+    parser.add_argument(
+        "--selection", default="leading:12", help="which reused rows tokendance computes again"
+    )
     parser.add_argument("--environment", type=Path, help="a virtual environment that has vLLM")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serving")
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -84,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         names = arguments.systems.split(",")
         if arguments.question == "agents" and names[0] != "vllm":
             raise ValueError(f"systems: expected vllm first, for the limit, got {names[0]!r}")
+        parse_selection(arguments.selection)
         model = model_path("smollm2")
         societies = societies_of(arguments, model)
         societies(counts[-1])
@@ -94,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.max_rows,
             arguments.threads,
             arguments.cache,
+            selection=arguments.selection,
             vllm=environment(arguments.environment) if set(names) & set(VLLM) else None,
         )
         for name in names:
@@ -124,7 +130,10 @@ def answer(
     arrivals = [Arrivals(rate, arguments.think, arguments.rounds) for rate in rates]
     setting = {
         name: getattr(arguments, name)
-        for name in ("workload", "scale", "societies", "rounds", "think", "max_rows", "threads")
+        for name in (
+            *("workload", "scale", "societies", "rounds", "think", "max_rows", "threads"),
+            "selection",
+        )
     }
     report: Row = {
         "question": arguments.question,

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 import tokendance as td
 from examples.engine import Engine, Model, Request
+from tokendance.host.selection import parse_selection
 
 
 class CountedModel(Model):
@@ -295,7 +296,8 @@ async def serve(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     eos = json.loads((directory / "config.json").read_text()).get("eos_token_id")
     stop = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    async with Engine(model, td.KVCollector(store), max_rows=options.max_rows) as engine:
+    collector = td.KVCollector(store, selection=parse_selection(options.selection))
+    async with Engine(model, collector, max_rows=options.max_rows) as engine:
         front = Front(engine, model, tokenizer, stop, options.patience)
         server = await asyncio.start_server(front.handle, options.host, options.port, limit=1 << 20)
         async with server:
@@ -312,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--capacity", default="1GiB", help="bytes of the store")
     parser.add_argument("--max-rows", type=int, default=1024, help="rows of a forward pass")
     parser.add_argument("--patience", type=float, default=0.2, help="seconds")
+    parser.add_argument("--selection", default="leading:12", help="reused rows computed again")
     options = parser.parse_args(arguments)
     asyncio.run(serve(options))
     return 0

@@ -78,6 +78,7 @@ class Setup:
         cache_gib: of keys and values in each server. vLLM's cache and tokendance's store each have
             a half of it; where decode is shared, the store has all but 1 GiB.
         patience: seconds without another member after which a round of tokendance begins.
+        selection: which reused rows tokendance computes again, as `parse_selection` reads it.
         vllm: the interpreter of an environment that has vLLM, and its variables; None where no
             system needs it.
     """
@@ -88,6 +89,7 @@ class Setup:
     threads: int = 1
     cache_gib: int = 2
     patience: float = 1.0
+    selection: str = "leading:12"
     vllm: tuple[Path, Mapping[str, str]] | None = None
 
 
@@ -143,6 +145,7 @@ def command_of(name: str, setup: Setup, port: int) -> tuple[list[str], dict[str,
         command = [sys.executable, "-m", "evals.serving.front", str(setup.model)]
         command += ["--port", str(port), "--capacity", f"{setup.cache_gib}GiB"]
         command += ["--max-rows", str(setup.max_rows), "--patience", str(setup.patience)]
+        command += ["--selection", setup.selection]
         return command, {**os.environ, **threads}
     if name not in VLLM or setup.vllm is None:
         raise ValueError(f"system: expected one of {SYSTEMS}, got {name!r}")
@@ -165,7 +168,8 @@ def command_of(name: str, setup: Setup, port: int) -> tuple[list[str], dict[str,
         transfer = {
             "kv_connector": "TokenDanceConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": extra | {"patience": setup.patience},
+            "kv_connector_extra_config": extra
+            | {"patience": setup.patience, "selection": setup.selection},
         }
         command += ["--kv-transfer-config", json.dumps(transfer)]
     own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": str(cache)}
