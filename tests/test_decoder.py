@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokendance as td
 from tokendance.device import operators as ops
-from tokendance.host.record import StepRecord
+from tokendance.host.record import VERSION, StepRecord
 
 OPERATOR = "collective_attention"
 ROWS = 6
@@ -222,7 +222,7 @@ def test_a_fixed_run_refuses_records_that_it_was_not_made_for(
     with pytest.raises(ValueError, match="record: expected RoundExtents"):
         decoder._run.load(record.padded(4))
     record.version = 0
-    with pytest.raises(ValueError, match="record: expected version 1, got 0"):
+    with pytest.raises(ValueError, match=f"record: expected version {VERSION}, got 0"):
         decoder._run.load(record)
     step.cancel()
     q, k = torch.zeros(4, 2, 64), torch.zeros(4, 1, 64)

@@ -14,7 +14,7 @@ from torch import Tensor
 import tokendance as td
 from tokendance.device.executor import Executor
 from tokendance.device.pool import PagePool
-from tokendance.host.record import AppendRecord, RestoreRecord, StepRecord
+from tokendance.host.record import VERSION, AppendRecord, RestoreRecord, StepRecord
 from tokendance.host.scheduler import Scheduler
 
 A, B = tokens(1, 20), tokens(2, 30)
@@ -218,7 +218,7 @@ def test_rows_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match=r"v_cache: expected memory of its own"):
         executor.restore(record, [0], keys[:1], keys[:1])
     record.version += 1
-    with pytest.raises(ValueError, match=r"record: expected version 1, got 2"):
+    with pytest.raises(ValueError, match=f"record: expected version {VERSION}, got {VERSION + 1}"):
         executor.restore(record, [0, 1], keys, values)
 
     appended = plan.append({"a": [1, 2]})
@@ -228,7 +228,7 @@ def test_rows_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match=r"values\[1\]: expected \[2, 1, 64\], got \[1, 1, 64\]"):
         executor.append(appended, keys, [values[0], values[1][:1]], rotated=True)
     appended.version += 1
-    with pytest.raises(ValueError, match=r"record: expected version 1, got 2"):
+    with pytest.raises(ValueError, match=f"record: expected version {VERSION}, got {VERSION + 1}"):
         executor.append(appended, keys, values, rotated=True)
     plan.abort()
     assert store.stats().held_pages == 0
