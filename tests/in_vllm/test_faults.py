@@ -81,7 +81,7 @@ def test_random_rounds_in_a_small_store_and_a_small_cache(
     tiny: Path, shared: bool, pytestconfig: pytest.Config
 ) -> None:
     store = EXACT | {"capacity": 80 * PAGE, "max_rows": 32, "shared_decode": shared}
-    few = {"max_num_seqs": 5, "block_size": 32, "num_gpu_blocks_override": 26, "max_model_len": 512}
+    few = {"max_num_seqs": 5, "block_size": 32, "num_gpu_blocks_override": 20, "max_model_len": 512}
     random, preempted, waited = np.random.default_rng(1), 0, 0
     rounds = [a_round(200 + number, agents=5) for number in range(5)]
     with serving(store, model=str(tiny), enable_prefix_caching=True, **few) as engine:
