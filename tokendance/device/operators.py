@@ -23,8 +23,8 @@ Every tensor may as well be an array of another library that exports itself by D
 
 Errors: ``RuntimeError`` before anything is launched, naming the argument, what was expected and
 what came. On the CPU that includes every index, position and page id. A look at them on CUDA would
-have to wait for the device: there, kernels skip rows that are out of range, and all else in a round
-(offsets, counts, the page ids of :func:`collective_attention`) is taken as it is.
+have to wait for the device: there, kernels skip rows, pages and work items that are out of range.
+What else stands in a round, such as counts, is taken as it is.
 
 On CUDA, pools and outputs of :func:`collective_attention` and partials of :func:`merge_states` are
 read and written 16 bytes at a time: they are refused where their memory, or what lies along an axis
