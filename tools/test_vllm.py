@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.peers.vllm_cpu import BUILD, python_of_vllm
+from evals.models import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("-m", "not slow", "--budget", "240", "--rounds", "40")
@@ -40,11 +41,13 @@ def environment(given: Path | None = None) -> tuple[Path, dict[str, str]]:
 
     Raises:
         FileNotFoundError: the given environment has no interpreter.
-        RuntimeError, OSError, subprocess.SubprocessError: none can be made.
+        ImportError, RuntimeError, OSError, subprocess.SubprocessError: none can be made, or not the
+            model that the tests serve.
     """
     if given is not None and not (given / "bin" / "python").exists():
         raise FileNotFoundError(f"environment: expected one with bin/python, got {given}")
     python = python_of_vllm() if given is None else given / "bin" / "python"
+    model_path("smollm2")
     # The package's metadata, which names the plugin, without an installation.
     metadata = BUILD / "peers" / "metadata"
     metadata.mkdir(parents=True, exist_ok=True)
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         python, variables = environment(options.environment)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         if options.environment is not None:
             print(f"tools.test_vllm: {error}", file=sys.stderr)
             return 2
