@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from evals.capacity.calibration import Fitted, at, predict
-from evals.capacity.collective import SELECTION, Collective, work_of
+from evals.capacity.calibration import Fitted, at, predict, rounds_of
+from evals.capacity.collective import Collective, work_of
 from evals.capacity.cost import CostModel, Shares, Work
 from evals.capacity.limits import SYSTEMS, Setting, agents_within, make, together
 from evals.capacity.machines import MACHINES, MODELS, Machine, kv_bytes
@@ -147,7 +147,7 @@ def test_our_rows_are_those_that_the_plan_says():
     again, expected = Collective(10**5, SETTING.model, 8192).scheduler, []
     for one in rounds:
         plan = again.plan(
-            {request.agent: request.prompt for request in one.requests}, Policy(SELECTION)
+            {request.agent: request.prompt for request in one.requests}, Policy(SETTING.selection)
         )
         while step := again.step():
             step.finish()
@@ -258,8 +258,10 @@ def test_a_machine_is_found_in_its_plain_runs():
                 "round p50, s": slower * served.ended[0],
                 "all first tokens p50, s": slower * served.first[0],
             }
-            runs.append({"rounds/s": "closed", "agents": agents, "system": name, **seconds})
+            run = {"rounds/s": "closed", "agents": agents, "system": name, **seconds}
+            runs.append(run | {"outputs alike": [" ".join(map(str, range(agents)))] * 2})
     given = {"workload": "all-gather", "societies": 1, "scale": 8, "rounds": 1}
+    given["selection"] = "leading:12"
     report = {"setting": given | {"max_rows": 8192, "cache_gib": 4}, "runs": runs}
     fitted, rows = predict(report)
     assert fitted.flops == pytest.approx(known.flops, rel=0.02)
@@ -272,11 +274,29 @@ def test_a_machine_is_found_in_its_plain_runs():
         predict({"setting": given, "runs": runs[2:]})
 
 
+def test_outputs_that_were_alike_are_alike_where_they_are_predicted():
+    setting = Setting(PLAIN, MODELS["smollm2"], Shape(32, 16, 40, 32, 1))
+    run = {"system": "tokendance", "agents": 3}
+
+    def rows(outputs: str) -> float:
+        """Of a round whose prompts hold these outputs of the round before."""
+        passes = rounds_of(setting, run | {"outputs alike": ["0 1 2", outputs, "6 7 8"]})[1]
+        return sum(work.row_layers for work in passes.works) / setting.model.num_layers
+
+    decoded, masters, own, repaired = 3 * 39, 32 + 3 * 40, 3 * 1, 2 * 12
+    assert rows("3 4 5") == decoded + masters + own + repaired
+    # Two have written the same: it stands in two places, and the run does not break.
+    assert rows("3 4 3") == rows("3 4 5")
+    # What was written once more is stored since the round before.
+    assert rows("0 1 2") < rows("3 4 5") - 40
+
+
 def test_real_runs_are_predicted_by_the_command(tmp_path, capsys):
     path, written = tmp_path / "report.json", tmp_path / "found.json"
-    run = {"rounds/s": "closed", "agents": 2, "system": "vllm"}
+    run = {"rounds/s": "closed", "agents": 2, "system": "vllm", "outputs alike": ["0 1", "2 3"]}
     seconds = {"round p50, s": 2.0, "all first tokens p50, s": 1.0}
     given = {"workload": "all-gather", "societies": 1, "scale": 8, "rounds": 1, "max_rows": 64}
+    given["selection"] = "leading:12"
     report = {"setting": given | {"cache_gib": 4}, "runs": [run | seconds]}
     path.write_text(json.dumps(report))
     given = ["capacity", "predict", "--report", str(path), "--json", str(written)]

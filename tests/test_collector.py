@@ -87,12 +87,12 @@ def test_rows_are_counted_exactly() -> None:
     plan = run_round(collector, prompts())
     stats = store.stats()
     private = len(MINE) + len(C) + len(YOURS) + len(THEIRS) + len(C)
-    # b: the runs B and A B, and its last row; c: one run.
-    overridden = 2 * 4 + 1 + 4
+    # b: the runs B and A; c: one run. Only b has B a second time: it computes a Master of it.
+    overridden = 2 * 4 + 4
     assert plan.rows_overridden == overridden
-    assert stats.master_rows == len(A) + len(B)
+    assert stats.master_rows == len(A) + 2 * len(B)
     assert stats.own_rows == private + overridden
-    assert plan.rows_computed == private + overridden + len(A) + len(B)
+    assert plan.rows_computed == private + overridden + len(A) + 2 * len(B)
     assert stats.dense_rows == plan.rows == sum(s.length for p in prompts().values() for s in p)
     assert stats.row_bytes == (stats.master_rows + stats.own_rows) * GEOMETRY.row_bytes
 
@@ -112,7 +112,7 @@ def test_more_rows_are_repaired_of_what_a_master_saw_less_in_front() -> None:
         return result
 
     # B's Master has seen A. A's has not seen the 30 tokens of B, of a prompt of 126; the second B
-    # continues A's run.
+    # is not reused: only b has it.
     assert repaired(count=4) == [4, 4, 0]
     assert repaired(count=4, unseen=21) == [4, 4 + 5, 0]
     assert repaired(count=0, unseen=4) == [0, 0, 0]

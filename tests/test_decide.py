@@ -385,3 +385,57 @@ def test_a_better_informed_agent_takes_over_the_first_segments() -> None:
     plan = td.KVCollector(make_store(), selection=td.LeadingTokens(4)).plan(prompts)
     assert plan.master_agents == ["first"]
     assert kinds(plan, "fourth")[1] == (9, 29, RowKind.EXACT)
+
+
+def repeating(*names: str) -> dict[str, list[td.Segment]]:
+    """Prompts of a round in which two agents have written the same, A."""
+    said = [td.shared(A), td.shared(B), td.shared(A), td.shared(C)]
+    return {name: [td.private(tokens(40 + i, 9)), *said] for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("selection", [td.LeadingTokens(4), td.KeyDeviation(0.3), td.Nothing()])
+def test_a_repeated_segment_has_a_master_for_each_place(selection: object) -> None:
+    collector = td.KVCollector(make_store(), selection=selection)  # type: ignore[arg-type]
+    plan = run_round(collector, repeating("a", "b", "c"))
+    made = [kind for _, _, kind in kinds(plan, "a")]
+    assert made == [RowKind.OWN, *[RowKind.MASTER] * 4]
+    first = plan.rows_computed
+    if isinstance(selection, td.LeadingTokens):
+        # One run: its first rows and the prompt's last one are repaired.
+        assert first == 3 * 9 + 20 + 30 + 20 + 17 + 2 * (4 + 1)
+    # A later round finds them all, whoever asks.
+    later = run_round(collector, repeating("d", "e"))
+    assert RowKind.MASTER not in {kind for agent in "de" for _, _, kind in kinds(later, agent)}
+
+
+def test_places_of_a_repeated_segment_are_exact_where_the_contexts_are() -> None:
+    collector = td.KVCollector(make_store(), selection=td.Everything())
+    said = [td.shared(A), td.shared(B), td.shared(A), td.shared(A)]
+    plan = run_round(collector, {name: [*said, td.private(MINE)] for name in "ab"})
+    assert [kind for _, _, kind in kinds(plan, "b")][:4] == [RowKind.EXACT] * 4
+
+
+def test_a_segment_that_is_computed_alone_has_one_master_for_all_places() -> None:
+    collector = td.KVCollector(make_store(), source="alone", selection=td.LeadingTokens(4))
+    plan = run_round(collector, repeating("a", "b"))
+    assert plan.rows_computed == 20 + 30 + 17 + 2 * (9 + 4 * 4 + 1)
+
+
+def test_agents_that_join_find_the_places_of_a_repeated_segment() -> None:
+    collector = td.KVCollector(make_store(), selection=td.LeadingTokens(4))
+    prompts = repeating("a", "b")
+    plan = collector.plan({"a": prompts["a"]})
+    plan.add({"b": prompts["b"]})
+    assert RowKind.MASTER not in {kind for _, _, kind in kinds(plan, "b")}
+    assert RowKind.OWN not in {kind for _, _, kind in kinds(plan, "b")[1:-1]}
+    plan.abort()
+
+
+def test_a_segment_that_has_opted_out_has_in_all_its_places() -> None:
+    collector = td.KVCollector(make_store(), selection=td.LeadingTokens(4))
+    collector.opt_out(segments=[td.shared(A)])
+    plan = collector.plan(repeating("a", "b"))
+    begins = {begin for begin, _, kind in kinds(plan, "b") if kind is RowKind.REUSED}
+    assert not begins & set(range(9, 29))
+    assert not begins & set(range(59, 79))
+    plan.abort()

@@ -72,24 +72,25 @@ def test_who_joins_a_round_is_brought_up_too(tmp_path: Path) -> None:
         assert store.resting == []
 
 
-def test_masters_that_only_agents_at_rest_have_used_are_found(tmp_path: Path) -> None:
-    news = td.shared(tokens(1, 64))
+@pytest.mark.parametrize("times", [1, 2])
+def test_masters_that_only_agents_at_rest_have_used_are_found(tmp_path: Path, times: int) -> None:
+    news = [td.shared(tokens(1, 64))] * times
     store = open_store(tmp_path / "store")
-    run_round(td.KVCollector(store), {"ada": [news, td.private(tokens(2, 5))]})
+    run_round(td.KVCollector(store), {"ada": [*news, td.private(tokens(2, 5))]})
     store.rest("ada")
     store.evict(1000)
     assert store.stats().used_pages == 0
     store.flush()  # the Master stays: ada needs it
-    plan = run_round(td.KVCollector(store), {"ben": [td.private(tokens(3, 7)), news]})
+    plan = run_round(td.KVCollector(store), {"ben": [td.private(tokens(3, 7)), *news]})
     assert plan.rows_computed < 64
     assert store.resting == ["ada"]
-    # Both use the same one, in memory and on disk.
+    # Both use the same ones, in memory and on disk.
     want = contents(store)
     store.prefetch("ada")
-    assert store.stats().masters == 1
+    assert store.stats().masters == times
     store.close()
     again = open_store(tmp_path / "store")
-    assert again.stats().masters == 1
+    assert again.stats().masters == times
     assert torch.equal(contents(again)["ben"], want["ben"])
 
 

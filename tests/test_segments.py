@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendance.host.segments import chain, private, shared, split_round
+from tokendance.host.segments import chain, private, repeated, shared, split_round, told_apart
 
 IDS = [5, 1, 0, 49151, 2**31 - 1]
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40)
@@ -109,6 +109,21 @@ def test_chain_is_of_order_and_content():
         chain(b"abc", a.digest)
     with pytest.raises(ValueError, match="segment_digest: expected 16 bytes, got 0"):
         chain(b"", b"")
+
+
+def test_repeated_segments_are_matched_by_their_place():
+    said, other, mine = shared([1, 2, 3]), shared([4, 5]), private([1, 2, 3])
+    assert told_apart([said, other, mine, mine]) == [said, other, mine, mine]
+    apart = told_apart([said, mine, other, said, shared([1, 2, 3]), other])
+    assert apart[:3] == [said, mine, other]
+    assert apart[3:] == [repeated(said, 1), repeated(said, 2), repeated(other, 1)]
+    assert len({one.digest for one in apart if one.is_shared}) == 5
+    assert len({one.stem for one in apart if one.is_shared}) == 5
+    assert apart[3].token_ids.tolist() == [1, 2, 3]
+    assert apart[3].space == said.space
+    key = (1).to_bytes(8, "little")
+    expected = hashlib.blake2b(said.digest, digest_size=16, key=key, person=b"tokendance-again")
+    assert apart[3].digest == expected.digest()
 
 
 @pytest.mark.parametrize(

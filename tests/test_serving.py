@@ -329,7 +329,9 @@ def test_percentiles_are_values_that_were_measured() -> None:
 def test_figures_are_of_all_agents_and_rounds() -> None:
     one = RoundServed("s", 1, 0.0, 2.0, {"a": 0.5, "b": 1.5}, {"a": 0.1}, {}, {}, 30)
     other = RoundServed("s", 2, 0.0, 4.0, {"a": 1.0}, {"a": 0.3}, {}, {}, 12)
-    figures = figures_of(Served([one, other], int(5e6), int(2e6), 7, 6.0))
+    first = RoundServed("s", 0, 0.0, 9.0, {}, {}, {"a": [1], "b": [2], "c": [1]}, {}, 12)
+    figures = figures_of(Served([one, other], int(5e6), int(2e6), 7, 6.0, [first]))
+    assert figures["outputs alike"] == ["0 1 0", "", ""]
     assert (figures["round p50, s"], figures["round p90, s"]) == (4.0, 4.0)
     assert (figures["first token p50, s"], figures["first token p90, s"]) == (1.0, 1.5)
     assert (figures["prompt rows"], figures["rows computed"]) == (42, 7)

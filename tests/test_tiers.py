@@ -120,15 +120,16 @@ def test_a_master_follows_the_last_mirror_that_needs_it() -> None:
     assert store.stats().masters == 1
 
 
-def test_idle_masters_move_too_and_later_prompts_find_them() -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_idle_masters_move_too_and_later_prompts_find_them(times: int) -> None:
     store = make_store(20, 40)
-    news = td.shared(tokens(1, 64))
-    run_round(td.KVCollector(store), {"ada": [news]})
+    news = [td.shared(tokens(1, 64))] * times
+    run_round(td.KVCollector(store), {"ada": news})
     store.release("ada")
     put(store, {"ben": 120})
     assert store.stats().masters == 1  # ben's
-    assert store.stats().tiers["host"].masters == 1
-    plan = run_round(td.KVCollector(store), {"eve": [td.private(tokens(2, 5)), news]})
+    assert store.stats().tiers["host"].masters == times
+    plan = run_round(td.KVCollector(store), {"eve": [td.private(tokens(2, 5)), *news]})
     assert plan.rows_computed < 64
     assert store.stats().evictions == 0
 

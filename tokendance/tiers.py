@@ -26,7 +26,7 @@ from tokendance.host.books import OutOfPagesError
 from tokendance.host.mirror import Master, Mirror, Uses, no_pages
 from tokendance.host.plan import Prompts
 from tokendance.host.scheduler import Scheduler
-from tokendance.host.segments import Segment
+from tokendance.host.segments import Segment, told_apart
 
 _LOGGER = logging.getLogger(__name__)
 _PART = 32
@@ -277,7 +277,7 @@ class Tiers:
     # Up -------------------------------------------------------------------------------------------
 
     def _fetch(self, prompts: Prompts) -> None:
-        segments = [one for given in prompts.values() for one in given if one.is_shared]
+        segments = [one for given in prompts.values() for one in told_apart(given) if one.is_shared]
         with suppress(OutOfPagesError):  # what does not fit is computed again
             self.bring_up(prompts, segments)
 

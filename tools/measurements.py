@@ -37,7 +37,7 @@ NOT_KEPT = "No JSON of these figures was kept"
 
 _QWEN = "evals.fidelity --model qwen0.5b --threads 1"
 _WAYS = "--ways pic:0.15,master/leading:4:96:24,master/leading:16"
-_SERVERS = "--systems vllm,vllm_prefix,tokendance_shared,engine --selection leading:4:96:24"
+_SERVERS = "--systems vllm,vllm_prefix,tokendance_shared,engine"
 _SERVING = "evals serving {} --workload board-2k --scale 8 --rounds 3 " + _SERVERS
 COMMANDS = {
     "measurements/qwen0.5b_noise": f"{_QWEN} noise town_square --prompts 1",

@@ -17,7 +17,8 @@ import numpy as np
 from evals.capacity.cost import CostModel, Shares, Work
 from evals.capacity.limits import Setting, make
 from evals.capacity.machines import MODELS, Machine
-from evals.capacity.rounds import SHAPES, arrivals
+from evals.capacity.rounds import SHAPES, Society
+from tokendance.host.selection import parse_selection
 
 SIMULATED = {
     "vllm": "plain",
@@ -49,7 +50,8 @@ class Fitted:
 def predict(report: Mapping[str, Any]) -> tuple[Fitted, list[dict[str, Any]]]:
     """Fits the runs of plain vLLM in a report of ``evals serving rounds``, and predicts all.
 
-    Only rounds of one society that come one after the other are taken, of a made-up shape.
+    Only rounds of one society that come one after the other are taken, of a made-up shape. Of what
+    was written it is known which outputs were the same, and how long they were.
 
     Returns:
         What was fitted, and a row for each run: seconds of a round, and until all of its agents
@@ -72,10 +74,11 @@ def predict(report: Mapping[str, Any]) -> tuple[Fitted, list[dict[str, Any]]]:
         SHAPES[given["workload"]].scaled(given["scale"]),
         rounds=given["rounds"],
         max_rows=given["max_rows"],
+        selection=parse_selection(given["selection"]),
     )
 
     # What is computed does not depend on how long it takes: nothing else is there meanwhile.
-    planned = [rounds_of(setting, SIMULATED[one["system"]], one["agents"]) for one in plain]
+    planned = [rounds_of(setting, one) for one in plain]
 
     def error(fitted: Fitted) -> float:
         found = 0.0
@@ -87,7 +90,7 @@ def predict(report: Mapping[str, Any]) -> tuple[Fitted, list[dict[str, Any]]]:
     fitted = least(error, Fitted(1e11, 1e10, 1e-2))
     rows = []
     for one in runs:
-        rounds = rounds_of(setting, SIMULATED[one["system"]], one["agents"])
+        rounds = rounds_of(setting, one)
         real, said = measured(one), seconds_of(rounds, at(setting, fitted))
         rows.append(
             {
@@ -117,10 +120,21 @@ class Passes:
     until_first: int = 0
 
 
-def rounds_of(setting: Setting, name: str, agents: int) -> list[Passes]:
-    """The rounds of one society that come one after the other, without the first one."""
-    system, found = make(name, setting), []
-    for one in arrivals(agents, setting.shape, 1.0, setting.rounds + 1):
+def rounds_of(setting: Setting, run: Mapping[str, Any]) -> list[Passes]:
+    """The rounds of one society that come one after the other, without the first one.
+
+    Outputs are the same where they were in the run: what several agents have written alike is
+    reused where it would else be computed.
+    """
+    system, found = make(SIMULATED[run["system"]], setting), []
+    society = Society(0, run["agents"], setting.shape)
+    said = None
+    for number, outputs in enumerate(run["outputs alike"]):
+        one = society.round(number, float(number), said)
+        said = {
+            name: _written(int(output), setting.shape.output)
+            for name, output in zip(society.names, outputs.split(), strict=True)
+        }
         system.submit(one.requests)
         passes = Passes()
         while made := system.forward():
@@ -130,6 +144,12 @@ def rounds_of(setting: Setting, name: str, agents: int) -> list[Passes]:
         passes.until_first = max(int(request.first or 0) for request in one.requests)
         found.append(passes)
     return found[1:]
+
+
+def _written(number: int, length: int) -> list[int]:
+    """Token ids of an output, which no other output has, nor anything else in a prompt."""
+    begin = Society.PERIOD + number * length
+    return [*range(begin, begin + length)]
 
 
 def seconds_of(rounds: Sequence[Passes], setting: Setting) -> tuple[float, float]:

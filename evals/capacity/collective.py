@@ -19,10 +19,8 @@ from tokendance.host.plan import Plan, Policy
 from tokendance.host.record import DeviceProfile, StepRecord, WorkShape
 from tokendance.host.round import IntArray
 from tokendance.host.scheduler import Scheduler
-from tokendance.host.selection import LeadingTokens, Selection
+from tokendance.host.selection import DEFAULT, Selection
 
-SELECTION = LeadingTokens(4, unseen=96)
-"""What docs/serving.md says of all machines and models."""
 _TILE = 64
 """Query rows that meet a stored row at a time; those of a group of heads count each."""
 
@@ -55,7 +53,7 @@ class Collective:
         model: ModelShape,
         max_rows: int,
         max_position: int = 1 << 17,
-        selection: Selection = SELECTION,
+        selection: Selection = DEFAULT,
     ) -> None:
         self.model = model
         self.max_rows = max_rows

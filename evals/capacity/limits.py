@@ -11,7 +11,7 @@ from evals.capacity.machines import Machine, ModelShape, kv_bytes
 from evals.capacity.rounds import Shape, arrivals
 from evals.capacity.serve import Served, serve
 from evals.capacity.systems import BLOCK, Dense, PerRequestBlend, System
-from tokendance.host.selection import LeadingTokens
+from tokendance.host.selection import DEFAULT, LeadingTokens, Selection
 
 SYSTEMS = ("plain", "prefix", "reuse", "blend", "tokendance", "tokendance-1")
 """vLLM without and with prefix caching, dense reuse without repair, CacheBlend, ours, and ours
@@ -33,6 +33,7 @@ class Setting:
         rounds: measured ones of each society.
         max_rows: rows of a forward pass.
         shares: of the machine's figures.
+        selection: which reused rows tokendance computes again.
     """
 
     machine: Machine
@@ -43,6 +44,7 @@ class Setting:
     rounds: int = 4
     max_rows: int = 8192
     shares: Shares = ASSUMED
+    selection: Selection = DEFAULT
 
     def run(self, name: str, agents: int, give_up: float = float("inf")) -> tuple[Served, System]:
         """One system with so many agents a society. The first round of each is not measured, and
@@ -68,7 +70,7 @@ def make(name: str, setting: Setting) -> System:
         ratio = 0.15 if name == "blend" else 0.0
         return PerRequestBlend(rows, model.num_layers, setting.max_rows, ratio)
     if name == "tokendance":
-        return Collective(rows, model, setting.max_rows)
+        return Collective(rows, model, setting.max_rows, selection=setting.selection)
     if name == "tokendance-1":
         return Collective(rows, model, setting.max_rows, selection=LeadingTokens(1))
     raise ValueError(f"system: expected one of {SYSTEMS}, got {name!r}")

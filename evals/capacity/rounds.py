@@ -115,7 +115,7 @@ class Society:
             token is another one, and stands for a text of its own.
     """
 
-    _PERIOD = 1 << 30  # of token ids that are told apart
+    PERIOD = 1 << 30  # of token ids that are told apart
 
     def __init__(
         self, index: int, agents: int, shape: Shape, text: NDArray[np.int32] | None = None
@@ -130,8 +130,8 @@ class Society:
         self._said = [shared(self._tokens(shape.output)) for _ in self.names]
 
     def _tokens(self, count: int) -> np.ndarray:
-        ids = (self._next + np.arange(count, dtype=np.int64)) % self._PERIOD
-        self._next = (self._next + count) % self._PERIOD
+        ids = (self._next + np.arange(count, dtype=np.int64)) % self.PERIOD
+        self._next = (self._next + count) % self.PERIOD
         return ids.astype(np.int32) if self._text is None else self._text[ids % len(self._text)]
 
     def round(

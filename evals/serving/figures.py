@@ -72,10 +72,24 @@ def figures_of(served: Served, plain: Served | None = None) -> Row:
         "KV between rounds, MB": served.between_bytes / 1e6,
         "failures": sum(len(one.failures) for one in rounds),
         "latencies, s": [one.latency for one in rounds],
+        "outputs alike": alike([*served.firsts, *rounds]),
     }
     if plain is not None:
         found |= agreement(rounds, plain.rounds)
     return found
+
+
+def alike(rounds: Iterable[RoundServed]) -> list[str]:
+    """Which outputs are the same: by round, a number for each agent's, by order of appearance.
+
+    Rounds of one society, in order. What two agents have written alike is reused where it would
+    else be computed, so that rows depend on it.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    return [
+        " ".join(str(numbers.setdefault(tuple(ids), len(numbers))) for ids in one.said.values())
+        for one in rounds
+    ]
 
 
 def agreement(rounds: Iterable[RoundServed], plain: Iterable[RoundServed]) -> Row:

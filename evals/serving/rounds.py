@@ -75,6 +75,7 @@ class Served:
         between_bytes: the most that they said when no round was.
         rows_computed: prompt rows, without those of the first rounds.
         seconds: from the end of the first rounds to that of the last.
+        firsts: the first round of each society, which is not measured.
     """
 
     rounds: list[RoundServed] = field(default_factory=list)
@@ -82,6 +83,7 @@ class Served:
     between_bytes: int = 0
     rows_computed: int = 0
     seconds: float = 0.0
+    firsts: list[RoundServed] = field(default_factory=list)
 
 
 def serve(
@@ -101,8 +103,8 @@ def serve(
     served, stop = Served(), threading.Event()
     said: dict[str, Mapping[str, Sequence[int]]] = {}
     with ThreadPoolExecutor(len(societies)) as pool:
-        firsts = pool.map(lambda one: hold(server.url, one, 0, {}), societies)
-        said = {one.society: one.said for one in firsts}
+        served.firsts = [*pool.map(lambda one: hold(server.url, one, 0, {}), societies)]
+        said = {one.society: one.said for one in served.firsts}
     time.sleep(SETTLES)
     before = server.held()
     served.between_bytes = before.kv_bytes

@@ -23,6 +23,7 @@ from tokendance.host.mirror import (
     slots_at,
 )
 from tokendance.host.round import IntArray
+from tokendance.host.segments import told_apart
 
 
 class Phase(Enum):
@@ -243,7 +244,7 @@ class AgentState(Mirror):
         made = None
         if self.output is None:
             exact = self.exact_length == self.length
-            seen = frozenset(one.digest for one in self.segments if one.is_shared)
+            seen = frozenset(one.digest for one in told_apart(self.segments) if one.is_shared)
             origin, context = self.length, self.decision.context
             made = self.output = Master(b"", 0, origin, context, exact, seen)
         self.output.pages = np.concatenate([self.output.pages, pages])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokendance import _planner
 from tokendance.host.mirror import Master, Mirror, Use, Uses, pages_for
 from tokendance.host.round import IntArray
-from tokendance.host.segments import Segment, chain
+from tokendance.host.segments import Segment, chain, repeated
 from tokendance.host.selection import Everything, KeyDeviation, LeadingTokens, Selection
 
 Find = Callable[[Segment], tuple[Master, int] | None]
@@ -186,7 +186,7 @@ def decide(
     Raises:
         ValueError: a prompt is longer than that, or an unknown source of a segment.
     """
-    numbers = _Numbers(prompts)
+    numbers = _Numbers(prompts, _is_alone(selection, source))
     for agent, length in zip(prompts, numbers.lengths.tolist(), strict=True):
         if length > max_length:
             raise ValueError(
@@ -203,9 +203,7 @@ def decide(
     round_ = _planner.RoundDecision(
         numbers.indptr, numbers.segment, numbers.is_shared, numbers.length, prefix
     )
-    masters = _match(
-        round_, numbers, find, earlier, selection, source, block_size, opted_out, company
-    )
+    masters = _match(round_, numbers, find, earlier, selection, block_size, opted_out, company)
     repaired = np.zeros(len(numbers.segment), dtype=np.int32)
     if isinstance(selection, LeadingTokens):
         unseen = round_.unseen
@@ -213,6 +211,14 @@ def decide(
         prompt = np.repeat(numbers.lengths, np.diff(numbers.indptr))
         repaired[starts] = selection.rows_of(unseen[starts], prompt[starts])
     return _decisions(numbers, masters, earlier, round_, repaired, selection, block_size)
+
+
+def _is_alone(selection: Selection, source: Sources) -> Callable[[Segment], bool]:
+    """Which segments are computed alone."""
+    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
+    if isinstance(selection, Everything):
+        return lambda _: False
+    return lambda segment: segment.is_shared and source_of(source, segment) is Source.ALONE
 
 
 _Earlier = tuple[Mirror | None, int]
@@ -225,7 +231,6 @@ def _match(
     find: Find,
     earlier: Sequence[_Earlier],
     selection: Selection,
-    source: Sources,
     block_size: int,
     opted_out: OptedOut,
     company: Company | None,
@@ -239,15 +244,11 @@ def _match(
     masters = [one[0] for one in found if one]
     stored = np.full(len(found), -1, dtype=np.int32)
     stored[[e for e, one in enumerate(found) if one]] = np.arange(len(masters))
-    alone = np.zeros(len(found), dtype=np.uint8)
-    # Without context almost nothing is exact: under Everything no Master is worth computing alone.
-    if not isinstance(selection, Everything):
-        for e, one in enumerate(numbers.segments):
-            alone[e] = one.is_shared and source_of(source, one) is Source.ALONE
-    computed = opted_out.segments
+    computed = numbers.of_content(opted_out.segments)
     chooses_lone = isinstance(selection, LeadingTokens)
     if chooses_lone and company is not None:
-        computed |= numbers.lone(company.segments, (alone == 0) & (stored >= 0))
+        lone = numbers.lone(company.segments, (numbers.is_alone == 0) & (stored >= 0))
+        computed |= numbers.among(lone)
     round_.match(
         exact_prefix=np.array(
             [min(rows, mirror.exact_length) if mirror else 0 for mirror, rows in earlier],
@@ -255,7 +256,7 @@ def _match(
         ),
         earlier_context=context,
         agent_computes=np.array([a in opted_out.agents for a in numbers.agents], dtype=np.uint8),
-        segment_computes=numbers.among(computed),
+        segment_computes=computed,
         stored=stored,
         stored_rows=np.array([one[1] if one else 0 for one in found], dtype=np.int32),
         master_context=np.array([numbers.context(m.context) for m in masters], dtype=np.int32),
@@ -264,7 +265,7 @@ def _match(
         known=numbers.among(company.segments if company else frozenset()),
         replaceable=numbers.among(company.replaceable if company else frozenset()),
         shortest=block_size // 2,
-        alone=alone,
+        alone=numbers.is_alone,
         # Only where inexact rows are reused does it matter what a Master has seen.
         informed=isinstance(selection, LeadingTokens | KeyDeviation),
         lone=chooses_lone and company is None,
@@ -374,6 +375,9 @@ def _decided_alone(master: Master, segment: Segment, block_size: int) -> AgentDe
 class _Numbers:
     """The prompts of a round in numbers: segments of one digest have one, contexts too.
 
+    A shared segment that a prompt holds again has another number there (`repeated`), unless it is
+    computed alone: then it is the same wherever it stands.
+
     Attributes:
         agents: their names.
         prompts: each agent's segments, without empty ones.
@@ -382,12 +386,16 @@ class _Numbers:
         segment: int32, by place, the number of its segment.
         is_shared: uint8, by place.
         segments: by number; of several with one digest, one that is shared if there is one.
+        contents: by number, the digest of the segment's content.
+        is_alone: uint8, by number, whether it is computed alone.
         length: int32, by number, tokens.
         number: of a digest.
         digests: of contexts, by number; 0 is the empty context.
     """
 
-    def __init__(self, prompts: Mapping[str, Sequence[Segment]]) -> None:
+    def __init__(
+        self, prompts: Mapping[str, Sequence[Segment]], is_alone: Callable[[Segment], bool]
+    ) -> None:
         self.agents = list(prompts)
         self.prompts = [tuple(segments) for segments in prompts.values()]
         # A segment stands in many prompts: what is asked of it is asked once.
@@ -409,18 +417,43 @@ class _Numbers:
         every = list(objects.values())
         number = np.array([self.number[one.digest] for one in every], dtype=np.int32)
         shared = np.array([one.is_shared for one in every], dtype=np.uint8)
-        self.length = np.array([len(one) for one in self.segments], dtype=np.int32)
+        self.contents = [one.digest for one in self.segments]
+        alone = [is_alone(one) for one in self.segments]
         self.indptr = np.zeros(len(self.prompts) + 1, dtype=np.int32)
         np.cumsum([len(segments) for segments in self.prompts], out=self.indptr[1:])
         index = {key: i for i, key in enumerate(objects)}
         places = np.fromiter(map(index.__getitem__, keys), dtype=np.intp, count=len(keys))
         self.segment = number[places]
         self.is_shared = shared[places]
+        self.is_alone = np.array(alone, dtype=np.uint8)
+        self._tell_repeats_apart()
+        self.length = np.array([len(one) for one in self.segments], dtype=np.int32)
         ends = np.concatenate([[0], np.cumsum(self.length[self.segment], dtype=np.int64)])
         self.lengths = np.diff(ends[self.indptr])
         self.digests = [b""]
         self._context = {b"": 0}
         self._shared: dict[int, tuple[list[bytes], list[int]]] = {}
+
+    def _tell_repeats_apart(self) -> None:
+        """Gives places of a segment that stood in the same prompt before other numbers."""
+        agent = np.repeat(np.arange(len(self.prompts)), np.diff(self.indptr))
+        places = np.flatnonzero((self.is_shared != 0) & (self.is_alone[self.segment] == 0))
+        pairs = agent[places] * len(self.segments) + self.segment[places]
+        order = np.argsort(pairs, kind="stable")
+        is_first = np.diff(pairs[order], prepend=-1) != 0
+        if is_first.all():
+            return
+        starts = np.flatnonzero(is_first)
+        index = np.arange(len(order)) - starts[np.cumsum(is_first) - 1]
+        for place, i in zip(places[order[~is_first]].tolist(), index[~is_first], strict=True):
+            e = int(self.segment[place])
+            again = repeated(self.segments[e], int(i))
+            number = self.number.setdefault(again.digest, len(self.segments))
+            if number == len(self.segments):
+                self.segments.append(again)
+                self.contents.append(self.contents[e])
+            self.segment[place] = number
+        self.is_alone = np.pad(self.is_alone, (0, len(self.segments) - len(self.is_alone)))
 
     def context(self, digest: bytes) -> int:
         """The number of a context."""
@@ -431,7 +464,7 @@ class _Numbers:
 
     def chain(self, context: int, segment: int) -> int:
         """The number of a context followed by a segment."""
-        return self.context(chain(self.digests[context], self.segments[segment].digest))
+        return self.context(chain(self.digests[context], self.contents[segment]))
 
     def places(self, agent: int) -> slice:
         """Of an agent's prompt."""
@@ -454,6 +487,10 @@ class _Numbers:
     def among(self, digests: Set[bytes]) -> NDArray[np.uint8]:
         """Which segments are among these, as 0 and 1."""
         return np.array([one.digest in digests for one in self.segments], dtype=np.uint8)
+
+    def of_content(self, digests: Set[bytes]) -> NDArray[np.uint8]:
+        """Which segments have a content of these digests, as 0 and 1."""
+        return np.array([one in digests for one in self.contents], dtype=np.uint8)
 
     def lone(self, company: Set[bytes], among: NDArray[np.bool_]) -> frozenset[bytes]:
         """Digests of the segments that one of these agents has, and none that came before.

@@ -17,7 +17,7 @@ from tokendance.host.guard import Guard, guarded
 from tokendance.host.mirror import no_pages
 from tokendance.host.record import AppendRecord, RestoreRecord
 from tokendance.host.round import IntArray
-from tokendance.host.segments import Segment, TokenIds
+from tokendance.host.segments import Segment, TokenIds, told_apart
 from tokendance.host.selection import DEFAULT, Selection
 from tokendance.host.uncopied import Uncopied
 
@@ -98,8 +98,8 @@ class LivePlan:
         again = [self.decisions[agent] for agent in prompts if agent in self.decisions]
         if len(self.decisions) == len(again):
             return None
-        mine = Counter(digest for one in again for digest in {s.digest for s in one.segments})
-        digests = {segment.digest for segments in prompts.values() for segment in segments}
+        mine = Counter(digest for one in again for digest in _digests_of(one.segments))
+        digests = {digest for segments in prompts.values() for digest in _digests_of(segments)}
         known = {digest for digest in digests if self.users[digest] > mine[digest]}
         # Who is resumed has had its rows once, and makes no Master again.
         return Company(known, frozenset() if again else self.replaceable & known)
@@ -108,7 +108,7 @@ class LivePlan:
         """Keeps what was decided of an agent."""
         assert decision.agent is not None
         if decision.agent not in self.decisions:
-            self.users.update({one.digest for one in decision.segments})
+            self.users.update(_digests_of(decision.segments))
         self.decisions[decision.agent] = decision
         made = {use.master.serial for use in decision.made}
         for use in decision.made:
@@ -149,6 +149,11 @@ class LivePlan:
         if agents is None:
             return [name for name in self.agents if self.phase(name) is not Phase.ENDED]
         return [agents] if isinstance(agents, str) else list(dict.fromkeys(agents))
+
+
+def _digests_of(prompt: Sequence[Segment]) -> set[bytes]:
+    """What the segments of a prompt are matched by."""
+    return {one.digest for one in told_apart(prompt)}
 
 
 class Plan(Uncopied, instead="make another by KVCollector.plan, with the same prompts"):

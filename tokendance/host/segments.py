@@ -8,6 +8,7 @@ of a segment is computed once, when it is made; from then on segments are compar
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Segment", "TokenIds", "as_token_ids", "chain", "private", "shared", "split_round"]
+__all__ = [
+    *("Segment", "TokenIds", "as_token_ids", "chain", "private", "repeated", "shared"),
+    *("split_round", "told_apart"),
+]
 
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | Any
 """One-dimensional token ids, each in ``0 .. 2**31 - 1``: a list, a tensor or another array."""
@@ -126,6 +130,43 @@ def chain(context: bytes, segment_digest: bytes) -> bytes:
     return hashlib.blake2b(
         segment_digest, digest_size=_DIGEST_SIZE, key=context, person=b"tokendance-chain"
     ).digest()
+
+
+def repeated(segment: Segment, index: int) -> Segment:
+    """What a segment that a prompt holds several times is matched by, from its second place on.
+
+    Two agents may have written the same. Each place of such a segment has rows of its own: the
+    second one has seen the first. So it has another digest, which depends on how often the segment
+    stood in the prompt before; where all prompts hold the messages of a round in one order, each
+    place finds the Master of the same place, and the run of reused segments does not break there.
+
+    Args:
+        segment: with the digest of its content.
+        index: how many times it stood in the prompt before, at least 1.
+    """
+    count = index.to_bytes(8, "little")
+    digest, stem = (
+        hashlib.blake2b(
+            one, digest_size=_DIGEST_SIZE, key=count, person=b"tokendance-again"
+        ).digest()
+        for one in (segment.digest, segment.stem)
+    )
+    return Segment(segment.token_ids, segment.is_shared, digest, stem, segment.space)
+
+
+def told_apart(prompt: Sequence[Segment]) -> Sequence[Segment]:
+    """The segments of a prompt as they are matched: shared ones that repeat as `repeated`."""
+    digests = [one.digest for one in prompt if one.is_shared]
+    if len(set(digests)) == len(digests):
+        return prompt
+    before: Counter[bytes] = Counter()
+    found = []
+    for one in prompt:
+        index = before[one.digest]
+        if one.is_shared:
+            before[one.digest] += 1
+        found.append(repeated(one, index) if one.is_shared and index else one)
+    return found
 
 
 def split_round(
