@@ -92,18 +92,18 @@ def run_all(device: SymbolicDevice, max_rows: int = 2048) -> int:
     return steps
 
 
-def test_a_new_segment_is_shared_within_a_prompt_that_joins_a_round() -> None:
-    """It needs the pages that it needs alone, and fits a pool of just those."""
+def test_a_prompt_that_joins_a_round_needs_the_pages_that_it_needs_alone() -> None:
+    """A segment that it holds twice has a Master for each place: they fit a pool of just those."""
     twice = [td.shared(tokens(1, 40))] * 2
-    capacity = 9 * 8 * GEOMETRY.row_bytes
+    capacity = 10 * 8 * GEOMETRY.row_bytes
     store = td.DiffStore(GEOMETRY, ROPE, capacity, block_size=8)
     collector = td.KVCollector(store, selection=td.LeadingTokens(24))
     plan = collector.plan({"first": []})
-    assert plan.pages_needed({"late": twice}) == collector.pages_needed({"late": twice}) == 9
+    assert plan.pages_needed({"late": twice}) == collector.pages_needed({"late": twice}) == 10
     plan.add({"late": twice})
     run_prefill(collector, plan)
     plan.commit()
-    assert collector.store.stats().held_pages == 9
+    assert collector.store.stats().held_pages == 10
 
 
 # An engine that lives on it -----------------------------------------------------------------------

@@ -12,7 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokendance.host.segments import chain, private, repeated, shared, split_round, told_apart
+from tokendance.host.segments import (
+    chain,
+    private,
+    repeated,
+    shared,
+    split_round,
+    token_list,
+    told_apart,
+)
 
 IDS = [5, 1, 0, 49151, 2**31 - 1]
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=40)
@@ -193,6 +201,17 @@ def test_bad_token_ids_are_named(ids, error, message):
         shared(ids)
     with pytest.raises(error, match=message):
         private(ids)
+
+
+def test_a_list_of_tokens_is_checked_as_an_array_is():
+    assert token_list([3, 2**31 - 1], "ids") == [3, 2**31 - 1]
+    assert token_list(np.array([3]), "ids") == token_list((3,), "ids") == [3]
+    given_ids = [1, 2]
+    assert token_list(given_ids, "ids") is not given_ids
+    assert token_list([*range(100)], "ids") == [*range(100)]
+    for ids, error in (([-1], ValueError), ([2**31], ValueError), ([1.5], TypeError)):
+        with pytest.raises(error, match="ids: expected"):
+            token_list(ids, "ids")
 
 
 def test_bad_namespace_is_named():

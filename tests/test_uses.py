@@ -14,6 +14,7 @@ import tokendance as td
 from tokendance._planner import RoundDecision
 from tokendance.host.decide import RowKind
 from tokendance.host.mirror import Master, Mirror, Use, Uses, round_arrays
+from tokendance.host.segments import told_apart
 
 BLOCK = 8
 
@@ -106,7 +107,8 @@ def test_every_row_is_computed_or_stands_in_a_master_of_its_tokens(
 ) -> None:
     collector = td.KVCollector(make_store(), selection=selection, source=source)
     plan = collector.plan(prompts)
-    texts = {one.digest: one.token_ids for segments in prompts.values() for one in segments}
+    everywhere = [*prompts.values(), *map(told_apart, prompts.values())]
+    texts = {one.digest: one.token_ids for segments in everywhere for one in segments}
     made: set[int] = set()
     for state in plan._live.states:
         layout = state.decision

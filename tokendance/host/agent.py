@@ -147,6 +147,13 @@ class AgentState(Mirror):
             slots[inside] = slots_at(use.master.pages, rows, self._block_size)
         return slots
 
+    def decoded_row(self, position: int) -> tuple[int, int]:
+        """The token at a position of the output, and the pool row where its KV is kept."""
+        assert self.output is not None
+        row = position - self.decision.length
+        page, offset = divmod(row, self._block_size)
+        return self.output_ids[row], int(self.output.pages[page]) * self._block_size + offset
+
     def token_ids(self, positions: IntArray) -> NDArray[np.int64]:
         """Tokens at positions of the prompt and of the output so far."""
         behind = positions - self.decision.length

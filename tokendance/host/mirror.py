@@ -288,25 +288,32 @@ def _numbered(agent: IntArray, serial: NDArray[np.int64]) -> tuple[IntArray, NDA
 
     The n-th use of one Master by one agent counts as a Master of its own.
     """
-    _, first, number = np.unique(serial, return_index=True, return_inverse=True)
-    masters = len(first)
-    pair = agent.astype(np.int64) * masters + number
-    if len(np.unique(pair)) < len(pair):
-        by_pair = np.argsort(pair, kind="stable")
-        is_first = np.ones(len(pair), dtype=bool)
-        is_first[1:] = pair[by_pair][1:] != pair[by_pair][:-1]
-        since = np.arange(len(pair)) - np.maximum.accumulate(
-            np.where(is_first, np.arange(len(pair)), 0)
-        )
-        occurrence = np.empty(len(pair), dtype=np.int64)
-        occurrence[by_pair] = since
-        _, first, number = np.unique(
-            occurrence * masters + number, return_index=True, return_inverse=True
-        )
-    order = np.argsort(first)
-    rank = np.empty(len(order), dtype=np.int32)
-    rank[order] = np.arange(len(order), dtype=np.int32)
-    return rank[number], first[order]
+    order, is_first = _grouped(serial)
+    # The uses of a Master come agent by agent, so that those of one agent are next to each other.
+    again = ~is_first
+    again[1:] &= agent[order][1:] == agent[order][:-1]
+    if again.any():
+        index = np.arange(len(order))
+        occurrence = np.empty(len(order), dtype=np.int64)
+        occurrence[order] = index - np.maximum.accumulate(np.where(again, 0, index))
+        number = np.empty(len(order), dtype=np.int64)
+        number[order] = np.cumsum(is_first) - 1
+        order, is_first = _grouped(occurrence * len(order) + number)
+    first = order[is_first]
+    by_first = np.argsort(first)
+    rank = np.empty(len(first), dtype=np.int32)
+    rank[by_first] = np.arange(len(first), dtype=np.int32)
+    number_of_use = np.empty(len(order), dtype=np.int32)
+    number_of_use[order] = rank[np.cumsum(is_first) - 1]
+    return number_of_use, first[by_first]
+
+
+def _grouped(keys: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """An order in which equal keys are next to each other, as they came, and where each begins."""
+    order = np.argsort(keys, kind="stable")
+    is_first = np.ones(len(keys), dtype=bool)
+    is_first[1:] = keys[order][1:] != keys[order][:-1]
+    return order, is_first
 
 
 def _indptr(lengths: Sequence[int] | IntArray) -> IntArray:

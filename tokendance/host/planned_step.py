@@ -98,16 +98,24 @@ class PlannedStep:
         positions = np.concatenate([part.positions for part in self._parts]).astype(np.int32)
         row_agent = np.repeat(np.arange(len(states), dtype=np.int32), counts)
         self._row_agent = row_agent
-        tokens = [part.state.token_ids(part.positions) for part in self._parts]
-        slots = [part.slots for part in self._parts]
+        tokens = np.empty(len(positions), dtype=np.int64)
+        slots = np.empty(len(positions), dtype=np.int64)
+        at = 0
+        for part, count in zip(self._parts, counts, strict=True):
+            if count == 1 and part.is_decode and part.positions[0] >= part.begin:
+                tokens[at], slots[at] = part.state.decoded_row(part.begin)
+            else:
+                tokens[at : at + count] = part.state.token_ids(part.positions)
+                slots[at : at + count] = part.slots
+            at += count
         first = np.array([_first_wanted(part) for part in self._parts], dtype=np.int64)
         logit_rows = np.flatnonzero(positions >= first[row_agent]).astype(np.int64)
         choices = _choices(self._parts, block)
         record = StepRecord(
             number=self.number,
-            token_ids=np.concatenate(tokens),
+            token_ids=tokens,
             positions=positions,
-            slots=np.concatenate(slots),
+            slots=slots,
             logit_rows=logit_rows,
             rounds={},
             choices=[choice for _, _, choice in choices],

@@ -28,7 +28,7 @@ from tokendance.host.record import (
     pack_mirrors,
 )
 from tokendance.host.round import RoundExtents
-from tokendance.host.segments import Segment, TokenIds, as_token_ids, on_host, shared
+from tokendance.host.segments import Segment, TokenIds, on_host, shared, token_list
 from tokendance.host.tenant_segments import TenantSegments
 from tokendance.host.uncopied import Uncopied
 
@@ -529,7 +529,7 @@ class Scheduler(Uncopied, instead="make another with the same profile"):
                 raise ValueError(
                     f"{argument}: expected agents in decode, got {agent!r} ({state.phase.value})"
                 )
-            tokens = as_token_ids(ids, f"{argument}[{agent!r}]").tolist()
+            tokens = token_list(ids, f"{argument}[{agent!r}]")
             if not tokens:
                 raise ValueError(f"{argument}[{agent!r}]: expected at least one token, got none")
             if state.length + len(tokens) > self.profile.max_position:

@@ -26,7 +26,8 @@ TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | Any
 """One-dimensional token ids, each in ``0 .. 2**31 - 1``: a list, a tensor or another array."""
 
 _DIGEST_SIZE = 16
-_MAX_TOKEN_ID = np.iinfo(np.int32).max
+_MAX_TOKEN_ID = int(np.iinfo(np.int32).max)
+_FEW = 16  # token ids that are checked one by one
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -296,6 +297,18 @@ def as_token_ids(token_ids: TokenIds, argument: str) -> npt.NDArray[np.int32]:
         bad = low if low < 0 else high
         raise ValueError(f"{argument}: expected token ids in 0 .. {_MAX_TOKEN_ID}, got {bad}")
     return _frozen(np.array(ids, dtype=np.int32, order="C"))
+
+
+def token_list(token_ids: TokenIds, argument: str) -> list[int]:
+    """The caller's token ids, checked; quick where they are a list of a few ints."""
+    if (
+        type(token_ids) is list
+        and len(token_ids) <= _FEW
+        and all(type(one) is int and 0 <= one <= _MAX_TOKEN_ID for one in token_ids)
+    ):
+        return token_ids.copy()
+    ids: list[int] = as_token_ids(token_ids, argument).tolist()
+    return ids
 
 
 def on_host(token_ids: TokenIds) -> TokenIds:
