@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tokendance import Everything, KeyDeviation, LeadingTokens, Nothing
-from tokendance.host.selection import DEFAULT, parse_selection
+from tokendance.host.selection import DEFAULT, DEFAULT_NAME, parse_selection
 
 
 @pytest.mark.parametrize(
     ("text", "selection"),
     [
         ("leading:4", LeadingTokens(4)),
-        ("leading:12", DEFAULT),  # as the command lines have it
+        (DEFAULT_NAME, DEFAULT),
         ("leading:0", LeadingTokens(0)),
         ("leading:4:96", LeadingTokens(4, unseen=96)),
         ("deviation:0.15", KeyDeviation(0.15, 1)),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tokendance.host.selection import DEFAULT_NAME, parse_selection
+
 SUMMARY = "Replay recorded multi-agent rounds and compare what systems compute, store and lose."
 
 
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--selection",
-        default="leading:12",
+        default=DEFAULT_NAME,
         help="rows that tokendance recomputes: leading:COUNT[:UNSEEN[:MOST]], "
         "deviation:RATIO[:LAYER], everything or nothing (default %(default)s)",
     )
@@ -48,7 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
     from evals.models import load_model
     from evals.replay import RoundResult, make_system, replay_round, summarize
     from evals.workloads import find_workload, parse_rounds, read_rounds, tokenize_round
-    from tokendance.host.selection import parse_selection
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

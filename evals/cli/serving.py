@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.cli.capacity import numbers, print_table
-from tokendance.host.selection import parse_selection
+from tokendance.host.selection import DEFAULT_NAME, parse_selection
 
 if TYPE_CHECKING:
     from evals.serving.prompts import Society
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each server")
     parser.add_argument("--cache", type=int, default=2, help="GiB of KV of each server")
     parser.add_argument(
-        "--selection", default="leading:12", help="which reused rows tokendance computes again"
+        "--selection", default=DEFAULT_NAME, help="which reused rows tokendance computes again"
     )
     parser.add_argument("--environment", type=Path, help="a virtual environment that has vLLM")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "serving")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokendance.host.selection import DEFAULT_NAME, parse_selection
+
 if TYPE_CHECKING:
     from evals.society import RoundReport, Society
 
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="master", help="master, alone or producer")
     parser.add_argument(
         "--selection",
-        default="leading:12",
+        default=DEFAULT_NAME,
         help="rows to recompute: leading:COUNT[:UNSEEN[:MOST]], deviation:RATIO[:LAYER], "
         "everything or nothing (default %(default)s)",
     )
@@ -88,7 +90,6 @@ def _check(arguments: argparse.Namespace) -> None:
 def _make_society(arguments: argparse.Namespace) -> Society:
     from evals.models import load_model
     from evals.society import PERSONAS, TOPICS, Meeting, Options, Society
-    from tokendance.host.selection import parse_selection
 
     options = Options(
         new_tokens=arguments.new_tokens,

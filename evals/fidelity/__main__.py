@@ -1,6 +1,6 @@
 """How true reuse stays to full recompute, on recorded and on live rounds.
 
-    python -m evals.fidelity [--model qwen0.5b] [--selection leading:12] [--threads 1]
+    python -m evals.fidelity [--model qwen0.5b] [--selection leading:16] [--threads 1]
                              [--out build/fidelity] [--json PATH] COMMAND
 
     front [town_square debate ...] [--ways master/leading:8,pic:0.15] [--new-tokens 12]
@@ -50,6 +50,7 @@ from evals.fidelity import (
 from evals.fidelity.document import Document
 from evals.models import load_model, origin_of
 from evals.workloads import find_workload, read_rounds
+from tokendance.host.selection import DEFAULT_NAME
 
 TABLES: dict[str, Callable[[Any], str]] = {
     "front": front.text,
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m evals.fidelity", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--model", default="smollm2", help="one of evals.models, or a directory")
-    parser.add_argument("--selection", default="leading:12", help="which rows are repaired")
+    parser.add_argument("--selection", default=DEFAULT_NAME, help="which rows are repaired")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("build/fidelity"))
     parser.add_argument("--json", type=Path, help="where the figures go instead")

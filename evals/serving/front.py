@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 import tokendance as td
 from examples.engine import Engine, Model, Request
-from tokendance.host.selection import parse_selection
+from tokendance.host.selection import DEFAULT_NAME, parse_selection
 
 
 class CountedModel(Model):
@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--capacity", default="1GiB", help="bytes of the store")
     parser.add_argument("--max-rows", type=int, default=1024, help="rows of a forward pass")
     parser.add_argument("--patience", type=float, default=0.2, help="seconds")
-    parser.add_argument("--selection", default="leading:12", help="reused rows computed again")
+    parser.add_argument("--selection", default=DEFAULT_NAME, help="reused rows computed again")
     options = parser.parse_args(arguments)
     asyncio.run(serve(options))
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evals.serving.client import Metrics, get
+from tokendance.host.selection import DEFAULT_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS_WITHIN = 900.0  # seconds
@@ -89,7 +90,7 @@ class Setup:
     threads: int = 1
     cache_gib: int = 2
     patience: float = 1.0
-    selection: str = "leading:12"
+    selection: str = DEFAULT_NAME
     vllm: tuple[Path, Mapping[str, str]] | None = None
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokendance.host.selection import DEFAULT_NAME, parse_selection
+
 if TYPE_CHECKING:
     from tokendance.integrations.calibration import Calibration, Reuse
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--selections",
         default="leading:8,leading:12,leading:16",
         help="comma-separated: leading:COUNT[:UNSEEN[:MOST]], nothing, everything (default "
-        "%(default)s, of which leading:12 is the collector's own default)",
+        f"%(default)s; the collector's own default is {DEFAULT_NAME})",
     )
     parser.add_argument("--new-tokens", type=int, default=12, help="tokens compared per agent")
     parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16")
@@ -51,8 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0; 1 if no selection stays within the limit; 2 after a message about arguments."""
     import torch
-
-    from tokendance.host.selection import parse_selection
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -98,6 +98,9 @@ Selection = LeadingTokens | KeyDeviation | Everything | Nothing
 DEFAULT = LeadingTokens(12)
 """What a collector recomputes unless told otherwise; docs/fidelity.md says why."""
 
+DEFAULT_NAME = f"leading:{DEFAULT.count}"
+"""Its name on a command line."""
+
 
 def parse_selection(text: str) -> Selection:
     """A selection by its name.
