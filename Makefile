@@ -10,12 +10,17 @@ export TOKENDANCE_WERROR ?= 1
 .PHONY: build test test-all test-gpu test-vllm soak demo bench measurements lint format typecheck docs wheel sanitize sanitize-gpu coverage \
   coverage-python coverage-cpp environments mutate coverage-ptx sass crash fuzz hooks clean
 
+# Of two makes at once the second waits for the first one's environment, and for its build (setup.py).
 $(VENV)/ready: pyproject.toml tools/ptxrun/pyproject.toml
+ifndef ALONE
+	@mkdir -p $(VENV) && flock $(VENV) $(MAKE) --no-print-directory ALONE=1 $@
+else
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel cmake ninja pybind11 numpy
 	$(BIN)/pip install --quiet --no-build-isolation -e tools/ptxrun -e ".[test,bench,dev,docs,transformers]"
 	touch $@
+endif
 
 build: $(VENV)/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace

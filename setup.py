@@ -9,10 +9,13 @@ Environment:
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,18 +24,33 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process holds the folder, which is made, as ``flock FOLDER`` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)  # not inherited by what is started meanwhile
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class BuildWithCMake(build_ext):
-    """Compiles under ``build/``, which stays, so that a second build compiles what changed."""
+    """Compiles under ``build/``, which stays, so that a second build compiles what changed.
+
+    Of two builds in one folder the second waits.
+    """
 
     def run(self) -> None:
-        modules = self._compile()
         target = (ROOT if self.inplace else Path(self.build_lib)) / "tokendance"
         target.mkdir(parents=True, exist_ok=True)
-        for module in modules:
-            # Replaced, not overwritten: a process that has the old one loaded keeps it.
-            temporary = target / f".{module.name}.new"
-            shutil.copy2(module, temporary)
-            temporary.replace(target / module.name)
+        with locked(self._build_dir):
+            for module in self._compile():
+                # Replaced, not overwritten: a process that has the old one loaded keeps it.
+                temporary = target / f".{module.name}.new"
+                shutil.copy2(module, temporary)
+                temporary.replace(target / module.name)
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / "tokendance" / path.name) for path in self._modules()]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = ("avx512", "avx2", "portable")
@@ -161,6 +164,41 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits():
     for isa, found in digests.items():
         different = [name for name in expected if found[name] != expected[name]]
         assert not different, f"{isa}: {different}"
+
+
+CMAKE = """#!{python}
+import time
+from pathlib import Path
+
+events = Path("events")
+with events.open("a") as file:
+    file.write("begin\\n")
+time.sleep(0.1)
+with events.open("a") as file:
+    file.write("end\\n")
+"""
+
+
+def test_of_two_builds_in_one_folder_the_second_waits(tmp_path):
+    """With a compiler that only says when it runs: CMake is called twice per build."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").symlink_to(sys.executable)  # beside which cmake is looked for
+    (tools / "cmake").write_text(CMAKE.format(python=sys.executable))
+    (tools / "cmake").chmod(0o755)
+    packages = str(Path(setuptools.__file__).parent.parent)
+    builds = [
+        subprocess.Popen(
+            [tools / "python", "setup.py", "--quiet", "build_ext", "--inplace"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": packages},
+        )
+        for _ in range(3)
+    ]
+    assert [build.wait() for build in builds] == [0, 0, 0]
+    assert (tmp_path / "events").read_text().split() == ["begin", "end"] * 6
 
 
 def test_the_binary_asks_for_no_cuda_library():

@@ -204,7 +204,8 @@ def linked_against(python: Path) -> Path:
     environment = {**os.environ, "PATH": path}
     configure = ["cmake", "-B", build, f"-DTOKENDANCE_OTHER_TORCH={answer.stdout.strip()}"]
     for command in (configure, ["cmake", "--build", build, "--target", "_C_other"]):
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        alone = ["flock", build, *command]  # as setup.py does
+        subprocess.run(alone, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     return build / "other" / "_C.so"
 
 
