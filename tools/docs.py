@@ -22,13 +22,6 @@ _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _ROLE = re.compile(r":(?:class|func|mod|meth|attr):<code>~?(?:[\w.]*\.)?(\w+)")
 
 
-def on_config(config: Any) -> Any:
-    """Pages that have not been written are not in the navigation."""
-    known = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} | set(FROM_ROOT)
-    config.nav = [entry for entry in config.nav if set(entry.values()) <= known]
-    return config
-
-
 def on_files(files: Files, config: Any) -> Files:
     for name, path in FROM_ROOT.items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
