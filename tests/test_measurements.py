@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from tools import measurements
+from tools import measurements, plots
 
 TABLE = "| what | s |\n| --- | --- |\n| a | 1.5 |\n| b | 20 |\n"
 
@@ -20,6 +21,7 @@ def docs(monkeypatch, tmp_path):
     """A documentation of two pages and one measurement."""
     monkeypatch.setattr(measurements, "ROOT", tmp_path)
     monkeypatch.setattr(measurements, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(measurements, "PICTURES", {})
     (tmp_path / "docs" / "measurements").mkdir(parents=True)
     (tmp_path / "docs" / "performance.md").write_text("# Speed\n\nNothing yet.\n")
     rows = [{"what": "a", "s": 1.5}, {"what": "b", "s": 20}]
@@ -68,6 +70,39 @@ def test_a_new_measurement_takes_the_place_of_the_one_before(docs, monkeypatch):
     page = (docs / "measurements" / "page.md").read_text()
     assert page == "# Page\n\n| what | s |\n| --- | --- |\n| a | 2.5 |\n"
     assert measurements.main(["--check"]) == 0
+
+
+def test_a_picture_is_that_of_its_json(docs, monkeypatch):
+    def draw(made):
+        return f"{len(made['rows'])} rows"
+
+    monkeypatch.setattr(measurements, "PICTURES", {"measurements/one": draw})
+    wrong = ["docs/measurements/one.svg: expected what is drawn of its JSON"]
+    assert measurements.check() == wrong
+    picture = docs / "measurements" / "one.svg"
+    picture.write_text("3 rows")
+    assert measurements.check() == wrong
+    picture.write_text("2 rows")
+    assert measurements.check() == []
+
+
+def test_lines_and_bars_are_scaled_by_the_greatest():
+    rows = [
+        {"system": system, "agents": agents, "round p50, s": agents * s, "KV, MB": 9.0}
+        for system, s in (("vllm", 1.0), ("mine", 0.5))
+        for agents in (1, 4)
+    ]
+    drawn = plots.rounds_by_agents({"rows": rows})
+    assert '<polyline points="106.0,215.0 268.0,50.0"' in drawn  # 4 of 4 s, 4 of 4 agents
+    assert '<polyline points="106.0,242.5 268.0,160.0"' in drawn
+    one = {"session": "s", "number": 1, "prompt_rows": 100, "overridden": 5, "master_agents": []}
+    ways = {
+        way: [{**one, "rows": computed, "kl": {"a": kl}, "top1": {"a": 1.0}}]
+        for way, computed, kl in (("pic:0.15", 50, 0.2), ("master/leading:8", 40, 0.05))
+    }
+    drawn = plots.siblings_by_reuse({"result": {"town": ways}})
+    assert re.findall(r'width="([\d.]+)" height="20"', drawn) == ["82.5", "330.0"]
+    assert "0.050, 40% of the rows computed" in drawn
 
 
 def test_benchmarks_render_their_own_json(docs):

@@ -5,9 +5,10 @@
     python -m tools.measurements --check           runs none: do pages show what is kept?
 
 A measurement is a JSON file in docs/measurements or docs/serving. A page shows it as a table that
-is rendered from the file and from nothing else. When a command has run, its JSON takes the place of
-the one before, and the new table that of the old one on every page that has it. A table of figures
-on the pages of ``PAGES`` that is rendered from no file needs ``NOT_KEPT`` in its section.
+is rendered from the file and from nothing else, and some as a picture, too (``PICTURES``). When a
+command has run, its JSON takes the place of the one before, and the new table that of the old one
+on every page that has it. A table of figures on the pages of ``PAGES`` that is rendered from no
+file needs ``NOT_KEPT`` in its section.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from evals.cli.capacity import print_table
 from evals.fidelity import __main__ as fidelity
+from tools import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -43,6 +45,10 @@ COMMANDS = {
     "measurements/qwen0.5b_noise": f"{_QWEN} noise town_square --prompts 1",
     "measurements/qwen0.5b_town_square": f"{_QWEN} front town_square {_WAYS}",
     "measurements/qwen0.5b_debate": f"{_QWEN} front debate --agents 4 {_WAYS}",
+    "measurements/qwen0.5b_debates": f"{_QWEN} front debate --session gsm_qwen3-14b/09 --agents 3 "
+    f"--rounds 6 {_WAYS},master/leading:12",
+    "measurements/smollm2_town_meetings": "evals.fidelity --threads 1 front town_meetings "
+    f"--agents 4 --rounds 9 {_WAYS},master/leading:12",
     "measurements/smollm2_rows": "evals.fidelity --threads 1 rows agentsociety",
     "serving/agents_7b": "evals capacity agents --societies 4 --rates 0.2,1,2 --rounds 2",
     "serving/agents_7b_slower": "evals capacity agents --slower 2 --systems tokendance",
@@ -68,6 +74,13 @@ COMMANDS = {
 """By the name of the JSON in docs/ what measures it: ``python -m`` this. Of a new one somebody puts
 the table on a page."""
 
+PICTURES = {
+    "serving/cpu_rounds": plots.rounds_by_agents,
+    "measurements/smollm2_town_meetings": plots.siblings_by_reuse,
+    "measurements/qwen0.5b_debates": plots.siblings_by_reuse,
+}
+"""By the name of the JSON what draws the SVG beside it."""
+
 _TABLE = re.compile(r"(?:^\|.*\n)+", re.M)
 _FIGURE = re.compile(r"[-+*]*\d")
 
@@ -88,6 +101,11 @@ def rendered(path: Path) -> str:
         elif fidelity.main(["render", str(path)]) != 0:
             raise ValueError(f"{path}: expected a measurement, got another file")
     return written.getvalue()
+
+
+def drawn(name: str) -> str:
+    """The SVG of a measurement of ``PICTURES``."""
+    return PICTURES[name](json.loads((DOCS / f"{name}.json").read_text()))
 
 
 def pages() -> list[Path]:
@@ -148,6 +166,8 @@ def measure(name: str) -> None:
     shutil.copyfile(written, path)
     if old is not None:
         replace(old, rendered(path))
+    if name in PICTURES:
+        path.with_suffix(".svg").write_text(drawn(name))
 
 
 def check() -> list[str]:
@@ -157,6 +177,10 @@ def check() -> list[str]:
         f"{path.relative_to(ROOT)}: expected its table on a page, found it on none"
         for path in not_shown(texts)
     ]
+    for name in PICTURES:
+        path = DOCS / f"{name}.svg"
+        if not path.exists() or path.read_text() != drawn(name):
+            wrong.append(f"{path.relative_to(ROOT)}: expected what is drawn of its JSON")
     for page in pages():
         for line in tables_without_json(page, list(texts.values())):
             wrong.append(f"{page.relative_to(ROOT)}: expected JSON of the table {line}")
