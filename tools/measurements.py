@@ -38,6 +38,7 @@ NOT_KEPT = "No JSON of these figures was kept"
 """What a section says whose tables were copied from what a command had printed."""
 
 _QWEN = "evals.fidelity --model qwen0.5b --threads 1"
+_SMOLLM2 = "evals.fidelity --threads 1"
 _WAYS = "--ways pic:0.15,master/leading:4:96:24,master/leading:16"
 _SERVERS = "--systems vllm,vllm_prefix,tokendance_shared,engine"
 _SERVING = "evals serving {} --workload board-2k --scale 8 --rounds 3 " + _SERVERS
@@ -47,9 +48,12 @@ COMMANDS = {
     "measurements/qwen0.5b_debate": f"{_QWEN} front debate --agents 4 {_WAYS}",
     "measurements/qwen0.5b_debates": f"{_QWEN} front debate --session gsm_qwen3-14b/09 --agents 3 "
     f"--rounds 6 {_WAYS},master/leading:12",
-    "measurements/smollm2_town_meetings": "evals.fidelity --threads 1 front town_meetings "
+    "measurements/smollm2_town_meetings": f"{_SMOLLM2} front town_meetings "
     f"--agents 4 --rounds 9 {_WAYS},master/leading:12",
-    "measurements/smollm2_rows": "evals.fidelity --threads 1 rows agentsociety",
+    "measurements/smollm2_rows": f"{_SMOLLM2} rows agentsociety",
+    "measurements/smollm2_front": f"{_SMOLLM2} front",
+    "measurements/smollm2_leakage": f"{_SMOLLM2} leakage",
+    "measurements/smollm2_tolerance": f"{_SMOLLM2} tolerance",
     "serving/agents_7b": "evals capacity agents --societies 4 --rates 0.2,1,2 --rounds 2",
     "serving/agents_7b_slower": "evals capacity agents --slower 2 --systems tokendance",
     "serving/agents_14b": "evals capacity agents --model qwen2.5-14b",
