@@ -227,7 +227,7 @@ class MemoryMachine(RuleBasedStateMachine):
             place.store.evict(place.store.books.num_pages)
             assert place.store.stats().used_pages == 0
             place.store.clear()
-            assert not place.store.scheduler._states
+            assert not place.store.scheduler.roster.states
             assert (
                 place.store.scheduler.host_pages.num_free == place.store.scheduler.host_pages.limit
             )

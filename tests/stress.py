@@ -346,7 +346,7 @@ def run(threads: int, acts: int, seed: int, store: td.DiffStore | None = None) -
     assert store.stats().free_pages == store.pool.num_pages
     if store.books._clears:
         assert not any(layer.any() for layer in (*store.pool.k_pools, *store.pool.v_pools))
-    assert not store.scheduler._states
+    assert not store.scheduler.roster.states
     counts: Counter[str] = Counter()
     for client in clients:
         counts += client.counts

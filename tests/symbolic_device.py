@@ -158,23 +158,23 @@ def check_books(scheduler: Scheduler, free: Iterable[int] | None = None) -> None
         assert master.digest == digest
         assert not master.stored
         assert not master.is_computed
-        maker = scheduler._makers[master.serial]
+        maker = scheduler.roster.makers[master.serial]
         use = next(use for use in maker.decision.made if use.master is master)
         left = np.arange(use.delta + master.computed, use.delta + use.length)
         assert np.isin(left, pending[maker.serial]).all()
     for state in states:
         for use in state.awaited:
             # Whatever is waited for is computed by somebody.
-            assert use.master.is_computed or use.master.serial in scheduler._makers
+            assert use.master.is_computed or use.master.serial in scheduler.roster.makers
     host = [page for state in states if state.host_pages is not None for page in state.host_pages]
     assert len(set(host)) == len(host)
     resting = np.flatnonzero(scheduler.host_books._page_users)
     assert not set(host) & set(resting.tolist())
     used = len(host) + len(resting)
     assert scheduler.host_pages.num_free == scheduler.host_pages.limit - used
-    assert {s.serial for s in states if s.ended} == set(scheduler._leaving)
+    assert {s.serial for s in states if s.ended} == set(scheduler.roster.leaving)
     names = {name for live in _plans(scheduler) for name in live.names(None)}
-    assert names == set(scheduler._agents)
+    assert names == set(scheduler.roster.agents)
 
 
 def _check_users(books: Books, states: Sequence[AgentState], block: int) -> None:
@@ -214,12 +214,12 @@ def _check_users(books: Books, states: Sequence[AgentState], block: int) -> None
 
 
 def _plans(scheduler: Scheduler) -> list:
-    plans = {id(live): live for live in scheduler._agents.values()}
+    plans = {id(live): live for live in scheduler.roster.agents.values()}
     return list(plans.values())
 
 
 def _states(scheduler: Scheduler) -> list:
-    lives = {id(live): live for live in [*scheduler._plans.values(), *_plans(scheduler)]}
+    lives = {id(live): live for live in [*scheduler.roster.plans.values(), *_plans(scheduler)]}
     states = [state for live in lives.values() for state in live.states if not state.ended]
-    assert all(state.ended and state.keeps_pages for state in scheduler._leaving.values())
-    return states + list(scheduler._leaving.values())
+    assert all(state.ended and state.keeps_pages for state in scheduler.roster.leaving.values())
+    return states + list(scheduler.roster.leaving.values())

@@ -797,7 +797,7 @@ def test_source_alone_is_computed_once_for_plans_that_come_one_by_one() -> None:
     run_all(collector, found)
     # Three segments once, then private rows; every prompt ends in END.
     assert sum(plan.rows_computed for plan in plans) == 40 + 24 + 33 + 13 + 29 + 5 + 21 + 4 * 9
-    assert not collector.store.scheduler._orphans
+    assert not collector.store.scheduler.roster.orphans
     for plan in plans:
         assert plan.master_agents == []
         plan.commit()

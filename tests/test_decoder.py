@@ -14,6 +14,7 @@ from torch import Tensor
 import tokendance as td
 from tokendance.device import operators as ops
 from tokendance.host.record import VERSION, StepRecord
+from tokendance.host.step_rows import extents_of
 
 OPERATOR = "collective_attention"
 ROWS = 6
@@ -178,7 +179,7 @@ def test_the_extents_that_are_foreseen_are_those_of_the_step(
         with step:
             Layers(torch.device("cpu")).run(step.attend, step.token_ids)
     for ids in ({"a": [1]}, {"a": [1] * 9, "d": [2], "e": [3, 4]}, {"d": [1] * 20, "b": [1]}):
-        foreseen = scheduler._extents_of(scheduler._fed(ids))
+        foreseen = extents_of(scheduler._rows.fed(ids))
         step = collector.step(ids, prefill=())
         assert step is not None
         extents = step.record.rounds[0].extents

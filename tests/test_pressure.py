@@ -328,7 +328,7 @@ def test_an_engine_that_preempts_the_youngest_finishes_whatever_fits_alone(
     books.evict(books.num_pages)
     assert books.used_pages == 0
     assert len(device.free) == pages
-    assert not device.scheduler._states
+    assert not device.scheduler.roster.states
 
 
 # Waiting ------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_who_waits_may_be_aborted_and_lets_others_pass() -> None:
     first.abort()
     last.abort()
     check_books(scheduler, device.free)
-    assert scheduler._waiting == type(scheduler._waiting)()
+    assert not scheduler._admission.has_waiting
 
 
 def test_only_what_can_never_fit_is_refused_at_once() -> None:

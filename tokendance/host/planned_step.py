@@ -209,7 +209,7 @@ class PlannedStep:
         for part in self._parts:
             part.state.busy = False
             if part.is_decode and not part.state.ended:
-                self._scheduler.shorten(part.state, part.begin)
+                self._scheduler.roster.shorten(part.state, part.begin)
         self._scheduler.take_back(self)
         self._settle()
 
@@ -234,8 +234,8 @@ class PlannedStep:
 
     def _settle(self) -> None:
         """Agents that were aborted meanwhile give their pages back."""
-        self._scheduler.settle(part.state for part in self._parts)
-        self._scheduler.end_unneeded()
+        self._scheduler.roster.settle(part.state for part in self._parts)
+        self._scheduler.roster.end_unneeded()
 
     def _end(self) -> None:
         if not self.is_open:
