@@ -22,6 +22,7 @@ def docs(monkeypatch, tmp_path):
     monkeypatch.setattr(measurements, "ROOT", tmp_path)
     monkeypatch.setattr(measurements, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(measurements, "PICTURES", {})
+    monkeypatch.setattr(measurements, "PAGES", ("performance.md", "measurements"))
     (tmp_path / "docs" / "measurements").mkdir(parents=True)
     (tmp_path / "docs" / "performance.md").write_text("# Speed\n\nNothing yet.\n")
     rows = [{"what": "a", "s": 1.5}, {"what": "b", "s": 20}]

@@ -33,7 +33,7 @@ from tools import plots
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 FOLDERS = ("measurements", "serving")
-PAGES = ("performance.md", "measurements")
+PAGES = ("performance.md", "store.md", "vllm.md", "measurements")
 NOT_KEPT = "No JSON of these figures was kept"
 """What a section says whose tables were copied from what a command had printed."""
 
