@@ -22,6 +22,7 @@ from tokendance.integrations.full_recompute import (
     noise_of,
     recompute,
 )
+from tokendance.integrations.transformers import fingerprint_of
 
 SHARED = ["What the first one said, and why.", "The second says something else here.", "Third."]
 
@@ -224,10 +225,91 @@ def test_the_command_refuses(directory, tmp_path, capsys):
 
 
 def test_a_limit_below_the_noise_has_no_answer():
-    from tokendance.cli.calibrate import _recommendation
+    from tokendance.cli.calibrate import _chosen, _recommendation
 
     found = calibration.Calibration(
-        100, Noise(1e-3, 2e-3), [calibration.Reuse(td.Nothing(), 10.0, [1e-4], 1.0)]
+        100, Noise(1e-3, 2e-3), [calibration.Reuse(td.Nothing(), 10.0, [1e-4], [0], 1.0)]
     )
     assert _recommendation(found, ["nothing"], 1.9e-3).startswith("No answer: the limit of 0.0019")
+    assert _chosen(found, ["nothing"], 1.9e-3) is None
     assert _recommendation(found, ["nothing"], 2e-3).startswith("Recommended: Nothing()")
+
+
+def test_the_upper_end_of_known_siblings():
+    def upper(kl, rounds):
+        return calibration.Reuse(td.Nothing(), 1.0, kl, rounds, 1.0).upper
+
+    assert upper([0.2, 0.2, 0.2], [0, 0, 1]) == pytest.approx(0.2)
+    # Of four siblings one is far: one draw in twenty has it three times, one in 256 four times.
+    assert upper([1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0]) == pytest.approx(0.75)
+    # Siblings of a round agree, so rounds are what is drawn: a quarter of the draws are far alone.
+    assert upper([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1]) == pytest.approx(1.0)
+
+
+def test_a_stored_calibration_is_for_one_model(tiny, directory, tmp_path, capsys):
+    model, _ = tiny
+    path = tmp_path / "calibration.json"
+    rounds = tmp_path / "rounds.jsonl"
+    rounds.write_text("\n".join(json.dumps(one) for one in lines()))
+    arguments = ["calibrate", str(directory), "--rounds", str(rounds), "--new-tokens", "2"]
+    arguments += ["--selections", "leading:1,everything", "--json", str(path)]
+    assert main([*arguments, "--kl", "1e-6"]) == 0
+    said = capsys.readouterr().out
+    found = td.StoredCalibration.read(path)
+    fingerprint = fingerprint_of(model)
+    assert (found.fingerprint, found.chosen, found.limit) == (fingerprint, "everything", 1e-6)
+    assert found.selection_for(fingerprint) == td.Everything()
+    assert set(found.selections) == {"leading:1", "everything"}
+    assert set(found.noise) == {"chunks", "batch"}
+    leading = found.selections["leading:1"]
+    assert leading["mean"] == pytest.approx(np.mean(leading["kl"]))
+    assert leading["upper"] > leading["mean"]
+    assert f"| {leading['mean']:.5f} ".replace(" ", "") in said.replace(" ", "")
+    assert f"{leading['upper']:.5f}" in said
+    found.write(path)
+    assert td.StoredCalibration.read(path) == found
+    assert [one.name for one in tmp_path.iterdir() if one.name.endswith(".part")] == []
+    # Another dtype's outputs are others.
+    other, _ = calibration.load_model(str(directory), "bfloat16", "cpu")
+    with pytest.raises(ValueError, match=f"fingerprint: expected {fingerprint} .*, got [0-9a-f]+"):
+        found.selection_for(fingerprint_of(other))
+    # None of one selection is near enough: it is stored, and nothing is chosen.
+    arguments[arguments.index("leading:1,everything")] = "leading:1"
+    assert main([*arguments, "--kl", "1e-6"]) == 1
+    with pytest.raises(
+        ValueError, match="chosen: expected a selection within 1e-06 nats, got none"
+    ):
+        td.StoredCalibration.read(path).selection_for(fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2 instead of 1"),
+        ({"format": None}, "KeyError"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+        ({"noise": None}, "missing 1 required positional argument: 'noise'"),
+        ({"selections": {"all of it": {}}}, "expected leading:COUNT"),
+        ({"chosen": "leading:9"}, "'leading:9' chosen of leading:8"),
+        ({"selections": []}, "'leading:8' chosen of "),
+    ],
+)
+def test_other_stored_calibrations_are_refused(tmp_path, change, message):
+    path = tmp_path / "calibration.json"
+    found = td.StoredCalibration("m", "00ff", 0.1, "leading:8", 9, {}, {"leading:8": {}})
+    found.write(path)
+    whole = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: one for name, one in whole.items() if one is not None}))
+    with pytest.raises(
+        ValueError, match=r"calibration\.json: expected a file that .* got"
+    ) as error:
+        td.StoredCalibration.read(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "3"])
+def test_files_that_are_none_are_refused(tmp_path, text):
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"calibration\.json: expected a file that .* got"):
+        td.StoredCalibration.read(path)

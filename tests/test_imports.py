@@ -59,7 +59,7 @@ FRONT = frozenset(
     f"tokendance.{name}"
     for name in (
         *("audit", "collector", "decoder", "encoding", "lock", "sizes", "stats", "step", "store"),
-        *("tenants", "tiers"),
+        *("stored_calibration", "tenants", "tiers"),
     )
 )
 RECORD = frozenset(f"tokendance.host.{name}" for name in ("record", "round", "uncopied"))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tokendance.stats import StoreStats, TierStats
     from tokendance.step import Step
     from tokendance.store import DiffStore, Tenant
+    from tokendance.stored_calibration import StoredCalibration
 
 try:
     __version__ = version("tokendance")
@@ -67,6 +68,7 @@ _MODULES = {
     "Step": "step",
     "StoreInUseError": "files.errors",
     "StoreStats": "stats",
+    "StoredCalibration": "stored_calibration",
     "Tenant": "store",
     "TierStats": "stats",
     "private": "host.segments",
@@ -101,6 +103,7 @@ __all__ = [
     "Step",
     "StoreInUseError",
     "StoreStats",
+    "StoredCalibration",
     "Tenant",
     "TierStats",
     "__version__",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +11,14 @@ from tokendance.host.selection import DEFAULT_NAME, parse_selection
 
 if TYPE_CHECKING:
     from tokendance.integrations.calibration import Calibration, Reuse
+    from tokendance.stored_calibration import StoredCalibration
 
 SUMMARY = (
     "Measure on a model of your own how far reuse is from full recompute, and which selection "
     "stays within a limit."
 )
 
-_COLUMNS = "| {:<24} | {:>8} | {:>9} | {:>9} | {:>9} | {:>7} |"
+_COLUMNS = "| {:<24} | {:>8} | {:>9} | {:>9} | {:>9} | {:>9} | {:>7} |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="of the weights, such as bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="threads of torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the calibration is stored")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--new-tokens: expected at least 1, got {arguments.new_tokens}")
         selections = {name: parse_selection(name) for name in arguments.selections.split(",")}
         from tokendance.integrations import calibration, calibration_rounds
+        from tokendance.integrations.transformers import fingerprint_of
 
         model, tokenizer = calibration.load_model(
             arguments.model, arguments.dtype, arguments.device
@@ -73,62 +74,87 @@ def run(arguments: argparse.Namespace) -> int:
         found = calibration.calibrate(
             model, rounds, list(selections.values()), arguments.new_tokens
         )
+        _print(found, list(selections), arguments.kl)
+        if arguments.json:
+            fingerprint = fingerprint_of(model)
+            _stored(arguments, fingerprint, found, list(selections)).write(arguments.json)
     except (ValueError, OSError, ImportError) as error:
         print(f"tokendance calibrate: {error}", file=sys.stderr)
         return 2
-    _print(arguments, found, list(selections))
-    return 0 if found.recommended(arguments.kl) else 1
+    return 0 if _chosen(found, list(selections), arguments.kl) else 1
 
 
-def _print(arguments: argparse.Namespace, found: Calibration, names: list[str]) -> None:
+def _print(found: Calibration, names: list[str], limit: float) -> None:
     print(f"{found.prompt_rows} prompt tokens, {len(found.reuses[0].kl)} siblings")
     print(
         "full recompute against itself: KL "
         f"{found.noise.chunks:.1e} in other chunks, {found.noise.batch:.1e} in another batch"
     )
-    print(_COLUMNS.format("selection", "rows", "KL mean", "median", "90 %", "top-1"))
+    print(_COLUMNS.format("selection", "rows", "KL mean", "at most", "median", "90 %", "top-1"))
     for name, one in zip(names, found.reuses, strict=True):
         print(
             _COLUMNS.format(
                 name,
                 f"{one.rows / found.prompt_rows:.1%}",
                 f"{one.mean:.5f}",
+                f"{one.upper:.5f}",
                 f"{one.percentile(50):.5f}",
                 f"{one.percentile(90):.5f}",
                 f"{one.top1:.3f}",
             )
         )
-    print(_recommendation(found, names, arguments.kl))
-    if arguments.json:
-        report = {
-            "model": arguments.model,
-            "limit": arguments.kl,
-            "prompt_rows": found.prompt_rows,
-            "noise": {"chunks": found.noise.chunks, "batch": found.noise.batch},
-            "selections": {
-                name: {"rows": one.rows, "kl": one.kl, "top1": one.top1}
-                for name, one in zip(names, found.reuses, strict=True)
-            },
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(_recommendation(found, names, limit))
+
+
+def _chosen(found: Calibration, names: list[str], limit: float) -> tuple[str, Reuse] | None:
+    """The recommended selection, with its name; None where none is within a limit that means
+    something."""
+    best = None if limit < found.noise.floor else found.recommended(limit)
+    pairs = zip(names, found.reuses, strict=True)
+    return next((pair for pair in pairs if pair[1] is best), None)
+
+
+def _stored(
+    arguments: argparse.Namespace, fingerprint: str, found: Calibration, names: list[str]
+) -> StoredCalibration:
+    from tokendance.stored_calibration import StoredCalibration
+
+    chosen = _chosen(found, names, arguments.kl)
+    return StoredCalibration(
+        model=arguments.model,
+        fingerprint=fingerprint,
+        limit=arguments.kl,
+        chosen=chosen[0] if chosen else None,
+        prompt_rows=found.prompt_rows,
+        noise={"chunks": found.noise.chunks, "batch": found.noise.batch},
+        selections={
+            name: {
+                "rows": one.rows,
+                "kl": one.kl,
+                "mean": one.mean,
+                "upper": one.upper,
+                "top1": one.top1,
+            }
+            for name, one in zip(names, found.reuses, strict=True)
+        },
+    )
 
 
 def _recommendation(found: Calibration, names: list[str], limit: float) -> str:
-    by_name: dict[str, Reuse] = dict(zip(names, found.reuses, strict=True))
-    floor = max(found.noise.chunks, found.noise.batch)
-    if limit < floor:
+    if limit < found.noise.floor:
         return (
             f"No answer: the limit of {limit:g} is below what full recompute differs from itself "
-            f"({floor:.1e})."
+            f"({found.noise.floor:.1e})."
         )
-    best = found.recommended(limit)
-    if best is None:
+    chosen = _chosen(found, names, limit)
+    if chosen is None:
         return (
             f"None of these stays within {limit:g}. Try more rows (--selections "
             "leading:32,leading:64), or everything."
         )
-    name = next(name for name, one in by_name.items() if one is best)
+    name, best = chosen
     return (
         f"Recommended: {best.selection}, or {name}: siblings are {best.mean:.5f} nats away on "
-        f"average, within {limit:g}, and no other that is computes fewer rows."
+        f"average (at most {best.upper:.5f}, by a 95 % interval), within {limit:g}, and no other "
+        "that is computes fewer rows."
     )

@@ -30,6 +30,7 @@ from tokendance.store import DiffStore
 
 _BLOCK_SIZE = 16
 _NOISE_PROMPTS = 2
+_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Reuse:
         kl: KL(full recompute || reuse) in nats of each sibling of each round, mean over its tokens.
             Siblings are the agents that share segments and are Master agents under none of the
             selections: a Master agent computes all of its rows itself.
+        rounds: number of the round of each sibling.
         top1: share of the siblings' tokens for which both have the same likeliest token.
     """
 
     selection: Selection
     rows: float
     kl: list[float]
+    rounds: list[int]
     top1: float
 
     @property
@@ -58,6 +61,30 @@ class Reuse:
     def percentile(self, share: float) -> float:
         """Of the siblings' KL, interpolated linearly."""
         return float(np.percentile(self.kl, share))
+
+    @property
+    def upper(self) -> float:
+        """Upper end of the mean's 95 % interval, by a bootstrap of `_DRAWS` draws.
+
+        Siblings of one round have heard the same. So a draw takes as many rounds as there are, with
+        replacement, and of each of them as many siblings as it has, with replacement. With a single
+        round only siblings are drawn: the end says nothing about other rounds.
+        """
+        by_round: dict[int, list[float]] = {}
+        for number, kl in zip(self.rounds, self.kl, strict=True):
+            by_round.setdefault(number, []).append(kl)
+        found = [np.array(one) for one in by_round.values()]
+        generator = np.random.default_rng(0)
+        means = [
+            np.concatenate(
+                [
+                    generator.choice(found[i], len(found[i]))
+                    for i in generator.choice(len(found), len(found))
+                ]
+            ).mean()
+            for _ in range(_DRAWS)
+        ]
+        return float(np.percentile(means, 97.5))
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,8 @@ def calibrate(
     reuses = []
     for selection, one in zip(selections, runs, strict=True):
         kl, top1 = zip(*(one.agents[key] for key in siblings), strict=True)
-        reuses.append(Reuse(selection, one.rows, list(kl), float(np.mean(top1))))
+        numbers = [number for number, _ in siblings]
+        reuses.append(Reuse(selection, one.rows, list(kl), numbers, float(np.mean(top1))))
     return Calibration(sum(len(one.token_ids) for one in prompts), noise, reuses)
 
 

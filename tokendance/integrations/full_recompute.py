@@ -48,6 +48,11 @@ class Noise:
     chunks: float
     batch: float
 
+    @property
+    def floor(self) -> float:
+        """The greater of both: a limit below it has no answer."""
+        return max(self.chunks, self.batch)
+
 
 @torch.inference_mode()
 def continue_greedily(model: Any, token_ids: Sequence[int], new_tokens: int) -> Continuation:
