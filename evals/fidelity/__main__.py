@@ -13,14 +13,15 @@
     ideas [town_square] [--only collecting,leading] [--rounds 4] [--agents 4]
     rows [agentsociety] [--round 1]
     answers [--sessions 4]
+    trajectories [--societies 8] [--rounds 10] [--new-tokens 32]
     quantized [town_square debate] [--agents 4]
     render PATH [--pictures build/fidelity]
 
 ``--selection`` says which rows are repaired, where ways do not. Each writes JSON (``--json``, or
 its name in ``--out``) and makes its Markdown of that, as ``render`` does again at any time. What
-the JSON of ``front`` or ``answers`` holds already is not measured again, so that they can be
-stopped and continued. ``noise`` of the same model in ``--out`` stands beside all tables that are
-made after it. ``front`` writes one picture per workload, too, with the extra ``bench``.
+the JSON of ``front``, ``answers`` or ``trajectories`` holds already is not measured again, so that
+they can be stopped and continued. ``noise`` of the same model in ``--out`` stands beside all tables
+that are made after it. ``front`` writes one picture per workload, too, with the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from evals.fidelity import (
     quantized,
     rows,
     tolerance,
+    trajectories,
 )
 from evals.fidelity.document import Document
 from evals.models import load_model, origin_of
@@ -63,12 +65,14 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "rows": rows.text,
     "answers": answers.text,
     "quantized": quantized.text,
+    "trajectories": trajectories.text,
 }
 """Per command what makes Markdown of its result."""
 
 _REPAIRING = ("drift", "leakage", "tolerance", "audits", "ideas", "answers", "quantized")
 _SETTINGS = {
     "front": ("new_tokens", "agents"),
+    "trajectories": ("rounds", "new_tokens"),
     **dict.fromkeys(_REPAIRING, ("selection",)),
 }
 """Arguments that must be the same where a file is continued."""
@@ -132,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--round", type=int, default=1)
     one = commands.add_parser("answers")
     one.add_argument("--sessions", type=int, default=4)
+    one = commands.add_parser("trajectories")
+    one.add_argument("--societies", type=int, default=len(trajectories.SCENES))
+    one.add_argument("--rounds", type=int, default=10)
+    one.add_argument("--new-tokens", type=int, default=32)
     one = commands.add_parser("quantized")
     known = functools.partial(_one_of, quantized.SAMPLED)
     one.add_argument("workloads", nargs="*", type=known, default=list(quantized.SAMPLED))
@@ -159,7 +167,7 @@ def _measure(options: argparse.Namespace) -> None:
         found = document.read(beside)
         made.noise = found.result if found.model == made.model else None
     known = None
-    if options.command in ("front", "answers"):
+    if options.command in ("front", "answers", "trajectories"):
         known = document.read_known(path, made)
 
     def save(result: Any) -> None:
@@ -200,6 +208,9 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
     if options.command == "ideas":
         some = options.only.split(","), options.rounds, options.agents
         return ideas.run(*loaded, options.workload, chosen, *some)
+    if options.command == "trajectories":
+        many = options.societies, options.rounds, options.new_tokens
+        return trajectories.run(*loaded, known or [], *many, save)
     if options.command == "rows":
         return rows.run(loaded[1], options.workload, options.round)
     rounds = read_rounds(find_workload("debate"), rounds=(0, 1))
