@@ -22,6 +22,7 @@ from evals.fidelity import (
     rows,
 )
 from evals.replay import SystemResult
+from evals.workloads import RecordedAgent, RecordedBlock, RecordedRound
 from tokendance.device import operators as ops
 
 
@@ -189,9 +190,39 @@ def test_other_tables_of_fidelity():
     assert told[-1] == (
         "| master/nothing | 2 | -8.625 | -9.500 | +0.375 | -0.250 | +1.000 | -1.000 |"
     )
-    one = {"recorded": "5", "full": {"a": "5", "b": "6"}, "pic": {"a": "4", "b": "5"}}
-    said = answers.text([{**one, "tokendance": {"a": "5", "b": "5"}}]).splitlines()
-    assert said[-2:] == ["| pic | 2 | 0.0% | 50.0% |", "| tokendance | 2 | 50.0% | 100.0% |"]
+
+
+def test_answers_are_scored_between_the_floor_and_full_recompute():
+    one = {
+        "recorded": "5",
+        answers.FLOOR: {"a": "4", "b": "5", "c": "1"},
+        "full": {"a": "5", "b": "5 ", "c": "5"},
+        "pic": {"a": "4", "b": "5", "c": "5"},
+        "tokendance": {"a": "5", "b": "5", "c": "5"},
+    }
+    lines = answers.text([one, one]).splitlines()
+    assert [line.count("|") for line in lines] == [6] * 6
+    assert lines[2].endswith("| 100.0% (100.0% to 100.0%) | 1.000 (no interval) |")
+    assert lines[3].startswith(
+        "| pic | 6 | 66.7% (33.3% to 100.0%) | 66.7% (33.3% to 100.0%) | 0.500 "
+    )
+    assert lines[4].startswith("| tokendance | 6 | 100.0% (100.0% to 100.0%) | 100.0% (100.0% to ")
+    assert lines[5].startswith(
+        "| no context | 6 | 33.3% (0.0% to 66.7%) | 33.3% (0.0% to 66.7%) | 0."
+    )
+    nothing = {**one, "full": one[answers.FLOOR]}
+    assert answers.text([nothing]).splitlines()[2].endswith(" | - |")
+    all_of_it = {**one, answers.FLOOR: {"a": "4", "b": "4", "c": "1"}}
+    assert answers.text([all_of_it]).splitlines()[3].endswith("| 0.667 (0.000 to 1.000) |")
+
+
+def test_without_messages_the_question_is_left():
+    blocks = [RecordedBlock("task", "What?"), RecordedBlock("shared", "5!", "0.a")]
+    agents = tuple(RecordedAgent(name, tuple(blocks)) for name in "ab")
+    one = RecordedRound("debate", "s", 1, "", agents, "x:1")
+    found = answers.without_messages(one)
+    assert [agent.blocks for agent in found.agents] == [(blocks[0],)] * 2
+    assert [agent.name for agent in found.agents] == ["a", "b"]
 
 
 @pytest.mark.parametrize("command", ["front", "quantized", "ideas"])
