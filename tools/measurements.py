@@ -47,7 +47,9 @@ COMMANDS = {
     "measurements/qwen0.5b_town_square": f"{_QWEN} front town_square {_WAYS}",
     "measurements/qwen0.5b_debate": f"{_QWEN} front debate --agents 4 {_WAYS}",
     "measurements/qwen0.5b_debates": f"{_QWEN} front debate --session gsm_qwen3-14b/09 --agents 3 "
-    f"--rounds 6 {_WAYS},master/leading:12",
+    f"--rounds 8 {_WAYS},master/leading:12",
+    "measurements/qwen0.5b_town_meetings": f"{_QWEN} front town_meetings --agents 4 --rounds 9 "
+    f"{_WAYS},master/leading:12",
     "measurements/smollm2_town_meetings": f"{_SMOLLM2} front town_meetings "
     f"--agents 4 --rounds 9 {_WAYS},master/leading:12",
     "measurements/smollm2_rows": f"{_SMOLLM2} rows agentsociety",
