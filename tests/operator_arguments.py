@@ -56,6 +56,7 @@ def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16, size: int = 1) 
     partials = tuple(partials)
     num_rows, heads, head_dim = case.q.shape
     return {
+        **coded_arguments(size),
         "rope_rotate": [keys, rows, source, target, *tables],
         "rope_rotate_out": [
             *(keys, rows, rows.flip(0), source, target, *tables, 1.5),
@@ -95,6 +96,21 @@ def arguments_of(name: str, dtype: torch.dtype = torch.bfloat16, size: int = 1) 
             torch.zeros(4 * size, 2),
         ],
     }[name]
+
+
+def coded_arguments(size: int) -> dict[str, list[Any]]:
+    """Of the operators between pages and coded ones."""
+    generator = torch.Generator().manual_seed(3)
+    pool = torch.randn(1 + 2 * size, 8, 2, 64, generator=generator).to(torch.bfloat16)
+    page, rows = torch.arange(2 * size), torch.full((2 * size,), 7, dtype=torch.int32)
+    bytes_of_page = 2 * 64 * 2 + 8 * 2 * 32
+    coded = torch.zeros(2 * size, bytes_of_page, dtype=torch.uint8)
+    full = coded.clone()
+    torch.ops.tokendance.encode_pages(pool, page, rows, "int4", True, full)
+    return {
+        "encode_pages": [pool, page + 1, rows, "int4", True, coded, page.flip(0)],
+        "decode_pages": [full, page.flip(0), rows, "int4", True, torch.zeros_like(pool), page + 1],
+    }
 
 
 QUANTIZED_OPERATORS = (

@@ -20,6 +20,7 @@ MODULES = (
     "test_diff_restore.py",
     "test_collective_attention.py",
     "test_merge_states.py",
+    "test_coded_pages.py",
 )
 # All dtypes, head dims and styles, odd rotary dims and group sizes, special values.
 SUBSET = (

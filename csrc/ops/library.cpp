@@ -51,4 +51,10 @@ STABLE_TORCH_LIBRARY(tokendance, m) {
   m.def(
       "merge_states_out(Tensor partial_out, Tensor partial_lse, Tensor? sinks, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
+  m.def(
+      "encode_pages(Tensor pool, Tensor page, Tensor rows, str code, bool per_channel, "
+      "Tensor(a!) coded, Tensor? slot=None) -> ()");
+  m.def(
+      "decode_pages(Tensor coded, Tensor? slot, Tensor rows, str code, bool per_channel, "
+      "Tensor(a!) pool, Tensor page) -> ()");
 }

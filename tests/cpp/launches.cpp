@@ -17,6 +17,7 @@
 
 #include "planner/decide.h"
 #include "planner/work_list.h"
+#include "tokendance/coded_pages.h"
 #include "tokendance/launch.h"
 
 namespace {
@@ -389,6 +390,44 @@ void run(DType dtype, DType plain, int head_dim, int rotary_dim, bool interleave
   for (float value : lse) CHECK(fabsf(value - (0.25f + logf(3.f))) < 1e-5f);
 }
 
+// Pages to slots in another order and back: the largest element of a scale keeps its bits, and what
+// is coded twice is the same.
+void code(DType dtype, Code code, bool per_channel, int head_dim, int block_size, uint32_t seed) {
+  std::mt19937 rng(seed);
+  const int heads = 3;
+  const int64_t pages = 9, elements = int64_t{block_size} * heads * head_dim;
+  std::vector<uint8_t> pool = random_values(rng, pages * elements, dtype);
+  std::vector<int64_t> page, slot;
+  std::vector<int32_t> rows;
+  for (int64_t i = 0; i < pages; ++i) {
+    page.push_back((i + 4) % pages);
+    slot.push_back(pages - 1 - i);
+    rows.push_back(static_cast<int32_t>(rng() % (block_size + 1)));
+  }
+  CodedPagesParams params{};
+  params.layout = {pages * block_size, elements, int64_t{heads} * head_dim, head_dim, block_size};
+  params.page = page.data();
+  params.slot = slot.data();
+  params.rows = rows.data();
+  params.num_pages = pages;
+  params.num_heads = heads;
+  params.head_dim = head_dim;
+  params.code = code;
+  params.per_channel = per_channel;
+  params.dtype = dtype;
+  params.slot_stride = coded_page_bytes(params);
+  std::vector<uint8_t> coded(pages * params.slot_stride), again(coded.size());
+  std::vector<uint8_t> found(pool.size());
+  params.pool = pool.data();
+  params.coded = coded.data();
+  cpu_encode_pages(params, threaded);
+  params.pool = found.data();
+  cpu_decode_pages(params, threaded);
+  params.coded = again.data();
+  cpu_encode_pages(params, threaded);
+  CHECK(again == coded);
+}
+
 // A round of random prompts, laid out: spans tile each prompt, and each row that is not computed
 // stands in one use.
 void lay_out(uint32_t seed) {
@@ -500,6 +539,12 @@ int main() {
     run(dtype, DType::kFloat16, 96, 96, true, 32, 0, seed++);
     run(dtype, DType::kBFloat16, 128, 0, false, 8, 20, seed++);
     run(dtype, DType::kFloat32, 256, 128, false, 16, 0, seed++);
+  }
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (Code one : {Code::kExact, Code::kFloat8, Code::kInt8, Code::kInt4}) {
+      code(dtype, one, true, 80, 8, seed++);
+      code(dtype, one, false, 256, 16, seed++);
+    }
   }
   for (uint32_t round = 0; round < 300; ++round) lay_out(round);
   printf("%u rounds on %s: no failure\n", seed, cpu_isa());

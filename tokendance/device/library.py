@@ -47,6 +47,8 @@ OPERATORS = (
     "collective_attention_out",
     "merge_states",
     "merge_states_out",
+    "encode_pages",
+    "decode_pages",
 )
 
 

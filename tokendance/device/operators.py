@@ -54,8 +54,10 @@ __all__ = [
     "OPERATORS",
     "collective_attention",
     "collective_attention_out",
+    "decode_pages",
     "diff_encode",
     "diff_restore",
+    "encode_pages",
     "key_deviation",
     "key_deviation_out",
     "merge_states",
@@ -74,7 +76,7 @@ def _call(operator: Callable[..., object], *arguments: object) -> object:
     return operator(*[_taken(argument) for argument in arguments])
 
 
-_AS_THEY_ARE = (Tensor, int, float, type(None))  # a step calls operators for every layer
+_AS_THEY_ARE = (Tensor, int, float, str, type(None))  # a step calls operators for every layer
 
 
 def _taken(argument: object) -> object:
@@ -524,3 +526,55 @@ def merge_states_out(
 ) -> None:
     """:func:`merge_states` into ``out`` and ``lse``, contiguous, mutated."""
     _call(_ops.merge_states_out, partial_out, partial_lse, sinks, as_output(out), as_output(lse))
+
+
+# Pages below the device -------------------------------------------------------------------------
+
+
+def encode_pages(
+    pool: Array,
+    page: Array,
+    rows: Array,
+    code: str,
+    per_channel: bool,
+    coded: Array,
+    slot: Array | None = None,
+) -> None:
+    """Keeps pages of keys or values in fewer bits (KIVI, 2402.02750).
+
+    A scale is the largest magnitude that shares it, and comes back bit for bit. An element is off
+    by half a step, the scale over 127 (int8) or 7 (int4), or by 2^-4 of itself or 2^-10 / 448 of
+    the scale (e4m3), and by its rounding to the rows' dtype. Of a scale that is not finite nothing
+    is. What was decoded is coded again to what gives the same elements.
+
+    On the CPU alone: what is below the device lies in host memory.
+
+    Args:
+        pool: ``[num_pages, block_size, Hk, D]`` of keys or values, fp32, fp16 or bf16.
+        page: int64 ``[n]``.
+        rows: int32 ``[n]``, how many of each page's rows are coded; the others count as zeros.
+        code: ``"exact"``, ``"e4m3"``, ``"int8"`` or ``"int4"``.
+        per_channel: scales of heads and dims, as of keys, instead of rows and heads.
+        coded: uint8 ``[slots, bytes]`` with slots at multiples of 16 bytes, mutated; the bytes are
+            those of `tokendance.device.codec.PageCodec`.
+        slot: int64 ``[n]``, distinct, where each page goes; None for ``0 .. n-1``.
+    """
+    _call(_ops.encode_pages, pool, page, rows, code, per_channel, as_output(coded), slot)
+
+
+def decode_pages(
+    coded: Array,
+    slot: Array | None,
+    rows: Array,
+    code: str,
+    per_channel: bool,
+    pool: Array,
+    page: Array,
+) -> None:
+    """The inverse of :func:`encode_pages`: the first ``rows[i]`` rows of ``page[i]`` are written.
+
+    Args:
+        pool: mutated; the other arguments are those of :func:`encode_pages`.
+        page: int64 ``[n]``, distinct.
+    """
+    _call(_ops.decode_pages, coded, slot, rows, code, per_channel, as_output(pool), page)

@@ -41,9 +41,11 @@ from tokendance.testing.exact_rows import (
 __all__ = [
     "MirrorRows",
     "collective_attention",
+    "decode_pages",
     "dequantize_rows",
     "diff_encode",
     "diff_restore",
+    "encode_pages",
     "exact_rotation",
     "fused_multiply_add",
     "gather_rows",
@@ -515,3 +517,86 @@ def merge_states(
     lse = torch.logsumexp(score, dim=-1)
     out = torch.einsum("rhk,krhd->rhd", _weights(score, lse, sinks), partial_out.double())
     return out, lse
+
+
+_LARGEST_CODE = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0}
+
+
+def encode_pages(
+    pool: Tensor,
+    page: Tensor,
+    rows: Tensor,
+    code: str,
+    per_channel: bool,
+    coded: Tensor,
+    slot: Tensor | None = None,
+) -> None:
+    """``tokendance::encode_pages``: pages of keys or values in fewer bits.
+
+    Bits are promised; ``coded_pages.h`` says how they lie.
+    """
+    slots = torch.arange(len(page)) if slot is None else slot
+    for number, count, where in zip(page.tolist(), rows.tolist(), slots.tolist(), strict=True):
+        rows_of_page = torch.zeros_like(pool[number], memory_format=torch.contiguous_format)
+        rows_of_page[:count] = pool[number, :count]
+        if code == "exact":
+            coded[where] = rows_of_page.view(torch.uint8).flatten()
+            continue
+        magnitudes = rows_of_page.float().abs()
+        scale = magnitudes.amax(dim=0 if per_channel else 2, keepdim=True)
+        scale[scale < 2.0**-100] = 0.0
+        factor = torch.where(scale == 0, 0.0, torch.tensor(_LARGEST_CODE[code]) / scale)
+        codes = _codes_of(rows_of_page.float() * factor, code)
+        stored = _with_nan_of_cuda(scale, pool.dtype).flatten().view(torch.uint8)
+        coded[where] = torch.cat([stored, codes])
+
+
+def _with_nan_of_cuda(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded; all payload bits of a NaN are set."""
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    nan = torch.tensor(torch.iinfo(bits).max, dtype=bits).view(dtype)
+    return torch.where(x.isnan(), nan, x.to(dtype))
+
+
+def _codes_of(parts: Tensor, code: str) -> Tensor:
+    """Fractions of the largest code as bytes."""
+    if code == "e4m3":
+        limited = parts.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+        return torch.where(parts.isnan(), 0x7F, limited).flatten()
+    whole = parts.nan_to_num(0.0, 127.0, -127.0).clamp(-127.0, 127.0).round().to(torch.int8)
+    if code == "int8":
+        return whole.view(torch.uint8).flatten()
+    halves = ((whole & 15) ^ 8).view(torch.uint8).view(-1, 2, 8)
+    return (halves[:, 0] | halves[:, 1] << 4).flatten()
+
+
+def decode_pages(
+    coded: Tensor,
+    slot: Tensor | None,
+    rows: Tensor,
+    code: str,
+    per_channel: bool,
+    pool: Tensor,
+    page: Tensor,
+) -> None:
+    """``tokendance::decode_pages``: the inverse of :func:`encode_pages`."""
+    slots = torch.arange(len(page)) if slot is None else slot
+    block, heads, dims = pool.shape[1:]
+    for number, count, where in zip(page.tolist(), rows.tolist(), slots.tolist(), strict=True):
+        raw = coded[where].contiguous()
+        if code == "exact":
+            pool[number, :count] = raw.view(pool.dtype).view(block, heads, dims)[:count]
+            continue
+        shape = (1, heads, dims) if per_channel else (block, heads, 1)
+        end = math.prod(shape) * pool.element_size()
+        scale = raw[:end].view(pool.dtype).view(shape).float()
+        codes = raw[end:]
+        if code == "int4":
+            halves = codes.view(-1, 8)
+            codes = torch.stack([halves & 15, halves >> 4], dim=1)
+            numbers = codes.float() - 8.0
+        else:
+            numbers = codes.view(torch.float8_e4m3fn if code == "e4m3" else torch.int8).float()
+        fraction = 1.0 / torch.tensor(_LARGEST_CODE[code])
+        found = (numbers.view(block, heads, dims) * fraction * scale)[:count]
+        pool[number, :count] = _with_nan_of_cuda(found, pool.dtype)
