@@ -1,14 +1,14 @@
-"""Rows on disk in fewer bits: how far off they are, how large, and that it happens once."""
+"""Stores whose lower tiers keep rows in fewer bits: how far off, how large, and that it happens
+once. `test_coded_pages.py` has the bounds of each code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from driving import GEOMETRY, ROPE, run_round, tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from driving import GEOMETRY, ROPE, run_prefill, run_round, run_step, tokens
 from stored_rounds import (
     contents,
     continued,
@@ -24,96 +24,6 @@ from test_store_command import said
 
 import tokendance as td
 from tokendance import Codec
-from tokendance.files.codec import RowCodec
-
-LARGEST = {"int8": 127, "int4": 7}
-
-
-def through(codec: RowCodec, rows: torch.Tensor) -> torch.Tensor:
-    raw = rows.contiguous().view(torch.uint8).reshape(-1).numpy().data
-    coded = codec.encode(raw)
-    assert len(coded) == codec.size(len(rows))
-    back = codec.decode(bytearray(coded))
-    return torch.frombuffer(back, dtype=rows.dtype).view(rows.shape)
-
-
-@given(
-    count=st.sampled_from([1, 2, 31, 32, 33, 100]),
-    shape=st.sampled_from([(1, 16), (3, 64), (2, 80)]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    kind=st.sampled_from(["int8", "int4"]),
-    per_channel=st.booleans(),
-    size=st.sampled_from([1e-6, 1.0, 20.0]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=120, deadline=None)
-def test_an_element_is_off_by_half_a_scale(
-    count: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    kind: str,
-    per_channel: bool,
-    size: float,
-    seed: int,
-) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    rows = (torch.randn(count, *shape, generator=draw) * size).to(dtype)
-    rows[0, 0] = 0
-    rows[:, :, 3] *= 50
-    found = through(RowCodec(kind, shape, dtype, per_channel), rows).float()
-    exact = rows.float()
-    if per_channel:
-        largest = torch.cat(
-            [part.abs().amax(0, keepdim=True).expand_as(part) for part in torch.split(exact, 32)]
-        )
-    else:
-        largest = exact.abs().amax(-1, keepdim=True).expand_as(exact)
-    # A scale is rounded up, by a 128th at most; what comes out, to the rows' dtype.
-    scale = largest / LARGEST[kind] * (1 + 1 / 128)
-    info = torch.finfo(dtype)
-    rounding = (exact.abs() + scale) * info.eps / 2 + info.smallest_normal * info.eps
-    assert ((found - exact).abs() <= scale / 2 * (1 + 1e-5) + rounding).all()
-    assert (found[largest == 0] == 0).all()
-
-
-def test_keys_of_a_few_large_channels_want_scales_of_channels() -> None:
-    keys = torch.randn(256, 2, 64)
-    keys[:, :, [5, 40]] *= 60
-    errors = [
-        (through(RowCodec("int8", (2, 64), torch.float32, per_channel), keys) - keys)[:, :, :5]
-        for per_channel in (True, False)
-    ]
-    assert errors[0].abs().mean() * 20 < errors[1].abs().mean()
-
-
-def test_the_largest_elements_stay_finite() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        rows = torch.full((3, 1, 16), torch.finfo(dtype).max, dtype=dtype)
-        for kind in LARGEST:
-            for sign in (1, -1):
-                found = through(RowCodec(kind, (1, 16), dtype, per_channel=True), sign * rows)
-                assert found.isfinite().all()
-
-
-def test_what_is_not_finite_does_not_become_so() -> None:
-    rows = torch.randn(4, 1, 16)
-    rows[2, 0, 3] = torch.nan
-    rows[3, 0, 3] = torch.inf
-    for kind in LARGEST:
-        found = through(RowCodec(kind, (1, 16), torch.float32, per_channel=False), rows)
-        assert found[:2].isfinite().all()
-        assert not found[2:, 0, 3].isfinite().any()
-
-
-def test_sizes() -> None:
-    """Of 64 rows in bf16."""
-    exact = RowCodec("exact", (4, 128), torch.bfloat16, True).size(64)
-    sizes = [
-        RowCodec(kind, (4, 128), torch.bfloat16, per_channel).size(64) / exact
-        for kind in ("int8", "int4")
-        for per_channel in (True, False)
-    ]
-    assert sizes == [1 / 2 + 1 / 32, 1 / 2 + 1 / 128, 1 / 4 + 1 / 32, 1 / 4 + 1 / 128]
 
 
 @pytest.mark.parametrize("codec", [Codec("int8", "int8"), Codec("exact", "int4"), Codec()])
@@ -179,6 +89,115 @@ def test_what_passes_between_directories(
     assert list(open_store(tmp_path / "coded").damaged) == ["ada"]
 
 
+def test_masters_and_own_rows_apart(tmp_path: Path) -> None:
+    """What many share may be kept as it is, and what each has alone in fewer bits."""
+    with open_store(tmp_path / "store", codec=Codec("int4", "int4", "exact", "exact")) as store:
+        rows = put(store, {"ada": 45})
+    store = open_store(tmp_path / "store")
+    found = contents(store)["ada"]
+    assert torch.equal(found[:, :, 5:], rows["ada"][:, :, 5:])  # its segment's Master
+    assert not torch.equal(found[:, :, :5], rows["ada"][:, :, :5])
+    assert store.verify() == {}
+    store.export_agents(tmp_path / "exported")
+    store.close()
+    assert same_contents(contents(open_store(tmp_path / "exported")), {"ada": found})
+    with pytest.raises(ValueError, match=r"codec: expected that of .*master_keys='exact'"):
+        open_store(tmp_path / "store", codec=Codec("int4", "int4"))
+
+
+def test_an_export_has_what_the_store_had(tmp_path: Path) -> None:
+    """Rows that were coded are coded again to the same."""
+    with open_store(tmp_path / "store", codec=Codec("int8", "e4m3")) as store:
+        put(store, {"ada": 45, "ben": 70})
+    store = open_store(tmp_path / "store")
+    before = contents(store)
+    store.export_agents(tmp_path / "exported", ["ben"])
+    store.release("ben")
+    assert store.import_agents(tmp_path / "exported") == ["ben"]
+    store.rest(["ada", "ben"])
+    assert same_contents(contents(store), before)
+
+
+# Host memory --------------------------------------------------------------------------------------
+
+PAGE = 8 * GEOMETRY.row_bytes
+
+
+@pytest.mark.parametrize("code", ["e4m3", "int8", "int4"])
+def test_rows_in_host_memory_are_coded_once(code: str) -> None:
+    codec = Codec(code, code)
+    store = td.DiffStore(
+        GEOMETRY, ROPE, "1MiB", block_size=8, host_capacity="64KiB", host_codec=codec
+    )
+    rows = put(store, {"ada": 45})
+    store.rest("ada")
+    store.evict(1000)  # the pool has the Master still, as it was
+    used = store.stats().tiers["host"].used_bytes
+    assert used == 6 * store.executor.host.page_bytes  # 5 own rows, and a Master of 40
+    assert used < 0.4 * 6 * PAGE
+    first = contents(store)
+    off = (first["ada"] - rows["ada"]).abs()
+    assert 0 < off.max() < {"e4m3": 0.3, "int8": 0.03, "int4": 0.4}[code]
+    for _ in range(3):
+        store.rest("ada")
+        store.evict(1000)
+        assert same_contents(contents(store), first)
+
+
+def test_the_disk_gets_what_host_memory_has(tmp_path: Path) -> None:
+    codec = Codec("int8", "int8")
+    options = {"host_capacity": "64KiB", "codec": codec, "host_codec": codec}
+    store = open_store(tmp_path / "store", **options)
+    put(store, {"ada": 45, "ben": 30})
+    store._tiers.to_host(["ada", "ben"])
+    store.evict(1000)
+    store.flush()
+    there = contents(store)
+    store.close()
+    assert same_contents(contents(open_store(tmp_path / "store", **options)), there)
+
+
+def test_suspended_agents_are_coded_too() -> None:
+    """Rows that a page has no more of do not count."""
+    stores = [
+        td.DiffStore(GEOMETRY, ROPE, "1MiB", block_size=8, host_capacity="64KiB", host_codec=codec)
+        for codec in (None, Codec("int8", "int8"))
+    ]
+    found = []
+    for store in stores:
+        for pool in (*store.pool.k_pools, *store.pool.v_pools):
+            pool.fill_(torch.nan)
+        collector = td.KVCollector(store)
+        plan = collector.plan({"ada": [td.private(tokens(1, 21))]})
+        run_prefill(collector, plan)
+        for token in range(3):
+            run_step(collector.step({"ada": [token]}, prefill=()))
+        plan.suspend("ada", to="host")
+        plan.resume("ada")
+        run_step(collector.step({"ada": [7]}, prefill=()))
+        plan.commit()
+        found.append(contents(store)["ada"])
+    off = (found[1] - found[0]).abs()
+    assert 0 < off.max() <= found[0].abs().max() / 254 * 1.01
+    assert not off[:, :, -1].any()
+
+
+def test_a_tenants_host_memory_holds_more_in_fewer_bits() -> None:
+    store = td.DiffStore(
+        *(GEOMETRY, ROPE, "1MiB"),
+        block_size=8,
+        host_capacity=f"{20 * PAGE}",
+        host_codec=Codec("int4", "int4"),
+    )
+    tenant = store.tenant("acme", bytes(16), "128KiB", 10 * PAGE)
+    assert tenant.scheduler.host_pages.limit > 30
+    run_round(td.KVCollector(tenant), {"ada": [tenant.private(tokens(1, 64))]})
+    tenant.rest("ada")
+    assert tenant.stats().tiers["host"].used_bytes < 0.3 * 64 * GEOMETRY.row_bytes
+    tenant.close()
+    assert not any(store.executor.host.pages_of(part, np.arange(20))[0].any() for part in range(4))
+
+
 def test_tenants_rows_are_coded_too(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", codec=Codec("int8", "int8"))
     tenant = store.tenant("acme", bytes(16), "1MiB")
@@ -188,9 +207,16 @@ def test_tenants_rows_are_coded_too(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"values: expected exact, int8 or int4, got 'fp4'"):
+    with pytest.raises(ValueError, match=r"values: expected exact, e4m3, int8 or int4, got 'fp4'"):
         Codec(values="fp4")
+    made = {"capacity": "1MiB", "host_capacity": "1MiB"}
+    with pytest.raises(ValueError, match="host_codec: expected one for Masters and own rows"):
+        td.DiffStore(GEOMETRY, ROPE, **made, host_codec=Codec("int4", "int4", "exact"))
+    with pytest.raises(ValueError, match="host_codec: expected one beside host_capacity"):
+        td.DiffStore(GEOMETRY, ROPE, "1MiB", host_codec=Codec("int4", "int4"))
     kept = td.Quantization.unit(GEOMETRY)
+    with pytest.raises(ValueError, match="host_codec: expected none beside a quantized pool"):
+        td.DiffStore(GEOMETRY, ROPE, **made, quantization=kept, host_codec=Codec("int8", "int8"))
     with pytest.raises(ValueError, match="codec: expected none beside a quantized pool"):
         td.DiffStore.open(
             tmp_path / "store",

@@ -30,7 +30,7 @@ from stored_rounds import (
 from torch import Tensor
 
 import tokendance as td
-from tokendance.files.catalogue import Catalogue, Changes, Row
+from tokendance.files.catalogue import VERSION, Catalogue, Changes, Row
 from tokendance.files.copying import LONGEST, copy_agents, damage_of
 from tokendance.files.directory import CATALOGUE, Directory
 from tokendance.files.disk import Disk
@@ -212,7 +212,7 @@ def test_a_catalogue_that_is_gone_or_another_is_refused(tmp_path: Path) -> None:
     refused(path, "catalogue.sqlite: expected")
     catalogue.write_bytes(raw)
     run_sql(path, "PRAGMA user_version=99")
-    refused(path, "catalogue.sqlite: expected version 1, got 99")
+    refused(path, f"catalogue.sqlite: expected version {VERSION}, got 99")
 
 
 def run_sql(path: Path, statement: str) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokendance.audit import Audit
     from tokendance.collector import KVCollector
+    from tokendance.device.codec import Codec
     from tokendance.device.geometry import KVGeometry
     from tokendance.device.pool import PagePool
     from tokendance.device.quantization import Quantization
     from tokendance.device.rope import Rope
     from tokendance.device.rounds import RoundTensors
-    from tokendance.files.codec import Codec
     from tokendance.files.errors import DamagedError, StoreInUseError
     from tokendance.host.agent import Phase
     from tokendance.host.books import OutOfPagesError
@@ -44,7 +44,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _MODULES = {
     "Audit": "audit",
     "AuditReport": "host.gate",
-    "Codec": "files.codec",
+    "Codec": "device.codec",
     "CollectorStats": "host.gate",
     "DamagedError": "files.errors",
     "DiffStore": "store",

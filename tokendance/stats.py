@@ -117,7 +117,7 @@ def count(scheduler: Scheduler, executor: Executor, tiers: Tiers) -> StoreStats:
         evictable_pages=books.evictable_pages,
         held_pages=books.used_pages - books.evictable_pages,
         evictions=books.evictions,
-        tiers=_tiers(scheduler, tiers, len(masters), pool.page_bytes),
+        tiers=_tiers(scheduler, executor, tiers, len(masters)),
     )
 
 
@@ -133,9 +133,9 @@ def _masters_of(books: Books) -> tuple[dict[int, Master], dict[int, Master]]:
 
 
 def _tiers(
-    scheduler: Scheduler, tiers: Tiers, masters: int, page_bytes: int
+    scheduler: Scheduler, executor: Executor, tiers: Tiers, masters: int
 ) -> dict[str, TierStats]:
-    books = scheduler.books
+    books, page_bytes = scheduler.books, executor.pool.page_bytes
     found = {
         "device": TierStats(
             agents=len(books.mirrors),
@@ -147,7 +147,8 @@ def _tiers(
         )
     }
     if tiers.host is not None:
-        there, pages = tiers.host.books, scheduler.host_pages
+        assert executor.host is not None
+        there, pages, page_bytes = tiers.host.books, scheduler.host_pages, executor.host.page_bytes
         found["host"] = TierStats(
             agents=len(there.mirrors),
             masters=len(_masters_of(there)[0]),

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from tokendance.device.arrays import Array, as_tensor, as_tensors, is_array
+from tokendance.device.codec import EXACT, Codec
 from tokendance.device.executor import Executor
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
+from tokendance.device.host_pages import host_page_bytes
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
 from tokendance.device.ranges import marked
 from tokendance.device.rope import Rope
 from tokendance.encoding import encode_round
 from tokendance.files import tenant_directory, transfer
-from tokendance.files.codec import Codec
 from tokendance.files.directory import Directory, Progress
 from tokendance.files.durability import Durability
 from tokendance.files.errors import DamagedError
@@ -70,6 +71,8 @@ class DiffStore(
             within one call is not.
         spare: bytes of pages, as ``capacity``, that a thread keeps free by moving down ahead what
             is longest unused, so that nobody who wants pages waits for it.
+        host_codec: how rows are kept in host memory, those of suspended agents too, Masters as own
+            rows. Not of quantized pages.
 
     Raises:
         ValueError: for arguments that do not fit each other, naming the argument.
@@ -98,11 +101,14 @@ class DiffStore(
         host_capacity: int | str | None = None,
         zero_freed: bool = False,
         spare: int | str = 0,
+        host_codec: Codec | None = None,
     ) -> None:
         if (capacity is None) == (pool is None):
             raise ValueError("capacity: expected either capacity or pool, got both or neither")
         if pool is not None and quantization is not None:
             raise ValueError("quantization: expected that of the pool, got one beside a pool")
+        if host_codec is not None and host_capacity is None:
+            raise ValueError("host_codec: expected one beside host_capacity, got one without")
         if zero_freed and pool is not None and pool.allocate is not None and pool.num_free is None:
             raise ValueError("zero_freed: expected a pool with num_free, got one without")
         if pool is None:
@@ -117,9 +123,11 @@ class DiffStore(
                     f"capacity: expected at least one page of {page_bytes} bytes, got {capacity}"
                 )
             pool = PagePool.own(geometry, pages, block_size, device, quantization)
-        page_bytes = pool.page_bytes
-        host_pages = 0 if host_capacity is None else parse_bytes(host_capacity) // page_bytes
-        executor = Executor(geometry, rope, pool, host_pages)
+        page_bytes, codec = pool.page_bytes, host_codec or EXACT
+        host_pages = 0
+        if host_capacity is not None:
+            host_pages = parse_bytes(host_capacity) // host_page_bytes(pool, codec)
+        executor = Executor(geometry, rope, pool, host_pages, codec)
         allocator = PageAllocator(pool.num_pages, pool.allocate, pool.free, pool.num_free)
         lock = StoreLock(executor.copy, executor.clear)
         scheduler = Scheduler(executor.profile, allocator, guard=lock, clears=zero_freed)
@@ -325,9 +333,10 @@ class DiffStore(
             raise ValueError(
                 f"quota: expected at least one page of {page_bytes} bytes, got {quota}"
             )
-        host_pages = (
-            0 if host_quota is None else parse_bytes(host_quota, "host_quota") // page_bytes
-        )
+        host, host_pages = self.executor.host, 0
+        if host_quota is not None:
+            size = page_bytes if host is None else host.page_bytes
+            host_pages = parse_bytes(host_quota, "host_quota") // size
 
         def lend() -> LentPages:
             with self.lock:
@@ -493,6 +502,7 @@ class DiffStore(
         disk_capacity: int | str | None = None,
         codec: Codec | None = None,
         spare: int | str = 0,
+        host_codec: Codec | None = None,
         agents: Iterable[str] | None = None,
         progress: Progress | None = None,
     ) -> DiffStore:
@@ -505,7 +515,8 @@ class DiffStore(
         Args:
             path: of the directory; it is made where there is none. Agents, prompts' token ids and
                 keys and values are in it as they are: keep it as safe as the conversations.
-            geometry, rope, capacity, device, pool, model, host_capacity, spare: as of a new store.
+            geometry, rope, capacity, device, pool, model, host_capacity, spare, host_codec: as of a
+                new store.
             block_size, quantization: as of a new store; None: those of the directory.
             disk_capacity: bytes of rows, as ``capacity``, that its files may have after a flush,
                 valid or not; None: any number.
@@ -537,7 +548,7 @@ class DiffStore(
                 quantization = quantization or found.quantization
             size = 16 if block_size is None else block_size
             made = (geometry, rope, capacity, device, size, pool, quantization, model)
-            store = cls(*made, host_capacity, spare=spare)
+            store = cls(*made, host_capacity, spare=spare, host_codec=host_codec)
             store._codec = codec or Codec(*(found.codec if found else ()))
             if found is None:
                 directory.begin(store._identity)

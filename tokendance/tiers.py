@@ -21,9 +21,9 @@ import numpy as np
 
 from tokendance.device.executor import Executor
 from tokendance.files.durability import Durability
-from tokendance.files.memory import Held, Memory
+from tokendance.files.memory import DeviceMemory, Held, Memory
 from tokendance.host.books import OutOfPagesError
-from tokendance.host.mirror import Master, Mirror, Uses, no_pages
+from tokendance.host.mirror import Master, Mirror, Uses, no_pages, rows_of_pages
 from tokendance.host.plan import Prompts
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment, told_apart
@@ -60,10 +60,10 @@ class Tiers:
         self._guard = scheduler.guard
         self._executor = executor
         self._moving = RLock()
-        self.device = Memory(scheduler.books, executor.pool)
+        self.device = DeviceMemory(scheduler.books, executor.pool)
         self.host: Memory | None = None
-        if executor.host_pool is not None and scheduler.host_pages.limit:
-            self.host = Memory(scheduler.host_books, executor.host_pool)
+        if executor.host is not None and scheduler.host_pages.limit:
+            self.host = Memory(scheduler.host_books, executor.host)
         self.disk: Durability | None = None
         self.demoted = {"device": 0, "host": 0}
         scheduler.books.on_put = self._forget_below
@@ -345,6 +345,8 @@ class Tiers:
             fresh = [one for key, one in every.items() if key not in there]
             to.hold(list(there.values()))
             parts = [one.pages for one in fresh] + [one.own_pages for one in mirrors.values()]
+            lengths = [one.length for one in fresh]
+            lengths += [len(one.own_position) for one in mirrors.values()]
             read = np.concatenate([no_pages(), *parts])
             try:
                 written = to.take_pages(len(read))
@@ -355,8 +357,13 @@ class Tiers:
                 raise
             from_.share_pages(read)
         try:
-            pairs = np.stack([read, written], axis=1)
-            self._executor.move(pairs, to_host=target is self.host)
+            moved = [read, written]
+            if target is self.host:
+                rows = zip(parts, lengths, strict=True)
+                block = source.pool.block_size
+                counts = [rows_of_pages(len(pages), many, block) for pages, many in rows]
+                moved.append(np.concatenate([no_pages(), *counts]))
+            self._executor.move(np.stack(moved, axis=1), to_host=target is self.host)
         except BaseException:
             with self._guard:
                 from_.drop_pages(read)

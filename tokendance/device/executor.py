@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from types import TracebackType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_tensor, as_tensors
+from tokendance.device.codec import EXACT, Codec
 from tokendance.device.geometry import KVGeometry
+from tokendance.device.host_pages import host_pages as make_host_pages
 from tokendance.device.layer_ropes import layer_ropes, same_rope
 from tokendance.device.pool import PagePool
 from tokendance.device.rope import Rope
@@ -62,11 +63,14 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
         geometry: of the model, or of this rank's part of its heads.
         rope: of all layers, or one (None: no RoPE) per layer.
         pool: the pages.
-        host_pages: pages of host memory for rows of suspended agents, pinned where the pool is on a
-            GPU.
+        host_pages: pages of host memory, for rows of suspended agents and for what rests.
+        host_codec: how rows are kept there.
+
+    Attributes:
+        host: the pages of host memory; None where there are none.
 
     Raises:
-        ValueError: geometry, rope and pool do not fit each other.
+        ValueError: geometry, rope, pool and codec do not fit each other.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
         rope: Rope | Sequence[Rope | None],
         pool: PagePool,
         host_pages: int = 0,
+        host_codec: Codec = EXACT,
     ) -> None:
         if pool.num_layers != geometry.num_layers:
             raise ValueError(f"pool: expected {geometry.num_layers} layers, got {pool.num_layers}")
@@ -95,20 +100,7 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             WeakKeyDictionary()
         )
         self._host_pages = host_pages
-        self._host: Tensor | None = None
-        if host_pages:
-            rows = (host_pages, 2 * geometry.num_layers, *shape[1:])
-            pinned = pool.device.type == "cuda"
-            self._host = torch.empty(rows, dtype=pool.dtype, device="cpu", pin_memory=pinned)
-
-    @cached_property
-    def host_pool(self) -> PagePool | None:
-        """The pages of host memory as a pool; None where there are none."""
-        if self._host is None:
-            return None
-        layers = self.geometry.num_layers
-        parts = [self._host[:, part] for part in range(2 * layers)]
-        return PagePool(parts[:layers], parts[layers:], quantization=self.pool.quantization)
+        self.host = make_host_pages(pool, host_pages, host_codec) if host_pages else None
 
     @property
     def device(self) -> torch.device:
@@ -268,43 +260,24 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
                     k, v = self.pool.k_pools[layer], self.pool.v_pools[layer]
                     self.pool.write_rows(layer, k, v, rows[1], rows[0])
 
-    def move(self, pairs: IntArray, *, to_host: bool) -> None:
+    def move(self, copies: IntArray, *, to_host: bool) -> None:
         """Copies pages to host memory, or from it, and returns when host memory may be read.
 
         Args:
-            pairs: int32 ``[n, 2]``: the page that is read, and the one that is written.
+            copies: as of `Copies`.
         """
-        self._move_pages(pairs, to_host=to_host)
+        self._move_pages(copies, to_host=to_host)
         if to_host and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def _move_pages(self, pairs: IntArray, *, to_host: bool) -> None:
-        if not len(pairs):
+    def _move_pages(self, copies: IntArray, *, to_host: bool) -> None:
+        if not len(copies):
             return
-        assert self._host is not None
-        if self.device.type == "cpu":
-            self._copy_rows(pairs, to_host=to_host)
-            return
-        pools = [*self.pool.k_pools, *self.pool.v_pools]
-        for source, target in pairs.tolist():
-            page, kept = (source, target) if to_host else (target, source)
-            for part, pool in enumerate(pools):
-                here, there = pool[page], self._host[kept, part]
-                if to_host:
-                    there.copy_(here, non_blocking=True)
-                else:
-                    here.copy_(there, non_blocking=True)
-
-    def _copy_rows(self, pairs: IntArray, *, to_host: bool) -> None:
-        """Pages between a pool in memory and the other one, by the operator that moves rows."""
-        assert self.host_pool is not None
-        source, target = (self.pool, self.host_pool)[:: 1 if to_host else -1]
-        offsets = np.arange(self.pool.block_size, dtype=np.int64)
-        rows = pairs.astype(np.int64).T[..., None] * self.pool.block_size + offsets
-        read, written = torch.from_numpy(rows.reshape(2, -1))
-        for layer in range(self.pool.num_layers):
-            k, v = source.k_pools[layer], source.v_pools[layer]
-            target.write_rows(layer, k, v, written, read)
+        assert self.host is not None
+        if to_host:
+            self.host.take(self.pool, copies)
+        else:
+            self.host.give(self.pool, copies)
 
     def clear(self, pages: IntArray) -> None:
         """Overwrites pages of the pool with zeros."""
@@ -315,9 +288,8 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
 
     def clear_host(self, pages: IntArray) -> None:
         """Overwrites pages of host memory with zeros."""
-        if self._host is not None and len(pages):
-            at = torch.from_numpy(pages.astype(np.int64))
-            self._host.view(torch.uint8).index_fill_(0, at, 0)
+        if self.host is not None and len(pages):
+            self.host.clear(pages)
 
     def upload(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """Arrays on the device, by one copy that nobody waits for."""

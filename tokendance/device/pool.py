@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,13 @@ from tokendance.device import operators as ops
 from tokendance.device.arrays import Array, as_output
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.quantization import LARGEST, Quantization
+from tokendance.host.round import IntArray
 from tokendance.host.uncopied import Uncopied
+
+
+def bits_of(pages: Tensor) -> Tensor:
+    """The same as bytes, where an element has no more: torch selects e4m3 by index so only."""
+    return pages.view(torch.uint8) if pages.element_size() == 1 else pages
 
 
 class PagePool(Uncopied, instead="make another PagePool over tensors of its own"):
@@ -182,6 +189,23 @@ class PagePool(Uncopied, instead="make another PagePool over tensors of its own"
         """Bytes of one row: keys and values in all layers."""
         row = self.k_pools[0].shape[2:].numel() * self.k_pools[0].element_size()
         return 2 * self.num_layers * row
+
+    def part(self, part: int) -> Tensor:
+        """Pages of the keys of a layer, ``part = 2 * layer``, or of its values, one more."""
+        return (self.k_pools, self.v_pools)[part % 2][part // 2]
+
+    def pages_of(self, part: int, pages: IntArray) -> tuple[Tensor, Tensor]:
+        """Pages of keys or values, see `part`, where the CPU can read them.
+
+        Returns:
+            ``[*, block_size, Hk, D]``, and int64 where in it each of the pages is.
+        """
+        at = torch.from_numpy(np.ascontiguousarray(pages, np.int64))
+        found = self.part(part)
+        if self.device.type == "cpu":
+            return found, at
+        there = bits_of(found).index_select(0, at.to(self.device)).cpu().view(self.dtype)
+        return there, torch.arange(len(at), dtype=torch.int64, device="cpu")
 
     def write_rows(
         self, layer: int, k: Tensor, v: Tensor, slots: Tensor, rows: Tensor | None = None

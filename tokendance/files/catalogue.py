@@ -22,7 +22,7 @@ from tokendance.files.disk import Disk
 from tokendance.files.errors import DamagedError
 from tokendance.files.page_file import hasher
 
-VERSION = 1
+VERSION = 2
 _APPLICATION = 0x746B6443  # "tkdC"
 
 Value: TypeAlias = int | str | bytes | None
@@ -31,7 +31,7 @@ Row: TypeAlias = tuple[Value, ...]
 COLUMNS = {
     "facts": ("name", "value"),
     "files": ("bytes",),
-    "groups": ("file", "rows", "checksum"),
+    "groups": ("file", "rows", "is_master", "checksum"),
     "masters": ("digest", "length", "origin", "context", "exact", "seen", "row_group"),
     "findable": ("recency",),
     "mirrors": (

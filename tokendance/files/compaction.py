@@ -57,7 +57,9 @@ def compact(
 
 
 def _write_anew(directory: Directory, groups: list[int]) -> None:
+    found = {key: directory.groups[key] for key in groups}
     fresh = {
-        key: FreshRows(directory.groups[key].rows, partial(directory.stream, key)) for key in groups
+        key: FreshRows(one.rows, bool(one.is_master), partial(directory.stream, key))
+        for key, one in found.items()
     }
     directory.write(Changes(), fresh)

@@ -139,8 +139,9 @@ class _Copy:
         if group is None:
             return None
         number = self._number()
-        rows = self._source.groups[group].rows
-        self._fresh[number] = FreshRows(rows, partial(self._source.stream, group))
+        there = self._source.groups[group]
+        stream = partial(self._source.stream, group)
+        self._fresh[number] = FreshRows(there.rows, bool(there.is_master), stream)
         return number
 
     def _master(self, key: int) -> int:

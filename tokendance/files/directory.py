@@ -47,11 +47,13 @@ class Group(NamedTuple):
     Attributes:
         file: number of the page file.
         rows: how many.
+        is_master: whether they are a Master's, and coded as such; 0 or 1.
         checksum: of their bytes.
     """
 
     file: int
     rows: int
+    is_master: int
     checksum: bytes
 
 
@@ -61,10 +63,12 @@ class FreshRows:
 
     Attributes:
         rows: how many.
+        is_master: whether they are a Master's.
         pieces: gives their bytes, of each layer its keys and then its values.
     """
 
     rows: int
+    is_master: bool
     pieces: Callable[[], Iterator[memoryview]]
 
 
@@ -314,10 +318,10 @@ class Directory:
 
     def pieces(self, file: PageFile, group: int) -> Iterator[bytearray]:
         """The bytes of a group, of each layer its keys and then its values; see `PageFile.read`."""
-        _, rows, checksum = self.groups[group]
+        _, rows, is_master, checksum = self.groups[group]
         identity = self.identity
-        sizes = identity.group_codec.sizes(rows)
-        return file.read(str(group), identity.shape(rows), sizes, checksum)
+        sizes = identity.row_codec(is_master).sizes(rows)
+        return file.read(str(group), identity.shape(rows, is_master), sizes, checksum)
 
     def stream(self, group: int) -> Iterator[memoryview]:
         """The same as `FreshRows` gives it."""
@@ -339,7 +343,12 @@ class Directory:
 
     def bytes_of(self, groups: Iterable[int]) -> int:
         """Bytes of the rows of groups."""
-        return sum(self.identity.group_bytes(self.groups[key].rows) for key in groups)
+        found = (self.groups[key] for key in groups)
+        return sum(self.identity.group_bytes(one.rows, one.is_master) for one in found)
+
+    def bytes_of_fresh(self, rows: FreshRows) -> int:
+        """Bytes that rows will have."""
+        return self.identity.group_bytes(rows.rows, rows.is_master)
 
     @property
     def file_bytes(self) -> int:
@@ -379,7 +388,7 @@ class Directory:
                 part = {key: fresh[key] for key in keys[at : at + GROUPS]}
                 number = self._free_number()
                 written = self._write_rows(number, part)
-                added[number] = sum(self.identity.group_bytes(one.rows) for one in part.values())
+                added[number] = sum(map(self.bytes_of_fresh, part.values()))
                 groups |= written
                 changes.put.setdefault("groups", {}).update(written)
             changes.put["files"] = {number: (size,) for number, size in added.items()}
@@ -403,13 +412,14 @@ class Directory:
         write_generation(self.path / LOCK, self._catalogue.generation)
 
     def _write_rows(self, number: int, fresh: Mapping[int, FreshRows]) -> dict[int, Group]:
-        shapes = {str(key): self.identity.shape(one.rows) for key, one in fresh.items()}
+        shape = self.identity.shape
+        shapes = {str(key): shape(one.rows, one.is_master) for key, one in fresh.items()}
         header = header_of(shapes, self.identity.stored_dtype, self._metadata(number))
         path = self._path_of(number)
         pieces = (one.pieces() for one in fresh.values())
         sums = write_file(self._disk, path, path.with_suffix(".tmp"), header, pieces)
         return {
-            key: Group(number, one.rows, checksum)
+            key: Group(number, one.rows, int(one.is_master), checksum)
             for (key, one), checksum in zip(fresh.items(), sums, strict=True)
         }
 

@@ -20,9 +20,8 @@ from tokendance.files.directory import Directory, FreshRows, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import RopeTables
 from tokendance.files.loading import Listing, list_directory, load, use_instead
-from tokendance.files.memory import Held, Memory
+from tokendance.files.memory import DeviceMemory, Held, Memory
 from tokendance.files.records import master_row, mirror_row
-from tokendance.files.rows import read_rows
 from tokendance.host.mirror import Master, Mirror, Pages
 from tokendance.host.segments import Segment
 
@@ -95,7 +94,7 @@ class Durability:
     def __init__(
         self,
         directory: Directory,
-        memory: Memory,
+        memory: DeviceMemory,
         ropes: Sequence[LayerRope],
         max_position: int,
         guard: Guard | None = None,
@@ -342,8 +341,7 @@ class Durability:
         """Bytes that the disk has too few of for what is new."""
         if self._capacity is None or not delta.fresh:
             return 0
-        size = self._directory.identity.group_bytes
-        needed = sum(size(one.rows) for one in delta.fresh.values())
+        needed = sum(map(self._directory.bytes_of_fresh, delta.fresh.values()))
         return self._directory.file_bytes + needed - self._capacity
 
     def _drop_unneeded(self, delta: _Delta) -> bool:
@@ -481,18 +479,20 @@ class Durability:
         self._next += 1
         return self._next - 1
 
-    def _rows(self, delta: _Delta, memory: Memory, pages: Pages, rows: int) -> int | None:
+    def _rows(
+        self, delta: _Delta, memory: Memory, pages: Pages, rows: int, is_master: bool
+    ) -> int | None:
         """The number of a new group; None for no rows."""
         if not rows:
             return None
         key = self._number()
-        encode = self._directory.identity.group_codec.encode
-        delta.fresh[key] = FreshRows(rows, lambda: encode(read_rows(memory.pool, pages, rows)))
+        read = self._directory.identity.row_codec(is_master).read
+        delta.fresh[key] = FreshRows(rows, is_master, lambda: read(memory.pool, pages, rows))
         delta.pages.append((memory, pages))
         return key
 
     def _new_master(self, delta: _Delta, memory: Memory, master: Master) -> int:
-        group = self._rows(delta, memory, master.pages, master.length)
+        group = self._rows(delta, memory, master.pages, master.length, is_master=True)
         key = self._number()
         delta.changes.put.setdefault("masters", {})[key] = master_row(master, group)
         delta.masters[key] = group
@@ -507,7 +507,8 @@ class Durability:
         mirror: Mirror,
         ids: Mapping[int, int],
     ) -> _Kept:
-        group = self._rows(delta, memory, mirror.own_pages, len(mirror.own_position))
+        rows = len(mirror.own_position)
+        group = self._rows(delta, memory, mirror.own_pages, rows, is_master=False)
         masters = [ids[one.serial] for one in mirror.uses.masters]
         key = self._number()
         row = mirror_row(agent, mirror, masters, group)

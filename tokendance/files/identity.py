@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from tokendance.device.codec import Codec
 from tokendance.device.geometry import BLOCK_SIZES, KVGeometry
 from tokendance.device.layer_ropes import LayerRope
 from tokendance.device.pool import PagePool
 from tokendance.device.quantization import Quantization
-from tokendance.files.codec import Codec, GroupCodec
 from tokendance.files.errors import DamagedError
 from tokendance.files.page_file import DTYPES
+from tokendance.files.rows import RowCodec
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _GEOMETRY = ("num_layers", "num_q_heads", "num_kv_heads", "head_dim")
@@ -34,7 +35,7 @@ class Identity:
         page_dtype: of the rows.
         k_scale, v_scale: of quantized rows, ``[L][Hk]``; empty otherwise.
         block_size: rows of a page.
-        codec: of rows on disk, its keys and values.
+        codec: of rows on disk: of own rows' keys and values, and of Masters'.
     """
 
     model: str
@@ -47,7 +48,7 @@ class Identity:
     k_scale: tuple[tuple[float, ...], ...]
     v_scale: tuple[tuple[float, ...], ...]
     block_size: int
-    codec: tuple[str, str] = ("exact", "exact")
+    codec: tuple[str, str, str, str] = ("exact", "exact", "exact", "exact")
 
     @classmethod
     def of(
@@ -65,7 +66,7 @@ class Identity:
             k_scale=() if kept is None else _numbers(kept.k_scale),
             v_scale=() if kept is None else _numbers(kept.v_scale),
             block_size=pool.block_size,
-            codec=(codec.keys, codec.values),
+            codec=(*codec.of_own_rows, *codec.of_masters),
         )
 
     @classmethod
@@ -127,20 +128,27 @@ class Identity:
         return self.rows_dtype if self.is_exact else torch.uint8
 
     @cached_property
-    def group_codec(self) -> GroupCodec:
-        """Between rows of a pool and those on disk."""
-        shape = (self.num_kv_heads, self.head_dim)
-        return GroupCodec(Codec(*self.codec), self.num_layers, shape, self.rows_dtype)
+    def _row_codecs(self) -> tuple[RowCodec, RowCodec]:
+        codec, shape = Codec(*self.codec), (self.num_kv_heads, self.head_dim)
+        own, masters = (
+            RowCodec(codes, self.num_layers, self.block_size, shape, self.rows_dtype)
+            for codes in (codec.of_own_rows, codec.of_masters)
+        )
+        return own, masters
 
-    def shape(self, rows: int) -> list[int]:
+    def row_codec(self, is_master: bool | int) -> RowCodec:
+        """Between rows of a pool and those on disk, of own rows or of Masters."""
+        return self._row_codecs[bool(is_master)]
+
+    def shape(self, rows: int, is_master: bool | int) -> list[int]:
         """Of the tensor that holds so many rows."""
         if self.is_exact:
             return [self.num_layers, 2, rows, self.num_kv_heads, self.head_dim]
-        return [self.group_bytes(rows)]
+        return [self.group_bytes(rows, is_master)]
 
-    def group_bytes(self, rows: int) -> int:
+    def group_bytes(self, rows: int, is_master: bool | int) -> int:
         """Bytes of so many rows of one Master or Mirror."""
-        return sum(self.group_codec.sizes(rows))
+        return sum(self.row_codec(is_master).sizes(rows))
 
     def check_same(self, mine: Identity, where: object) -> None:
         """Raises ``ValueError``, naming what differs, for a store of another model or other pages.

@@ -12,7 +12,6 @@ from tokendance.files.directory import Directory, Progress
 from tokendance.files.errors import DamagedError
 from tokendance.files.page_file import PageFile
 from tokendance.files.records import FieldError, agent_of, master_of, masters_of, mirror_of
-from tokendance.files.rows import write_rows
 from tokendance.host.books import Books, OutOfPagesError
 from tokendance.host.mirror import Master, Mirror, Uses, pages_for
 
@@ -97,7 +96,7 @@ def list_directory(
             if key not in rows["masters"]:
                 raise FieldError("expected a Master as it was written, got another")
             master, group = master_of(row, max_position, serials.get(key))
-            _check_group(directory, group, master.length)
+            _check_group(directory, group, master.length, is_master=True)
         except FieldError as error:
             master, why[key] = None, f"{error} of Master {key}"
         recency = rows["findable"].get(key, (None,))[0]
@@ -116,7 +115,7 @@ def list_directory(
             if lost:
                 raise FieldError(lost[0])
             mirror, group = mirror_of(row, whole, block, max_position)
-            _check_group(directory, group, len(mirror.own_position))
+            _check_group(directory, group, len(mirror.own_position), is_master=False)
         except FieldError as error:
             mirror = None
             found.damage[agent] = f"{directory.path}: {error}"
@@ -146,11 +145,17 @@ def use_instead(listing: Listing, there: Mapping[int, Master], block_size: int) 
             listing.mirrors[key] = replace(one, mirror=mirror)
 
 
-def _check_group(directory: Directory, group: int | None, rows: int) -> None:
-    if group is not None:
-        found = directory.groups[group].rows if group in directory.groups else "none"
-        if found != rows:
-            raise FieldError(f"expected {rows} rows at group {group}, got {found}")
+def _check_group(directory: Directory, group: int | None, rows: int, is_master: bool) -> None:
+    if group is None:
+        return
+    found = directory.groups.get(group)
+    if found is None or found.rows != rows:
+        got = "none" if found is None else found.rows
+        raise FieldError(f"expected {rows} rows at group {group}, got {got}")
+    if found.is_master != is_master:
+        raise FieldError(
+            f"expected is_master {int(is_master)} at group {group}, got {found.is_master}"
+        )
 
 
 def load(
@@ -303,8 +308,8 @@ class _Loading:
         self._taken.append(owner)
         try:
             pieces = self._directory.pieces(file, group)
-            decode = self._directory.identity.group_codec.decode
-            write_rows(self._pool, pages, rows, decode(pieces))
+            codec = self._directory.identity.row_codec(isinstance(owner, Master))
+            codec.write(pieces, self._pool, pages, rows)
         except (DamagedError, OSError):
             self._give_back([owner])
             raise

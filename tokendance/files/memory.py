@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tokendance.device.host_pages import HostPages
 from tokendance.device.pool import PagePool
 from tokendance.host.books import Books
 from tokendance.host.mirror import Master, Mirror
@@ -21,6 +22,13 @@ class Memory:
     """
 
     books: Books
+    pool: PagePool | HostPages
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceMemory(Memory):
+    """That of a device, to which rows are brought up."""
+
     pool: PagePool
 
 

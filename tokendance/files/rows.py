@@ -1,44 +1,86 @@
-"""Rows between the pages of a pool and the bytes of a file."""
+"""Rows between pages and the bytes of a file, which may keep them in fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tokendance.device.pool import PagePool
-from tokendance.host.mirror import Pages, slots_of
+from tokendance.device.codec import PageCodec, page_codecs
+from tokendance.device.host_pages import HostPages
+from tokendance.device.pool import PagePool, bits_of
+from tokendance.host.mirror import Pages, pages_for, rows_of_pages, slots_of
 
 
-def read_rows(pool: PagePool, pages: Pages, rows: int) -> Iterator[memoryview]:
-    """The bytes of the first ``rows`` rows of a page list, of each layer keys and then values.
+class RowCodec:
+    """Codes and decodes the rows of a Master or of a Mirror: of each layer keys, then values.
 
-    The padding of the last page is left out: it may hold rows of whoever had the page before.
+    Args:
+        codes: of keys and of values, as of a `Codec`.
+        layers: of the model.
+        block_size: rows of a page.
+        shape: ``[Hk, D]`` of a row.
+        dtype: of the rows.
     """
-    at = torch.from_numpy(pages.astype(np.int64)).to(pool.device)
-    for layer in range(pool.num_layers):
-        for pools in (pool.k_pools, pool.v_pools):
-            # torch selects e4m3 by index as bytes only.
-            found = _bits(pools[layer]).index_select(0, at).flatten(0, 1)[:rows]
-            yield found.cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
 
+    def __init__(
+        self,
+        codes: Sequence[str],
+        layers: int,
+        block_size: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> None:
+        self._codecs = page_codecs(codes, block_size, shape, dtype) * layers
+        self._page_shape = (block_size, *shape)
+        self._dtype = dtype
 
-def write_rows(pool: PagePool, pages: Pages, rows: int, pieces: Iterable[bytearray]) -> None:
-    """Fills the first ``rows`` rows of a page list with what `read_rows` gave."""
-    slots = torch.from_numpy(slots_of(pages, rows, pool.block_size)).to(pool.device)
-    keys: Tensor | None = None
-    shape = (rows, *pool.k_pools[0].shape[2:])
-    for i, piece in enumerate(pieces):
-        found = torch.frombuffer(piece, dtype=torch.uint8).view(pool.dtype)
-        there = found.reshape(shape).to(pool.device)
-        if keys is None:
-            keys = there
-        else:
-            pool.write_rows(i // 2, keys, there, slots)
-            keys = None
+    def sizes(self, rows: int) -> list[int]:
+        """Bytes of each piece."""
+        return [one.size(rows) for one in self._codecs]
 
+    def read(self, pool: PagePool | HostPages, pages: Pages, rows: int) -> Iterator[memoryview]:
+        """The bytes of the first ``rows`` rows of a page list, of each layer keys and then values.
 
-def _bits(pages: Tensor) -> Tensor:
-    return pages.view(torch.uint8) if pages.element_size() == 1 else pages
+        The padding of the last page is left out: it may hold rows of whoever had the page before.
+        """
+        for part, codec in enumerate(self._codecs):
+            found, at = pool.pages_of(part, pages)
+            if codec.code == "exact":
+                # torch selects e4m3 by index as bytes only.
+                dense = bits_of(found).index_select(0, at).flatten(0, 1)[:rows]
+                yield dense.view(torch.uint8).numpy().reshape(-1).data
+                continue
+            coded = torch.empty((len(pages), codec.page_bytes), dtype=torch.uint8, device="cpu")
+            codec.encode(found, at, self._counts(rows), coded)
+            yield coded.numpy().reshape(-1)[: codec.size(rows)].data
+
+    def write(self, pieces: Iterable[bytearray], pool: PagePool, pages: Pages, rows: int) -> None:
+        """Fills the first ``rows`` rows of a page list with what `read` gave, but for what is lost
+        by its codes."""
+        slots = torch.from_numpy(slots_of(pages, rows, pool.block_size)).to(pool.device)
+        keys: Tensor | None = None
+        for part, piece in enumerate(pieces):
+            there = self._decoded(self._codecs[part], piece, rows).to(pool.device)
+            if keys is None:
+                keys = there
+            else:
+                pool.write_rows(part // 2, keys, there, slots)
+                keys = None
+
+    def _decoded(self, codec: PageCodec, piece: bytearray, rows: int) -> Tensor:
+        raw = torch.frombuffer(piece, dtype=torch.uint8)
+        if codec.code == "exact":
+            return raw.view(self._dtype).view(rows, *self._page_shape[1:])
+        counts = self._counts(rows)
+        coded = torch.empty((len(counts), codec.page_bytes), dtype=torch.uint8, device="cpu")
+        coded.view(-1)[: len(raw)] = raw
+        found = torch.empty((len(counts), *self._page_shape), dtype=self._dtype, device="cpu")
+        at = torch.arange(len(counts), dtype=torch.int64, device="cpu")
+        codec.decode(coded, None, counts, found, at)
+        return found.flatten(0, 1)[:rows]
+
+    def _counts(self, rows: int) -> Tensor:
+        block = self._page_shape[0]
+        return torch.from_numpy(rows_of_pages(pages_for(rows, block), rows, block))

@@ -23,9 +23,8 @@ from tokendance.files.durability import Chosen, Durability, Guard
 from tokendance.files.errors import DamagedError
 from tokendance.files.identity import Identity
 from tokendance.files.loading import Listing, list_directory, load, use_instead
-from tokendance.files.memory import Memory
+from tokendance.files.memory import DeviceMemory
 from tokendance.files.page_file import hasher
-from tokendance.files.rows import read_rows
 from tokendance.host.books import Books
 from tokendance.host.mirror import Master
 
@@ -72,7 +71,7 @@ def _remove_scratch(target: Path) -> None:
 def export_agents(
     path: str | os.PathLike[str],
     identity: Identity,
-    memory: Memory,
+    memory: DeviceMemory,
     ropes: Sequence[LayerRope],
     max_position: int,
     guard: Guard,
@@ -91,7 +90,7 @@ def export_agents(
 def import_agents(
     path: str | os.PathLike[str],
     identity: Identity,
-    memory: Memory,
+    memory: DeviceMemory,
     ropes: Sequence[LayerRope],
     max_position: int,
     guard: Guard,
@@ -181,8 +180,8 @@ def _with_the_same_bits(
     found = {}
     for key, mine in alike.items():
         summed = hasher()
-        rows = read_rows(pool, mine.pages, mine.length)
-        for piece in directory.identity.group_codec.encode(rows):
+        codec = directory.identity.row_codec(is_master=True)
+        for piece in codec.read(pool, mine.pages, mine.length):
             summed.update(piece)
         group = listing.masters[key].group
         if group is not None and summed.digest() == directory.groups[group].checksum:

@@ -20,6 +20,7 @@ from tokendance.host.mirror import (
     no_pages,
     no_positions,
     pages_for,
+    rows_of_pages,
     slots_at,
 )
 from tokendance.host.round import IntArray
@@ -307,7 +308,20 @@ class AgentState(Mirror):
     @property
     def private_pages(self) -> Pages:
         """Pages that hold what only this agent has: own rows and the output's."""
-        return np.concatenate([self.own_pages, self.output.pages if self.output else no_pages()])
+        return np.concatenate([self.own_pages, self._output_pages])
+
+    @property
+    def _output_pages(self) -> Pages:
+        return self.output.pages if self.output else no_pages()
+
+    @property
+    def rows_of_private_pages(self) -> IntArray:
+        """How many rows each of them has."""
+        output = self.output.length if self.output else 0
+        parts = ((self.own_pages, len(self.own_position)), (self._output_pages, output))
+        return np.concatenate(
+            [rows_of_pages(len(pages), rows, self._block_size) for pages, rows in parts]
+        )
 
     def leave(self, host_pages: Pages) -> None:
         """What the private pages hold is in these pages of host memory from now on."""

@@ -29,6 +29,11 @@ def slots_of(pages: Pages, rows: int, block_size: int) -> NDArray[np.int64]:
     return (pages.astype(np.int64)[:, None] * block_size + offsets).ravel()[:rows]
 
 
+def rows_of_pages(pages: int, rows: int, block_size: int) -> IntArray:
+    """How many of the first ``rows`` rows of a page list each of so many pages has."""
+    return np.clip(rows - block_size * np.arange(pages, dtype=np.int32), 0, block_size)
+
+
 def slots_at(
     pages: Pages, rows: IntArray | NDArray[np.int64], block_size: int
 ) -> NDArray[np.int64]:

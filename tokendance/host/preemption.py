@@ -84,6 +84,7 @@ class Preemption:
                 on_host=True,
             )
         pages = np.concatenate(private)
+        rows = np.concatenate([state.rows_of_private_pages for state in states])
         for state, (begin, end) in zip(states, pairwise(ends), strict=True):
             state.leave(given[begin:end])
 
@@ -97,7 +98,7 @@ class Preemption:
             self._host_pages.free(given)
             self._roster.settle(states)
 
-        copies = [Copies(to_host=np.stack([pages, given], axis=1))]
+        copies = [Copies(to_host=np.stack([pages, given, rows], axis=1))]
         self._leases.order(CopyOrder(copies, states, done, undo))
 
     def resume(self, live: LivePlan, agents: list[str]) -> None:

@@ -20,7 +20,7 @@ from tokendance.host.round import IntArray, RoundExtents, pack, require_round_ve
 
 require_round_version("tokendance._planner", getattr(_planner, "ROUND_VERSION", None))
 
-VERSION = 2
+VERSION = 3
 """Of the records' fields: a device half runs records of its own version only."""
 
 
@@ -83,13 +83,14 @@ class Copies:
     """What is copied before a step computes anything; each of them reads before any is written.
 
     Attributes:
-        to_host: int32 ``[n, 2]``: a page of the pool, and the host page that it is copied to.
+        to_host: int32 ``[n, 3]``: a page of the pool, the host page that it is copied to, and the
+            rows that it has.
         to_device: int32 ``[n, 2]``: a host page, and the page of the pool that it is copied to.
         rows: int64 ``[n, 2]``: a row of the pool (page * block_size + row of the page), and the row
             that it is copied to, in all layers.
     """
 
-    to_host: IntArray = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    to_host: IntArray = field(default_factory=lambda: np.empty((0, 3), np.int32))
     to_device: IntArray = field(default_factory=lambda: np.empty((0, 2), np.int32))
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
