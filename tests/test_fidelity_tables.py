@@ -12,7 +12,7 @@ from tiny_model import write_tiny_model
 
 import tokendance as td
 from evals.fidelity import __main__ as fidelity
-from evals.fidelity import document, front, repairs, replays, samples, signals, token_kinds
+from evals.fidelity import codecs, document, front, repairs, replays, samples, signals, token_kinds
 from evals.models import load_model
 from tokendance.host import leases
 from tokendance.host.decide import RowKind, Source
@@ -251,6 +251,28 @@ def test_every_command_measures_and_has_a_table(tmp_path, capsys):
     dataclasses.replace(noise, model="another").write(out / "noise.json")
     assert fidelity.main([*common, "rows", "town_square"]) == 0
     assert "Noise floor" not in (out / "rows.md").read_text()
+
+
+def test_codes_lose_what_they_say_and_bytes_are_counted(tmp_path, capsys):
+    model = str(write_tiny_model(tmp_path / "tiny"))
+    path = tmp_path / "own.json"
+    common = ["--model", model, "--threads", "1", "--out", str(tmp_path), "--json", str(path)]
+    arguments = ["codecs", "town_square", "--agents", "2", "--bytes", "town_square"]
+    assert fidelity.main([*common, *arguments]) == 0
+    made = json.loads(path.read_text())["result"]
+    found = made["kl"]["town_square"]["everything"]
+    assert list(found) == list(codecs.CODECS)
+    assert found["as they are"]["kl"] < 1e-9 < found["int8"]["kl"] < found["int4"]["kl"]
+    counted = made["bytes"]
+    geometry = codecs.MODELS["Qwen2.5-14B"]
+    exact = counted["models"]["Qwen2.5-14B"]["as they are"]
+    assert exact["bytes"] == (counted["own_rows"] + counted["master_rows"]) * geometry.row_bytes
+    assert exact["smaller"] == counted["dense_rows"] * geometry.row_bytes / exact["bytes"]
+    assert "| Qwen2.5-14B | int4 | " in capsys.readouterr().out
+    made["kl"]["town_square"] = {}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "result": made}))
+    assert fidelity.main([*common, *arguments]) == 0  # goes on behind what there is
+    assert json.loads(path.read_text())["result"] == made
 
 
 class Words:

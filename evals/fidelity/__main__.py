@@ -15,13 +15,15 @@
     answers [--sessions 4]
     trajectories [--societies 8] [--rounds 10] [--new-tokens 32]
     quantized [town_square debate] [--agents 4]
+    codecs [town_square debate] [--agents 4] [--bytes agentsociety]
     render PATH [--pictures build/fidelity]
 
 ``--selection`` says which rows are repaired, where ways do not. Each writes JSON (``--json``, or
 its name in ``--out``) and makes its Markdown of that, as ``render`` does again at any time. What
-the JSON of ``front``, ``answers`` or ``trajectories`` holds already is not measured again, so that
-they can be stopped and continued. ``noise`` of the same model in ``--out`` stands beside all tables
-that are made after it. ``front`` writes one picture per workload, too, with the extra ``bench``.
+the JSON of ``front``, ``answers``, ``trajectories`` or ``codecs`` holds already is not measured
+again, so that they can be stopped and continued. ``noise`` of the same model in ``--out`` stands
+beside all tables that are made after it. ``front`` writes one picture per workload, too, with the
+extra ``bench``.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import torch
 from evals.fidelity import (
     answers,
     audits,
+    codecs,
     document,
     drift,
     front,
@@ -66,6 +69,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "answers": answers.text,
     "quantized": quantized.text,
     "trajectories": trajectories.text,
+    "codecs": codecs.text,
 }
 """Per command what makes Markdown of its result."""
 
@@ -74,6 +78,7 @@ _SETTINGS = {
     "front": ("new_tokens", "agents"),
     "trajectories": ("rounds", "new_tokens"),
     **dict.fromkeys(_REPAIRING, ("selection",)),
+    "codecs": ("selection", "agents", "bytes"),
 }
 """Arguments that must be the same where a file is continued."""
 
@@ -140,10 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--societies", type=int, default=len(trajectories.SCENES))
     one.add_argument("--rounds", type=int, default=10)
     one.add_argument("--new-tokens", type=int, default=32)
-    one = commands.add_parser("quantized")
-    known = functools.partial(_one_of, quantized.SAMPLED)
-    one.add_argument("workloads", nargs="*", type=known, default=list(quantized.SAMPLED))
-    one.add_argument("--agents", type=int, help="the first of the round; all by default")
+    for name in ("quantized", "codecs"):
+        one = commands.add_parser(name)
+        known = functools.partial(_one_of, quantized.SAMPLED)
+        one.add_argument("workloads", nargs="*", type=known, default=list(quantized.SAMPLED))
+        one.add_argument("--agents", type=int, help="the first of the round; all by default")
+    one.add_argument("--bytes", default="agentsociety", help="the workload whose bytes are counted")
     one = commands.add_parser("render")
     one.add_argument("path", type=Path)
     one.add_argument("--pictures", type=Path, help="of front: a folder to draw them in")
@@ -167,7 +174,7 @@ def _measure(options: argparse.Namespace) -> None:
         found = document.read(beside)
         made.noise = found.result if found.model == made.model else None
     known = None
-    if options.command in ("front", "answers", "trajectories"):
+    if options.command in ("front", "answers", "trajectories", "codecs"):
         known = document.read_known(path, made)
 
     def save(result: Any) -> None:
@@ -203,6 +210,9 @@ def _run(options: argparse.Namespace, known: Any, save: Callable[[Any], None]) -
         return tolerance.run(*loaded, options.workload, chosen)
     if options.command == "quantized":
         return quantized.run(*loaded, options.workloads, chosen, options.agents)
+    if options.command == "codecs":
+        which = options.workloads, chosen, options.agents, options.bytes
+        return codecs.run(*loaded, known or {}, *which, save)
     if options.command == "audits":
         return audits.run(*loaded, options.workload, chosen)
     if options.command == "ideas":

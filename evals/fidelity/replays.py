@@ -164,13 +164,14 @@ def make_engine(
     source: str | Callable[[Segment], str],
     selection: str,
     quantization: Quantization | None = None,
+    block_size: int = BLOCK_SIZE,
 ) -> Any:
     """A collector over an empty store of its own, and the engine that runs it."""
     store = DiffStore(
         geometry_of(model),
         rope_of(model, model.config.max_position_embeddings),
         "16GiB",
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         quantization=quantization,
     )
     return TransformersEngine(model, KVCollector(store, source, parse_selection(selection)))
