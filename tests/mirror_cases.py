@@ -140,6 +140,21 @@ def _restored(name: str, variant: Variant, out_dtype: torch.dtype, **options: An
     return checked(test_diff_restore, name, case, dense)
 
 
+def _in_a_tile(case: testing.RandomRound) -> testing.RandomRound:
+    """A round before encoding, in whose comparison a block has all the agents."""
+    with_room = test_cuda_launches.with_capacity(case, master_pages=600)
+    return test_diff_encode.forget_mirrors(with_room)
+
+
+def _in_all_slots(name: str, case: Any, dense: Any, **tolerances: float) -> Iterator[Case]:
+    """Cases of two agents. The comparison has instructions of its own for every other agent of a
+    tile: with tiles of one agent, both have the first ones."""
+    blank = test_diff_encode.forget_mirrors(case)
+    yield checked(test_diff_encode, name, blank, dense, **tolerances)
+    in_a_tile = _in_a_tile(case)
+    yield checked(test_diff_encode, f"{name} in a tile", in_a_tile, dense, **tolerances)
+
+
 def diff_encode(variant: Variant) -> Iterator[Case]:
     module = test_diff_encode
     rotary_dim = 32 if variant.wide else 34
@@ -163,7 +178,7 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     yield checked(module, "agents in a tile", module.forget_mirrors(large), dense)
     halfway = module.halfway_round(**round_options(variant))
     dense = module.restored(halfway, layout=in_layout)
-    yield checked(module, "halfway", module.forget_mirrors(halfway), dense)
+    yield from _in_all_slots("halfway", halfway, dense)
     near = module.forget_mirrors(small)
     long, dense = module.long_prompts(**round_options(variant))
     long_prompts = checked(module, "long prompts", module.forget_mirrors(long), dense)
@@ -195,10 +210,9 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     blank, dense, expected = test_cuda_launches.encode_with_bad_indices(**round_options(variant))
     yield known("bad indices", module, blank, dense, expected)
     yield checked(module, "tolerances", near, altered(small, 3), atol=0.02, rtol=0.5)
-    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(near, master_pages=600))
     dense = altered(small, 3)
-    yield checked(module, "tolerances in a tile", in_a_tile, dense, atol=0.02, rtol=0.5)
-    yield checked(module, "a relative tolerance in a tile", in_a_tile, dense, rtol=0.5)
+    yield checked(module, "tolerances in a tile", _in_a_tile(near), dense, atol=0.02, rtol=0.5)
+    yield checked(module, "a relative tolerance in a tile", _in_a_tile(near), dense, rtol=0.5)
     plain = testing.random_round(
         4, agents=1, masters=(130,), whole_uses=True, masks="none", private_length=0, slack=False,
         num_kv_heads=1,
@@ -208,17 +222,14 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
     dense = altered(near, 9)
     yield checked(module, "by one position", module.forget_mirrors(near), dense)
     blank, dense = module.rows_at_the_tolerance(**round_options(variant))
-    yield checked(module, "at the tolerance", blank, dense, atol=0.5)
-    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(blank, master_pages=600))
-    yield checked(module, "at the tolerance in a tile", in_a_tile, dense, atol=0.5)
+    yield from _in_all_slots("at the tolerance", blank, dense, atol=0.5)
     blank, dense = module.one_element_each(**round_options(variant))
-    in_a_tile = module.forget_mirrors(test_cuda_launches.with_capacity(blank, master_pages=600))
-    yield checked(module, "an element of each row", in_a_tile, dense, atol=0.5)
+    yield checked(module, "an element of each row", _in_a_tile(blank), dense, atol=0.5)
     blank, same, changed = module.zeros_and_nans(**round_options(variant))
-    yield checked(module, "bits", blank, same)
-    yield checked(module, "bits of a zero", blank, changed)
-    yield checked(module, "absolute tolerance", blank, changed, atol=1e-3)
-    yield checked(module, "relative tolerance", blank, changed, rtol=1e-3)
+    yield from _in_all_slots("bits", blank, same)
+    yield from _in_all_slots("bits of a zero", blank, changed)
+    yield from _in_all_slots("absolute tolerance", blank, changed, atol=1e-3)
+    yield from _in_all_slots("relative tolerance", blank, changed, rtol=1e-3)
     for pool, dense_rows in (
         (("mixed", "mixed"),) if variant.wide else (("mixed", "unaligned"), ("unaligned", "mixed"))
     ):
@@ -241,11 +252,11 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
         options = {"interleaved": variant.interleaved, "layout": sizes["layout"]}
         for every in module.every_code_rounds(**options):
             dense = module.restored(every, layout=in_layout)
-            yield checked(module, "every code", module.forget_mirrors(every), dense)
+            yield from _in_all_slots("every code", every, dense)
         blank, dense = module.one_nan_in_every_row(**options)
         for tolerances in ({"atol": 40.0}, {"rtol": 0.2}):
-            yield checked(module, "a NaN in every row", blank, dense, **tolerances)
+            yield from _in_all_slots("a NaN in every row", blank, dense, **tolerances)
         blank, dense = module.one_step_in_every_row(E4M3, **options)
-        yield checked(module, "a step in every row", blank, dense, atol=1.5)
+        yield from _in_all_slots("a step in every row", blank, dense, atol=1.5)
     many, dense = test_cuda_launches.encode_of_many_agents(**round_options(variant))
     yield checked(module, "many agents", module.forget_mirrors(many), dense)

@@ -50,9 +50,12 @@ def ptx():
 
 
 def with_capacity(case, **capacity):
-    """The same round in a buffer with room for more."""
+    """The round as it is now, which need not be how it was packed, with room for more."""
+    arrays = {
+        name: getattr(case.round, name)[: len(array)].numpy() for name, array in case.arrays.items()
+    }
     extents = replace(case.round.extents, **capacity)
-    return replace(case, round=RoundTensors.from_arrays(case.arrays, case.filled, extents))
+    return replace(case, round=RoundTensors.from_arrays(arrays, case.filled, extents))
 
 
 @for_all_kernels

@@ -188,12 +188,13 @@ def test_the_master_agent_has_no_override(backend):
 
 
 def rows_at_the_tolerance(dtype, **options):
-    """Every element of every row is 0.5 off, up or down. Values have a last bit that is set."""
+    """Two agents of which every element of every row is 0.5 off, up or down. Elements have a last
+    bit that is set."""
     case = testing.random_round(
-        19, agents=1, masters=(20,), whole_uses=True, masks="none", private_length=0,
+        19, agents=2, masters=(20,), whole_uses=True, masks="none", private_length=0,
         room_for_all=True, dtype=dtype, **options,
     )  # fmt: skip
-    case.round.use_shift[0] = 0
+    case.round.use_shift[:2] = 0
     eps = torch.finfo(dtype).eps
     upper = torch.arange(case.k_pool[0].shape[1]) % 2 == 1
     values = torch.where(upper, 1.5, 1.0) + eps
@@ -209,7 +210,7 @@ def rows_at_the_tolerance(dtype, **options):
 @pytest.mark.parametrize("dtype", [*PLAIN, torch.float8_e4m3fn], ids=str)
 def test_rows_at_the_tolerance_are_the_same(backend, dtype):
     got = check(backend, *rows_at_the_tolerance(dtype), atol=0.5)
-    assert int(got.round.own_length[0]) == 0
+    assert got.round.own_length[:2].tolist() == [0, 0]
 
 
 def one_element_each(dtype, **options):
@@ -239,11 +240,11 @@ def test_any_element_makes_a_row_differ(backend, dtype, interleaved):
 
 
 def zeros_and_nans(dtype, **options):
-    """A Master with both zeros, NaN and infinity, the same as dense rows, and those with the sign
-    of a zero changed."""
+    """A Master with both zeros, NaN and infinity, the same as dense rows of two agents, and those
+    with the sign of a zero changed."""
     case = testing.random_round(
         6,
-        agents=1,
+        agents=2,
         masters=(20,),
         whole_uses=True,
         masks="none",
@@ -252,7 +253,7 @@ def zeros_and_nans(dtype, **options):
         room_for_all=True,
         **options,
     )
-    case.round.use_shift[0] = 0
+    case.round.use_shift[:2] = 0
     rows = case.round.master_pages[:2].long()
     case.k_pool[0][rows[0], 3, 0, 5] = torch.nan
     case.v_pool[0][rows[0], 4, 1, 6] = 0.0
@@ -260,9 +261,9 @@ def zeros_and_nans(dtype, **options):
     case.k_pool[0][rows[1], 1, 0, 0] = torch.inf
     same = restored(case)
     changed = same.copy()
-    slots = same.slot_mapping[0, 4:5]
+    slots = same.slot_mapping[:2, 4]
     row = reference.gather_rows(same.v[0], slots).clone()
-    row[0, 1, 6] = -0.0
+    row[:, 1, 6] = -0.0
     reference.scatter_rows(changed.v[0], slots, row)
     return forget_mirrors(case), same, changed
 
@@ -270,14 +271,14 @@ def zeros_and_nans(dtype, **options):
 @pytest.mark.parametrize("dtype", PLAIN, ids=str)
 def test_zeros_of_both_signs_differ_and_equal_nans_do_not(backend, dtype):
     blank, same, dense = zeros_and_nans(dtype)
-    assert check(backend, blank, same).round.own_length[0] == 0
+    assert check(backend, blank, same).round.own_length[:2].tolist() == [0, 0]
     got = check(backend, blank, dense)
-    first = int(got.round.own_page_indptr[0]) * 16
-    assert got.round.own_length[0] == 1
-    assert got.round.own_position[first] == 4
+    first = 16 * got.round.own_page_indptr[:2].long()
+    assert got.round.own_length[:2].tolist() == [1, 1]
+    assert got.round.own_position[first].tolist() == [4, 4]
     # With a tolerance the zeros are the same and the NaN is not.
     got = check(backend, blank, dense, atol=1e-3)
-    assert got.round.own_position[first] == 3
+    assert got.round.own_position[first].tolist() == [3, 3]
 
 
 def long_prompts(**options):
@@ -543,23 +544,24 @@ def test_tolerances_are_of_what_elements_stand_for(backend, dtype):
 
 
 def one_step_in_every_row(dtype, **options):
-    """Each row differs in one element from the Master's, by 2: in one of keys and values, a layer,
-    a head and a half of it. Some heads have a scale of 0.5, where that is a difference of 1."""
+    """Two agents of which each row differs in one element from the Master's, by 2: in one of keys
+    and values, a layer, a head and a half of it. Some heads have a scale of 0.5, where that is a
+    difference of 1."""
     case = testing.random_round(
-        24, agents=1, masters=(24,), whole_uses=True, masks="none", private_length=0, num_layers=2,
+        24, agents=2, masters=(24,), whole_uses=True, masks="none", private_length=0, num_layers=2,
         num_q_heads=3, num_kv_heads=3, dtype=dtype, room_for_all=True, **options,
     )  # fmt: skip
-    case.round.use_shift[0] = 0
+    case.round.use_shift[:2] = 0
     for pool in case.k_pool + case.v_pool:
         pool.copy_(torch.full_like(pool, 16))
     dense = restored(case)
     for row in range(24):
         layer, (head, half) = row // 6 % 2, divmod(row % 6, 2)
         rows = (dense.k, dense.v)[row // 12][layer]
-        slot = dense.slot_mapping[0, row : row + 1]
-        content = reference.gather_rows(rows, slot).clone()
-        content[0, head, 40 * half] = 18
-        reference.scatter_rows(rows, slot, content)
+        slots = dense.slot_mapping[:2, row]
+        content = reference.gather_rows(rows, slots).clone()
+        content[:, head, 40 * half] = 18
+        reference.scatter_rows(rows, slots, content)
     k_scale = torch.tensor([[1.0, 0.5, 1.0], [0.5, 0.5, 1.0]])
     return replace(forget_mirrors(case), k_scale=k_scale, v_scale=1.5 - k_scale), dense
 
@@ -569,9 +571,10 @@ def test_every_head_has_its_own_tolerance(backend, dtype):
     blank, dense = one_step_in_every_row(dtype)
     got = check(backend, blank, dense, atol=1.5)
     differs = torch.stack([blank.k_scale, blank.v_scale]).repeat_interleave(2) == 1
-    count, first = int(got.round.own_length[0]), int(got.round.own_page_indptr[0]) * 16
-    positions = got.round.own_position[first : first + count]
-    assert positions.tolist() == differs.nonzero().flatten().tolist()
+    for agent in range(2):
+        count, first = int(got.round.own_length[agent]), 16 * int(got.round.own_page_indptr[agent])
+        positions = got.round.own_position[first : first + count]
+        assert positions.tolist() == differs.nonzero().flatten().tolist()
 
 
 def every_code_rounds(**options):
