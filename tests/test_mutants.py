@@ -124,6 +124,13 @@ def test_a_kernel_is_the_same_where_only_others_change():
     assert changed.digest != alone.digest
 
 
+def test_a_kernel_is_the_same_wherever_its_source_lies():
+    kernel = ".entry a(\n)\n{\nret;\n}\n"
+    of_a_folder = '\t.file\t1 "/folder/a.cu"\n\t.section\t.debug_str\n\t{\n.b8 95,90,0\n\t}\n'
+    last = mutate.Kernel("", "a", [], kernel + of_a_folder)
+    assert last.digest == mutate.Kernel("", "a", [], kernel).digest
+
+
 def test_cases_that_kill_most_come_first(monkeypatch):
     ran = []
 
