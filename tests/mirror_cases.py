@@ -131,6 +131,12 @@ def _lacks_the_last_master(**options: Any) -> testing.RandomRound:
     return next(c for c in rounds if ((c.use_table[:, 0] >= 0) & (c.use_table[:, -1] < 0)).any())
 
 
+def _lacks_all_masters(**options: Any) -> testing.RandomRound:
+    """A round whose first agent has a prompt and no Master, and whose second has one."""
+    rounds = (testing.random_round(seed, agents=2, **options) for seed in itertools.count())
+    return next(c for c in rounds if c.arrays["use_agent"].tolist() == [1] and c.length[0] > 0)
+
+
 def _restored(name: str, variant: Variant, out_dtype: torch.dtype, **options: Any) -> Case:
     """Three agents that use Masters of pages of 8 rows whole."""
     options = {"masters": (9, 20), **round_options(variant), **options}
@@ -258,5 +264,9 @@ def diff_encode(variant: Variant) -> Iterator[Case]:
             yield from _in_all_slots("a NaN in every row", blank, dense, **tolerances)
         blank, dense = module.one_step_in_every_row(E4M3, **options)
         yield from _in_all_slots("a step in every row", blank, dense, atol=1.5)
+    lacking = _lacks_all_masters(masters=(9,), **sizes)
+    dense = altered(lacking, 2)
+    lacks = checked(module, "an agent without Masters", module.forget_mirrors(lacking), dense)
+    yield last_block_first(lacks)  # or a mask of this agent's might be written over
     many, dense = test_cuda_launches.encode_of_many_agents(**round_options(variant))
     yield checked(module, "many agents", module.forget_mirrors(many), dense)

@@ -19,6 +19,8 @@ from kernel_variants import (
     checked,
 )
 
+from tokendance import testing
+
 
 def rope_rotate(variant: Variant) -> Iterator[Case]:
     if variant.plain is None:
@@ -51,8 +53,13 @@ def moves(variant: Variant, dtype: torch.dtype, out_dtype: torch.dtype) -> Itera
         5, rows=7, heads=3, rotary_dim=32, destinations=3, skip=0.3, scale=1.25, **sizes
     )
     yield checked(module, "several destinations", several)
-    yield checked(module, "one destination", module.random_moves(6, rows=40, **sizes))
-    wide_rows = module.random_moves(7, rows=3, heads=18, head_dim=256, block_size=1, **sizes)
+    # A divisor that is no power of two: each bit of a row counts.
+    one = module.random_moves(6, rows=40, block_size=3, **sizes)
+    yield checked(module, "one destination", one)
+    # Of which the last has fewer heads than the others. A head more would be one of numbers.
+    wide_rows = module.random_moves(7, rows=3, heads=19, head_dim=256, block_size=1, **sizes)
+    gaps = testing.whole_storage(wide_rows.x)
+    gaps.copy_(gaps.float().nan_to_num(1.0))
     yield checked(module, "rows of several blocks", wide_rows)
     yield checked(module, "halfway", module.halfway_moves(**sizes))
     yield checked(module, "halfway by scale", module.halfway_moves(by_scale=True, **sizes))
@@ -110,6 +117,8 @@ def copies(
     sizes = _move_sizes(variant, dtype or variant.dtype, out_dtype or variant.dtype)
     copied = test_rope_rotate.random_moves(8, destinations=2, skip=0.3, scale=1.25, **sizes)
     copied.position_from = copied.position_to = None
+    if sizes["dtype"] == sizes["out_dtype"]:
+        copied.x.copy_(test_rope_rotate.any_bits(copied.x.shape, copied.x.dtype))
     yield checked(test_rope_rotate, "copies, which nothing scales", copied)
 
 
@@ -121,17 +130,25 @@ def key_deviation(variant: Variant) -> Iterator[Case]:
         "layout": "padded" if variant.wide else "unaligned",
         "cached_layout": "heads_first" if variant.wide else "unaligned",
     }
-    some = module.random_keys(1, rotary_dim=32, heads=6 if variant.wide else 2, scale=1.3, **sizes)
+    # The third and the fourth agent's keys are asked for by instructions of their own.
+    some = module.random_keys(
+        1, agents=4, rotary_dim=32, heads=6 if variant.wide else 2, scale=1.3, **sizes
+    )
     yield checked(module, "some agents", some)
     many = module.random_keys(
         2, agents=7, tokens=19, head_dim=128, heads=6, block_size=16, lacking=0.0, **sizes
     )
     yield checked(module, "many heads", many)
+    # Divisors that are no powers of two: each bit of a row and of a share of a row counts.
+    odd = module.random_keys(
+        7, agents=5, tokens=19, head_dim=80, heads=3, block_size=3, lacking=0.0, **sizes
+    )
+    yield checked(module, "pages of three rows", odd)
     fresh = module.random_keys(3, agents=7, tokens=3, fresh_position=False, **sizes)
     yield checked(module, "fresh keys", fresh)
     near = module.random_keys(4, agents=3, tokens=40, max_position=3, **sizes)
     yield checked(module, "by one position", near)
-    without_angles = module.random_keys(5, agents=3, rotary_dim=0, **sizes)
+    without_angles = module.random_keys(5, agents=4, rotary_dim=0, **sizes)
     without_angles[6] = without_angles[7] = torch.empty(1, 0)
     yield checked(module, "no rotation", without_angles)
     for agents in (0, 1):

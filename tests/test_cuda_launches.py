@@ -97,10 +97,10 @@ def test_encode_with_agents_in_a_tile(ptx, dtype, interleaved, layout):
 
 
 def encode_of_many_agents(**options):
-    """More rows than a block has threads, and more agents than it has warps."""
+    """More rows than a block has threads, and twice as many agents as it has warps: a tile full."""
     case = testing.random_round(
-        5, agents=12, masters=(35,), private_length=2, block_size=32, num_kv_heads=1, head_dim=128,
-        whole_uses=True, room_for_all=True, **options,
+        5, agents=16, masters=(35, 9), private_length=2, block_size=32, num_kv_heads=1,
+        head_dim=128, whole_uses=True, room_for_all=True, slack=False, **options,
     )  # fmt: skip
     dense = test_diff_encode.restored(case)
     for agent, length in enumerate(case.length.tolist()):
@@ -112,7 +112,7 @@ def encode_of_many_agents(**options):
 def test_encode_of_many_agents_in_a_tile(ptx, dtype):
     case, dense = encode_of_many_agents(dtype=dtype)
     test_diff_encode.check(ptx, test_diff_encode.forget_mirrors(case), dense)
-    assert ptx.launched.launches[0].tile.agents > 8
+    assert ptx.launched.launches[0].tile.agents == 16
 
 
 def test_more_agents_than_a_tile_has(ptx):
@@ -185,7 +185,10 @@ def test_rotation_skips_indices_out_of_range(ptx, dtype):
 
 
 def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
-    """Keys of which some are not there or have no angles, and the deviation of the others."""
+    """Keys of which some are not there or have no angles, and the deviation of the others.
+
+    What the first two agents lack the next two lack as well: a kernel asks for their keys by
+    instructions of their own. The fifth has all but one."""
     arguments = test_key_deviation.random_keys(
         1, agents=5, tokens=9, dtype=dtype, interleaved=interleaved, lacking=0.0, layout=layout,
         cached_layout=layout,
@@ -197,19 +200,19 @@ def keys_with_bad_indices(dtype, interleaved=False, layout="padded"):
             rows[row // rows.shape[1], row % rows.shape[1]] = 0.5
             index[token] = row
     limit = cos.shape[0]
+    fresh_row[:, 0] = fresh_row[:, 1]
     cached_position[1:] = torch.tensor([3, 5, 0, limit, limit - 1, 8, 0, 1])
-    fresh_position[0, 3:6] = torch.tensor([limit, 0, 0])
-    fresh_position[1, 3:6] = torch.tensor([limit, 0, 0])
-    fresh_position[2:, 3:6] = torch.tensor([1, limit, 3])
+    fresh_position[:4, 3:6] = torch.tensor([limit, 0, 0])
+    fresh_position[4, 3:6] = torch.tensor([1, limit, 3])
+    fresh_position[:, 7] = limit - 1
     known = [item.clone() if isinstance(item, torch.Tensor) else item for item in arguments]
     # A shift that 32 bits take for -1.
     cached_position[0], fresh_position[:4, 0], fresh_position[4, 0] = LAST, -LAST - 1, LAST
     known[1][:4, 0], known[2][:, 0] = -1, known[5][0]
-    known[1][1, 3] = -1
     known[4][1:3] = 0  # tokens without a cached key have no deviation
     known[1][:, 1:3] = -1
     cached_row[1], cached_row[2] = -1, cached.shape[0] * cached.shape[1]
-    known[1][0, 3] = known[1][:2, 4] = known[1][:, 6] = known[1][0, 7] = -1
+    known[1][:4, 3:5] = known[1][:, 6] = known[1][0, 7] = -1
     beyond = fresh.shape[0] * fresh.shape[1]
     fresh_row[:, 6] = torch.tensor([-1, beyond, beyond, beyond, beyond])
     fresh_row[0, 7] = beyond

@@ -287,15 +287,19 @@ def test_special_values(backend, dtype):
     check(backend, moves)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_that_stays_keeps_every_bit(backend, dtype):
+def any_bits(shape, dtype):
+    """Elements of any bits, NaN of all kinds among them."""
     bits = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]
     info = torch.iinfo(bits)
     generator = torch.Generator().manual_seed(3)
+    return torch.randint(info.min, info.max, shape, generator=generator).to(bits).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_that_stays_keeps_every_bit(backend, dtype):
     moves = random_moves(29, dtype=dtype, rows=5)
-    pattern = torch.randint(info.min, info.max, (5, 2, 64), generator=generator).to(bits)
+    pattern = any_bits((5, 2, 64), dtype)
     moves.row_in, moves.position_to = torch.arange(5), moves.position_from
-    pattern = pattern.view(dtype)
     if dtype in PLAIN:
         pattern[0, 0, :2] = torch.tensor([torch.inf, torch.nan])
     reference.scatter_rows(moves.x, moves.row_in, pattern)

@@ -21,13 +21,15 @@ from tools import kernel_ptx
 
 @dataclass(frozen=True)
 class Equivalent:
-    """Patterns that a mutant's kernel, change, source and operands are searched for, and why."""
+    """Patterns that a mutant's kernel, change, source and operands are searched for, and why;
+    ``above``: one that the statement before is searched for."""
 
     reason: str
     change: str
     source: str
     kernel: str = ""
     operands: str = ""
+    above: str = ""
     only_compared_with_0: bool = False  # the result; other uses do not read what a mask changes
 
 
@@ -37,6 +39,11 @@ OTHER_THAN_0 = (
     r"|setp\.eq\.s32 (\S+ \S+), 0 -> (setp\.ne\.s32\s+\4, 0|setp\.eq\.s32\s+\4, 1))$"
 )
 ONE_WRITES = r"if \((lane|vector|dim) == 0[ )]|&& thread == 0\)|if \(lane % 4 == 0\) "
+NUM_AGENTS = r"ld\.param\.(u32 %\w+|v2\.u32 \{%\w+, ?%\w+\}), \[%\w+\+8\]"  # of key_deviation
+# Whether a pointer of rope_rotate is another than null, where none is 1 or -1.
+OTHER_POINTER = r"setp\.(eq|ne)\.s64 (\S+ \S+), 0 -> setp\.\1\.s64 \2, -?1$"
+POINTER = r"^ld\.param\.u64 %\w+, \[%\w+\+-"
+POSITION_TO = rf"{POINTER}20\]"
 
 EQUIVALENT = (
     # Lookups
@@ -122,6 +129,94 @@ EQUIVALENT = (
         kernel="collective_attention",
         change=r"add\.s32 .*, -1 -> .*, 0$",
         source=r"int32_t low = 0, high = count - 1;",
+    ),
+    Equivalent(
+        "the key of an agent that is not there, whose number is 0, is asked for and not compared:"
+        " the loop ends, or begins with keys that are not there",
+        kernel="key_deviation",
+        change=r"setp\.(gt\.s32 (\S+ \S+), 0 -> (setp\.ge\.s32\s+\2, 0|setp\.gt\.s32 \2, -1)"
+        r"|lt\.s32 (\S+ \S+), 1 -> setp\.lt\.s32 \4, 0)$",
+        source="",
+        operands=NUM_AGENTS,
+    ),
+    Equivalent(
+        "the key of the agent after the last is asked for and not compared: the loop ends, or does"
+        " one more round of keys that are not there",
+        kernel="key_deviation",
+        change=r"setp\.(gt\.s32 .* -> setp\.ge|lt\.s32 .* -> setp\.le)",
+        source=r"agent < p\.num_agents|first < p\.num_agents",
+        operands=rf"({NUM_AGENTS}\n)?add\.s32 %\w+, %\w+, 2(\n{NUM_AGENTS})?$",
+    ),
+    Equivalent(
+        "the key of the agent after the last is asked for and not compared: the loop ends",
+        kernel="key_deviation",
+        change=r"add\.s32 (\S+), (?!\1)\S+, 2 -> .*, 1$",
+        source=r"agent < p\.num_agents|following = first \+ kAgentsAhead",
+    ),
+    # Moves without positions or numbers of rows
+    Equivalent(
+        "without positions all are 0, and so is the shift, which every table has",
+        kernel="rope_rotate",
+        change=OTHER_POINTER,
+        source=r"has_angles = !p\.position_to",
+        operands=POSITION_TO,
+    ),
+    Equivalent(
+        "without numbers of rows there is one destination; those of others are not asked for",
+        kernel="rope_rotate",
+        change=OTHER_POINTER,
+        source=r"return \{p\.row_out \?",
+        operands=rf"{POINTER}36\]",
+        above=r"^@%\w+ bra",  # whether there is another destination
+    ),
+    Equivalent(
+        "without positions nothing turns: fp32 is not converted, and in the interpreter fp16 comes"
+        " back from fp32 with all its bits",
+        kernel="rope_rotate_(f32|f16)_(half|interleaved)",
+        change=OTHER_POINTER,
+        source=r"head \* p\.out_layout\.head_stride",
+        operands=POSITION_TO,
+    ),
+    Equivalent(
+        "rows without positions have been copied",
+        kernel="rope_rotate_(f32|f16|bf16)_(half|interleaved)",
+        change=OTHER_POINTER,
+        source=r"task\.rotates = ",
+        operands=POSITION_TO,
+    ),
+    Equivalent(
+        "tasks that do not rotate have been copied",
+        kernel="rope_rotate_(f32|f16|bf16)_(half|interleaved)",
+        change=r"setp\.ge\.s32 .* -> setp\.gt",
+        source=r"task\.rotates = ",
+        operands=r"^mov\.u32 %\w+, %tid\.x",
+    ),
+    Equivalent(
+        "the last destination is written again, with the same result",
+        kernel="rope_rotate",
+        change=r"setp\.lt\.s32 .* -> setp\.le",
+        source=r"j \+ 1 < p\.destinations",
+    ),
+    # Agents in a tile
+    Equivalent(
+        "agent 0 is always the first of those that are under way",
+        kernel="diff_encode_compare",
+        change=r"setp\.lt\.s32 (\S+ \S+), 0 -> setp\.le\.s32",
+        source=r"if \(i > 0 && in\.agent < 0\) break",
+    ),
+    Equivalent(
+        "an agent is compared twice, with the same result",
+        kernel="diff_encode_compare",
+        change=r"add\.s32 .*, -1 -> .*, 0$",
+        source=r"rest &= rest - 1|vector\.words\[0\] = |words = \*reinterpret_cast|^$",
+        operands=r"^(ld\.shared\.u32 |and\.b32 |mov\.u32 %\w+, 0$)",
+    ),
+    Equivalent(
+        "bit 0 is of the first agent, which has been asked for: the lowest bit that is set goes",
+        kernel="diff_encode_compare",
+        change=r"add\.s32 .*, -1 -> .*, -2$",
+        source=r"rest &= rest - 1",
+        operands=r"^(and\.b32 |mov\.u32 %\w+, 0$)",
     ),
     # What only saves work
     Equivalent(
@@ -244,6 +339,14 @@ EQUIVALENT = (
         "zero has no sign: its magnitude and its angle are the same either way",
         change=r"setp\.lt\.s(32|64) .*, 0 -> (setp\.le|.*, 1$)",
         source=r"\babs\(|llabs\(|shift < 0 \? -s(hift|in_row)",
+    ),
+    Equivalent(
+        "the one shift that then counts as no overflow is 1431655765, which no tables have",
+        kernel="key_deviation|rope_rotate",
+        change=r"setp\.(gt\.s32 (\S+ \S+), -1 -> (setp\.ge\.s32\s+\2, -1|setp\.gt\.s32 \2, -2)"
+        r"|lt\.s32 (\S+ \S+), 0 -> setp\.lt\.s32 \4, -1)$",
+        source="",
+        operands=r"^and\.b32 %\w+, %\w+, %\w+$",
     ),
     Equivalent(
         "a distance, which is squared or made positive",
@@ -383,6 +486,7 @@ def explanation(kernel: str, mutation: Any, source: str) -> str:
             and re.search(entry.change, mutation.description)
             and re.search(entry.source, source)
             and (not entry.operands or re.search(entry.operands, code.operands()))
+            and (not entry.above or re.search(entry.above, code.above()))
             and (not entry.only_compared_with_0 or code.is_only_compared_with_0(changed))
         ):
             return entry.reason
@@ -418,6 +522,11 @@ class _Code:
             above = [each for each in self._statements[: self._here] if register in _results(each)]
             found += above[-1:]
         return "\n".join(found)
+
+    def above(self) -> str:
+        """The statement before; lines of the source and comments are none."""
+        before = reversed(self._statements[: self._here])
+        return next((each for each in before if each and not each.startswith((".loc", "//"))), "")
 
     def is_unused(self) -> bool:
         result = _result(self.statement)
