@@ -161,6 +161,7 @@ ACTS: dict[str, tuple[int, Does]] = {
     "drop": (1, has_rounds),
     "release": (1, anywhere),
     "evict": (1, anywhere),
+    "fold": (2, has_rows),
     "restore": (1, anywhere),
     "rest": (2, has_rows),
     "prefetch": (1, has_rows),
@@ -519,6 +520,17 @@ class MemoryMachine(RuleBasedStateMachine):
         pages, there = data.draw(st.integers(0, 20)), place.store.stats().evictable_pages
         assert min(pages, there) <= place.store.evict(pages) <= there
         COUNTS["evict"] += 1
+
+    def fold(self, _: st.DataObject, place: Place) -> None:
+        before = place.store.stats()
+        saved = place.store.fold()
+        after = place.store.stats()
+        # What a step has of an agent that was aborted comes free with the step.
+        assert before.held_pages - after.held_pages == saved or place.steps
+        assert (saved > 0) == (after.folded > before.folded)
+        for agent in place.store.mirrors:
+            self.check(place, agent)
+        COUNTS["fold" if saved else "fold, nothing to save"] += 1
 
     def restore(self, _: st.DataObject, place: Place) -> None:
         for agent in place.rows:

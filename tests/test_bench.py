@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokendance as td
-from bench import by_torch, compare, mirrors, rounds, scaling
+from bench import by_torch, compare, mirrors, rounds, scaling, sharing
 from bench.ceilings import Ceiling
 from bench.rounds import Cell, table
 from evals.fidelity import __main__ as fidelity
@@ -303,3 +303,23 @@ def test_load_counts_what_a_store_takes(capsys):
     assert many.startswith("plan and commit of 64 agents beside 64: ")
     assert "MiB down: " in down
     assert "MiB up: " in up
+
+
+def test_sharing_counts_what_could_be_saved():
+    heard, system = RecordedBlock("shared", "h" * 40, "h"), RecordedBlock("system", "s" * 16)
+
+    def round_of(*names):
+        agents = [
+            RecordedAgent(name, (system, RecordedBlock("private", name * (20 + i)), heard))
+            for i, name in enumerate(names)
+        ]
+        return RecordedRound("made", "one", 0, "", tuple(agents), "made:1")
+
+    town = sharing.Town([], lambda text: list(text.encode()), block_size=8)
+    town.play(round_of("a", "b"), ["a", "b"])
+    # a: 36 own rows; b: 37, 4 that it repairs, and the last; the Master: 40. Both agents have the
+    # system prompt's 16 rows: 2 pages fewer each, and 2 for their Master.
+    assert town.counted() == {"pages": 5 + 6 + 5, "fold": 0, "remaster": 0, "promote": 2}
+    town.scheduler.books.drop("a")
+    # 42 own rows and 35 are 77: 10 pages instead of 6 and 5.
+    assert town.counted() == {"pages": 6 + 5, "fold": 1, "remaster": 0, "promote": 0}

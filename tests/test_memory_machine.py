@@ -25,6 +25,6 @@ def test_a_store_and_two_tenants_are_what_a_dictionary_says() -> None:
         *("step, fail", "truncate", "suspend to nowhere", "suspend to host", "resume", "commit"),
         *("abort", "abort, in a step", "drop", "release", "evict", "restore", "reopen"),
         *("put, out of pages", "plan, out of pages", "commit, refused"),
-        *("rest", "prefetch", "pin", "rest, out of pages"),
+        *("rest", "prefetch", "pin", "rest, out of pages", "fold"),
     }
     assert wanted <= set(memory_machine.COUNTS), memory_machine.COUNTS

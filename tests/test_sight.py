@@ -48,6 +48,7 @@ def test_metrics_are_the_statistics_of_a_store_and_its_tenants() -> None:
         assert value("agents") == one.agents == 1
         assert value("masters") == one.masters
         assert value("evictions_total") == one.evictions
+        assert value("folded_total") == one.folded
         for state in ("free", "evictable", "held"):
             assert value("pages", state=state) == getattr(one, f"{state}_pages")
         for kind in ("dense", "master", "own"):
@@ -92,7 +93,7 @@ def test_metrics_are_prometheus_text() -> None:
     assert sorted(families) == [
         f"tokendance_{name}"
         for name in (
-            *("agents", "bytes", "evictions", "masters", "pages", "rows"),
+            *("agents", "bytes", "evictions", "folded", "masters", "pages", "rows"),
             *("tier_agents", "tier_bytes", "tier_demotions"),
         )
     ]

@@ -169,6 +169,10 @@ class StoreMachine(RuleBasedStateMachine):
     def evict(self, pages: int) -> None:
         self.store.evict(pages)
 
+    @rule()
+    def fold(self) -> None:
+        self.store.fold()
+
     @rule(tidy=st.booleans())
     def flush(self, tidy: bool) -> None:
         compaction.SLACK = -(1 << 40) if tidy else 64 << 20

@@ -53,7 +53,7 @@ def test_the_longest_unused_moves_to_host_memory() -> None:
 
 
 def test_pinned_agents_stay_and_others_move_instead() -> None:
-    store = make_store(19, 40)
+    store = make_store(18, 40)
     rows = put(store, {"ada": 40})
     store.pin("ada")
     rows |= put(store, {"ben": 40})

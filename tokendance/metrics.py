@@ -25,6 +25,7 @@ class StoreMetrics(Collector):
     - ``tokendance_rows``: by ``kind``, dense, master or own.
     - ``tokendance_bytes``: by ``kind``, dense, row or stored.
     - ``tokendance_evictions_total``: Masters dropped to make room.
+    - ``tokendance_folded_total``: Masters that have become own rows of their one user.
     - ``tokendance_tier_agents``, ``tokendance_tier_bytes``: by ``tier``, device, host or disk, the
       Mirrors there and the bytes in use.
     - ``tokendance_tier_demotions_total``: by ``tier``, what has left it for a lower one.
@@ -65,6 +66,11 @@ class StoreMetrics(Collector):
             "evictions": CounterMetricFamily(
                 "tokendance_evictions", "Masters dropped to make room.", labels=labels
             ),
+            "folded": CounterMetricFamily(
+                "tokendance_folded",
+                "Masters that have become own rows of their one user.",
+                labels=labels,
+            ),
             "tier_agents": GaugeMetricFamily(
                 "tokendance_tier_agents", "Mirrors in a tier.", labels=[*labels, "tier"]
             ),
@@ -82,6 +88,7 @@ class StoreMetrics(Collector):
         for name in ("agents", "masters"):
             families[name].add_sample(f"tokendance_{name}", of, getattr(stats, name))
         families["evictions"].add_sample("tokendance_evictions_total", of, stats.evictions)
+        families["folded"].add_sample("tokendance_folded_total", of, stats.folded)
         for family, label, kinds in (
             ("pages", "state", _PAGES),
             ("rows", "kind", _ROWS),

@@ -58,6 +58,7 @@ class StoreStats:
         evictable_pages: of Masters that no Mirror and no plan uses.
         held_pages: used ones that are not evictable.
         evictions: Masters dropped to make room since the store was made.
+        folded: Masters whose rows have become own rows of the one agent that used them, likewise.
         tiers: by name, ``"device"``, ``"host"`` and ``"disk"``, as far as there are such, what each
             holds. The other fields are of the device alone.
         tenants: by name, what each tenant holds. Nothing of it is counted in the rest.
@@ -77,6 +78,7 @@ class StoreStats:
     evictable_pages: int
     held_pages: int
     evictions: int
+    folded: int
     tiers: Mapping[str, TierStats] = field(default_factory=dict)
     tenants: Mapping[str, StoreStats] = field(default_factory=dict)
 
@@ -117,6 +119,7 @@ def count(scheduler: Scheduler, executor: Executor, tiers: Tiers) -> StoreStats:
         evictable_pages=books.evictable_pages,
         held_pages=books.used_pages - books.evictable_pages,
         evictions=books.evictions,
+        folded=books.folded,
         tiers=_tiers(scheduler, executor, tiers, len(masters)),
     )
 

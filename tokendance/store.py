@@ -269,6 +269,20 @@ class DiffStore(
         with self.lock:
             return self.books.evict(pages)
 
+    def fold(self) -> int:
+        """Makes Masters that one agent alone uses own rows of it, where that takes fewer pages.
+
+        What `restore` gives stays the same, bit for bit. Such a Master is found until it is
+        evicted, as those are that nobody uses. In a quantized pool only those are folded that the
+        agent uses where they were computed; agents of plans, and those that are not in the pool,
+        stay as they are.
+
+        Returns:
+            Pages that have come free or can be evicted.
+        """
+        with marked(self.device, "tokendance fold"):
+            return self._tiers.fold()
+
     def clear(self) -> None:
         """Forgets all agents and all Masters: the weights have changed, or another model comes.
 

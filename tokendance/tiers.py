@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from threading import RLock
@@ -23,8 +23,10 @@ from tokendance.device.executor import Executor
 from tokendance.files.durability import Durability
 from tokendance.files.memory import DeviceMemory, Held, Memory
 from tokendance.host.books import OutOfPagesError
-from tokendance.host.mirror import Master, Mirror, Uses, no_pages, rows_of_pages
+from tokendance.host.folding import folding_of
+from tokendance.host.mirror import Master, Mirror, Pages, Uses, no_pages, rows_of_pages
 from tokendance.host.plan import Prompts
+from tokendance.host.reading import Reading
 from tokendance.host.scheduler import Scheduler
 from tokendance.host.segments import Segment, told_apart
 
@@ -204,7 +206,66 @@ class Tiers:
         if given < pages:
             with self._guard:
                 given += memory.books.evict(pages - given)
+        if given < pages and memory is self.device:
+            with self._guard:
+                before = memory.books.free_pages
+            self.fold(pages - given, spared)
+            with self._guard:
+                memory.books.evict(pages - given)
+                given += max(memory.books.free_pages - before, 0)
         return given, problem
+
+    def fold(self, pages: int | None = None, spared: Collection[str] = ()) -> int:
+        """Masters on the device that one agent alone uses become own rows of it, the longest unused
+        agents first, where that saves pages.
+
+        Args:
+            pages: that are wanted; None: all that can be saved.
+            spared: agents that stay as they are, besides those of plans.
+
+        Returns:
+            Pages that have come free or can be evicted.
+        """
+        saved = 0
+        with self._moving:
+            with self._guard:
+                agents = self.device.books.by_last_use()
+            for agent in agents:
+                if pages is not None and saved >= pages:
+                    break
+                if agent not in spared:
+                    saved += self._fold(agent)
+        return saved
+
+    def _fold(self, agent: str) -> int:
+        books, pool = self.device.books, self.device.pool
+        with ExitStack() as stack:
+            with self._guard:
+                mirror = books.mirrors.get(agent)
+                if mirror is None or self._scheduler.is_live(agent):
+                    return 0
+                # A quantized key that is moved is rounded once more than restore would round it.
+                folding = folding_of(mirror, pool.block_size, turns=pool.quantization is None)
+                if folding is None:
+                    return 0
+                try:
+                    fresh = books.take_pages(folding.pages_needed)
+                except OutOfPagesError:
+                    return 0
+                stack.callback(self._drop, fresh)
+                stack.enter_context(Reading(self._scheduler, [mirror]))
+            self._executor.move_rows(folding.moved(fresh))
+            with self._guard:
+                taken = self._scheduler.is_live(agent) or not folding.is_current
+                if taken or books.mirrors.get(agent) is not mirror:
+                    return 0
+                books.share_pages(fresh)
+                books.fold(agent, folding, fresh)
+        return folding.pages_saved
+
+    def _drop(self, pages: Pages) -> None:
+        with self._guard:
+            self.device.books.drop_pages(pages)
 
     def _demote(self, memory: Memory, agents: list[str], masters: list[Master]) -> None:
         """Moves agents and idle Masters to the next tier that has room.

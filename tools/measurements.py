@@ -73,6 +73,7 @@ COMMANDS = {
     "serving/cpu_agentsociety": f"evals serving rounds --workload agentsociety --agents 8 "
     f"--rounds 2 {_SERVERS}",
     "serving/cpu_predicted": "evals capacity predict --report docs/serving/cpu_rounds.json",
+    "measurements/sharing": "bench.sharing",
     "measurements/cpu_scaling": "bench.scaling",
     "measurements/cpu_decode": "bench.decode",
     "measurements/cpu_town_square": "bench.rounds town_square --rounds 1:3 --repeat 2",

@@ -28,6 +28,7 @@ from tokendance.host.record import (
     Choice,
     Copies,
     DeviceProfile,
+    MovedRows,
     PackedRound,
     RestoreRecord,
     StepRecord,
@@ -278,6 +279,24 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             self.host.take(self.pool, copies)
         else:
             self.host.give(self.pool, copies)
+
+    def move_rows(self, moved: MovedRows) -> None:
+        """Copies rows of the pool to others of it, keys rotated on to other positions as `restore`
+        rotates them."""
+        there = self.upload(
+            {
+                "source": moved.source,
+                "target": moved.target,
+                "from": moved.position_from,
+                "to": moved.position_to,
+            }
+        )
+        source, target = there["source"], there["target"]
+        for layer, rope in enumerate(self.ropes):
+            tables = (rope.cos, rope.sin, rope.interleaved)
+            k, v = self.pool.k_pools[layer], self.pool.v_pools[layer]
+            ops.rope_rotate_out(k, source, target, there["from"], there["to"], *tables, 1.0, k)
+            ops.rope_rotate_out(v, source, target, None, None, *tables, 1.0, v)
 
     def clear(self, pages: IntArray) -> None:
         """Overwrites pages of the pool with zeros."""

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from tokendance.host.folding import Folding
 from tokendance.host.mirror import Master, Mirror, Pages, no_pages
 from tokendance.host.uncopied import Uncopied
 
@@ -158,6 +159,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
             their rows.
         mirrors: by agent.
         evictions: Masters dropped to make room.
+        folded: Masters whose rows have become own rows of the one agent that used them.
         pinned: agents that stay where they are.
         evicts: whether `take_pages` evicts. False where somebody else makes room, by moving what is
             longest unused to a lower tier.
@@ -175,6 +177,7 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         self.making: dict[bytes, Master] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.evictions = 0
+        self.folded = 0
         self.pinned: set[str] = set()
         self.evicts = True
         self.on_put: Callable[[str], object] | None = None
@@ -507,6 +510,25 @@ class Books(Uncopied, instead="make another over an allocator of its own"):
         used_at = self._used_at.pop(agent)
         self.let_go(mirror.uses.masters, used_at if to_lower_tier else None)
         self.drop_pages(mirror.own_pages)
+
+    def fold(self, agent: str, folding: Folding, fresh: Pages) -> None:
+        """Lets an agent do without Masters that it alone used: copies of their rows are in
+        ``fresh``, which become its own.
+
+        They are the next to leave; the agent counts as unused as long as before.
+        """
+        before, mirror = self.mirrors[agent], folding.folded(fresh)
+        gone = Counter(before.uses.masters)
+        gone.subtract(mirror.uses.masters)
+        self.share_pages(before.own_pages[: folding.kept])
+        self.mirrors[agent] = mirror
+        self.folded += len(folding.masters)
+        self.let_go(list(gone.elements()), self._used_at[agent])
+        self.drop_pages(before.own_pages)
+
+    def by_last_use(self) -> list[str]:
+        """All agents, the longest unused first."""
+        return list(self._used_at)
 
     def coldest(self, pages: int, stays: Callable[[str], bool]) -> tuple[list[str], list[Master]]:
         """What could leave for so many pages, the longest unused first: agents, and idle Masters.

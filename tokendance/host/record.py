@@ -96,6 +96,21 @@ class Copies:
 
 
 @dataclass(eq=False)
+class MovedRows:
+    """Rows of a pool that are copied to others of it, which none of them is.
+
+    Attributes:
+        source, target: int64 ``[n]``, rows of the pool (page * block_size + row of the page).
+        position_from, position_to: int32 ``[n]``: where the keys are rotated, and are to be.
+    """
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    position_from: IntArray
+    position_to: IntArray
+
+
+@dataclass(eq=False)
 class Choice:
     """Rows of one Master that `KeyDeviation` chooses from.
 
