@@ -61,7 +61,7 @@ def nothing_left(engine: Serving, free: int) -> None:
     assert not engine.rounds._orders.orders
     assert engine.free_blocks() == free
     host = engine.rounds.host
-    assert not host._agents
-    assert not host._states
+    assert not host.roster.agents
+    assert not host.roster.states
     assert engine.rounds.reset()
     assert host.books.used_pages == 0
