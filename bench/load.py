@@ -8,8 +8,6 @@
    has grown since those, and the bytes of the books' pages over those that the process has taken.
 2. Many: `plan` and `commit` of 64 agents beside as many others, as a multiple of the same in an
    empty store: minima of turns. The host half alone.
-3. Moves: agents to host memory and back, as a fraction of the rate at which torch copies as many
-   bytes, in turns with it.
 """
 
 from __future__ import annotations
@@ -154,42 +152,6 @@ def many(agents: int, turns: int) -> None:
     )
 
 
-# Moves --------------------------------------------------------------------------------------------
-
-
-def moves(size: int, turns: int) -> None:
-    """So many bytes of agents to host memory and back."""
-    geometry = td.KVGeometry(
-        num_layers=28, num_q_heads=28, num_kv_heads=4, head_dim=128, dtype=torch.bfloat16
-    )
-    rope = td.Rope.default(head_dim=128, theta=10000.0, max_position=4096)
-    room = size + 64 * MIB
-    store = td.DiffStore(geometry, rope, room, host_capacity=room)
-    rows = 512
-    cache = [torch.randn(rows, 4, 128).to(torch.bfloat16)] * geometry.num_layers
-    names = [f"agent {i}" for i in range(size // (rows * geometry.row_bytes))]
-    for name in names:
-        store.put_round({name: (cache, cache)}, {name: [td.private(range(rows))]})
-    moved = len(names) * rows * geometry.row_bytes
-    source, target = (torch.ones(moved, dtype=torch.uint8) for _ in range(2))
-    times: dict[str, list[float]] = {"copy": [], "down": [], "up": []}
-    for _ in range(turns):
-        for name, work in (
-            ("copy", lambda: target.copy_(source)),
-            ("down", lambda: store.rest(names)),
-            ("up", lambda: store.prefetch(names)),
-        ):
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    for name in ("down", "up"):
-        print(
-            f"{moved / MIB:.0f} MiB {name}: {moved / MIB / medians[name]:.0f} MiB/s, "
-            f"{medians['copy'] / medians[name]:.2f} of a copy"
-        )
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.load", description=__doc__.split("\n")[0]
@@ -197,15 +159,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--agents", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=100, help="0: none")
     parser.add_argument("--many", type=int, default=100_000, help="0: not measured")
-    parser.add_argument("--mib", type=int, default=512, help="that are moved; 0: none")
     parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args(arguments)
     if options.rounds:
         rounds(options.agents, options.rounds)
     if options.many:
         many(options.many, options.turns)
-    if options.mib:
-        moves(options.mib * MIB, options.turns)
     return 0
 
 

@@ -294,15 +294,35 @@ def test_the_table_of_quantized_pools():
 def test_load_counts_what_a_store_takes(capsys):
     from bench import load
 
-    load.main(["--agents", "96", "--rounds", "2", "--many", "64", "--mib", "64", "--turns", "3"])
-    rounds, round_, process, books, many, down, up = capsys.readouterr().out.splitlines()
+    load.main(["--agents", "96", "--rounds", "2", "--many", "64", "--turns", "3"])
+    rounds, round_, process, books, many = capsys.readouterr().out.splitlines()
     assert rounds == "96 agents, 2 rounds, 64 in a company"
     assert round_.startswith("round: 1.00x of the first 10's")
     assert process.startswith("process: +0.0 MiB since then")
     assert float(books.split(", ")[1].split()[0]) > 0
     assert many.startswith("plan and commit of 64 agents beside 64: ")
-    assert "MiB down: " in down
-    assert "MiB up: " in up
+
+
+def test_moves_are_rated_by_what_the_machine_does(tmp_path, capsys):
+    from bench import moves
+
+    path, threads = tmp_path / "moves.json", torch.get_num_threads()
+    moves.main(["--mib", "28", "--turns", "2", "--path", str(tmp_path), "--json", str(path)])
+    torch.set_num_threads(threads)
+    report = json.loads(path.read_text())
+    assert report["host"]["bytes"] == report["disk"]["bytes"] == 28 << 20
+    assert report["step"]["moves"] > 0
+    assert capsys.readouterr().out == moves.text(report) + "\n"
+    assert sorted(tmp_path.iterdir()) == [path]  # what it has written is gone
+    host = {"mib_s": {"copy": 1000.0, "down": 900.0, "up": 800.0}}
+    disk = {"mib_s": {"write": 500.0, "down": 250.0, "read": 4e3, "up": 400.0, "checksum": 900.0}}
+    times = {"alone": 0.5, "meanwhile": 0.55}
+    step = {"moves": 7, "clock_s": times, "processor_s": {"alone": 1.0, "meanwhile": 1.02}}
+    rows = moves.text({"host": host, "disk": disk, "step": step}).splitlines()
+    assert rows[2] == "| to host memory | 900 | copy | 1000 | 0.90 | 0.8 |"
+    assert rows[5] == "| from disk | 400 | read | 4000 | 0.10 | 0.8 |"
+    assert rows[7] == "Checksums of as many bytes alone: 900 MiB/s."
+    assert rows[9].startswith("A step while agents move: 1.10x by the clock, 1.02x of the")
 
 
 def test_sharing_counts_what_could_be_saved():

@@ -276,10 +276,7 @@ class Tiers:
         """
         if memory is self.device and self.host is not None:
             try:
-                for agent in agents:
-                    self._to_host([agent], [])
-                for master in masters:
-                    self._to_host([], [master])
+                self.to_host(agents, masters)
                 return
             except OutOfPagesError:
                 if self.disk is None:
@@ -326,14 +323,22 @@ class Tiers:
                 if not given:
                     raise OutOfPagesError(str(refused), on_host=True)
 
-    def to_host(self, agents: Sequence[str]) -> None:
-        """Moves agents from the device to host memory.
+    def to_host(self, agents: Sequence[str], masters: Sequence[Master] = ()) -> None:
+        """Moves from the device to host memory: by one copy, if there is room for all.
 
         Raises:
             OutOfPagesError: host memory is full; some may have been moved.
         """
-        for agent in agents:
-            self._to_host([agent], [])
+        assert self.host is not None
+        with self._moving:
+            with suppress(OutOfPagesError):
+                moved = self._move(self.device, self.host, agents, masters)
+                self.demoted["device"] += moved
+                return
+            for agent in agents:
+                self._to_host([agent], [])
+            for master in masters:
+                self._to_host([], [master])
 
     # Up -------------------------------------------------------------------------------------------
 

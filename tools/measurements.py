@@ -74,6 +74,7 @@ COMMANDS = {
     f"--rounds 2 {_SERVERS}",
     "serving/cpu_predicted": "evals capacity predict --report docs/serving/cpu_rounds.json",
     "measurements/sharing": "bench.sharing",
+    "measurements/cpu_moves": "bench.moves",
     "measurements/cpu_scaling": "bench.scaling",
     "measurements/cpu_decode": "bench.decode",
     "measurements/cpu_town_square": "bench.rounds town_square --rounds 1:3 --repeat 2",

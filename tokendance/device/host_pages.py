@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokendance.device import operators as ops
 from tokendance.device.codec import Codec, page_codecs
 from tokendance.device.pool import PagePool
-from tokendance.host.round import IntArray
+from tokendance.device.rounds import RoundTensors
+from tokendance.host.round import IntArray, RoundExtents
 
 
 class HostPages(Protocol):
@@ -50,50 +52,84 @@ class ExactPages:
     Args:
         pool: of the device.
         num_pages: how many.
+
+    Attributes:
+        pool: the pages as a pool.
     """
 
     def __init__(self, pool: PagePool, num_pages: int) -> None:
-        shape, layers = pool.k_pools[0].shape, pool.num_layers
+        shape, parts = pool.k_pools[0].shape, 2 * pool.num_layers
+        # A layer's pages side by side, as in the pool: pages in a row are copied together.
         self._rows = torch.empty(
-            (num_pages, 2 * layers, *shape[1:]),
+            (parts, num_pages, *shape[1:]),
             dtype=pool.dtype,
             device="cpu",
             pin_memory=pool.device.type == "cuda",
         )
-        parts = [self._rows[:, part] for part in range(2 * layers)]
-        self._pool = PagePool(parts[0::2], parts[1::2], quantization=pool.quantization)
+        layers = list(self._rows.unbind())
+        self.pool = PagePool(layers[0::2], layers[1::2], quantization=pool.quantization)
         self.block_size = pool.block_size
         self.page_bytes = pool.page_bytes
-        self.pages_of = self._pool.pages_of
+        self.pages_of = self.pool.pages_of
 
     def take(self, pool: PagePool, copies: IntArray) -> None:
         if pool.device.type == "cpu":
-            _copy_rows(pool, self._pool, copies)
+            _copy_rows(pool, self.pool, copies)
             return
-        for page, kept, _ in copies.tolist():
-            for part, there in enumerate(self._rows[kept]):
-                there.copy_(pool.part(part)[page], non_blocking=True)
+        for page, kept, count in runs_of(copies[:, :2]):
+            for part, there in enumerate(self._rows):
+                here = pool.part(part)[page : page + count]
+                there[kept : kept + count].copy_(here, non_blocking=True)
 
     def give(self, pool: PagePool, copies: IntArray) -> None:
         if pool.device.type == "cpu":
-            _copy_rows(self._pool, pool, copies)
+            _copy_rows(self.pool, pool, copies)
             return
-        for kept, page in copies.tolist():
-            for part, here in enumerate(self._rows[kept]):
-                pool.part(part)[page].copy_(here, non_blocking=True)
+        for kept, page, count in runs_of(copies):
+            for part, there in enumerate(self._rows):
+                here = pool.part(part)[page : page + count]
+                here.copy_(there[kept : kept + count], non_blocking=True)
 
     def clear(self, pages: IntArray) -> None:
-        self._rows.view(torch.uint8).index_fill_(0, _int64(pages), 0)
+        self._rows.view(torch.uint8).index_fill_(1, _int64(pages), 0)
 
 
 def _copy_rows(source: PagePool, target: PagePool, copies: IntArray) -> None:
-    """Pages between pools in memory, by the operator that moves rows."""
-    offsets = np.arange(source.block_size, dtype=np.int64)
-    rows = copies[:, :2].astype(np.int64).T[..., None] * source.block_size + offsets
-    read, written = torch.from_numpy(rows.reshape(2, -1))
-    for layer in range(source.num_layers):
-        k, v = source.k_pools[layer], source.v_pools[layer]
-        target.write_rows(layer, k, v, written, read)
+    """Pages between pools in memory, as own rows that are restored: all layers in one call, which
+    sees that they are more than the caches hold."""
+    block, count = source.block_size, len(copies)
+    extents = RoundExtents(agents=1, own_pages=count, block_size=block)
+    arrays = {
+        "own_length": np.array([count * block], dtype=np.int32),
+        "own_page_indptr": np.array([0, count], dtype=np.int32),
+        "own_pages": copies[:, 0],
+        "own_position": np.arange(count * block, dtype=np.int32),
+    }
+    rows = copies[:, 1:2].astype(np.int64) * block + np.arange(block)
+    table = torch.empty(1, 0, dtype=torch.float32, device="cpu")  # no row is rotated
+    ops.diff_restore(
+        source.k_pools,
+        source.v_pools,
+        table,
+        table,
+        False,
+        RoundTensors.from_arrays(arrays, extents),
+        torch.from_numpy(rows.reshape(1, -1)),
+        target.k_pools,
+        target.v_pools,
+    )
+
+
+def runs_of(pairs: IntArray) -> list[tuple[int, int, int]]:
+    """Pairs of pages ``[n, 2]`` of which each is one behind the one before it, in both columns: the
+    first one and how many."""
+    breaks = np.flatnonzero((np.diff(pairs, axis=0) != 1).any(axis=1)) + 1
+    begins = np.concatenate([[0], breaks])
+    counts = np.diff(np.concatenate([begins, [len(pairs)]]))
+    return [
+        (int(pairs[begin, 0]), int(pairs[begin, 1]), int(count))
+        for begin, count in zip(begins, counts, strict=True)
+    ]
 
 
 class CodedPages:
