@@ -55,6 +55,7 @@ COMMANDS = {
     "measurements/smollm2_rows": f"{_SMOLLM2} rows agentsociety",
     "measurements/smollm2_front": f"{_SMOLLM2} front",
     "measurements/smollm2_leakage": f"{_SMOLLM2} leakage",
+    "measurements/smollm2_quantized": f"{_SMOLLM2} quantized town_square",
     "measurements/smollm2_tolerance": f"{_SMOLLM2} tolerance",
     "measurements/smollm2_noise": f"{_SMOLLM2} noise town_square",
     "measurements/smollm2_codecs": f"{_SMOLLM2} codecs town_square debate --agents 3",
