@@ -97,10 +97,10 @@ def rounds(agents: int, count: int) -> None:
     print(f"{agents} agents, {count} rounds, {COMPANY} in a company")
     print(f"round: {late / early:.2f}x of the first {FIRST}'s ({early:.1f} s)")
     print(f"process: {(sizes[-1] - warm) / MIB:+.1f} MiB since then, of {sizes[-1] / MIB:.0f}")
-    books = stats.used_pages * page
-    print(
-        f"books: {books / MIB:.0f} MiB, {books / (sizes[-1] - begin):.3f} of what they have taken"
-    )
+    books, taken = stats.used_pages * page, sizes[-1] - begin
+    # Memory that the process had before and gave to nobody may be enough.
+    share = f"{books / taken:.3f} of what they have taken" if taken > 0 else "nothing was taken"
+    print(f"books: {books / MIB:.0f} MiB, {share}")
 
 
 # Many agents --------------------------------------------------------------------------------------

@@ -535,7 +535,7 @@ def encode_pages(
 
     Bits are promised; ``coded_pages.h`` says how they lie.
     """
-    slots = torch.arange(len(page)) if slot is None else slot
+    slots = torch.arange(len(page), device=page.device) if slot is None else slot
     for number, count, where in zip(page.tolist(), rows.tolist(), slots.tolist(), strict=True):
         rows_of_page = torch.zeros_like(pool[number], memory_format=torch.contiguous_format)
         rows_of_page[:count] = pool[number, :count]
@@ -545,7 +545,7 @@ def encode_pages(
         magnitudes = rows_of_page.float().abs()
         scale = magnitudes.amax(dim=0 if per_channel else 2, keepdim=True)
         scale[scale < 2.0**-100] = 0.0
-        factor = torch.where(scale == 0, 0.0, torch.tensor(_LARGEST_CODE[code]) / scale)
+        factor = torch.where(scale == 0, 0.0, torch.full_like(scale, _LARGEST_CODE[code]) / scale)
         codes = _codes_of(rows_of_page.float() * factor, code)
         stored = _with_nan_of_cuda(scale, pool.dtype).flatten().view(torch.uint8)
         coded[where] = torch.cat([stored, codes])
@@ -554,7 +554,7 @@ def encode_pages(
 def _with_nan_of_cuda(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded; all payload bits of a NaN are set."""
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    nan = torch.tensor(torch.iinfo(bits).max, dtype=bits).view(dtype)
+    nan = torch.tensor(torch.iinfo(bits).max, dtype=bits, device=x.device).view(dtype)
     return torch.where(x.isnan(), nan, x.to(dtype))
 
 
@@ -580,7 +580,7 @@ def decode_pages(
     page: Tensor,
 ) -> None:
     """``tokendance::decode_pages``: the inverse of :func:`encode_pages`."""
-    slots = torch.arange(len(page)) if slot is None else slot
+    slots = torch.arange(len(page), device=page.device) if slot is None else slot
     block, heads, dims = pool.shape[1:]
     for number, count, where in zip(page.tolist(), rows.tolist(), slots.tolist(), strict=True):
         raw = coded[where].contiguous()
@@ -597,6 +597,6 @@ def decode_pages(
             numbers = codes.float() - 8.0
         else:
             numbers = codes.view(torch.float8_e4m3fn if code == "e4m3" else torch.int8).float()
-        fraction = 1.0 / torch.tensor(_LARGEST_CODE[code])
-        found = (numbers.view(block, heads, dims) * fraction * scale)[:count]
+        fractions = numbers.view(block, heads, dims) * (1.0 / _LARGEST_CODE[code])
+        found = (fractions * scale)[:count]
         pool[number, :count] = _with_nan_of_cuda(found, pool.dtype)

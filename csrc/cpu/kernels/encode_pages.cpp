@@ -10,16 +10,18 @@
 namespace tokendance::TOKENDANCE_ISA {
 namespace {
 
-// Makes scales of the largest magnitudes, and gives what elements are multiplied by.
+// Makes a scale of the largest magnitude, and gives what elements are multiplied by.
+template <typename C>
+TOKENDANCE_INLINE float factor_of(float& largest) {
+  if (largest < kSmallestScale) largest = 0.0f;
+  return largest == 0.0f ? 0.0f : kLargestCode<C> / largest;
+}
+
 template <typename C>
 TOKENDANCE_INLINE F32 factors_of(F32& largest) {
   float scales[kLanes], factors[kLanes];
   store(scales, narrow<float>(largest));
-  for (int i = 0; i < kLanes; ++i) {
-    const bool is_zero = scales[i] < kSmallestScale;
-    factors[i] = is_zero ? 0.0f : kLargestCode<C> / scales[i];
-    scales[i] = is_zero ? 0.0f : scales[i];
-  }
+  for (int i = 0; i < kLanes; ++i) factors[i] = factor_of<C>(scales[i]);
   largest = load(scales);
   return load(factors);
 }
@@ -69,10 +71,10 @@ void encode_per_row(const CodedPagesParams& params, const CodedPage& page) {
       for (int32_t dim = 0; dim < params.head_dim; dim += kLanes) {
         largest = larger(largest, abs(load(elements + dim)));
       }
-      largest = broadcast(largest_lane(largest));
-      const F32 factor = factors_of<C>(largest);
-      const Packed<T> scale = narrow<T>(largest);
-      memcpy(scales++, &scale, sizeof(T));
+      float scale = largest_lane(largest);
+      const F32 factor = broadcast(factor_of<C>(scale));
+      const Packed<T> rounded = narrow<T>(broadcast(scale));
+      memcpy(scales++, &rounded, sizeof(T));
       for (int32_t dim = 0; dim < params.head_dim; dim += kLanes) {
         store_codes<C>(codes, mul(load(elements + dim), factor));
         codes += bytes_of_codes<C>(kLanes);
