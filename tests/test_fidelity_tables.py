@@ -147,6 +147,9 @@ def test_the_interval_of_a_ratio_of_known_samples():
     assert samples.ratio_of_means(rounds).low == 0
     assert samples.ratio_of_means(rounds).high == 1
     assert samples.ratio_of_means(rounds, seed=3) == samples.ratio_of_means(rounds, seed=3)
+    assert samples.ratio_text([([0.01, 0.04, 0.02], pic)] * 3) == "0.100 (0.100 to 0.100)"
+    assert samples.ratio_text([([1.0, 0.0], [1.0, 0.0])]) == "1.000 (no interval)"
+    assert samples.ratio_text([([1.0, 0.0], [0.0, 0.0])]) == "-"
     for wrong in ([], [([], [])], [([1.0], [1.0, 2.0])]):
         with pytest.raises(ValueError, match="rounds: expected"):
             samples.ratio_of_means(wrong)

@@ -15,10 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from evals.baselines import System
-from evals.fidelity.samples import ratio_of_means
+from evals.fidelity.samples import ratio_of_means, ratio_text
 from evals.replay import make_system
 from evals.workloads import RecordedRound, find_workload, read_rounds, tokenize_round
 from tokendance.host.segments import Segment
@@ -105,12 +103,16 @@ def text(result: Sequence[dict[str, Any]]) -> str:
             same.append(_equal(one[name], one["full"]))
             right.append(_as_recorded(one, name))
             floor, full = _as_recorded(one, FLOOR), _as_recorded(one, "full")
-            mine = zip(right[-1], full, floor, strict=True)
             gains.append(
-                list(zip(*((own - low, top - low) for own, top, low in mine), strict=True))
+                (
+                    [own - low for own, low in zip(right[-1], floor, strict=True)],
+                    [top - low for top, low in zip(full, floor, strict=True)],
+                )
             )
         answers = sum(map(len, same))
-        lines.append(f"| {name} | {answers} | {_share(same)} | {_share(right)} | {_gain(gains)} |")
+        lines.append(
+            f"| {name} | {answers} | {_share(same)} | {_share(right)} | {ratio_text(gains)} |"
+        )
     return "\n".join(lines)
 
 
@@ -125,17 +127,3 @@ def _as_recorded(one: Mapping[str, Any], name: str) -> list[float]:
 def _share(values: Sequence[Sequence[float]]) -> str:
     found = ratio_of_means([(one, [1.0] * len(one)) for one in values])
     return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
-
-
-def _gain(values: Sequence[Any]) -> str:
-    """What is gained over the floor, of what full recompute gains; "-" where that is nothing."""
-    if sum(sum(full) for _, full in values) <= 0:
-        return "-"
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw in which nothing is gained
-        found = ratio_of_means(values)
-    ends = (
-        f"{found.low:.3f} to {found.high:.3f}"
-        if np.isfinite([found.low, found.high]).all()
-        else "no interval"
-    )
-    return f"{found.value:.3f} ({ends})"

@@ -84,6 +84,17 @@ def ratio_of_means(
     return Ratio(float(whole[0] / whole[1]), float(low), float(high))
 
 
+def ratio_text(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> str:
+    """`ratio_of_means` for a table; "-" where the second mean is not above 0."""
+    if np.concatenate([np.asarray(second, dtype=np.float64) for _, second in rounds]).sum() <= 0:
+        return "-"
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw whose second mean is 0
+        found = ratio_of_means(rounds)
+    if not np.isfinite([found.low, found.high]).all():
+        return f"{found.value:.3f} (no interval)"
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
 def _paired(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
     """``[2, agents]``"""
     found = [np.asarray(values, dtype=np.float64) for values in (first, second)]

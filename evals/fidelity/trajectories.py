@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from evals.baselines import FullPrefill, PerRequestBlend, System
-from evals.fidelity.samples import ratio_of_means
+from evals.fidelity.samples import ratio_of_means, ratio_text
 from evals.replay import CollectiveReuse
 from evals.society import PERSONAS, TOPICS, Meeting
 from evals.society.speech import clean_message, is_over, stop_tokens
@@ -197,16 +197,17 @@ def _messages(society: Mapping[str, Any], way: str) -> Iterator[list[int]]:
 
 
 def text(result: Json) -> str:
-    """Markdown. The interval is that of `ratio_of_means`, over societies and their messages."""
+    """Markdown. Intervals are those of `ratio_of_means`, over societies and their messages."""
     rounds = sum(len(one["rounds"]) for one in result)
     messages = sum(1 for society in result for _ in _messages(society, PIC))
     lines = [
         f"{len(result)} societies, {rounds} rounds, {messages} messages.",
         "",
         "| reuse | rows computed | parts in round | rounds without a difference | "
-        "messages that differ (95 %) | tokens before it, median |",
-        "| --- |" + " --- |" * 5,
+        "messages that differ (95 %) | of pic's (95 %) | tokens before it, median |",
+        "| --- |" + " --- |" * 6,
     ]
+    differ = {way: [_differ(society, way) for society in result] for way in WAYS}
     for way in WAYS:
         parted = [_parted(society)[way] for society in result]
         same = sum(
@@ -217,11 +218,8 @@ def text(result: Json) -> str:
         before = [
             same for society in result for said, same in _messages(society, way) if same < said
         ]
-        differ = [
-            [float(same < said) for said, same in _messages(society, way)] for society in result
-        ]
         # Over 1 of each message: the share that differs, and its interval.
-        share = ratio_of_means([(one, [1.0] * len(one)) for one in differ])
+        share = ratio_of_means([(one, [1.0] * len(one)) for one in differ[way]])
         rows = sum(one["rows"][way] for one in result) / sum(one["prompt_rows"] for one in result)
         cells = (
             way,
@@ -229,8 +227,13 @@ def text(result: Json) -> str:
             ", ".join("none" if one is None else str(one) for one in parted),
             f"{same} of {rounds}",
             f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})",
+            ratio_text(list(zip(differ[way], differ[PIC], strict=True))),
             f"{median(before):.0f}" if before else "-",
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Societies, in this order: " + "; ".join(one["scene"] for one in result) + "."]
     return "\n".join(lines)
+
+
+def _differ(society: Mapping[str, Any], way: str) -> list[float]:
+    return [float(same < said) for said, same in _messages(society, way)]
