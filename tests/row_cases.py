@@ -168,7 +168,9 @@ def merge_states(variant: Variant) -> Iterator[Case]:
     module = test_merge_states
     sinks = torch.tensor([0.5, -2.0, 4.0])
     place = torch.clone if variant.wide else module.unaligned
-    for count in (0, 1, 2, 3, 4, 7, 9, 33, 49, 65, 81, 97, 113, 130):
+    # With 8 groups of threads, as of fp32, and with 16 a group of each has one partial too few for
+    # every one of the eight that it asks for at once.
+    for count in (0, 1, 2, 3, 4, 7, *range(9, 66, 8), 81, 97, 113, 130):
         for spread in (3.0, 200.0):
             rows = 7 if count < 10 else 2
             out, lse = module.partials(

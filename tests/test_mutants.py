@@ -283,6 +283,14 @@ def test_explanations_look_at_what_is_compared():
     assert explanation("key_deviation_f32", Mutation(change, 9, used), source) == ""
 
 
+def test_explanations_look_at_the_statement_before(monkeypatch):
+    entry = Equivalent("a jump", "change", "", above=r"^@%p1 bra")
+    monkeypatch.setattr(equivalent_mutants, "EQUIVALENT", (entry,))
+    jumped = KERNEL.replace("sub.s32 %r6", "\t.loc\t1 1\n// a comment\nsub.s32 %r6")
+    assert explanation("k", Mutation("change", 14, jumped), "") == entry.reason
+    assert explanation("k", Mutation("change", 10, jumped), "") == ""
+
+
 def test_instructions_whose_result_nothing_reads_are_found():
     changed = Mutation("change immediate: sub.s32", 12, KERNEL)
     assert explanation("k", changed, "") == ""

@@ -199,10 +199,11 @@ EQUIVALENT = (
     ),
     # Agents in a tile
     Equivalent(
-        "agent 0 is always the first of those that are under way",
+        "agent 0 is always the first that is under way, and not among those that follow",
         kernel="diff_encode_compare",
-        change=r"setp\.lt\.s32 (\S+ \S+), 0 -> setp\.le\.s32",
-        source=r"if \(i > 0 && in\.agent < 0\) break",
+        change=r"setp\.(lt\.s32 (\S+ \S+), 0 -> setp\.le\.s32"
+        r"|gt\.s32 (\S+ \S+), -1 -> setp\.gt\.s32 \3, 0$)",
+        source=r"if \(i > 0 && in\.agent < 0\) break|while \(ahead\[0\]\.agent >= 0\)",
     ),
     Equivalent(
         "an agent is compared twice, with the same result",
@@ -217,6 +218,25 @@ EQUIVALENT = (
         change=r"add\.s32 .*, -1 -> .*, -2$",
         source=r"rest &= rest - 1",
         operands=r"^(and\.b32 |mov\.u32 %\w+, 0$)",
+    ),
+    # Merging
+    Equivalent(
+        "the number of the partial after the last is not looked at",
+        kernel="merge_states",
+        change=r"setp\.lt\.s32 .* -> setp\.le",
+        source=r"if \(i < m\.end\) number\[j\] = ",
+    ),
+    Equivalent(
+        "elements have 2 bytes at least: no address is odd",
+        kernel="merge",
+        change=r"and\.b64 .*, 15 -> .*, 14$",
+        source=r"reinterpret_cast<uintptr_t>\(out\) % kBytes == 0",
+    ),
+    Equivalent(
+        "elements are stored one by one where all could be at once, with the same result",
+        kernel="merge",
+        change=r"setp\.(eq|ne)\.s64 (\S+ \S+), 0 -> setp\.\1\.s64 \2, -?1$",
+        source=r"reinterpret_cast<uintptr_t>\(out\) % kBytes == 0",
     ),
     # What only saves work
     Equivalent(
