@@ -58,8 +58,7 @@ COMMANDS = {
     "measurements/smollm2_quantized": f"{_SMOLLM2} quantized town_square",
     "measurements/smollm2_tolerance": f"{_SMOLLM2} tolerance",
     "measurements/smollm2_noise": f"{_SMOLLM2} noise town_square",
-    "measurements/smollm2_codecs": f"{_SMOLLM2} codecs town_square debate agentsociety "
-    "--agents 3",
+    "measurements/smollm2_codecs": f"{_SMOLLM2} codecs town_square debate agentsociety --agents 3",
     "measurements/smollm2_trajectories": f"{_SMOLLM2} trajectories --rounds 5",
     "serving/agents_7b": "evals capacity agents --societies 4 --rates 0.2,1,2 --rounds 2",
     "serving/agents_7b_slower": "evals capacity agents --slower 2 --systems tokendance",
