@@ -594,12 +594,13 @@ def test_every_element_in_every_lane(backend):
 
 def one_nan_in_every_row(**options):
     """Two agents' rows of the largest element but for a NaN in one of keys and values, of dense
-    rows and Masters: in all of them, in every lane of both vectors of a thread."""
-    rows = torch.full((64, 2, 64), 448.0).to(e4m3.E4M3)
+    rows and Masters: in all of them, in every lane of both vectors of a thread. Eight rows more
+    are without."""
+    rows = torch.full((72, 2, 64), 448.0).to(e4m3.E4M3)
     case = e4m3.round_of(rows, room_for_all=True, **options)
     case.round.use_shift[:2] = 0
     dense = restored(case)
-    pages = case.round.master_pages[:8].long()
+    pages = case.round.master_pages[:9].long()
     for kind, (pool, out) in enumerate(((case.k_pool, dense.k), (case.v_pool, dense.v))):
         held, given = rows.clone(), rows.clone()
         for index, side in enumerate((held, given)):
@@ -607,8 +608,8 @@ def one_nan_in_every_row(**options):
                 is_second, place = divmod(lane, 8)
                 head, dim = (0, 32 * is_second + place) if kind == 0 else (is_second, place)
                 side[32 * kind + 16 * index + lane, head, dim] = torch.nan
-        pool[0][pages] = held.view(8, 8, 2, 64)
-        for slots in dense.slot_mapping[:2, :64]:
+        pool[0][pages] = held.view(9, 8, 2, 64)
+        for slots in dense.slot_mapping[:2, :72]:
             reference.scatter_rows(out[0], slots, given)
     return forget_mirrors(case), dense
 

@@ -201,8 +201,8 @@ EQUIVALENT = (
     Equivalent(
         "agent 0 is always the first that is under way, and not among those that follow",
         kernel="diff_encode_compare",
-        change=r"setp\.(lt\.s32 (\S+ \S+), 0 -> setp\.le\.s32"
-        r"|gt\.s32 (\S+ \S+), -1 -> setp\.gt\.s32 \3, 0$)",
+        change=r"setp\.(lt\.s32 (\S+ \S+), 0 -> (setp\.le\.s32|setp\.lt\.s32 \2, 1$)"
+        r"|gt\.s32 (\S+ \S+), -1 -> setp\.gt\.s32 \4, 0$)",
         source=r"if \(i > 0 && in\.agent < 0\) break|while \(ahead\[0\]\.agent >= 0\)",
     ),
     Equivalent(
