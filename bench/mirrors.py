@@ -177,7 +177,7 @@ def make_round(
         for i, name in enumerate(("master_pages", "own_pages")):
             arrays[name] = arrays[name] % resident_pages + i * resident_pages
     arrays, extents = with_work(
-        arrays, extents, row_agent, row_position, work_shape(geometry, device)
+        arrays, extents, row_agent, row_position, work_shape(geometry, device, pool_dtype)
     )
     rope = td.Rope.default(head_dim=head_dim, theta=10000.0, max_position=total + LONGER)
     return BenchRound(

@@ -69,8 +69,9 @@ def items_of(case):
     ]
 
 
-def boundary_round(window, own_first=False, **options):
-    """A warp for each query row of an agent whose Master follows its own rows.
+def boundary_round(window, own_first=False, *, heads=16, **options):
+    """An agent of eight rows whose Master follows its own rows: a warp for each row, where a warp
+    has as many query rows as there are heads.
 
     With this window, what rows see of the Master begins with its first key, its second or the last
     of a tile, and ends with the first or the last of a tile; one tile has a single key. The first
@@ -91,7 +92,7 @@ def boundary_round(window, own_first=False, **options):
 
     case = first_round(
         wanted, 0, agents=1, masters=(150,), masks="none", rows=8, private_length=20,
-        num_q_heads=16, num_kv_heads=1, rows_per_item=8, work="planned", **options,
+        num_q_heads=heads, num_kv_heads=1, rows_per_item=8, work="planned", **options,
     )  # fmt: skip
     reach = [window + 30, window + 62, 128, window, window - 1, window - 2, 63, 64]
     positions = torch.tensor(reach) + int(case.arrays["use_delta"][0])
@@ -102,8 +103,9 @@ def boundary_round(window, own_first=False, **options):
     return case
 
 
-def blind_tile_round(**options):
-    """An item whose first tile of query rows sees nothing of its only chunk.
+def blind_tile_round(heads=16, **options):
+    """An item whose first four rows, a tile of 4 * ``heads`` query rows, see nothing of its only
+    chunk.
 
     What a tile leaves in shared memory is still there when the next one begins.
     """
@@ -119,7 +121,7 @@ def blind_tile_round(**options):
 
     case = first_round(
         wanted, 0, agents=1, masters=(40,), masks="none", private_length=0, rows=5, start=90,
-        num_q_heads=16, num_kv_heads=1, rows_per_item=5, **options,
+        num_q_heads=heads, num_kv_heads=1, rows_per_item=5, **options,
     )  # fmt: skip
     case.round.row_position[:4] = torch.arange(4)
     return case
@@ -185,24 +187,25 @@ def lacking_round(**options):
     )
 
 
-def first_keys_hidden_round(**options):
+def first_keys_hidden_round(heads=16, **options):
     """Uses of which the first row of every page of 32 is hidden, and no other, to whole warps."""
     case = attention_round(
-        18, num_q_heads=16, num_kv_heads=1, masters=(130,), masks="none", block_size=32, **options
-    )
+        18, num_q_heads=heads, num_kv_heads=1, masters=(130,), masks="none", block_size=32,
+        rows_per_item=4, **options,
+    )  # fmt: skip
     case.round.use_masks[: case.filled.use_pages] = 1
     return case
 
 
-def rising_round(first, second, **options):
-    """A warp of two rows with 8 heads, which see so far: every later tile of keys weighs more."""
+def rising_round(first, second, heads=8, **options):
+    """Two rows that see so far, a warp where they have 8 heads: later tiles of keys weigh more."""
 
     def wanted(case):
         return case.filled.rows == 2
 
     case = first_round(
         wanted, 0, agents=1, masters=(128,), masks="none", private_length=0, rows=2,
-        num_q_heads=8, num_kv_heads=1, work="planned", **options,
+        num_q_heads=heads, num_kv_heads=1, work="planned", **options,
     )  # fmt: skip
     delta = int(case.arrays["use_delta"][0])
     case.round.row_position[:2] = torch.tensor([first, second]) + delta
@@ -315,7 +318,7 @@ def with_work(case, fields):
     )
 
 
-def equal_keys_round(work, **options):
+def equal_keys_round(work, heads=2, **options):
     """Queries of zeros: the LSE of a row is the logarithm of the number of keys that it sees, which
     no rounding of queries or keys changes. Numbers of many mantissas, upper and lower.
 
@@ -328,7 +331,7 @@ def equal_keys_round(work, **options):
 
     case = first_round(
         wanted, 0, agents=1, masters=(50,), masks="none", private_length=0, rows=16,
-        num_q_heads=2, num_kv_heads=1, work=work, **options,
+        num_q_heads=heads, num_kv_heads=1, work=work, **options,
     )  # fmt: skip
     case.q.zero_()
     case.round.row_position[:16] = 1 + 3 * torch.arange(16) + int(case.arrays["use_delta"][0])
@@ -362,16 +365,16 @@ def opposite_values_round(**options):
     return replace(case, k_scale=None, v_scale=None)
 
 
-def neighbours_round(**options):
-    """Neighbours in a tile have their own agent, position and shift: there is a head per group."""
+def neighbours_round(heads=1, **options):
+    """Neighbours in a tile have their own agent, position and shift where a group has one head."""
     return attention_round(
-        17, num_q_heads=1, num_kv_heads=1, agents=40, masters=(20, 40), private_length=3, rows=1,
-        **options,
+        17, num_q_heads=heads, num_kv_heads=1, agents=40, masters=(20, 40), private_length=3,
+        rows=1, **options,
     )  # fmt: skip
 
 
-def one_of_four_round(**options):
-    """An item whose second Master only some of its 16 query rows have, each of another agent: the
+def one_of_four_round(heads=1, **options):
+    """An item whose second Master only some of its 16 rows have, each of another agent: the
     first of the first four, the second of the next four, and so on."""
 
     def chosen(case):
@@ -383,7 +386,7 @@ def one_of_four_round(**options):
         return rows
 
     case = first_round(
-        lambda case: len(chosen(case)) == 16, 0, num_q_heads=1, num_kv_heads=1, agents=80,
+        lambda case: len(chosen(case)) == 16, 0, num_q_heads=heads, num_kv_heads=1, agents=80,
         masters=(20, 40), masks="none", private_length=3, rows=1, whole_uses=False, slack=False,
         **options,
     )  # fmt: skip

@@ -21,6 +21,8 @@ import test_collective_attention
 import torch
 from kernel_variants import (
     ALL,
+    BF16,
+    F16,
     F32,
     REPRESENTATIVE,
     Case,
@@ -170,6 +172,103 @@ def collective_attention(variant: Variant) -> Iterator[Case]:
         "many partials", 19, num_q_heads=3, num_kv_heads=3, work="planned", agents=4, rows=1,
         rows_per_item=2, masters=(300,), check={},
     )  # fmt: skip
+    if variant.dtype in (BF16, F16):
+        yield from tall_tiles(sizes)
+
+
+def tall_tiles(sizes: dict[str, Any]) -> Iterator[Case]:
+    """Items of more than 64 query rows, which meet tiles of 128 where kernels have them."""
+    module = test_collective_attention
+    tall = {**sizes, "rows_per_item": 16}
+    many = {**tall, "num_q_heads": 36}  # 18 to a row: of four rows on, items are tall
+    most = {**tall, "num_q_heads": 72}
+    sinks = torch.linspace(-3.0, 3.0, 144)
+
+    def attention(name: str, seed: int, *, check: dict[str, Any], **options: Any) -> Case:
+        case = attention_rounds.attention_round(seed, **{"masters": (70, 20), **many, **options})
+        return checked(module, f"tall, {name}", case, **check)
+
+    yield checked(module, "tall, demanding", attention_rounds.demanding_round(1, **many))
+    for check in ({}, {"sinks": sinks[:36]}):
+        yield attention(
+            "outputs of single items", 0, agents=2, work="planned", rows=9, masters=(40,),
+            check=check,
+        )  # fmt: skip
+    yield attention(
+        "window, cap and sinks", 2, masters=(150, 20), rotary_dim=34,
+        check={
+            "window": 70, "soft_cap": 20.0, "sinks": sinks[:36], "attention_factor": 1.2,
+        },
+    )  # fmt: skip
+    for interleaved in (False, True):
+        for rotary_dim in (34, 64):
+            yield attention(
+                "both styles", 2, masters=(40, 70), rotary_dim=rotary_dim, interleaved=interleaved,
+                work="planned", check={"attention_factor": 1.2},
+            )  # fmt: skip
+    for block_size in (8, 32):
+        yield attention(
+            f"pages of {block_size}", 3, block_size=block_size, agents=4, repeat=True,
+            masters=(70, 40, 30), check={"window": 40 if block_size == 8 else 0},
+        )  # fmt: skip
+    yield attention(
+        "rows of several tiles", 22, num_q_heads=4, num_kv_heads=1, rows=40, rows_per_item=80,
+        check={"sinks": sinks[:4]},
+    )  # fmt: skip
+    for seed in (1000, 1023):
+        yield attention(
+            "rows that see nothing", seed, masters=(33, 20, 9), whole_uses=False, agents=5,
+            cut=True, holes=True, private_length=3, num_q_heads=144,
+            check={"window": 2, "sinks": sinks},
+        )  # fmt: skip
+    for heads in (8, 32):  # of 8 rows: a tile of 64, and two of 128
+        for own_first, window in ((False, 64), (True, 64), (False, 1)):
+            case = attention_rounds.boundary_round(64, own_first, heads=heads, **sizes)
+            yield checked(module, f"first and last keys, {heads} heads", case, window=window)
+    hidden = attention_rounds.first_keys_hidden_round(heads=32, **sizes)
+    yield checked(module, "tall, hidden first keys of pages", hidden)
+    yield attention(
+        "masks of small pages", 19, agents=6, masters=(70,), masks="half", rows=2, block_size=8,
+        num_q_heads=72, check={},
+    )  # fmt: skip
+    yield attention("windows of one row", 15, masters=(40, 20), work="planned", check={"window": 1})
+    blind = attention_rounds.blind_tile_round(heads=32, **sizes)
+    yield checked(module, "tall, nothing for the first rows", blind)
+    lonely = attention_rounds.lonely_round(**many)
+    for window in (0, 3):
+        yield checked(module, "tall, single own rows", lonely, window=window)
+    for first, second in ((31, 127), (127, 31)):
+        case = attention_rounds.rising_round(first, second, heads=40, rotary_dim=0, **tall)
+        yield checked(module, "tall, maxima that rise", case)
+    for work in ("random", "planned"):
+        case = attention_rounds.equal_keys_round(work=work, heads=10, **tall)
+        yield checked(module, "tall, equal keys", case, lse_tolerance=1e-6)
+        case = attention_rounds.neighbours_round(work=work, heads=5, **sizes, rows_per_item=40)
+        yield checked(module, "tall, five heads for each agent", case, attention_factor=1.2)
+        yield checked(module, "tall, by one position", attention_rounds.by_one_position(case))
+    for sign in (1, -1):
+        for which, work in ((-1, "random"), (0, "planned"), (1, "planned")):
+            case, damage = attention_rounds.beyond_the_tables_round(sign, which, work=work, **most)
+            yield checked(module, f"tall, beyond the tables, {sign} {which}", case, damage=damage)
+    yield attention(
+        "several Masters without rotation", 2, agents=1, masters=(40, 40), rotary_dim=0,
+        work="planned", check={},
+    )  # fmt: skip
+    yield checked(module, "tall, Masters that some lack", attention_rounds.lacking_round(**many))
+    yield checked(module, "tall, one of four", attention_rounds.one_of_four_round(8, **sizes))
+    case, damage = illegal_rounds.illegal_items(**most)
+    yield checked(module, "tall, items that there are not", case, damage=damage)
+    for legal in (0, 2, 5):
+        for block_size in (8, 16):
+            case, damage = illegal_rounds.missing_pages(
+                -1 if legal else 1 << 20, legal, block_size=block_size, **most
+            )
+            yield checked(module, "tall, pages that there are not", case, damage=damage)
+    for field, value in illegal_rounds.INDICES:
+        check_index = functools.partial(
+            illegal_rounds.check_illegal_index, field=field, value=value, block_size=8, **most
+        )
+        yield Case(f"tall, {field} {value}", check_index)
 
 
 CASES: dict[str, Callable[[Variant], Iterable[Case]]] = {

@@ -298,6 +298,20 @@ def test_prefill(backend, dtype):
     check(backend, demanding_round(800, agents=2, rows=110, dtype=dtype, num_kv_heads=4))
 
 
+@pytest.mark.parametrize("work", ["random", "planned"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_more_than_64_query_rows_of_agents_that_are_mixed(backend, dtype, head_dim, work):
+    """Tiles of 128 query rows, and of 64 where an item has fewer."""
+    case = demanding_round(
+        900, agents=5, masters=(333, 45), rows=3, num_q_heads=36, head_dim=head_dim, dtype=dtype,
+        rows_per_item=7, masks="half", work=work,
+    )  # fmt: skip
+    heights = {18 * (item[1] - item[0]) for item in case.arrays["work"].tolist()}
+    assert max(heights) > 64
+    check(backend, case, window=200, soft_cap=20.0, sinks=torch.linspace(-1, 1, 36))
+
+
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("rows", [1, 70])
 def test_planned_work(backend, rows, window):

@@ -11,7 +11,12 @@ import ptx_backend
 import pytest
 import test_collective_attention
 import torch
-from attention_rounds import attention_round, beyond_the_tables_round, demanding_round
+from attention_rounds import (
+    attention_round,
+    beyond_the_tables_round,
+    demanding_round,
+    first_round,
+)
 from ptx_backend import PtxBackend
 from test_collective_attention import check
 
@@ -237,6 +242,28 @@ def test_items_with_more_query_rows_than_a_tile(ptx, dtype, group, rows_per_item
     most = max(item[1] - item[0] for item in case.arrays["work"].tolist())
     assert most * group > 64
     check(ptx, case)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "ldmatrix"),
+    [
+        (128, 16, 8 + 4 * 8 + 4 * 8),
+        (64, 16, 2 * (4 + 4 * 4 + 4 * 4)),
+        (128, 32, 2 * 8 + 2 * 8 + 2 * 8),
+        (64, 32, 2 * (2 * 4 + 2 * 4 + 2 * 4)),
+    ],
+)
+def test_a_fragment_meets_all_rows_of_a_warp(ptx, head_dim, heads, ldmatrix):
+    """What is read of queries, keys and values for 128 mma: of four rows with 32 heads each
+    fragment of keys and values meets twice the query rows."""
+    case = first_round(
+        lambda case: case.filled.rows == 4, 0, agents=1, num_q_heads=heads, num_kv_heads=1,
+        rows_per_item=4, masters=(150,), work="planned", head_dim=head_dim, dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert max(item[1] - item[0] for item in case.arrays["work"].tolist()) == 4
+    run(ptx, case, torch.empty_like(case.q))
+    executed = ptx.stats[0].by_class
+    assert executed["ldmatrix"] / executed["mma"] == ldmatrix / 128
 
 
 @pytest.mark.parametrize(("dtype", "tile_rows"), [(torch.float32, 32), (torch.float16, 64)])

@@ -147,7 +147,11 @@ def test_expectations():
         "collective_attention_merge_bf16",
     )
     lines = dict.fromkeys(kernels, paths.Line(paths.Way(9, 2, 3, 64), 7.0))
-    steps = {"collective_attention_bf16_d128: source, a thread": 1830}
+    kernel = "collective_attention_bf16_d128"
+    steps = {
+        f"{kernel}: source, a thread": 1830,
+        f"{kernel}: ldmatrix of 100 mma, tall tiles": 50.0,
+    }
     found = paths.expected(lines, steps)
     floor, time = found["key_deviation, 8 agents, 32768 tokens of 8x128"]
     assert floor == pytest.approx(604e6 / 4.8e6)
@@ -158,3 +162,6 @@ def test_expectations():
     assert floor == pytest.approx(7.0)
     # A launch, five trips to L2, two instructions a clock of 1830 each, the bytes, the merge.
     assert time == pytest.approx(2 + 5 * 0.3 + 2 + 7 + 1)
+    [(floor, time)] = (found[shape] for shape in found if "prefill" in shape)
+    # 256 bytes of shared memory for an mma of 4096 FLOP: twice what they take.
+    assert time == pytest.approx(2 + 567.2e9 / 16 / 30.9e6)

@@ -48,6 +48,13 @@ UNREACHABLE = (
         source=r"int32_t (row = thread / kWarp|index = lane|vector = thread % columns|item = 2)",
     ),
     Unreachable(
+        "what does not fit into one low tile meets tall ones, where a kernel has them",
+        text=r"^bar\.sync 0|setp\.eq\.s32 %\w+, %\w+, 0;.*always jumps"
+        r"|setp\.lt\.s32 .*always goes on",
+        source=r"if \(first > 0\) __syncthreads|first < queries_of",
+        kernel=r"collective_attention_b?f16_d(64|128)$",
+    ),
+    Unreachable(
         "rows that go to their own places have one destination",
         text=r"setp\.eq\.s64 %\w+, %\w+, 0;.*always goes on",
         source=r"p\.row_out \? __ldg",

@@ -403,7 +403,7 @@ EQUIVALENT = (
         "the upper lanes have the sights of the lower ones",
         kernel="collective_attention",
         change=r"flip predicate|setp\.gt\.u32 .*, 15 -> .*, 16$",
-        source=r"if \(here\.lane < kAttentionWarpRows\) Block::sights\(.*\)\[query\] = sight",
+        source=r"if \(here\.lane < Block::kWarpRows\) Block::sights\(.*\)\[here\.lane\] = sight",
     ),
     Equivalent(
         "asks whether this is lane 0, and after the sum over the warp any lane may write it",

@@ -236,11 +236,13 @@ def merge_partials(ptx: ptx_backend.PtxBackend, counts: Sequence[int]) -> None:
     )  # fmt: skip
 
 
-def _attend(ptx: ptx_backend.PtxBackend, dtype: torch.dtype, masters: tuple[int, ...]) -> None:
+def _attend(
+    ptx: ptx_backend.PtxBackend, dtype: torch.dtype, masters: tuple[int, ...], heads: int = 4
+) -> None:
     """A row of each of 16 agents, which see all rows of all Masters and have none of their own."""
     case = testing.random_round(
         5, agents=16, masters=masters, private_length=0, rows=1, whole_uses=True, masks="none",
-        num_kv_heads=1, num_q_heads=4, head_dim=128, dtype=dtype, query_dtype=BF16,
+        num_kv_heads=1, num_q_heads=heads, head_dim=128, dtype=dtype, query_dtype=BF16,
         work="planned", rows_per_item=16, slack=False,
     )  # fmt: skip
     attend(ptx, replace(case, k_scale=None, v_scale=None))
@@ -320,6 +322,13 @@ def steps() -> dict[str, float]:
         kernel = name.removeprefix(kernel_ptx.PREFIX)
         for step, more in zip(("tile of 64 keys", "source"), lengths[1:], strict=True):
             found[f"{kernel}: {step}, a thread"] = more - lengths[0]
+    for heads, tiles in ((4, "low"), (32, "tall")):
+        _attend(ptx, BF16, (128,), heads)
+        [(name, _), *_] = _launched(ptx)
+        executed = ptx.stats[0].by_class
+        kernel = name.removeprefix(kernel_ptx.PREFIX)
+        of_mma = 100 * executed["ldmatrix"] / executed["mma"]
+        found[f"{kernel}: ldmatrix of 100 mma, {tiles} tiles"] = of_mma
     for merge in (
         lambda partials: _merge_states(ptx, partials, rows=1),
         lambda partials: merge_partials(ptx, [partials]),
@@ -377,9 +386,8 @@ def expected(ways: dict[str, Line], steps: dict[str, float]) -> dict[str, tuple[
     found["attention, decode: 8x128, G 4, 16 agents, 4096 shared, 256 own"] = floor, decode
 
     flop = 567.2e9
-    sass = _sass(attention)
     # An ldmatrix of four matrices reads 512 bytes, an mma is 4096 FLOP.
-    per_flop = 512 * int(sass["LDSM"]) / (4096 * int(sass["HMMA"]))
+    per_flop = 5.12 * steps[f"{attention}: ldmatrix of 100 mma, tall tiles"] / 4096
     prefill = LAUNCH + max(flop / FLOP_PER_US, per_flop * flop / SHARED_BYTES_PER_US)
     found["attention, prefill: 8x128, G 4, 4 agents of 4160 rows"] = flop / FLOP_PER_US, prefill
     return found

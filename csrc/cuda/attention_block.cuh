@@ -1,7 +1,7 @@
 // A block of collective_attention: its types, and what lies where in its shared memory.
 //
-// Every warp has 16 query rows for itself, from the rotation to the result: warps share nothing but
-// the stages, and what each of them sees of a chunk.
+// Every warp has 16 query rows for itself, or 32 in a tall tile, from the rotation to the result:
+// warps share nothing but the stages, and what each of them sees of a chunk.
 #pragma once
 
 #include <stdint.h>
@@ -63,14 +63,19 @@ struct Place {
         page_shift(3 + (p.round.extents.block_size > 8) + (p.round.extents.block_size > 16)) {}
 };
 
-template <typename Element, typename PoolElement, int kDims>
+// `kRowsOfWarp`: query rows of a warp, one or two times those of an mma.
+template <typename Element, typename PoolElement, int kDims, int kRowsOfWarp>
 struct AttentionBlock {
   using T = Element;         // of queries and outputs
   using Pool = PoolElement;  // of keys and values
   static constexpr int kHeadDim = kDims;
-  static constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim};
+  static constexpr int kWarpRows = kRowsOfWarp;
+  static constexpr AttentionShape kShape{sizeof(T), sizeof(Pool), kHeadDim, kWarpRows};
   static constexpr int kKeys = kShape.keys;
-  using Products = AttentionProducts<Pool, kHeadDim, kKeys>;
+  // None are left for addresses, or for all of a vector's angles at once.
+  static constexpr bool kHasFewRegisters = kHeadDim == 256 || kWarpRows > kMmaRows;
+  using Products = AttentionProducts<Pool, kHeadDim, kKeys, kWarpRows / kMmaRows>;
+  using Scores = typename Products::Scores;
   using Query = typename Products::Query;
   using QueryRows = SwizzledRows<T, kHeadDim>;  // of outputs, too
   static_assert(sizeof(Query) == sizeof(T), "outputs take the place of queries");
@@ -78,20 +83,20 @@ struct AttentionBlock {
   // Of a warp.
   template <typename As = Query>
   static __device__ __forceinline__ As* queries(int32_t warp) {
-    return shared_at<As>(warp * kAttentionWarpRows * kHeadDim * static_cast<int32_t>(sizeof(As)));
+    return shared_at<As>(warp * kWarpRows * kHeadDim * static_cast<int32_t>(sizeof(As)));
   }
   static __device__ __forceinline__ Pool* stage(int32_t index) {
     return shared_at<Pool>(kShape.query_bytes + index * kShape.stage_bytes);
   }
   static __device__ __forceinline__ QueryRow* query_rows(int32_t warp) {
-    return shared_at<QueryRow>(kRowsAt) + warp * kAttentionWarpRows;
+    return shared_at<QueryRow>(kRowsAt) + warp * kWarpRows;
   }
   static __device__ __forceinline__ Turn* turns(int32_t warp) {
-    return shared_at<Turn>(kRowsAt + kShape.row_bytes) + warp * kAttentionWarpRows;
+    return shared_at<Turn>(kRowsAt + kShape.row_bytes) + warp * kWarpRows;
   }
   // Of the tile that is multiplied and of the one that is copied: their chunks may be two.
   static __device__ __forceinline__ Sight* sights(int32_t set, int32_t warp) {
-    return shared_at<Sight>(kRowsAt + (2 + set) * kShape.row_bytes) + warp * kAttentionWarpRows;
+    return shared_at<Sight>(kRowsAt + (2 + set) * kShape.row_bytes) + warp * kWarpRows;
   }
   // What each warp sees of a chunk.
   static __device__ __forceinline__ int2* ranges(int32_t set) {

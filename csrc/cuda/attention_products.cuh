@@ -1,12 +1,17 @@
-// The two products of attention, of a warp's 16 query rows with a tile of keys or values.
+// The two products of attention, of a warp's query rows with a tile of keys or values.
 //
-// Scores and outputs stand in registers as an mma leaves them: lane i has, of rows i / 4 (elements
-// 0 and 1) and i / 4 + 8 (elements 2 and 3), two adjacent columns of each group of 8. So the rows
-// of a lane are known without its products, and a row's maximum is one over four lanes.
+// Scores and outputs stand in registers as an mma leaves them: of each 16 rows lane i has, of rows
+// i / 4 (elements 0 and 1) and i / 4 + 8 (elements 2 and 3), two adjacent columns of each group of
+// 8. So the rows of a lane are known without its products, and a row's maximum is one over four
+// lanes.
+//
+// A fragment of keys or values, once it is read from shared memory, and widened, meets all rows of
+// the warp, 16 at a time.
 #pragma once
 
 #include <string.h>
 
+#include "cuda/collective_attention_plan.h"
 #include "cuda/ptx.cuh"
 #include "cuda/tensor_core.cuh"
 
@@ -14,25 +19,52 @@ namespace tokendance::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Weights as operands of a product: rounded to T, and half of the registers that scores take.
-template <typename T, int kKeys>
-struct PackedWeights {
-  uint32_t pairs[kKeys / 8][2];  // of adjacent keys, of rows lane / 4 and lane / 4 + 8
+// Results of a product, of so many times 16 rows and so many columns.
+template <int kMmas, int kColumns>
+using Fragments = float[kMmas][kColumns / 8][4];
 
-  __device__ __forceinline__ void operator=(const float (&scores)[kKeys / 8][4]) {
+template <int kMmas, int kColumns>
+__device__ __forceinline__ void clear(Fragments<kMmas, kColumns>& fragments) {
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+  for (auto& of_rows : fragments) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        pairs[n][j] = pack_pair<T>(scores[n][2 * j], scores[n][2 * j + 1]);
+    for (auto& fragment : of_rows) {
+      fragment[0] = fragment[1] = fragment[2] = fragment[3] = 0.0f;
+    }
+  }
+}
+
+// Weights as operands of a product: rounded to T, and half of the registers that scores take.
+template <typename T, int kKeys, int kMmas>
+struct PackedWeights {
+  uint32_t pairs[kMmas][kKeys / 8][2];  // of adjacent keys, of rows lane / 4 and lane / 4 + 8
+
+  __device__ __forceinline__ void operator=(const Fragments<kMmas, kKeys>& scores) {
+#pragma unroll
+    for (int m = 0; m < kMmas; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          pairs[m][n][j] = pack_pair<T>(scores[m][n][2 * j], scores[m][n][2 * j + 1]);
+        }
       }
     }
   }
+
+  // The operand of 16 keys, from 16 * k on.
+  __device__ __forceinline__ void load(int m, int k, uint32_t (&weight)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) weight[i] = pairs[m][2 * k + i / 2][i % 2];
+  }
 };
 
-// On tensor cores. Sums are fp32.
-template <typename T, int kHeadDim, int kKeys>
+// On tensor cores. Sums are fp32. A warp has kMmas times 16 query rows.
+template <typename T, int kHeadDim, int kKeys, int kMmas>
 struct AttentionProducts {
+  using Scores = Fragments<kMmas, kKeys>;
+  using Sums = Fragments<kMmas, kHeadDim>;
+  using Weights = PackedWeights<T, kKeys, kMmas>;
   using Query = T;  // elements of the queries in shared memory
   using Rows = SwizzledRows<T, kHeadDim>;
 
@@ -40,52 +72,58 @@ struct AttentionProducts {
   static constexpr bool kPartsQueries = false;
   static __device__ __forceinline__ uint32_t query_place(uint32_t dim) { return dim; }
 
-  // scores = queries [16, kHeadDim] * keys [kKeys, kHeadDim]^T
+  // scores = queries [rows, kHeadDim] * keys [kKeys, kHeadDim]^T
   static __device__ __forceinline__ void score(const T* queries, const T* keys, int32_t lane,
-                                               float (&scores)[kKeys / 8][4]) {
+                                               Scores& scores) {
     const uint32_t query_row = lane % 16, query_piece = lane / 16;
     const uint32_t key_row = lane / 16 * 8 + lane % 8, key_piece = lane / 8 % 2;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
-    }
+    clear<kMmas, kKeys>(scores);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
-      uint32_t query[4];
-      load_matrices(query, shared_address(queries + Rows::piece(query_row, k, query_piece)));
+      uint32_t query[kMmas][4];
+#pragma unroll
+      for (int m = 0; m < kMmas; ++m) {
+        load_matrices(query[m], shared_address(queries + kMmaRows * m * kHeadDim +
+                                               Rows::piece(query_row, k, query_piece)));
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t key[4];
         load_matrices(
             key, shared_address(keys + 16 * n * kHeadDim + Rows::piece(key_row, k, key_piece)));
-        multiply_add<T>(scores[2 * n], query, key[0], key[1]);
-        multiply_add<T>(scores[2 * n + 1], query, key[2], key[3]);
+#pragma unroll
+        for (int m = 0; m < kMmas; ++m) {
+          multiply_add<T>(scores[m][2 * n], query[m], key[0], key[1]);
+          multiply_add<T>(scores[m][2 * n + 1], query[m], key[2], key[3]);
+        }
       }
     }
   }
 
-  using Weights = PackedWeights<T, kKeys>;
-
-  // sums [16, kHeadDim] += weights [16, kKeys] * values [kKeys, kHeadDim]
+  // sums [rows, kHeadDim] += weights [rows, kKeys] * values [kKeys, kHeadDim]
   static __device__ __forceinline__ void add_values(const Weights& weights, const T* values,
-                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
+                                                    int32_t lane, Sums& sums) {
     const uint32_t value_row = lane % 16, value_piece = lane / 16;
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
-      const uint32_t weight[4] = {weights.pairs[2 * k][0], weights.pairs[2 * k][1],
-                                  weights.pairs[2 * k + 1][0], weights.pairs[2 * k + 1][1]};
+      uint32_t weight[kMmas][4];
+#pragma unroll
+      for (int m = 0; m < kMmas; ++m) weights.load(m, k, weight[m]);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t value[4];
         load_transposed_matrices(value, shared_address(values + 16 * k * kHeadDim +
                                                        Rows::piece(value_row, n, value_piece)));
-        multiply_add<T>(sums[2 * n], weight, value[0], value[1]);
-        multiply_add<T>(sums[2 * n + 1], weight, value[2], value[3]);
+#pragma unroll
+        for (int m = 0; m < kMmas; ++m) {
+          multiply_add<T>(sums[m][2 * n], weight[m], value[0], value[1]);
+          multiply_add<T>(sums[m][2 * n + 1], weight[m], value[2], value[3]);
+        }
       }
     }
   }
 
-  // The first of the two adjacent dims that sums[n] has.
+  // The first of the two adjacent dims that sums[m][n] has.
   static __device__ __forceinline__ int32_t dim(int n, int32_t lane) {
     return n * 8 + lane % 4 * 2;
   }
@@ -96,8 +134,11 @@ struct AttentionProducts {
 // dims of two keys. Either way the even and the odd bytes of a register make two operands
 // (tensor_core.cuh). For the keys that is another order of the dims, in which the queries lie in
 // shared memory, too; for the values the even dims of 16 are one product and the odd ones another.
-template <int kHeadDim, int kKeys>
-struct AttentionProducts<Float8, kHeadDim, kKeys> {
+template <int kHeadDim, int kKeys, int kMmas>
+struct AttentionProducts<Float8, kHeadDim, kKeys, kMmas> {
+  using Scores = Fragments<kMmas, kKeys>;
+  using Sums = Fragments<kMmas, kHeadDim>;
+  using Weights = PackedWeights<__half, kKeys, kMmas>;
   using Query = __half;
   using Rows = SwizzledRows<Float8, kHeadDim>;
   using QueryRows = SwizzledRows<__half, kHeadDim>;
@@ -110,16 +151,17 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
   }
 
   static __device__ __forceinline__ void score(const __half* queries, const Float8* keys,
-                                               int32_t lane, float (&scores)[kKeys / 8][4]) {
+                                               int32_t lane, Scores& scores) {
     const uint32_t query_row = lane % 16, query_piece = lane / 16;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
-    }
+    clear<kMmas, kKeys>(scores);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
-      uint32_t query[4];
-      load_matrices(query, shared_address(queries + QueryRows::piece(query_row, k, query_piece)));
+      uint32_t query[kMmas][4];
+#pragma unroll
+      for (int m = 0; m < kMmas; ++m) {
+        load_matrices(query[m], shared_address(queries + kMmaRows * m * kHeadDim +
+                                               QueryRows::piece(query_row, k, query_piece)));
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 32; ++n) {
         uint32_t key[4];  // of 8 keys each
@@ -127,24 +169,26 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const HalfPairs pairs = widen(key[i]);
-          multiply_add<__half>(scores[4 * n + i], query, pairs.even, pairs.odd);
+#pragma unroll
+          for (int m = 0; m < kMmas; ++m) {
+            multiply_add<__half>(scores[m][4 * n + i], query[m], pairs.even, pairs.odd);
+          }
         }
       }
     }
   }
 
-  using Weights = PackedWeights<__half, kKeys>;
-
-  // sums[2 * n] are even dims of 16, sums[2 * n + 1] odd ones, until arrange().
+  // sums[m][2 * n] are even dims of 16, sums[m][2 * n + 1] odd ones, until arrange().
   static __device__ __forceinline__ void add_values(const Weights& weights, const Float8* values,
-                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
+                                                    int32_t lane, Sums& sums) {
     if constexpr (kHeadDim == 256) {
       // 16 keys at a time, for the sums take half of the registers.
       const uint32_t value_row = lane % 16, value_piece = lane / 16;
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k) {
-        const uint32_t weight[4] = {weights.pairs[2 * k][0], weights.pairs[2 * k][1],
-                                    weights.pairs[2 * k + 1][0], weights.pairs[2 * k + 1][1]};
+        uint32_t weight[kMmas][4];
+#pragma unroll
+        for (int m = 0; m < kMmas; ++m) weights.load(m, k, weight[m]);
 #pragma unroll
         for (int n = 0; n < kHeadDim / 32; ++n) {
           uint32_t value[4];  // of 8 keys each, twice 16 dims
@@ -154,17 +198,23 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
           for (int i = 0; i < 2; ++i) {
             const HalfPairs first = widen_to_numbers(value[2 * i]);
             const HalfPairs second = widen_to_numbers(value[2 * i + 1]);
-            multiply_add<__half>(sums[4 * n + 2 * i], weight, first.even, second.even);
-            multiply_add<__half>(sums[4 * n + 2 * i + 1], weight, first.odd, second.odd);
+#pragma unroll
+            for (int m = 0; m < kMmas; ++m) {
+              multiply_add<__half>(sums[m][4 * n + 2 * i], weight[m], first.even, second.even);
+              multiply_add<__half>(sums[m][4 * n + 2 * i + 1], weight[m], first.odd, second.odd);
+            }
           }
         }
       }
     } else {
 #pragma unroll
       for (int k = 0; k < kKeys / 32; ++k) {
-        uint32_t weight[2][4];  // of 16 keys each
+        uint32_t weight[kMmas][2][4];  // of 16 keys each
 #pragma unroll
-        for (int i = 0; i < 8; ++i) weight[i / 4][i % 4] = weights.pairs[4 * k + i / 2][i % 2];
+        for (int m = 0; m < kMmas; ++m) {
+          weights.load(m, 2 * k, weight[m][0]);
+          weights.load(m, 2 * k + 1, weight[m][1]);
+        }
 #pragma unroll
         for (int n = 0; n < kHeadDim / 16; ++n) {
           uint32_t value[4];  // of 8 keys each
@@ -174,8 +224,11 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
           for (int i = 0; i < 2; ++i) {
             const HalfPairs first = widen_to_numbers(value[2 * i]);
             const HalfPairs second = widen_to_numbers(value[2 * i + 1]);
-            multiply_add<__half>(sums[2 * n], weight[i], first.even, second.even);
-            multiply_add<__half>(sums[2 * n + 1], weight[i], first.odd, second.odd);
+#pragma unroll
+            for (int m = 0; m < kMmas; ++m) {
+              multiply_add<__half>(sums[m][2 * n], weight[m][i], first.even, second.even);
+              multiply_add<__half>(sums[m][2 * n + 1], weight[m][i], first.odd, second.odd);
+            }
           }
         }
       }
@@ -183,14 +236,17 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
   }
 
   // Afterwards the sums of a lane are 4 adjacent dims of each 16, as in fp32.
-  static __device__ __forceinline__ void arrange(float (&sums)[kHeadDim / 8][4]) {
+  static __device__ __forceinline__ void arrange(Sums& sums) {
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; n += 2) {
+    for (int m = 0; m < kMmas; ++m) {
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
-        const float third = sums[n][j + 1];
-        sums[n][j + 1] = sums[n + 1][j];
-        sums[n + 1][j] = third;
+      for (int n = 0; n < kHeadDim / 8; n += 2) {
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+          const float third = sums[m][n][j + 1];
+          sums[m][n][j + 1] = sums[m][n + 1][j];
+          sums[m][n + 1][j] = third;
+        }
       }
     }
   }
@@ -200,9 +256,12 @@ struct AttentionProducts<Float8, kHeadDim, kKeys> {
   }
 };
 
-// In fp32 on CUDA cores. The sums of a lane are 4 adjacent dims of each 16, for loads of 16 bytes.
+// In fp32 on CUDA cores, of 16 query rows. The sums of a lane are 4 adjacent dims of each 16, for
+// loads of 16 bytes.
 template <int kHeadDim, int kKeys>
-struct AttentionProducts<float, kHeadDim, kKeys> {
+struct AttentionProducts<float, kHeadDim, kKeys, 1> {
+  using Scores = Fragments<1, kKeys>;
+  using Sums = Fragments<1, kHeadDim>;
   using Query = float;
   using Rows = SwizzledRows<float, kHeadDim>;
 
@@ -214,12 +273,10 @@ struct AttentionProducts<float, kHeadDim, kKeys> {
   }
 
   static __device__ __forceinline__ void score(const float* queries, const float* keys,
-                                               int32_t lane, float (&scores)[kKeys / 8][4]) {
+                                               int32_t lane, Scores& all) {
+    auto& scores = all[0];
     const int32_t row = lane / 4, key_row = lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
-    }
+    clear<1, kKeys>(all);
 #pragma unroll 2
     for (int piece = 0; piece < kHeadDim / 4; ++piece) {
       const float4 query[2] = {load(queries, row, piece), load(queries, row + 8, piece)};
@@ -241,13 +298,14 @@ struct AttentionProducts<float, kHeadDim, kKeys> {
   struct Weights {
     float of[kKeys / 8][4];
 
-    __device__ __forceinline__ void operator=(const float (&scores)[kKeys / 8][4]) {
-      memcpy(of, scores, sizeof(of));
+    __device__ __forceinline__ void operator=(const Scores& scores) {
+      memcpy(of, scores[0], sizeof(of));
     }
   };
 
   static __device__ __forceinline__ void add_values(const Weights& weights, const float* values,
-                                                    int32_t lane, float (&sums)[kHeadDim / 8][4]) {
+                                                    int32_t lane, Sums& all) {
+    auto& sums = all[0];
     // The weights of a key are in one lane of the four that share its row.
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) {

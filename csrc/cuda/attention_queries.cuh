@@ -22,11 +22,13 @@
 
 namespace tokendance::cuda {
 
-// T: of queries as they are given; Products: of the keys that they will meet.
-template <typename T, typename Products, int kHeadDim>
+// Of 16 query rows of a block's warp.
+template <typename Block>
 class QueryTurn {
  public:
-  using Query = typename Products::Query;
+  using Products = typename Block::Products;
+  using Query = typename Block::Query;
+  using T = typename Block::T;
 
   // Row i turns where bit i of `turning` is set.
   static __device__ __forceinline__ void run(const CollectiveAttentionParams& p, const Turn* turns,
@@ -39,6 +41,7 @@ class QueryTurn {
   }
 
  private:
+  static constexpr int kHeadDim = Block::kHeadDim;
   using Rows = SwizzledRows<Query, kHeadDim>;
   static constexpr uint32_t kVector = 16 / sizeof(T);
 
@@ -49,11 +52,11 @@ class QueryTurn {
   static_assert(kColumnsOfPass * kPasses == kColumns && kColumnsOfPass >= 4, "passes are alike");
   // 8 lanes store 16 bytes each at a time, to 8 distinct groups of banks: to one row, or to halves
   // of two rows that differ by 4.
-  static constexpr uint32_t kLanes = kColumnsOfPass > 4 ? 8 : 4;              // that share a row
-  static constexpr uint32_t kRows = kAttentionWarpRows * kLanes / kWarpSize;  // of a lane
+  static constexpr uint32_t kLanes = kColumnsOfPass > 4 ? 8 : 4;    // that share a row
+  static constexpr uint32_t kRows = kMmaRows * kLanes / kWarpSize;  // of a lane
 
   // Sums and queries of these dims leave registers for half of a vector's angles at a time.
-  static constexpr bool kFewRegisters = kHeadDim == 96 || kHeadDim == 256;
+  static constexpr bool kFewRegisters = kHeadDim == 96 || Block::kHasFewRegisters;
 
   // The rows of a group of lanes are first ^ i. Where even and odd dims lie apart 16 lanes store 8
   // bytes each: to two rows that are not both even or odd, for one group begins at its last row.
@@ -287,7 +290,7 @@ class QueryTurn {
                                                        Query* queries, uint32_t lane) {
     const uint32_t half = static_cast<uint32_t>(p.rope.rotary_dim) / 2;
 #pragma unroll 1
-    for (uint32_t index = lane; index < kAttentionWarpRows * kHeadDim / 2; index += kWarpSize) {
+    for (uint32_t index = lane; index < kMmaRows * kHeadDim / 2; index += kWarpSize) {
       const uint32_t row = index / (kHeadDim / 2), pair = index % (kHeadDim / 2);
       if ((turning >> row & 1) == 0) continue;
       const Turn turn = load_whole(turns + row);
@@ -327,7 +330,7 @@ class QueryTurn {
 template <typename Block>
 __device__ __forceinline__ void turn_queries(const CollectiveAttentionParams& p, int32_t set,
                                              const Place& here) {
-  const int32_t row = here.lane % kAttentionWarpRows;
+  const int32_t row = here.lane % Block::kWarpRows;
   Turn* const turns = Block::turns(here.warp);
   const int32_t shift = load_whole(Block::sights(set, here.warp) + row).shift;
   Turn stands = load_whole(turns + row);
@@ -336,10 +339,16 @@ __device__ __forceinline__ void turn_queries(const CollectiveAttentionParams& p,
   if (turning == 0) return;
   __syncwarp();  // all lanes have compared
   stands.shift = shift;
-  if (turn && here.lane < kAttentionWarpRows) turns[row] = stands;
+  if (turn && here.lane < Block::kWarpRows) turns[row] = stands;
   __syncwarp();  // all lanes see how, and are done with the queries
-  QueryTurn<typename Block::T, typename Block::Products, Block::kHeadDim>::run(
-      p, turns, turning, Block::queries(here.warp), recomputed<kWarpSize>(here.lane));
+#pragma unroll 1
+  for (int32_t first = 0; first < Block::kWarpRows; first += kMmaRows) {
+    const uint32_t of_these = turning >> first & 0xffff;
+    if (Block::kWarpRows > kMmaRows && of_these == 0) continue;
+    QueryTurn<Block>::run(p, turns + first, of_these,
+                          Block::queries(here.warp) + first * Block::kHeadDim,
+                          recomputed<kWarpSize>(here.lane));
+  }
   __syncwarp();  // all lanes see the queries
 }
 

@@ -14,22 +14,23 @@ namespace tokendance::cuda {
 
 // A lane's part of a row: whole sectors, together with its three neighbours.
 template <typename Block>
-__device__ __forceinline__ void write_partial(const Weighted<Block::kHeadDim>& state, int j,
-                                              float factor, int32_t lane, float* to) {
+__device__ __forceinline__ void write_partial(const Weighted<Block>& state, int j, float factor,
+                                              int32_t lane, float* to) {
   using Products = typename Block::Products;
-  const auto& sums = state.sums;
+  const auto& sums = state.sums[j / 2];
+  const int i = j % 2 * 2;
   if constexpr (sizeof(typename Block::T) == 4 || kIsQuantized<typename Block::Pool>) {
 #pragma unroll
     for (int n = 0; n < Block::kHeadDim / 8; n += 2) {
       *reinterpret_cast<float4*>(to + Products::dim(n, lane)) =
-          make_float4(sums[n][2 * j] * factor, sums[n][2 * j + 1] * factor,
-                      sums[n + 1][2 * j] * factor, sums[n + 1][2 * j + 1] * factor);
+          make_float4(sums[n][i] * factor, sums[n][i + 1] * factor, sums[n + 1][i] * factor,
+                      sums[n + 1][i + 1] * factor);
     }
   } else {
 #pragma unroll
     for (int n = 0; n < Block::kHeadDim / 8; ++n) {
       *reinterpret_cast<float2*>(to + Products::dim(n, lane)) =
-          make_float2(sums[n][2 * j] * factor, sums[n][2 * j + 1] * factor);
+          make_float2(sums[n][i] * factor, sums[n][i + 1] * factor);
     }
   }
 }
@@ -37,8 +38,9 @@ __device__ __forceinline__ void write_partial(const Weighted<Block::kHeadDim>& s
 // By way of the shared memory of the warp's queries, for stores of whole rows.
 template <typename Block>
 __device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
-                                             const Weighted<Block::kHeadDim>& state,
-                                             const float (&factor)[2], int32_t lane, int32_t warp) {
+                                             const Weighted<Block>& state,
+                                             const float (&factor)[Weighted<Block>::kRows],
+                                             int32_t lane, int32_t warp) {
   using T = typename Block::T;
   using Rows = typename Block::QueryRows;
   T* const rows = Block::template queries<T>(warp);
@@ -46,9 +48,10 @@ __device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
 #pragma unroll
   for (int n = 0; n < Block::kHeadDim / 8; ++n) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < state.kRows; ++j) {
       T* const to = rows + Rows::element(lane / 4 + 8 * j, Block::Products::dim(n, lane));
-      const float x = state.sums[n][2 * j] * factor[j], y = state.sums[n][2 * j + 1] * factor[j];
+      const auto& sums = state.sums[j / 2][n];
+      const float x = sums[j % 2 * 2] * factor[j], y = sums[j % 2 * 2 + 1] * factor[j];
       if constexpr (sizeof(T) == 4) {
         *reinterpret_cast<float2*>(to) = make_float2(x, y);
       } else {
@@ -59,7 +62,7 @@ __device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
   __syncwarp();
   constexpr int kVectors = Block::kHeadDim / Rows::kPiece;  // of a row
 #pragma unroll 4
-  for (int i = 0; i < kAttentionWarpRows * kVectors / kWarpSize; ++i) {
+  for (int i = 0; i < Block::kWarpRows * kVectors / kWarpSize; ++i) {
     const int32_t index = i * kWarpSize + lane;
     const int32_t query = index / kVectors, dim = index % kVectors * Rows::kPiece;
     const QueryRow written = Block::query_rows(warp)[query];
@@ -74,17 +77,17 @@ __device__ __forceinline__ void write_output(const CollectiveAttentionParams& p,
 // Divides by the weights and writes; rows that have seen nothing become zeros, with an LSE of -inf.
 template <typename Block>
 __device__ __forceinline__ void write_results(const CollectiveAttentionParams& p, const Place& here,
-                                              Weighted<Block::kHeadDim>& state) {
+                                              Weighted<Block>& state) {
   const int32_t lane = recomputed<kWarpSize>(here.lane);
   const int32_t partial_begin = item_of_block(p).partial_begin;
-  float factor[2], lses[2];
+  float factor[state.kRows], lses[state.kRows];
   float value_scale = 1.0f;
   if constexpr (kIsQuantized<typename Block::Pool>) {
     value_scale = scale_of_head(p.v_scale, here.kv_head);
     Block::Products::arrange(state.sums);
   }
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < state.kRows; ++j) {
     float sum = state.total[j];
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
@@ -93,7 +96,7 @@ __device__ __forceinline__ void write_results(const CollectiveAttentionParams& p
     if constexpr (kIsQuantized<typename Block::Pool>) factor[j] *= value_scale;
   }
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < state.kRows; ++j) {
     const int32_t index = lane / 4 + 8 * j;
     const QueryRow query = load_whole(Block::query_rows(here.warp) + index);
     if (query.agent == kNoRow) continue;

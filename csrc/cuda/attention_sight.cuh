@@ -51,6 +51,18 @@ __device__ __forceinline__ WorkItem item_of_block(const CollectiveAttentionParam
   return {p.round, static_cast<int32_t>(block / static_cast<uint32_t>(p.num_kv_heads))};
 }
 
+// Query heads of a KV head. Never kept for later, either.
+__device__ __forceinline__ int32_t heads_of_group(const CollectiveAttentionParams& p) {
+  const uint32_t heads = recomputed<1u << 31>(static_cast<uint32_t>(p.num_q_heads));
+  return static_cast<int32_t>(heads / static_cast<uint32_t>(p.num_kv_heads));
+}
+
+// Query rows of an item, with one KV head.
+__device__ __forceinline__ int32_t queries_of(const WorkItem& item,
+                                              const CollectiveAttentionParams& p) {
+  return (item.row_end - item.row_begin) * heads_of_group(p);
+}
+
 // Of a query row, what decides what it sees.
 struct Reader {
   int32_t slot;
@@ -185,7 +197,7 @@ __device__ __forceinline__ KeyTile find_tile(const CollectiveAttentionParams& p,
     // The tile mostly begins with the chunk.
     int32_t page_id = page_ids(pages, chunk.row_begin, chunk.row_end - 1, here);
     const Sight sight = sight_of(p, chunk, reader, here);
-    if (here.lane < kAttentionWarpRows) Block::sights(set, here.warp)[here.lane] = sight;
+    if (here.lane < Block::kWarpRows) Block::sights(set, here.warp)[here.lane] = sight;
     const bool sees = sight.low <= sight.high;
     const int32_t low = __reduce_min_sync(kAllLanes, sees ? sight.low : INT32_MAX);
     const int32_t high = __reduce_max_sync(kAllLanes, sight.high);
@@ -224,9 +236,9 @@ __device__ __forceinline__ KeyTile begin_tiles(const CollectiveAttentionParams& 
                                                const WorkItem& item, int32_t first_query,
                                                const Place& here) {
   const RoundView& round = p.round;
-  const int32_t group = p.num_q_heads / p.num_kv_heads;
-  const int32_t index = here.lane % kAttentionWarpRows;
-  const int32_t query = first_query + here.warp * kAttentionWarpRows + index;
+  const int32_t group = heads_of_group(p);
+  const int32_t index = here.lane % Block::kWarpRows;
+  const int32_t query = first_query + here.warp * Block::kWarpRows + index;
   const int32_t slot = query / group;
   const int32_t row =
       slot < item.row_end - item.row_begin ? __ldg(round.work_rows + item.row_begin + slot) : -1;
@@ -239,7 +251,7 @@ __device__ __forceinline__ KeyTile begin_tiles(const CollectiveAttentionParams& 
     reader.position = __ldg(round.row_position + row);
   }
   const KeyTile tile = find_tile<Block>(p, item, item.chunk_begin, chunk, reader, 0, here);
-  if (here.lane < kAttentionWarpRows) {
+  if (here.lane < Block::kWarpRows) {
     const bool has_angle = reader.has_angle(p.rope);
     QueryRow of_lane = {exists ? row : 0, here.kv_head * group + query % group, reader.agent, slot};
     if (reader.agent < 0) {
@@ -265,7 +277,7 @@ __device__ __forceinline__ KeyTile tile_after(const CollectiveAttentionParams& p
                                               const Place& here) {
   if (tile.first + Block::kKeys > tile.last) {
     const WorkItem item = item_of_block(p);
-    const int32_t index = here.lane % kAttentionWarpRows;
+    const int32_t index = here.lane % Block::kWarpRows;
     const QueryRow query = load_whole(Block::query_rows(here.warp) + index);
     const Turn turn = load_whole(Block::turns(here.warp) + index);
     const Chunk chunk(p.round, item, tile.chunk + 1, query.slot, here);
@@ -284,12 +296,13 @@ __device__ __forceinline__ bool warp_sees(const KeyTile& tile, const Sight& sigh
   return __any_sync(kAllLanes, sees);
 }
 
-// Bit i: the query row lane % 16 sees key first + i, or, in the upper lanes where a tile has 64
-// keys, first + 32 + i.
+// Bit i: the query row lane % Block::kWarpRows sees key first + i, or, in the upper lanes where a
+// tile has 64 keys, first + 32 + i.
 template <typename Block>
 __device__ __forceinline__ uint32_t visible_keys(const RoundView& round, const KeyTile& tile,
                                                  const Sight& sight, const Place& here) {
-  const int32_t base = tile.first + (Block::kKeys > 32 ? here.lane / 16 * 32 : 0);
+  static_assert(Block::kKeys * Block::kWarpRows <= 32 * kWarpSize, "a word of each lane suffices");
+  const int32_t base = tile.first + (Block::kKeys > 32 ? here.lane / Block::kWarpRows * 32 : 0);
   const int32_t from = sight.low - base, to = min(sight.high, tile.last) - base;
   uint32_t visible = from > 31 ? 0 : kAllLanes << max(from, 0);
   visible &= to < 0 ? 0 : kAllLanes >> (31 - min(to, 31));

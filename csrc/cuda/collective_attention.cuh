@@ -1,6 +1,6 @@
 // collective_attention: query rows of many agents meet one tile of keys and values as it is stored.
 //
-// A block takes a work item and a KV head: 64 query rows, rows of the round times heads of the
+// A block takes a work item and a KV head: its query rows, rows of the round times heads of the
 // group, of any agents. Their queries are rotated into shared memory, each by its own R(p)
 // R(-shift), and again where the shift of a row changes from one source to the next. Keys and
 // values come page by page through cp.async, K and V in turn over three stages, so that two stages
@@ -9,22 +9,35 @@
 // use and window leave, without the overridden rows.
 //
 // Bytes, per item and KV head: 2 * D elements for every stored row that any of the query rows sees,
-// once; queries and two rows of the tables per query row and shift; outputs, or partials in fp32.
-// FLOPs: 4 * D per query row and key, so at 16 bits one FLOP per byte and query row of the tile: up
-// to 64, against 153 (A100: 312 TFLOPS, 2039 GB/s) and 295 (H100: 989 TFLOPS, 3350 GB/s;
-// datasheets). Decode is bound by memory. Prefill, whose tiles find their keys in L2, is bound by
-// shared memory: ldmatrix reads 512 bytes for two mma, 4 cycles of a multiprocessor, as long as an
-// A100's tensor cores take for both and twice as long as an H100's. In fp32 CUDA cores bound it
-// above 19 (A100: 19.5 TFLOPS) or 40 (H100: 67 TFLOPS) query rows.
+// once for each tile of query rows; queries and two rows of the tables per query row and shift;
+// outputs, or partials in fp32. FLOPs: 4 * D per query row and key, so at 16 bits one FLOP per byte
+// and query row of the tile: up to 64 or 128, against 153 (A100: 312 TFLOPS, 2039 GB/s) and 206
+// (H200: 989 TFLOPS, 4800 GB/s; datasheets). Decode is bound by memory.
+//
+// Shared memory binds before the tensor cores. ldmatrix reads 512 bytes in 4 cycles of a
+// multiprocessor; an mma takes an A100 2 cycles, an H100 or H200 1. A low tile, of 64 query rows,
+// has 16 to a warp: 9 ldmatrix for 16 mma, 2.25 cycles an mma. In a tall one, of 128, a warp has
+// 32, and each fragment of keys and values that it reads meets them in two mma: half as many
+// ldmatrix of keys and values, and 6 for 16 mma with those of queries, 1.5 cycles. So an H200 gets
+// keys and values from memory as slowly as it reads them from shared memory for 91 query rows of
+// low tiles, or 137 of tall ones; prefill, whose tiles find their keys in L2, is bound by the
+// tensor cores of an A100, and by the shared memory of an H200, at two thirds of its datasheet.
+//
+// Which tiles an item meets is up to the planner: those of more than 64 query rows meet tall ones,
+// where kernels have them. Items of both kinds are in one launch. A tall tile has 32 keys instead
+// of 64. So a warp has as many scores, and queries of twice the size with stages of half the size
+// take no more shared memory: as many blocks run as without tall tiles.
 //
 // Why these tiles. 64 query rows: decode with G = 4 puts 16 agents in a tile, and the sums of a
-// warp, 16 x D in fp32, fit its registers up to D = 256. A stage is 64 keys of up to 128 dims, at
-// most 16 KB: two under way in each of two blocks are 64 KB on a multiprocessor, where latency
-// times bandwidth wants about 15 KB. Warps share no query row, so that none waits for another's
-// softmax; a warp whose rows do not see a tile only helps to copy it.
+// warp, 16 x D in fp32, fit its registers up to D = 256. 128: the sums of 32 x D fit up to D = 128.
+// A stage is 64 keys of up to 128 dims, at most 16 KB: two under way in each of two blocks are
+// 64 KB on a multiprocessor, or 32 KB in tall tiles, where latency times bandwidth wants 15 KB of
+// an A100 and 25 KB of an H200. Warps share no query row, so that none waits for another's softmax;
+// a warp whose rows do not see a tile only helps to copy it.
 //
-// fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps. Registers,
-// shared memory and blocks of a multiprocessor are in tools/sass_table.txt.
+// fp32 has tiles of 32 keys, and for D = 256 of 16, with 32 query rows in two warps: a fragment is
+// read by every lane for itself, and nothing is gained by more rows. Registers, shared memory and
+// blocks of a multiprocessor are in tools/sass_table.txt.
 //
 // Keys and values of e4m3 are 1 byte an element, in stages of half the size, so that decode may do
 // 2 FLOPs per byte and query row. Every warp widens the tile for itself: before sm_89 by seven
@@ -45,23 +58,23 @@
 
 namespace tokendance::cuda {
 
-// With 256 dims the sums take half of the registers: none are left for addresses in stages.
+// Addresses in stages are made of it: anew for every tile where there are few registers.
 template <typename Block>
 __device__ __forceinline__ int32_t lane_of_products(const Place& here) {
-  return Block::kHeadDim < 256 ? here.lane : recomputed<kWarpSize>(here.lane);
+  return Block::kHasFewRegisters ? recomputed<kWarpSize>(here.lane) : here.lane;
 }
 
 // Scores of the warp's query rows with a tile of keys become weights, of keys that they see.
 template <typename Block>
 __device__ __forceinline__ void weigh(const CollectiveAttentionParams& p, const KeyTile& tile,
-                                      const Sight& sight, int32_t keys, const Place& here,
-                                      typename Block::Products::Weights& weights,
-                                      Weighted<Block::kHeadDim>& state) {
-  float scores[Block::kKeys / 8][4];
+                                      const Sight& sight, int32_t keys, float factor,
+                                      const Place& here, typename Block::Products::Weights& weights,
+                                      Weighted<Block>& state) {
+  typename Block::Scores scores;
   const uint32_t visible = visible_keys<Block>(p.round, tile, sight, here);
   Block::Products::score(Block::queries(here.warp), Block::stage(keys),
                          lane_of_products<Block>(here), scores);
-  scale<Block>(p, here, scores);
+  scale<Block>(factor, p.soft_cap, scores);
   hide<Block>(visible, here, scores);
   soften<Block>(scores, state);
   weights = scores;
@@ -71,7 +84,7 @@ __device__ __forceinline__ void weigh(const CollectiveAttentionParams& p, const 
 template <typename Block>
 __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const WorkItem& item,
                                        int32_t first_query, const Place& here) {
-  Weighted<Block::kHeadDim> state;
+  Weighted<Block> state;
   KeyTile next = begin_tiles<Block>(p, item, first_query, here);
   bool more = next.chunk < item.chunk_end;
   // Stages of a tile's keys, of its values, and of what comes next.
@@ -83,6 +96,7 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
     copy_tile<Block>(p.v_pool, p.v_layout, next, values, here);
     cp_async_commit();
   }
+  const float factor = score_factor<Block>(p, here);
   int32_t turned_to = -1;  // the sights of the last tile
 #pragma unroll 1
   while (more) {
@@ -102,9 +116,9 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
 
     typename Block::Products::Weights weights;
     const Sight sight =
-        load_whole(Block::sights(tile.set, here.warp) + here.lane % kAttentionWarpRows);
+        load_whole(Block::sights(tile.set, here.warp) + here.lane % Block::kWarpRows);
     const bool sees = warp_sees<Block>(tile, sight);
-    if (sees) weigh<Block>(p, tile, sight, keys, here, weights, state);
+    if (sees) weigh<Block>(p, tile, sight, keys, factor, here, weights, state);
 
     cp_async_wait<1>();
     __syncthreads();  // all have their values, and are done with the keys
@@ -122,19 +136,35 @@ __device__ __forceinline__ void attend(const CollectiveAttentionParams& p, const
   write_results<Block>(p, here, state);
 }
 
-template <typename T, typename Pool, int kHeadDim>
-__device__ __forceinline__ void collective_attention(const CollectiveAttentionParams& p) {
-  using Block = AttentionBlock<T, Pool, kHeadDim>;
+// All query rows of the block's item, a tile after the other. The item is read anew for each but
+// the first, rather than kept in registers.
+template <typename Block>
+__device__ __forceinline__ void attend_in_turn(const CollectiveAttentionParams& p, WorkItem item) {
   const Place here(p);
-  // The item is read anew for every tile of query rows, rather than kept in registers.
 #pragma unroll 1
-  for (int32_t first = 0;; first += Block::kShape.rows) {
-    const WorkItem item = item_of_block(p);
-    if (!item.is_of(p.round.extents)) return;
-    if (first >= (item.row_end - item.row_begin) * (p.num_q_heads / p.num_kv_heads)) return;
+  for (int32_t first = 0; first < queries_of(item, p); first += Block::kShape.rows) {
     if (first > 0) __syncthreads();  // all are done with the last tiles
     attend<Block>(p, item, first, here);
+    item = item_of_block(p);
   }
+}
+
+// An item of more query rows than a low tile has meets tall ones, where the kernel has them. For
+// those it is read anew, too, for they have no registers to spare; decode does not wait for it
+// twice.
+template <typename T, typename Pool, int kHeadDim>
+__device__ __forceinline__ void collective_attention(const CollectiveAttentionParams& p) {
+  using Low = AttentionBlock<T, Pool, kHeadDim, kMmaRows>;
+  using Tall = AttentionBlock<T, Pool, kHeadDim, 2 * kMmaRows>;
+  const WorkItem item = item_of_block(p);
+  if (!item.is_of(p.round.extents)) return;
+  if constexpr (has_tall_tiles(sizeof(T), sizeof(Pool), kHeadDim)) {
+    if (queries_of(item, p) > Low::kShape.rows) {
+      attend_in_turn<Tall>(p, item_of_block(p));
+      return;
+    }
+  }
+  attend_in_turn<Low>(p, item);
 }
 
 }  // namespace tokendance::cuda

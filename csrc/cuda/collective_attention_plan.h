@@ -48,8 +48,8 @@ constexpr const char* kCollectiveAttentionKernels[] = {
 constexpr int kAttentionHeadDims[] = {64, 80, 96, 128, 256};
 constexpr int kFirstE4m3AttentionKernel = 5 * 3;
 constexpr int kNumAttentionKernels = 5 * (3 + 2);
-constexpr int kAttentionWarpRows = 16;  // query rows of a warp: the M of an mma
-constexpr int kAttentionStages = 3;     // tiles of keys or values: one in use, two on their way
+constexpr int kMmaRows = 16;         // query rows of an mma
+constexpr int kAttentionStages = 3;  // tiles of keys or values: one in use, two on their way
 
 constexpr int attention_kernel(DType dtype, DType pool_dtype, int32_t head_dim) {
   int dim = 0;
@@ -91,7 +91,15 @@ inline bool can_attend(const CollectiveAttentionParams& p) {
          p.out_row_stride % vector == 0 && p.out_head_stride % vector == 0;
 }
 
-// Sizes of a block. A query row here is one row of the round and one head of the group.
+// Whether an item of more query rows than a low tile has meets tall ones, in which a warp has twice
+// the rows. At 80 and 96 dims that would cost the third block of a multiprocessor, at 256 and over
+// e4m3 registers do not suffice, and in fp32 there is no fragment that two products could share.
+TOKENDANCE_HOST_DEVICE constexpr bool has_tall_tiles(int32_t element_bytes, int32_t pool_bytes,
+                                                     int32_t head_dim) {
+  return element_bytes == 2 && pool_bytes == 2 && (head_dim == 64 || head_dim == 128);
+}
+
+// Sizes of a tile. A query row here is one row of the round and one head of the group.
 struct AttentionShape {
   int32_t warps;
   int32_t rows;  // query rows that meet one tile of keys
@@ -103,12 +111,14 @@ struct AttentionShape {
   int32_t row_bytes;  // of one of four things that are known of each query row
   int32_t shared_bytes;
 
-  // `element_bytes` of queries and outputs, `pool_bytes` of keys and values.
+  // `element_bytes` of queries and outputs, `pool_bytes` of keys and values. `warp_rows`: query
+  // rows of a warp, those of one mma or, in a tall tile, of two. A tall tile has half of the keys,
+  // and so no more scores in a warp's registers.
   TOKENDANCE_HOST_DEVICE constexpr AttentionShape(int32_t element_bytes, int32_t pool_bytes,
-                                                  int32_t head_dim)
+                                                  int32_t head_dim, int32_t warp_rows)
       : warps(head_dim * element_bytes > 512 ? 2 : 4),
-        rows(warps * kAttentionWarpRows),
-        keys((head_dim > 128 ? 128 : 256) / element_bytes / 2),
+        rows(warps * warp_rows),
+        keys((head_dim > 128 ? 128 : 256) / element_bytes / 2 * kMmaRows / warp_rows),
         threads(warps * kWarpSize),
         blocks(head_dim * element_bytes <= (pool_bytes == element_bytes ? 192 : 128) ? 3
                : head_dim <= 128                                                     ? 2
@@ -120,6 +130,13 @@ struct AttentionShape {
                      2 * warps * 2 * static_cast<int32_t>(sizeof(int32_t))) {}
 };
 
+// So that a launch is the same for items of any height.
+constexpr bool low_tiles_are_larger(int32_t head_dim) {
+  const AttentionShape low(2, 2, head_dim, kMmaRows), tall(2, 2, head_dim, 2 * kMmaRows);
+  return tall.threads == low.threads && tall.shared_bytes <= low.shared_bytes;
+}
+static_assert(low_tiles_are_larger(64) && low_tiles_are_larger(128));
+
 inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) {
   LaunchPlan plan = {};
   const RoundExtents& e = p.round.extents;
@@ -127,7 +144,8 @@ inline LaunchPlan plan_collective_attention(const CollectiveAttentionParams& p) 
   if (e.work > 0) {
     const int kernel = attention_kernel(p.dtype, p.pool_dtype, p.head_dim);
     const AttentionShape shape(static_cast<int32_t>(element_bytes(p.dtype)),
-                               static_cast<int32_t>(element_bytes(p.pool_dtype)), p.head_dim);
+                               static_cast<int32_t>(element_bytes(p.pool_dtype)), p.head_dim,
+                               kMmaRows);
     // KV heads of an item are neighbours: they read the same pages.
     add_launch(&plan, kCollectiveAttentionKernels[kernel], kernel, e.work * p.num_kv_heads, 1, 1,
                shape.threads, shape.shared_bytes, {});

@@ -48,7 +48,7 @@ struct WorkListInput {
   const int32_t* own_position_bound;  // the same shape; null = own_position is exact
   int32_t block_size;
   int32_t window;           // 0 = none
-  int32_t max_tile_rows;    // query rows of an item
+  int32_t max_tile_rows;    // query rows of an item: as high as the kernels' tallest tiles
   int32_t read_bound_rows;  // up to so many query rows an item takes as long as reading its pages
   int32_t target_items;     // items that keep the device busy, for one KV head
   int32_t max_splits;       // items that one tile's shared part, or own part, is split into

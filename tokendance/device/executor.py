@@ -37,8 +37,11 @@ from tokendance.host.record import (
 from tokendance.host.round import IntArray
 from tokendance.host.uncopied import Uncopied
 
-# Query heads x rows that a work item may have: the height of the kernels' tiles.
+# Query heads x rows that a work item may have: the height of the kernels' tiles. On a GPU some
+# kernels have tall tiles, too (has_tall_tiles in collective_attention_plan.h).
 _TILE_HEIGHT = 64
+_TALL_TILE_HEIGHT = 128
+_TALL_HEAD_DIMS = (64, 128)
 # Items that keep a device busy. On a GPU as many as run at once, two blocks on a multiprocessor,
 # over all KV heads. On a CPU a few per thread share the work evenly; more would only split tiles
 # further, and each part loads and rotates its queries again.
@@ -117,7 +120,7 @@ class Executor(Uncopied, instead="make another over a pool of its own"):
             block_size=pool.block_size,
             page_bytes=pool.page_bytes,
             max_position=self.max_position,
-            work=work_shape(self.geometry, self.device),
+            work=work_shape(self.geometry, self.device, pool.dtype),
             host_pages=self._host_pages,
         )
 
@@ -656,10 +659,19 @@ def _check_version(record: StepRecord | RestoreRecord | AppendRecord) -> None:
         raise ValueError(f"record: expected version {VERSION}, got {record.version}")
 
 
-def work_shape(geometry: KVGeometry, device: torch.device | str) -> WorkShape:
-    """How attention's work is cut for a device."""
-    tile_rows = max(1, _TILE_HEIGHT * geometry.num_kv_heads // geometry.num_q_heads)
+def work_shape(
+    geometry: KVGeometry, device: torch.device | str, pool_dtype: torch.dtype | None = None
+) -> WorkShape:
+    """How attention's work is cut for a device; ``pool_dtype`` where it is not the model's."""
     on_cpu = torch.device(device).type == "cpu"
+    tall = (
+        not on_cpu
+        and geometry.dtype != torch.float32
+        and pool_dtype in (None, geometry.dtype)
+        and geometry.head_dim in _TALL_HEAD_DIMS
+    )
+    height = _TALL_TILE_HEIGHT if tall else _TILE_HEIGHT
+    tile_rows = max(1, height * geometry.num_kv_heads // geometry.num_q_heads)
     # Tensor cores are done with a full tile before its pages are read; in fp32, and on a CPU,
     # arithmetic takes longer from a quarter of a tile on.
     reads_longest = not on_cpu and geometry.dtype != torch.float32
