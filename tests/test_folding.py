@@ -186,7 +186,8 @@ def test_quantized_masters_are_folded_where_they_were_computed_alone() -> None:
 def test_a_master_that_one_agent_uses_twice_saves_rows() -> None:
     store = make_store()
     news = td.shared(tokens(1, 44))
-    run_round(td.KVCollector(store), {"a": [news, td.private(tokens(3, 9)), news]})
+    collector = td.KVCollector(store, source="alone")  # others have a Master for each place
+    run_round(collector, {"a": [news, td.private(tokens(3, 9)), news]})
     before = store.mirror("a")
     assert len(before.uses) == 2
     assert store.fold() == 0
