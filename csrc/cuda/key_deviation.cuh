@@ -8,7 +8,7 @@
 // A warp a token, so that no sum crosses a warp; 4 heads of 128 at 16 bits are one task for each
 // lane. With a latency of 700 ns (assumed) an H200's share of 36 bytes/ns holds 25 KB under way.
 // Two blocks of 256 threads, each with 32 bytes of two agents' keys, ask for 32 KB before they
-// wait.
+// wait. On sm_100 and sm_120 registers leave room for one block of the wide kernels: 16 KB.
 #pragma once
 
 #include "cuda/key_deviation_plan.h"
